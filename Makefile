@@ -1,0 +1,51 @@
+# Two commands: `make quickstart` and `make test`; each makes .venv when there is none.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+RUNS ?= runs/quickstart
+METHODS ?= full_rank galore fira
+# torch goes first and exactly pinned: left to the resolver it may bring another build than the tested one.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: quickstart test lint format bench wheel clean
+
+quickstart: $(VENV)/.installed
+	@set -e; for method in $(METHODS); do \
+	  $(BIN)/hf-lowrank train recipes/nano/$$method.yaml --output $(RUNS)/$$method; done
+	@$(BIN)/hf-lowrank measure $(METHODS:%=$(RUNS)/%)
+	@$(BIN)/hf-lowrank report $(METHODS:%=$(RUNS)/%) --output $(RUNS)/report
+
+test: $(VENV)/.installed-dev
+	@rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/optimizers.py
+
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the pinned versions into $(VENV)"
+	@$(PIP) install --quiet $(TORCH)
+	@$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the tools for tests into $(VENV)"
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf dist build .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache

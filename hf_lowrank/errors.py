@@ -1,0 +1,19 @@
+"""Errors that a user can mend: one line that names what is wrong, where, and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Wrong input. The message is one line, complete without a traceback; the command line prints it and exits 2."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """`name`'s closest spellings among `allowed` as ", did you mean 'a' or 'b'?", or all of them when none is close."""
+    choices = sorted(allowed)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(repr(choice) for choice in close) + "?"
+    return "allowed: " + ", ".join(choices)

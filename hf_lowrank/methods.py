@@ -1,0 +1,122 @@
+"""The table of methods: how each builds a model, an optimizer, a schedule and callbacks.
+
+A method is one entry; nothing else in the package asks for a method by its name. Other packages add theirs by an
+entry point of the group `hf_lowrank.methods` that loads to a `Method`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
+
+from hf_lowrank.errors import UserError, nearest
+
+
+class MethodSettings(BaseModel):
+    """What a recipe's `method:` block may say beside `name`; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def dense_model(config: PreTrainedConfig, settings: Any, seed: int) -> PreTrainedModel:
+    """The plain causal language model of `config`, freshly initialised from torch's global generator."""
+    return AutoModelForCausalLM.from_config(config)
+
+
+def no_callbacks(settings: Any, args: TrainingArguments) -> Sequence[TrainerCallback]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way of pre-training.
+
+    Attributes:
+        name: what recipes and the `method` column of measurements say.
+        title: how tables and pictures spell it.
+        summary: one sentence.
+        kind: what it changes: nothing, the optimizer, the layers, or the layers by restarts.
+        settings: the typed settings of this method.
+        source: where it comes from, as `arXiv 2403.03507`.
+        build_model: `(config, settings, seed) -> model`; torch's global generator is seeded by the caller, so every
+            method draws the same initial weights.
+        build_optimizer: `(model, settings, args) -> optimizer`; None leaves Trainer its own AdamW.
+        build_scheduler: `(optimizer, settings, args, num_training_steps) -> scheduler`; None leaves Trainer its own.
+        callbacks: `(settings, args) -> callbacks`.
+    """
+
+    name: str
+    title: str
+    summary: str
+    kind: Literal["baseline", "optimizer", "layers", "restarts"]
+    settings: type[MethodSettings]
+    source: str = ""
+    build_model: Callable[[PreTrainedConfig, Any, int], PreTrainedModel] = dense_model
+    build_optimizer: Callable[[nn.Module, Any, TrainingArguments], Optimizer] | None = None
+    build_scheduler: Callable[[Optimizer, Any, TrainingArguments, int], LRScheduler] | None = None
+    callbacks: Callable[[Any, TrainingArguments], Sequence[TrainerCallback]] = no_callbacks
+
+
+class MethodTable(Mapping[str, Method]):
+    """Methods by name; an unknown name is a `UserError` with the nearest spellings."""
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        self._methods: dict[str, Method] = {}
+        for method in methods:
+            self.register(method)
+        self._plugins_loaded = False
+
+    def register(self, method: Method) -> None:
+        if method.name in self._methods:
+            raise ValueError(f"method {method.name!r} is registered already")
+        self._methods[method.name] = method
+
+    def _load_plugins(self) -> None:
+        if not self._plugins_loaded:
+            self._plugins_loaded = True
+            for point in entry_points(group="hf_lowrank.methods"):
+                self.register(point.load())
+
+    def __getitem__(self, name: str) -> Method:
+        self._load_plugins()
+        try:
+            return self._methods[name]
+        except KeyError:
+            raise UserError(f"unknown method {name!r}; {nearest(name, self._methods)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        self._load_plugins()
+        return name in self._methods
+
+    def __iter__(self) -> Iterator[str]:
+        self._load_plugins()
+        return iter(self._methods)
+
+    def __len__(self) -> int:
+        self._load_plugins()
+        return len(self._methods)
+
+
+class FullRankSettings(MethodSettings):
+    """Full-rank AdamW has none of its own."""
+
+
+METHODS = MethodTable(
+    [
+        Method(
+            name="full_rank",
+            title="Full-rank",
+            summary="AdamW on the dense weights: the baseline of everything.",
+            kind="baseline",
+            settings=FullRankSettings,
+        ),
+    ]
+)
