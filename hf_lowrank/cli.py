@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         _stop(str(error))
     except UsageFault as error:
         context = getattr(error, "ctx", None)
-        message = getattr(error, "format_message", lambda: str(error))()
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
         _stop(f"{message} ({context.command_path} --help lists what is there)" if context else message)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("hf-lowrank: interrupted", err=True)

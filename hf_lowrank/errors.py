@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """`name`'s closest spellings among `allowed` as ", did you mean 'a' or 'b'?", or all of them when none is close."""
+    """The end of an error line: "did you mean 'a' or 'b'?", or all of `allowed` when none is close to `name`."""
     choices = sorted(allowed)
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
     if close:

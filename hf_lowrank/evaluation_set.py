@@ -70,7 +70,7 @@ class EvaluationSet:
         file = Path(path)
         file = file / FILE_NAME if file.is_dir() else file
         if not file.is_file():
-            raise UserError(f"{file}: no evaluation set there; train with hf-lowrank or give one with --evaluation-set")
+            raise UserError(f"{file}: no evaluation set is there; hf-lowrank train writes one into each run")
         try:
             with safe_open(file, framework="pt") as tensors:
                 recorded = (tensors.metadata() or {}).get("fingerprint")
