@@ -1,0 +1,136 @@
+"""The small modules everything stands on: targets, the evaluation set, whole files, the table of methods."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.files import whole_file, write_text
+from hf_lowrank.methods import METHODS, FullRankSettings, Method, MethodTable
+from hf_lowrank.targets import target_modules
+
+
+class TestTargets:
+    def test_auto_takes_block_linears_only(self, tiny_llama):
+        names = set(target_modules(tiny_llama))
+        assert len(names) == 2 * 7
+        assert "lm_head" not in names
+        assert all(name.startswith("model.layers.") for name in names)
+
+    def test_auto_finds_conv1d(self):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16))
+        assert len(target_modules(model)) == 2 * 4
+
+    def test_names_and_regular_expressions(self, tiny_llama):
+        assert len(target_modules(tiny_llama, ["q_proj", "mlp.down_proj"])) == 4
+        assert list(target_modules(tiny_llama, r"model\.layers\.0\..*q_proj")) == ["model.layers.0.self_attn.q_proj"]
+        assert set(target_modules(tiny_llama, "all-linear")) == set(target_modules(tiny_llama))
+
+    @pytest.mark.parametrize("patterns", ["no_such_.*", ["q_proj", "wrong"], [], "("])
+    def test_a_pattern_that_matches_nothing_stops(self, tiny_llama, patterns):
+        with pytest.raises(UserError, match="target_modules"):
+            target_modules(tiny_llama, patterns)
+
+    def test_the_message_gives_names_that_exist(self, tiny_llama):
+        with pytest.raises(UserError, match=r"'wrong' matches no linear.*q_proj"):
+            target_modules(tiny_llama, ["wrong"])
+
+    def test_a_model_without_blocks(self):
+        with pytest.raises(UserError, match="matches no linear"):
+            target_modules(nn.Sequential(nn.Linear(2, 2)))
+
+
+class TestEvaluationSet:
+    def test_round_trip(self, tmp_path):
+        ids = torch.arange(12).reshape(3, 4)
+        saved = EvaluationSet(ids, torch.ones_like(ids))
+        saved.save(tmp_path)
+        loaded = EvaluationSet.load(tmp_path)
+        assert torch.equal(loaded.input_ids, ids)
+        assert loaded.fingerprint == saved.fingerprint
+        assert len(loaded) == 3
+
+    def test_the_fingerprint_sees_ids_mask_and_shape(self):
+        ids = torch.arange(12).reshape(3, 4)
+        ones = torch.ones_like(ids)
+        masked = ones.clone()
+        masked[0, 3] = 0
+        sets = [(ids, ones), (ids + 1, ones), (ids, masked), (ids.reshape(4, 3), ones.reshape(4, 3))]
+        assert len({EvaluationSet(*pair).fingerprint for pair in sets}) == 4
+
+    def test_a_part_is_another_set(self):
+        ids = torch.arange(12).reshape(3, 4)
+        whole = EvaluationSet(ids, torch.ones_like(ids))
+        assert whole.first(None) is whole
+        assert whole.first(9) is whole
+        assert whole.first(2).fingerprint != whole.fingerprint
+
+    def test_shapes_must_agree(self):
+        with pytest.raises(UserError, match="one shape"):
+            EvaluationSet(torch.zeros(2, 3), torch.zeros(3, 2))
+
+    def test_missing_damaged_and_changed_files(self, tmp_path):
+        with pytest.raises(UserError, match="no evaluation set"):
+            EvaluationSet.load(tmp_path)
+        ids = torch.arange(12).reshape(3, 4)
+        path = EvaluationSet(ids, torch.ones_like(ids)).save(tmp_path)
+        tensors = load_file(path)
+        save_file({**tensors, "input_ids": tensors["input_ids"] + 1}, path, metadata={"fingerprint": "0" * 64})
+        with pytest.raises(UserError, match="damaged"):
+            EvaluationSet.load(path)
+        path.write_bytes(path.read_bytes()[:40])
+        with pytest.raises(UserError, match="not a readable evaluation set"):
+            EvaluationSet.load(path)
+
+
+class TestWholeFiles:
+    def test_written_whole(self, tmp_path):
+        write_text(tmp_path / "new" / "file.txt", "é")
+        assert (tmp_path / "new" / "file.txt").read_text(encoding="utf-8") == "é"
+
+    def test_an_error_leaves_what_was_there(self, tmp_path):
+        target = tmp_path / "file.txt"
+        write_text(target, "old")
+        with pytest.raises(RuntimeError, match="interrupted"), whole_file(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("interrupted")
+        assert target.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [target]
+
+
+class TestMethods:
+    def test_an_unknown_name_gets_the_nearest(self):
+        with pytest.raises(UserError, match="unknown method 'full_rnak'; did you mean 'full_rank'"):
+            METHODS["full_rnak"]
+
+    def test_names_are_taken_once(self):
+        method = Method(name="one", title="One", summary="", kind="baseline", settings=FullRankSettings)
+        table = MethodTable([method])
+        with pytest.raises(ValueError, match="registered already"):
+            table.register(method)
+
+    def test_every_entry_describes_itself(self):
+        for name, method in METHODS.items():
+            assert method.name == name
+            assert method.summary.endswith(".")
+            assert name == "full_rank" or method.source
+
+    def test_nearest(self):
+        assert nearest("galor", ["galore", "fira"]) == "did you mean 'galore'?"
+        assert nearest("zzz", ["galore", "fira"]) == "allowed: fira, galore"
+
+
+def test_import_is_light():
+    code = (
+        "import sys, hf_lowrank\n"
+        "heavy = {'datasets', 'evaluate', 'lm_eval', 'pandas', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'import hf_lowrank loaded {sorted(heavy)}' if heavy else 0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
