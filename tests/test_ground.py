@@ -97,9 +97,14 @@ class TestWholeFiles:
     def test_an_error_leaves_what_was_there(self, tmp_path):
         target = tmp_path / "file.txt"
         write_text(target, "old")
-        with pytest.raises(RuntimeError, match="interrupted"), whole_file(target) as temporary:
-            temporary.write_text("half")
-            raise RuntimeError("interrupted")
+
+        def write_half():
+            with whole_file(target) as temporary:
+                temporary.write_text("half")
+                raise RuntimeError("interrupted")
+
+        with pytest.raises(RuntimeError, match="interrupted"):
+            write_half()
         assert target.read_text() == "old"
         assert list(tmp_path.iterdir()) == [target]
 
