@@ -1,0 +1,131 @@
+"""The configurations of CoLA and SLTrain, in PEFT's terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+from peft.utils import PeftType
+from transformers.activations import ACT2FN
+
+from hf_lowrank.errors import UserError, nearest
+
+INITS = ("random", "svd")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(kw_only=True)
+class ReplacingConfig(PeftConfig):
+    """What CoLA and SLTrain share: which linear layers are replaced, by what rank, from what start.
+
+    Raises:
+        UserError: a field has a value that it may not have; the message names the field and what is allowed.
+    """
+
+    r: int = field(default=128, metadata=_help("Rank of the factors; at most the smaller side of each target."))
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata=_help(
+            "Names or name endings, a regular expression for the whole name, 'all-linear', or 'auto' (the default): "
+            "every linear layer inside the model's repeated blocks."
+        ),
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata=_help("Names, name endings, or a regular expression, of layers to leave dense.")
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata=_help("Modules that are not targets, to be trained and saved with the adapter.")
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata=_help("Other ranks for the layers that a name ending or expression matches.")
+    )
+    bias: str = field(default="none", metadata=_help("Biases to train and save: 'none', 'all' or '<method>_only'."))
+    init: Literal["random", "svd"] = field(
+        default="random",
+        metadata=_help("'random' draws as the paper does; 'svd' starts from the dense weight's truncated SVD."),
+    )
+    seed: int = field(default=0, metadata=_help("Seed of every draw, together with the layer's name."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        method = type(self).__name__
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        for name, rank in {"r": self.r, **(self.rank_pattern or {})}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise UserError(f"{method}: rank {name!r} must be a positive whole number, got {rank!r}")
+        if self.init not in INITS:
+            raise UserError(f"{method}: init must be 'random' or 'svd', got {self.init!r}")
+        only = f"{self.method_name}_only"
+        if self.bias not in ("none", "all", only):
+            raise UserError(f"{method}: bias must be 'none', 'all' or {only!r}, got {self.bias!r}")
+
+    @property
+    def method_name(self) -> str:
+        """The name under which PEFT knows the method."""
+        raise NotImplementedError
+
+    def options(self, r: int) -> dict[str, Any]:
+        """What a layer of rank `r` needs to know beside its rank."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class CoLAConfig(ReplacingConfig):
+    """y = B · σ(A x) in place of a linear layer (arXiv 2502.10940).
+
+    The layer is a different function, not an addition to a dense weight: no dense weight is kept, there is nothing to
+    merge and no disabled state. With `bottleneck_act="linear"` it is the plain low-rank W = B A, which does merge.
+    """
+
+    bottleneck_act: str = field(
+        default="silu", metadata=_help("σ, by transformers' name; 'linear' leaves it out: plain low-rank W = B A.")
+    )
+    checkpoint_activations: bool = field(
+        default=False,
+        metadata=_help("CoLA-M: keep only the r-wide activations of each block and recompute the rest in backward."),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.COLA  # type: ignore[attr-defined]
+        if self.bottleneck_act not in ACT2FN:
+            raise UserError(
+                f"CoLAConfig: unknown bottleneck_act {self.bottleneck_act!r}; {nearest(self.bottleneck_act, ACT2FN)}"
+            )
+
+    @property
+    def method_name(self) -> str:
+        return "cola"
+
+    def options(self, r: int) -> dict[str, Any]:
+        return {"bottleneck_act": self.bottleneck_act, "keep_bottleneck": self.checkpoint_activations}
+
+
+@dataclass(kw_only=True)
+class SLTrainConfig(ReplacingConfig):
+    """W = (lora_alpha / r) · B A + S with a fixed random support, in place of a linear layer (arXiv 2406.02214)."""
+
+    lora_alpha: float = field(default=32, metadata=_help("α; the product of the factors is scaled by α / r."))
+    sparsity: float = field(default=0.03, metadata=_help("Kept share of S, between 0 and 1: δ · out · in values."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SLTRAIN  # type: ignore[attr-defined]
+        if isinstance(self.sparsity, bool) or not 0 < self.sparsity < 1:
+            raise UserError(f"SLTrainConfig: sparsity must lie between 0 and 1, both excluded, got {self.sparsity!r}")
+        if not self.lora_alpha > 0:
+            raise UserError(f"SLTrainConfig: lora_alpha must be positive, got {self.lora_alpha!r}")
+
+    @property
+    def method_name(self) -> str:
+        return "sltrain"
+
+    def options(self, r: int) -> dict[str, Any]:
+        return {"scaling": self.lora_alpha / r, "sparsity": self.sparsity}

@@ -1,0 +1,150 @@
+"""What the layers compute, as functions of tensors.
+
+Shapes: x (..., in), A (r, in), B (out, r), W (out, in); the support holds flat row-major positions in W.
+
+The operations whose memory matters are registered with torch as custom operators: autograd then saves exactly the
+tensors named here, selective checkpointing can tell them from other products, and `torch.compile`, for which they
+are opaque, cannot trade their recomputation for a saved dense weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from hf_lowrank.errors import UserError
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which a layer multiplies: autocast's where autocast is on, else its weight's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def sltrain_weight(A: Tensor, B: Tensor, values: Tensor, support: Tensor, scaling: float) -> Tensor:
+    """W = scaling · B A + S, (out, in), in the factors' dtype."""
+    weight = (B * scaling) @ A
+    weight.view(-1).index_add_(0, support, values)
+    return weight
+
+
+@torch.library.custom_op("hf_lowrank::sltrain_linear", mutates_args=())
+def _sltrain_linear(x: Tensor, A: Tensor, B: Tensor, values: Tensor, support: Tensor, scaling: float) -> Tensor:
+    return linear(x, sltrain_weight(A, B, values, support, scaling))
+
+
+@torch.library.custom_op("hf_lowrank::sltrain_grad_input", mutates_args=())
+def _sltrain_grad_input(grad: Tensor, A: Tensor, B: Tensor, values: Tensor, support: Tensor, scaling: float) -> Tensor:
+    return grad @ sltrain_weight(A, B, values, support, scaling)
+
+
+@torch.library.custom_op("hf_lowrank::sltrain_grad_weights", mutates_args=())
+def _sltrain_grad_weights(
+    grad: Tensor, x: Tensor, A: Tensor, B: Tensor, support: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    grad_A = (B * scaling).T @ grad_weight
+    grad_B = (grad_weight @ A.T).mul_(scaling)
+    return grad_A, grad_B, grad_weight.view(-1).index_select(0, support)
+
+
+@_sltrain_linear.register_fake
+def _(x, A, B, values, support, scaling):
+    return x.new_empty((*x.shape[:-1], B.shape[0]))
+
+
+@_sltrain_grad_input.register_fake
+def _(grad, A, B, values, support, scaling):
+    return grad.new_empty((*grad.shape[:-1], A.shape[1]))
+
+
+@_sltrain_grad_weights.register_fake
+def _(grad, x, A, B, support, scaling):
+    return torch.empty_like(A), torch.empty_like(B), grad.new_empty(support.shape)
+
+
+def _save_for_sltrain(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _sltrain_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, A, B, values, support = ctx.saved_tensors
+    grad_x = grad_A = grad_B = grad_values = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _sltrain_grad_input(grad, A, B, values, support, ctx.scaling)
+    if any(ctx.needs_input_grad[1:4]):
+        grad_A, grad_B, grad_values = _sltrain_grad_weights(grad, x, A, B, support, ctx.scaling)
+    return grad_x, grad_A, grad_B, grad_values, None, None
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise UserError(
+        "SLTrain's layer has first derivatives only, because it recomputes its weight in backward; "
+        "for second derivatives take the dense model that to_dense() gives"
+    )
+
+
+_sltrain_linear.register_autograd(_sltrain_backward, setup_context=_save_for_sltrain)
+_sltrain_grad_input.register_autograd(_refuse_second_derivative)
+_sltrain_grad_weights.register_autograd(_refuse_second_derivative)
+
+
+def sltrain_linear(
+    x: Tensor, A: Tensor, B: Tensor, values: Tensor, support: Tensor, scaling: float, bias: Tensor | None = None
+) -> Tensor:
+    """x Wᵀ + bias with W = scaling · B A + S (arXiv 2406.02214), keeping only x, the factors and the sparse values.
+
+    W lives for the one product in forward and the one in backward; the gradient of the values is the dense gradient
+    gathered on the support, formed for this layer alone and dropped. Second derivatives are refused.
+    """
+    dtype = compute_dtype(x, A)
+    y = _sltrain_linear(x.to(dtype), A.to(dtype), B.to(dtype), values.to(dtype), support, scaling)
+    return y if bias is None else y + bias.to(dtype)
+
+
+@torch.library.custom_op("hf_lowrank::bottleneck", mutates_args=())
+def _bottleneck(x: Tensor, A: Tensor) -> Tensor:
+    return linear(x, A)
+
+
+@_bottleneck.register_fake
+def _(x, A):
+    return x.new_empty((*x.shape[:-1], A.shape[0]))
+
+
+def _save_for_bottleneck(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _bottleneck_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, A = ctx.saved_tensors
+    grad_x = grad @ A if ctx.needs_input_grad[0] else None
+    grad_A = None
+    if ctx.needs_input_grad[1]:
+        grad_A = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    return grad_x, grad_A
+
+
+_bottleneck.register_autograd(_bottleneck_backward, setup_context=_save_for_bottleneck)
+
+# What CoLA-M keeps of a block: the r-wide outputs of this operator, nothing else.
+KEPT_BY_COLA_M = [torch.ops.hf_lowrank.bottleneck.default]
+
+
+def bottleneck(x: Tensor, A: Tensor) -> Tensor:
+    """A x, (..., r): the product whose result selective checkpointing keeps."""
+    dtype = compute_dtype(x, A)
+    return _bottleneck(x.to(dtype), A.to(dtype))
+
+
+def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """B (out, r) and A (r, in), the two halves of the best rank-r approximation B A of `weight`, in float32."""
+    u, sigma, vt = torch.linalg.svd(weight.float(), full_matrices=False)
+    root = sigma[:r].sqrt()
+    return u[:, :r] * root, root[:, None] * vt[:r]

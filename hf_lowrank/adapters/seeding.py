@@ -1,0 +1,59 @@
+"""Random draws that depend on what they are for, never on the order in which they happen."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+
+def keyed_generator(seed: int, *keys: str | int) -> torch.Generator:
+    """A CPU generator whose state depends on `seed` and `keys` alone.
+
+    The layer named by its key draws the same numbers on every rank, on every device, after a resume, and whether or
+    not its neighbours were drawn before it.
+    """
+    digest = hashlib.sha256(repr((int(seed), *keys)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@torch.no_grad()
+def fill(target: Tensor, drawn: Tensor) -> None:
+    """Copies `drawn` into `target`, which may have another dtype or device."""
+    target.copy_(drawn.to(dtype=target.dtype))
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+    """float32 draws from U(-bound, bound)."""
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def kaiming_uniform(rows: int, fan_in: int, generator: torch.Generator) -> Tensor:
+    """(rows, fan_in) Kaiming-uniform draws with a = sqrt(5), whose bound is 1/sqrt(fan_in)."""
+    return uniform((rows, fan_in), 1 / math.sqrt(fan_in), generator)
+
+
+def draw_support(rows: int, columns: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` distinct positions of a (rows, columns) matrix, uniform without replacement.
+
+    Positions are flat, row-major and ascending, int32. The smaller of the support and its complement is drawn, by
+    collecting distinct uniform draws and then dropping a uniformly chosen excess, so that the cost grows with the
+    support, not with the matrix.
+    """
+    total = rows * columns
+    draw_complement = count > total // 2
+    wanted = total - count if draw_complement else count
+    chosen = torch.empty(0, dtype=torch.int64)
+    while chosen.numel() < wanted:
+        more = torch.randint(total, (wanted - chosen.numel() + 16,), generator=generator)
+        chosen = torch.unique(torch.cat([chosen, more]))
+    if chosen.numel() > wanted:
+        kept = torch.randperm(chosen.numel(), generator=generator)[:wanted]
+        chosen = chosen[kept].sort().values
+    if draw_complement:
+        inside = torch.ones(total, dtype=torch.bool)
+        inside[chosen] = False
+        chosen = inside.nonzero().squeeze(1)
+    return chosen.to(torch.int32)
