@@ -1,0 +1,103 @@
+"""The recipe's `training:` block: fields of transformers' `TrainingArguments` under their own names."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.training.yaml_files import Layers
+
+# What a run decides itself, with what to write instead.
+RESERVED = {
+    "output_dir": "give --output",
+    "seed": "give seed at the top of the recipe",
+    "data_seed": "give seed at the top of the recipe",
+    "resume_from_checkpoint": "a run continues by itself",
+    "train_sampling_strategy": "the order of the data follows from the seed alone",
+    "ignore_data_skip": "the order of the data follows from the seed alone",
+    "auto_find_batch_size": "the order of the data follows from the seed alone",
+    "dataloader_drop_last": "the order of the data follows from the seed alone",
+    "remove_unused_columns": "the columns are the run's own",
+    "label_names": "the columns are the run's own",
+    "length_column_name": "the columns are the run's own",
+    "save_total_limit": "every checkpoint is measured",
+    "save_only_model": "a run must be able to continue",
+    "load_best_model_at_end": "the last checkpoint is the result",
+    "restore_callback_states_from_checkpoint": "a run continues by itself",
+    "disable_tqdm": "bars show in a terminal only",
+    "push_to_hub": "publishing is a step of its own",
+    "do_train": "a run always trains",
+    "do_eval": "a run always evaluates",
+    "do_predict": "a run does not predict",
+}
+OPTIMIZER_KEYS = ("optim", "optim_args", "optim_target_modules")
+
+
+def checked(section: dict[str, Any], layers: Layers, *, own_optimizer: bool) -> dict[str, Any]:
+    """`section` with its values brought to their fields' types; a `UserError` for the first that does not fit."""
+    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    hints = typing.get_type_hints(TrainingArguments)
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        where = layers.origin(f"training.{key}")
+        if key in RESERVED:
+            raise UserError(f"{where}: training.{key} must be left out; {RESERVED[key]}")
+        if own_optimizer and key in OPTIMIZER_KEYS:
+            raise UserError(f"{where}: training.{key} must be left out; the method brings its own optimizer")
+        if key not in fields:
+            known = nearest(str(key), fields - set(RESERVED))
+            known = known if known.startswith("did") else "allowed: any field of transformers.TrainingArguments"
+            raise UserError(f"{where}: unknown key {f'training.{key}'!r}; {known}")
+        result[key] = _fitted(key, value, hints[key], where)
+    if "max_steps" in result and result["max_steps"] < 1:
+        raise UserError(
+            f"{layers.origin('training.max_steps')}: training.max_steps must be at least 1, got {result['max_steps']}"
+        )
+    try:
+        build(result, seed=0, output_dir=layers.path.parent)
+    except (ValueError, TypeError, ImportError) as error:
+        named = next((key for key in result if key in str(error)), None)
+        key = f"training.{named}" if named else "training"
+        raise UserError(f"{layers.origin(key)}: {key}: {str(error).strip().splitlines()[0]}") from None
+    return result
+
+
+def build(section: dict[str, Any], *, seed: int, output_dir: str | Path) -> TrainingArguments:
+    """`TrainingArguments` of a run: the recipe's fields over this package's defaults."""
+    defaults: dict[str, Any] = {
+        "report_to": "none",
+        "eval_strategy": "steps",
+        "eval_steps": section.get("save_steps"),
+        "logging_steps": 10,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
+    own: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "seed": seed,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",
+    }
+    return TrainingArguments(**{**defaults, **section, **own})
+
+
+def _fitted(key: str, value: Any, hint: Any, where: str) -> Any:
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticSchemaGenerationError, PydanticUserError):
+        return value
+    try:
+        fitted = adapter.validate_python(value)
+    except ValidationError as error:
+        message = error.errors(include_url=False)[0]["msg"]
+        expected = getattr(hint, "__name__", None) or str(hint)
+        raise UserError(f"{where}: training.{key} must be {expected}, got {value!r}: {message}") from None
+    # Enumerations stay the strings that the user wrote, and 50 stays 50 where the field is a float.
+    return fitted if type(fitted) in (bool, int, float, str) and fitted != value else value

@@ -1,0 +1,210 @@
+"""From the recipe's `data:` block to what a run trains and is measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import transformers
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.training.cache import cached_folder
+from hf_lowrank.training.hub_source import hub_documents, hub_stream
+from hf_lowrank.training.recipe import DataSettings
+from hf_lowrank.training.sequences import SequenceStore, ShuffledSequences, batched_rows, unigram_loss
+from hf_lowrank.training.sources import Documents, local_files, progress, python_library
+from hf_lowrank.training.tokenization import (
+    document_rows,
+    encoded,
+    load_tokenizer,
+    packed_rows,
+    padding_id,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+
+logger = logging.getLogger(__name__)
+
+# Sequences of a stream's train part from which the unigram model is fitted: enough for three digits of its loss.
+STREAM_SAMPLE = 4096
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run trains and is measured on.
+
+    Attributes:
+        tokenizer: to be saved with the run.
+        evaluation: the fixed held-out sequences; they depend on the data block alone, not on the seed.
+        fingerprint: of the text, the tokenizer and the shape, hex.
+        unigram_loss: of the add-one smoothed unigram model of the train tokens on `evaluation`, nats per token.
+        largest_id: the largest token id known to be there; the model's vocabulary must be above it.
+        train: the training sequences, None for a stream.
+    """
+
+    data: DataSettings
+    tokenizer: PreTrainedTokenizerBase
+    evaluation: EvaluationSet
+    fingerprint: str
+    unigram_loss: float
+    largest_id: int
+    train: SequenceStore | None
+    stream_skip: int = 0
+
+    def training_set(self, total: int, seed: int) -> Dataset:
+        """`total` training sequences in the order that `seed` gives."""
+        if self.train is not None:
+            return ShuffledSequences(self.train, total, seed)
+        return StreamedSequences(self.data, self.tokenizer, seed=seed, skip=self.stream_skip)
+
+
+def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
+    """Reads, splits and tokenises the corpus, or takes all that from the cache.
+
+    Args:
+        data: the recipe's data block.
+        tokenizer: of a run that continues; else the recipe's, else one is trained.
+
+    Raises:
+        UserError: the text cannot be read, is empty, or is too little; the message names file or key.
+    """
+    if tokenizer is None and data.tokenizer is not None:
+        tokenizer = load_tokenizer(data.tokenizer)
+    if data.streaming:
+        if tokenizer is None:
+            raise UserError("data.tokenizer must be given with data.streaming")
+        return _streamed(data, tokenizer)
+    documents = _documents(data)
+    if tokenizer is None:
+        tokenizer = _trained_tokenizer(documents, data)
+    key = " ".join(
+        [
+            documents.fingerprint,
+            tokenizer_fingerprint(tokenizer),
+            data.shape,
+            str(data.sequence_length),
+            tokenizers.__version__,
+            transformers.__version__,
+        ]
+    )
+    chosen = tokenizer
+
+    def make(folder: Path) -> None:
+        vocabulary = len(chosen)
+        for name, texts in (("held_out", documents.held_out()), ("train", documents.train())):
+            titled = progress(texts, f"tokenising ({name.replace('_', ' ')})")
+            SequenceStore.write(folder, name, _rows(titled, data, chosen), data.sequence_length, vocabulary)
+
+    folder = cached_folder("sequences", key, make)
+    train, held_out = SequenceStore.open(folder, "train"), SequenceStore.open(folder, "held_out")
+    if not len(train):
+        raise UserError(
+            f"{documents.title}: the train part is empty: less than one sequence of data.sequence_length "
+            f"{data.sequence_length}"
+        )
+    if len(held_out) < data.evaluation_sequences:
+        raise UserError(
+            f"data.evaluation_sequences must be at most {len(held_out)}, the held-out sequences of {documents.title}, "
+            f"got {data.evaluation_sequences}; hold out more or shorten data.sequence_length"
+        )
+    evaluation = held_out.spread(data.evaluation_sequences)
+    counts = train.counts(len(tokenizer))
+    logger.info("corpus: %d train sequences of %d tokens", len(train), data.sequence_length)
+    return Corpus(
+        data=data,
+        tokenizer=tokenizer,
+        evaluation=evaluation,
+        fingerprint=hashlib.sha256(key.encode()).hexdigest(),
+        unigram_loss=unigram_loss(counts, evaluation),
+        largest_id=int(max(np.flatnonzero(counts)[-1], evaluation.input_ids.max())),
+        train=train,
+    )
+
+
+def _documents(data: DataSettings) -> Documents:
+    if data.source == "python-library":
+        return python_library(data.held_out_share)
+    if data.source == "files":
+        return local_files(data.train_files or [], data.held_out_files, data.held_out_share, data.text_column)
+    return hub_documents(data)
+
+
+def _trained_tokenizer(documents: Documents, data: DataSettings) -> PreTrainedTokenizerBase:
+    def make(folder: Path) -> None:
+        texts = progress(documents.train(), "training the tokenizer")
+        train_tokenizer(texts, data.vocabulary_size).save_pretrained(folder)
+
+    key = f"{documents.fingerprint} {data.vocabulary_size} {tokenizers.__version__} {transformers.__version__}"
+    return load_tokenizer(str(cached_folder("tokenizer", key, make)))
+
+
+def _rows(
+    texts: Iterable[str], data: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[np.ndarray, int]]:
+    if data.shape == "packed":
+        return packed_rows(encoded(texts, tokenizer, cut=None), data.sequence_length)
+    documents = encoded(texts, tokenizer, cut=data.sequence_length)
+    return document_rows(documents, data.sequence_length, padding_id(tokenizer))
+
+
+def _streamed(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    read = 0
+
+    def counted(texts: Iterator[str]) -> Iterator[str]:
+        nonlocal read
+        for text in texts:
+            read += 1
+            yield text
+
+    held_out_split = data.held_out_split or data.split
+    rows = _rows(counted(hub_stream(data, held_out_split)), data, tokenizer)
+    held_out = batched_rows(rows, data.evaluation_sequences)
+    if len(held_out) < data.evaluation_sequences:
+        raise UserError(
+            f"data.evaluation_sequences must be at most {len(held_out)}, the sequences of split {held_out_split!r} of "
+            f"data.dataset {data.dataset!r}, got {data.evaluation_sequences}"
+        )
+    # The documents that were read for the head of the stream are not trained on.
+    skip = read if data.held_out_split is None else 0
+    evaluation = held_out.spread(data.evaluation_sequences)
+    sample = batched_rows(_rows(hub_stream(data, data.split, skip=skip), data, tokenizer), STREAM_SAMPLE)
+    if not len(sample):
+        raise UserError(f"data.dataset {data.dataset!r} split {data.split!r} holds no text to train on")
+    counts = sample.counts(len(tokenizer))
+    key = f"{data.model_dump_json()} {tokenizer_fingerprint(tokenizer)} {evaluation.fingerprint}"
+    return Corpus(
+        data=data,
+        tokenizer=tokenizer,
+        evaluation=evaluation,
+        fingerprint=hashlib.sha256(key.encode()).hexdigest(),
+        unigram_loss=unigram_loss(counts, evaluation),
+        largest_id=int(max(np.flatnonzero(counts)[-1], evaluation.input_ids.max())),
+        train=None,
+        stream_skip=skip,
+    )
+
+
+class StreamedSequences(IterableDataset):
+    """Training sequences from a stream, always from its start; Trainer passes over what a resumed run has seen."""
+
+    def __init__(self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int, skip: int) -> None:
+        self._data, self._tokenizer, self._seed, self._skip = data, tokenizer, seed, skip
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        texts = hub_stream(self._data, self._data.split, seed=self._seed, skip=self._skip)
+        rows = _rows(texts, self._data, self._tokenizer)
+        worker = get_worker_info()
+        if worker is not None:
+            rows = itertools.islice(rows, worker.id, None, worker.num_workers)
+        for row, tokens in rows:
+            yield {"ids": row, "length": tokens}

@@ -1,0 +1,60 @@
+"""The recipe's `model:` block: an architecture of transformers and fields of its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.training.yaml_files import Layers
+
+
+def checked(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
+    """`section` itself when its architecture and fields exist and fit, else a `UserError`."""
+    architecture = section.get("architecture")
+    if not isinstance(architecture, str) or architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        hint = nearest(str(architecture), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        if hint.startswith("allowed"):
+            hint = "allowed: any causal language model of transformers, as llama, qwen3, gpt2"
+        where = layers.origin("model.architecture")
+        raise UserError(
+            f"{where}: model.architecture must be a model_type of transformers, got {architecture!r}; {hint}"
+        )
+    config_class = CONFIG_MAPPING[architecture]
+    allowed = _fields(config_class)
+    for key in section:
+        if key != "architecture" and key not in allowed:
+            known = nearest(str(key), {"architecture", *allowed})
+            raise UserError(f"{layers.origin(f'model.{key}')}: unknown key {f'model.{key}'!r}; {known}")
+    try:
+        build(section)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        field = next((key for key in section if f"'{key}'" in str(error)), None)
+        key = f"model.{field}" if field else "model"
+        # The last line of a strict dataclass's complaint carries what was expected and what was given.
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{layers.origin(key)}: {key}: {reason}") from None
+    return section
+
+
+def build(section: dict[str, Any], **defaults: Any) -> PreTrainedConfig:
+    """The configuration that `section` describes, over `defaults`; the cache of keys and values is off."""
+    fields = {key: value for key, value in section.items() if key != "architecture"}
+    return AutoConfig.for_model(section["architecture"], **{"use_cache": False, **defaults, **fields})
+
+
+def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    return names - {
+        "transformers_version",
+        "architectures",
+        "return_dict",
+        "is_encoder_decoder",
+        "id2label",
+        "label2id",
+    }

@@ -1,0 +1,232 @@
+"""From a recipe to a run directory: an unmodified Trainer, started, continued or found finished."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging as transformers_logging
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION_FILE
+from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.files import write_text
+from hf_lowrank.training.callbacks import FinalCheckpoint, Progress
+from hf_lowrank.training.corpus import Corpus, prepare_corpus
+from hf_lowrank.training.facts import FactsRecorder, read_facts, write_facts
+from hf_lowrank.training.recipe import Recipe, first_line
+from hf_lowrank.training.resume import last_whole_checkpoint, step_of
+from hf_lowrank.training.sequences import HeldOutSequences, collate
+from hf_lowrank.training.tokenization import load_tokenizer, padding_id
+from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Path:
+    """Trains by `recipe` into the run directory `output` (`runs/<name>-seed<seed>`), and returns it.
+
+    A run that was interrupted continues from its last whole checkpoint, bit for bit as if it never had been; of a
+    finished one nothing is done again. The initial weights and the order of the data follow from the recipe's seed
+    alone, whatever the method.
+
+    Raises:
+        UserError: the corpus or the model cannot be had, or `output` belongs to another recipe; nothing is written.
+    """
+    run = Path(output) if output is not None else Path("runs") / f"{recipe.name}-seed{recipe.seed}"
+    transformers_logging.disable_progress_bar()
+    started = _check_belongs(run, recipe)
+    checkpoint = last_whole_checkpoint(run) if started else None
+    if checkpoint is not None and _is_finished(checkpoint):
+        logger.info("%s is finished at step %d: nothing to do", run, step_of(checkpoint))
+        return run
+
+    corpus = prepare_corpus(recipe.data, _saved_tokenizer(run) if started else None)
+    _check_same_corpus(run, corpus)
+    args = recipe.arguments(run)
+    sequences_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.max_steps <= 0 and corpus.train is not None:
+        args.max_steps = math.ceil(args.num_train_epochs * len(corpus.train) / sequences_per_step)
+    model = _initial_model(recipe, corpus)
+
+    if args.should_save:
+        _write_start(run, recipe, corpus, model)
+    facts = read_facts(run)
+    trainer = _trainer(recipe, args, model, corpus, sequences_per_step)
+    trainer.add_callback(
+        FactsRecorder(
+            run,
+            facts,
+            tokens_per_step=sequences_per_step * recipe.data.sequence_length,
+            resumed_step=step_of(checkpoint) if checkpoint else 0,
+        )
+    )
+    if checkpoint is not None:
+        logger.info("%s continues from step %d", run, step_of(checkpoint))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return run
+
+
+def _check_belongs(run: Path, recipe: Recipe) -> bool:
+    """Whether `run` was started by this recipe; a `UserError` where it is something else's."""
+    if not run.exists():
+        return False
+    if not run.is_dir():
+        raise UserError(f"{run}: --output must be a folder, this is a file")
+    file = run / RECIPE_FILE
+    if not file.exists():
+        if any(run.iterdir()):
+            raise UserError(f"{run}: --output must be a run directory, or empty; there is no {RECIPE_FILE} in it")
+        return False
+    try:
+        theirs = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable: {first_line(error)}") from None
+    difference = _first_difference(theirs, parse_yaml(dump_yaml(recipe.plain())))
+    if difference is not None:
+        raise UserError(
+            f"{run}: the run directory belongs to another recipe: {difference}; choose another --output or remove it"
+        )
+    return True
+
+
+def _first_difference(theirs: Any, ours: Any, key: str = "") -> str | None:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in [*ours, *(name for name in theirs if name not in ours)]:
+            dotted = f"{key}.{name}" if key else str(name)
+            if name not in theirs:
+                return f"{dotted} is {ours[name]!r} now, not set there"
+            if name not in ours:
+                return f"{dotted} is not set now, {theirs[name]!r} there"
+            difference = _first_difference(theirs[name], ours[name], dotted)
+            if difference is not None:
+                return difference
+        return None
+    return None if theirs == ours else f"{key or 'recipe'} is {ours!r} now, {theirs!r} there"
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
+
+
+def _saved_tokenizer(run: Path) -> PreTrainedTokenizerBase | None:
+    folder = run / "tokenizer"
+    return load_tokenizer(str(folder), key=f"{folder}:") if folder.is_dir() else None
+
+
+def _check_same_corpus(run: Path, corpus: Corpus) -> None:
+    known = read_facts(run).get("corpus_fingerprint")
+    if known is not None and known != corpus.fingerprint:
+        raise UserError(
+            f"{run}: the corpus is not the one that the run began with (data.source {corpus.data.source}): "
+            "its text has changed; choose another --output"
+        )
+    if (run / EVALUATION_FILE).exists() and EvaluationSet.load(run).fingerprint != corpus.evaluation.fingerprint:
+        raise UserError(f"{run / EVALUATION_FILE}: the held-out sequences have changed; choose another --output")
+
+
+def _initial_model(recipe: Recipe, corpus: Corpus) -> PreTrainedModel:
+    """The model with the weights that the seed gives; torch's global generator is left as it was."""
+    tokenizer = corpus.tokenizer
+    config = recipe.config(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=padding_id(tokenizer),
+    )
+    largest = max(corpus.largest_id, padding_id(tokenizer))
+    if config.vocab_size <= largest:
+        raise UserError(
+            f"{recipe.path}: model.vocab_size must be at least {largest + 1}, the corpus holds token {largest}, "
+            f"got {config.vocab_size}"
+        )
+    places = getattr(config, "max_position_embeddings", None)
+    if places is not None and places < recipe.data.sequence_length:
+        raise UserError(
+            f"{recipe.path}: data.sequence_length must be at most model.max_position_embeddings ({places}), "
+            f"got {recipe.data.sequence_length}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return recipe.method.build_model(config, recipe.settings, recipe.seed)
+
+
+def _write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedModel) -> None:
+    """Writes what is fixed before the first step; what is there already stays."""
+    run.mkdir(parents=True, exist_ok=True)
+    # The recipe comes first: with it the folder is claimed, whatever is missing of the rest.
+    if not (run / RECIPE_FILE).exists():
+        write_text(run / RECIPE_FILE, dump_yaml(recipe.plain()))
+    if not (run / EVALUATION_FILE).exists():
+        corpus.evaluation.save(run)
+    _whole_folder(run / "tokenizer", corpus.tokenizer)
+    _whole_folder(run / "checkpoint-0", model)
+    if not read_facts(run):
+        write_facts(
+            run,
+            {
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "unigram_loss": corpus.unigram_loss,
+                "train_sequences": len(corpus.train) if corpus.train is not None else None,
+                "corpus_fingerprint": corpus.fingerprint,
+                "evaluation_fingerprint": corpus.evaluation.fingerprint,
+                "device": str(torch.accelerator.current_accelerator() or "cpu"),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            },
+        )
+
+
+def _whole_folder(folder: Path, content: PreTrainedModel | PreTrainedTokenizerBase) -> None:
+    if folder.exists():
+        return
+    fresh = folder.with_name(f".{folder.name}.making")
+    shutil.rmtree(fresh, ignore_errors=True)
+    content.save_pretrained(fresh)
+    os.replace(fresh, folder)
+
+
+def _trainer(
+    recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, corpus: Corpus, sequences_per_step: int
+) -> Trainer:
+    method, settings = recipe.method, recipe.settings
+    optimizer: Optimizer | None = None
+    scheduler: Any = None
+    if method.build_optimizer is not None:
+        # The optimizer holds the very parameters that are trained, so they are on their device before.
+        torch.nn.Module.to(model, args.device)
+        optimizer = method.build_optimizer(model, settings, args)
+        if method.build_scheduler is not None:
+            scheduler = method.build_scheduler(optimizer, settings, args, args.max_steps)
+    callbacks: list[TrainerCallback] = [FinalCheckpoint(), Progress(), *method.callbacks(settings, args)]
+    trainer = Trainer(
+        model=model,
+        args=args,
+        data_collator=collate,
+        train_dataset=corpus.training_set(args.max_steps * sequences_per_step, recipe.seed),
+        eval_dataset=HeldOutSequences(corpus.evaluation.first(recipe.data.evaluation_sequences_in_training)),
+        processing_class=corpus.tokenizer,
+        callbacks=callbacks,
+        optimizers=(optimizer, scheduler),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

@@ -1,0 +1,88 @@
+"""Which checkpoint of a run directory a training can continue from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import struct
+import zipfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+STATE_FILES = ("optimizer.pt", "scheduler.pt")
+
+
+def last_whole_checkpoint(run: Path) -> Path | None:
+    """The latest checkpoint of `run` that Trainer can continue from; half-written ones are skipped with a warning."""
+    for checkpoint in sorted(_checkpoints(run), key=step_of, reverse=True):
+        damage = damage_of(checkpoint)
+        if damage is None:
+            return checkpoint
+        logger.warning("%s is skipped: half-written or damaged: %s", checkpoint, damage)
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps of `checkpoint-N`."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    # checkpoint-0 holds the initial weights and no state: the training starts from the seed again.
+    return [
+        path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[1-9]\d*", path.name) and path.is_dir()
+    ]
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Why Trainer cannot continue from `checkpoint`, None where it can."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if state["global_step"] != step_of(checkpoint):
+            return f"trainer_state.json says step {state['global_step']}"
+        json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        for file in _weight_files(checkpoint):
+            _check_safetensors(file)
+        random_states = sorted(checkpoint.glob("rng_state*.pth"))
+        if not random_states:
+            return "rng_state.pth is missing"
+        for file in [*(checkpoint / name for name in STATE_FILES), *random_states]:
+            _check_archive(file)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def _weight_files(checkpoint: Path) -> list[Path]:
+    index = checkpoint / "model.safetensors.index.json"
+    if not index.exists():
+        return [checkpoint / "model.safetensors"]
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [checkpoint / name for name in sorted(set(shards))]
+
+
+def _check_safetensors(file: Path) -> None:
+    with open(file, "rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        size = file.stat().st_size
+        if length > size - 8:
+            raise ValueError(f"{file.name} ends within its header")
+        header = json.loads(opened.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ValueError(f"{file.name} has {size} bytes, its header says {expected}")
+
+
+def _check_archive(file: Path) -> None:
+    """torch.save writes zip archives, whose directory comes last: what was cut off has none."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if not archive.namelist():
+                raise ValueError(f"{file.name} is empty")
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{file.name} is cut off: {error}") from None
