@@ -11,19 +11,14 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_lowrank.errors import UserError, nearest
-
-
-class MethodSettings(BaseModel):
-    """What a recipe's `method:` block may say beside `name`; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from hf_lowrank.method_settings import MethodSettings
+from hf_lowrank.optim.settings import FiraSettings, GaLoreSettings, build_projected
 
 
 def dense_model(config: PreTrainedConfig, settings: Any, seed: int) -> PreTrainedModel:
@@ -117,6 +112,24 @@ METHODS = MethodTable(
             summary="AdamW on the dense weights: the baseline of everything.",
             kind="baseline",
             settings=FullRankSettings,
+        ),
+        Method(
+            name="galore",
+            title="GaLore",
+            summary="Adam inside the leading subspace of each gradient, lifted back to the dense weight.",
+            kind="optimizer",
+            settings=GaLoreSettings,
+            source="arXiv 2403.03507",
+            build_optimizer=build_projected,
+        ),
+        Method(
+            name="fira",
+            title="Fira",
+            summary="GaLore, and outside the subspace the gradient scaled by what Adam did inside.",
+            kind="optimizer",
+            settings=FiraSettings,
+            source="arXiv 2410.01623",
+            build_optimizer=build_projected,
         ),
     ]
 )

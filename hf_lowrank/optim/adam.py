@@ -1,0 +1,100 @@
+"""Adam's arithmetic on lists of tensors, through torch's fused kernels where the device has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+ADAM_VARIANTS = ("official", "torch")
+
+
+def variant_eps(eps: float, beta2: float, age: int, variant: str) -> float:
+    """The ε that makes torch's rule, which adds it after the bias correction, equal `variant`'s at Adam step `age`."""
+    return eps / math.sqrt(1 - beta2**age) if variant == "official" else eps
+
+
+def decay_factors(lr: float, weight_decay: float, variant: str) -> tuple[float, float]:
+    """`(keep, gain)` such that `weight ← keep · weight − lr · gain · update` is `variant`'s decoupled weight decay.
+
+    `official` decays the weights after the update, `torch` before it.
+    """
+    keep = 1 - lr * weight_decay
+    return keep, (keep if variant == "official" else 1.0)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    age: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    variant: str,
+) -> None:
+    """One AdamW step in place, the `age`-th (from 1) of all of `params`; they share device and dtype."""
+    keep, gain = decay_factors(lr, weight_decay, variant)
+    device = params[0].device
+    fused = device.type in _get_fused_kernels_supported_devices() and params[0].is_floating_point()
+    where = device if fused else torch.device("cpu")
+    steps = list(torch.full((len(params),), float(age - 1), device=where).unbind())
+    adamw(
+        list(params),
+        list(grads),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        [],
+        steps,
+        fused=fused,
+        foreach=False if fused else None,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr * gain,
+        weight_decay=(1 - keep) / (lr * gain) if lr * gain else 0.0,
+        eps=variant_eps(eps, betas[1], age, variant),
+        maximize=False,
+    )
+
+
+def adam_moves(
+    lows: Tensor,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    age: int,
+    betas: tuple[float, float],
+    eps: float,
+    variant: str,
+) -> Tensor:
+    """Minus the bias-corrected Adam direction of stacked gradients `lows` (k, rows, rank).
+
+    Updates the moments in place. The fused step of a zero weight at learning rate 1 is just that, in one pass over memory.
+    """
+    moves = torch.zeros_like(lows)
+    adamw_(
+        moves.unbind(),
+        lows.unbind(),
+        exp_avgs,
+        exp_avg_sqs,
+        age=age,
+        lr=1.0,
+        betas=betas,
+        eps=eps,
+        weight_decay=0.0,
+        variant=variant,
+    )
+    return moves
+
+
+def bias_gain(betas: tuple[float, float], age: int) -> float:
+    """`sqrt(1-β2^t) / (1-β1^t)`: the bias-corrected direction divided by the uncorrected `M / (sqrt(V) + ε)`."""
+    return math.sqrt(1 - betas[1] ** age) / (1 - betas[0] ** age)

@@ -1,0 +1,118 @@
+"""Target matrices of equal shape and age, taken through one step together.
+
+A basis is a (columns, rank) matrix, or for random columns the (rank,) indices of the columns themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.optim.adam import adam_moves, bias_gain, decay_factors
+
+# Copying small matrices into one stack costs less than a kernel for each; above this size the copy costs more.
+STACK_BELOW = 2**16
+
+
+def project_matrix(matrix: Tensor, basis: Tensor, left_basis: Tensor | None = None) -> Tensor:
+    """`G Q`, or `Pᵀ G Q` with a left basis: (rows, columns) -> (rows or rank, rank)."""
+    if not basis.is_floating_point():
+        return matrix.index_select(-1, basis)
+    if left_basis is not None:
+        matrix = left_basis.mT @ matrix
+    return matrix @ basis
+
+
+def lift_matrix(low: Tensor, basis: Tensor, columns: int, left_basis: Tensor | None = None) -> Tensor:
+    """`R Qᵀ`, or `P R Qᵀ` with a left basis: back to (rows, columns)."""
+    if not basis.is_floating_point():
+        return low.new_zeros(*low.shape[:-1], columns).index_copy_(-1, basis, low)
+    if left_basis is not None:
+        low = left_basis @ low
+    return low @ basis.mT
+
+
+@dataclass
+class Batch:
+    """Matrices that share shape, dtype, device, group options and Adam age.
+
+    Attributes:
+        group: the options of their parameter group.
+        age: which Adam step this is, from 1.
+        weights, grads: oriented views, (rows, columns) each.
+        bases: one for each matrix; see the module.
+        left_bases: (rows, rank) each, or None.
+        exp_avgs, exp_avg_sqs: the moments, of the projected shape.
+        limits: 0-dimensional tensors with the residual's last norm, or empty.
+    """
+
+    group: dict[str, Any]
+    age: int
+    weights: list[Tensor]
+    grads: list[Tensor]
+    bases: list[Tensor]
+    left_bases: list[Tensor] | None
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    limits: list[Tensor]
+    lows: Tensor | None = None
+
+    @property
+    def stackable(self) -> bool:
+        dense = self.bases[0].is_floating_point() and self.left_bases is None
+        return dense and len(self.weights) > 1 and self.weights[0].numel() <= STACK_BELOW
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """`(keep, step)`: `weight ← keep · weight + step · move` with Adam's bias-corrected move."""
+        lr = float(self.group["lr"])
+        keep, gain = decay_factors(lr, self.group["weight_decay"], self.group["adam_variant"])
+        return keep, lr * gain
+
+    @property
+    def bias_gain(self) -> float:
+        return bias_gain(self.group["betas"], self.age)
+
+    def project(self) -> Tensor:
+        """The projected gradients, (k, rows, rank), in the moments' type."""
+        if self.lows is None:
+            if self.stackable:
+                lows = torch.bmm(torch.stack(self.grads), torch.stack(self.bases))
+            else:
+                lefts: list[Any] = self.left_bases or [None] * len(self.grads)
+                parts = map(project_matrix, self.grads, self.bases, lefts)
+                lows = next(parts)[None] if len(self.grads) == 1 else torch.stack(list(parts))
+            self.lows = lows.to(self.exp_avgs[0].dtype)
+        return self.lows
+
+    def moves(self) -> Tensor:
+        """Minus Adam's bias-corrected direction of the projected gradients, (k, rows, rank); updates the moments."""
+        return adam_moves(
+            self.project(),
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            age=self.age,
+            betas=self.group["betas"],
+            eps=self.group["eps"],
+            variant=self.group["adam_variant"],
+        )
+
+    def apply_lifted_(self, lows: Tensor, *, keep: float, alpha: float) -> None:
+        """`W ← keep · W + alpha · lift(lows)`, without a dense temporary for large matrices."""
+        lows = lows.to(self.weights[0].dtype)
+        if self.stackable:
+            bases = torch.stack(self.bases).to(lows.dtype)
+            if keep != 1:
+                torch._foreach_mul_(self.weights, keep)
+            torch._foreach_add_(self.weights, torch.bmm(lows, bases.mT).unbind(), alpha=alpha)
+            return
+        for index, (weight, low, basis) in enumerate(zip(self.weights, lows.unbind(), self.bases, strict=True)):
+            if not basis.is_floating_point():
+                (weight.mul_(keep) if keep != 1 else weight).index_add_(1, basis, low, alpha=alpha)
+                continue
+            if self.left_bases is not None:
+                low = self.left_bases[index].to(low.dtype) @ low  # noqa: PLW2901
+            weight.addmm_(low, basis.to(low.dtype).mT, beta=keep, alpha=alpha)

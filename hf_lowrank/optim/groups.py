@@ -1,0 +1,107 @@
+"""Parameter groups: which parameters live in a subspace, which decay, and what `TrainingArguments` say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import get_parameter_names
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.targets import target_modules as select_target_modules
+
+# Trainer's own exemptions from weight decay (`Trainer.get_decay_parameter_names`): biases and norms.
+NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+
+
+def decayed_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that Trainer would decay."""
+    return set(get_parameter_names(model, [nn.LayerNorm], list(NO_DECAY_PATTERNS)))
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    rank: int,
+    target_modules: str | Sequence[str] = "auto",
+    weight_decay: float = 0.0,
+    **group_options: Any,
+) -> list[dict[str, Any]]:
+    """Splits `model`'s trainable parameters into target matrices and the rest, each with and without weight decay.
+
+    The target groups carry `rank` and `group_options` (`update_proj_gap`, `scale`, `proj_type`, …); the others have
+    `rank=None` and get plain AdamW. Weight decay spares what Trainer spares: biases and norms.
+    Empty groups are left out.
+
+    Raises:
+        UserError: `target_modules` matches nothing, or nothing trainable; or `rank` is too large for a target.
+    """
+    modules = select_target_modules(model, target_modules)
+    targets = {id(module.weight) for module in modules.values()}
+    decayed = decayed_names(model)
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        key = (id(param) in targets, name in decayed)
+        if key not in groups:
+            groups[key] = {"params": [], "weight_decay": weight_decay if key[1] else 0.0, "rank": None}
+            if key[0]:
+                groups[key].update(group_options, rank=rank)
+        if key[0] and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(param.shape)):
+            raise UserError(
+                f"rank must be from 1 to {min(param.shape)} for {name} of shape {tuple(param.shape)}, got {rank!r}"
+            )
+        groups[key]["params"].append((name, param))
+    if not any(target for target, _ in groups):
+        raise UserError(
+            f"target_modules {target_modules!r} matches only frozen parameters; unfreeze some or change it"
+        )
+    ordered = [groups[key] for key in sorted(groups, reverse=True)]
+    check_coverage(model, ordered)
+    return ordered
+
+
+def group_parameters(group: Mapping[str, Any]) -> list[Tensor]:
+    """A group's parameters, whether it lists them plainly or as (name, parameter) pairs."""
+    params = group["params"]
+    if isinstance(params, Tensor):
+        return [params]
+    return [param[1] if isinstance(param, tuple) else param for param in params]
+
+
+def check_coverage(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Stops the run when a trainable parameter of `model` is in no group, or in two.
+
+    Raises:
+        UserError: naming the first such parameters.
+    """
+    seen: dict[int, int] = {}
+    for group in groups:
+        for param in group_parameters(group):
+            seen[id(param)] = seen.get(id(param), 0) + 1
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    missing = [name for name, param in trainable if id(param) not in seen]
+    if missing:
+        raise UserError(
+            f"every trainable parameter must be in a group, {len(missing)} are in none: {', '.join(missing[:3])}; "
+            "freeze them or add a group"
+        )
+    twice = [name for name, param in trainable if seen[id(param)] > 1]
+    if twice:
+        raise UserError(f"a parameter must be in one group, {len(twice)} are in several: {', '.join(twice[:3])}")
+
+
+def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The optimizer's keyword arguments that `TrainingArguments` hold: lr, betas, eps and weight_decay.
+
+    For `Trainer(optimizer_cls_and_kwargs=(GaLoreAdamW, {"model": model, "rank": 128, **adam_arguments(args)}))`.
+    """
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }

@@ -1,0 +1,124 @@
+"""How a parameter is seen as matrices: decided once, from its shape and its group's options.
+
+Every method works on *oriented* matrices: a view whose last dimension is the one that gets projected. A left
+projection of W is a right projection of its transpose, so that one set of formulas serves both sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.errors import UserError
+
+PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
+MATRIX_VIEWS = ("auto", "stack", "flatten")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One target parameter's matrices.
+
+    Attributes:
+        count: how many matrices it holds (1, or the number of stacked experts).
+        rows, columns: shape of an oriented matrix; `columns` is projected to `rank`.
+        transposed: whether the oriented matrix is the transpose of the stored one (a left projection).
+        both: whether rows are projected as well (`proj_type="full"`).
+        stacked: whether the first dimension counts matrices.
+        rank: the rank of the subspace.
+        index: the number of the first matrix among all of the optimizer's; keys its random draws.
+    """
+
+    count: int
+    rows: int
+    columns: int
+    transposed: bool
+    both: bool
+    stacked: bool
+    rank: int
+    index: int
+
+    @property
+    def low_shape(self) -> tuple[int, int]:
+        """Shape of the projected gradient."""
+        return (self.rank if self.both else self.rows, self.rank)
+
+    @property
+    def param_elements(self) -> int:
+        return self.count * self.rows * self.columns
+
+    def state_shape(self, *shape: int) -> tuple[int, ...]:
+        """`shape`, with the number of matrices in front where the parameter holds several."""
+        return (self.count, *shape) if self.stacked else shape
+
+    def matrices(self, tensor: Tensor) -> list[Tensor]:
+        """Oriented 2-D views of a weight or gradient of this layout's parameter."""
+        views = tensor.unbind(0) if self.stacked else (_as_matrix(tensor),)
+        return [view.mT if self.transposed else view for view in views]
+
+    def parts(self, state_tensor: Tensor) -> list[Tensor]:
+        """A state tensor's part for each matrix, as views."""
+        return list(state_tensor.unbind(0)) if self.stacked else [state_tensor]
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 2:
+        return tensor
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1).flatten(1)  # still a view; the order of a kernel's columns is free
+    return tensor.flatten(1)
+
+
+def is_transposed(rows: int, columns: int, proj_type: str) -> bool:
+    """Whether `proj_type` projects an m × n matrix from the left (GaLore's rule, arXiv 2403.03507)."""
+    if proj_type == "std":
+        return rows < columns
+    if proj_type == "reverse_std":
+        return rows >= columns
+    return proj_type == "left"
+
+
+def make_layout(param: Tensor, name: str, *, rank: int, proj_type: str, matrix: str, index: int) -> Layout:
+    """The layout of target parameter `name`.
+
+    Three dimensions are a stack of matrices (experts); four or five a convolution kernel, flattened behind its
+    first dimension; `matrix="flatten"` or `"stack"` decides where that guess is wrong.
+
+    Raises:
+        UserError: a vector, a rank above the smaller side, or an unknown option, naming the parameter.
+    """
+    if proj_type not in PROJ_TYPES:
+        raise UserError(f"proj_type of {name} must be one of {', '.join(PROJ_TYPES)}, got {proj_type!r}")
+    if matrix not in MATRIX_VIEWS:
+        raise UserError(f"matrix of {name} must be one of {', '.join(MATRIX_VIEWS)}, got {matrix!r}")
+    if param.ndim < 2:
+        raise UserError(
+            f"{name} of shape {tuple(param.shape)} is no matrix and has no low-rank subspace; "
+            "put it into a group without rank"
+        )
+    stacked = param.ndim == 3 if matrix == "auto" else matrix == "stack"
+    if stacked and param.ndim != 3:
+        raise UserError(f"matrix='stack' needs three dimensions, {name} has shape {tuple(param.shape)}")
+    if not stacked and param.ndim > 2 and _as_matrix(param).data_ptr() != param.data_ptr():
+        raise UserError(f"{name} of shape {tuple(param.shape)} must be contiguous to be seen as a matrix")
+    count = param.shape[0] if stacked else 1
+    rows, columns = param.shape[-2:] if stacked or param.ndim == 2 else _as_matrix(param).shape
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(rows, columns):
+        raise UserError(
+            f"rank must be from 1 to {min(rows, columns)} for {name} of shape {tuple(param.shape)}, got {rank!r}"
+        )
+    transposed = is_transposed(rows, columns, proj_type)
+    if transposed:
+        rows, columns = columns, rows
+    return Layout(
+        count=count,
+        rows=rows,
+        columns=columns,
+        transposed=transposed,
+        both=proj_type == "full",
+        stacked=stacked,
+        rank=rank,
+        index=index,
+    )

@@ -1,0 +1,76 @@
+"""Choosing the subspace of an oriented gradient (rows × columns): `rank` directions of its row space.
+
+Pure functions of tensors. `SUBSPACES` is the table that a group's `subspace` names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def draw_generator(device: torch.device, *key: int) -> torch.Generator:
+    """A generator on `device` seeded by `key` alone, so that any draw can be repeated after a resume or elsewhere."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a choice of subspace may look at.
+
+    Attributes:
+        grad: the oriented gradient (rows, columns), finite.
+        rank: how many directions.
+        transposed: whether `grad` is the transpose of the stored gradient.
+        previous: the basis in use before (columns, rank), or None at the first choice.
+        key: seeds the draws: (seed, matrix, refresh).
+    """
+
+    grad: Tensor
+    rank: int
+    transposed: bool
+    previous: Tensor | None
+    key: tuple[int, ...]
+
+    @property
+    def work(self) -> Tensor:
+        """The gradient in a type that decompositions support."""
+        return self.grad if self.grad.dtype == torch.float64 else self.grad.float()
+
+
+def exact_basis(request: Request) -> Tensor:
+    """The top right singular vectors of the gradient, (columns, rank)."""
+    return exact_bases(request)[0]
+
+
+def exact_bases(request: Request) -> tuple[Tensor, Tensor]:
+    """The top right and left singular vectors, (columns, rank) and (rows, rank), of one decomposition.
+
+    It is taken of the gradient as stored: the signs of singular vectors depend on the call, and the moments that
+    are carried over a refresh depend on the signs.
+    """
+    stored = request.work.mT if request.transposed else request.work
+    left, _, right = torch.linalg.svd(stored, full_matrices=False)
+    right = right[: request.rank].mT
+    left = left[:, : request.rank]
+    return (left, right) if request.transposed else (right, left)
+
+
+def captured_energy(grad: Tensor, basis: Tensor) -> Tensor:
+    """Share of the gradient's squared norm inside the span of an orthonormal `basis`, 0 to 1 (1 for zero)."""
+    work = grad.to(basis.dtype)
+    total = work.square().sum()
+    return torch.where(total > 0, (work @ basis).square().sum() / total, torch.ones_like(total))
+
+
+def subspace_overlap(basis: Tensor, other: Tensor) -> Tensor:
+    """`‖UᵀV‖_F² / k` of two orthonormal bases (columns, k): 1 for one span, k / columns for random ones."""
+    return (basis.mT @ other).square().sum() / basis.shape[-1]
+
+
+SUBSPACES: dict[str, Callable[[Request], Tensor]] = {"svd": exact_basis}
