@@ -142,7 +142,7 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        placement: Tensor = base_layer.weight if self.merged else base_layer.placement
+        placement: Any = base_layer.weight if self.merged else base_layer.placement
         return placement.device, placement.dtype
 
     @property
@@ -349,7 +349,7 @@ class SLTrainLinear(ReplacedLinear):
         self._draw_support(adapter_name, seed)
         B, A = truncated_svd(weight, self.r[adapter_name])
         support = self.sltrain_support[adapter_name].to(weight.device)
-        residual = (weight.float() - B @ A).view(-1)
+        residual = (weight.float() - B @ A).reshape(-1)
         fill(self.sltrain_A[adapter_name], A)
         fill(self.sltrain_B[adapter_name], B / self.scaling[adapter_name])
         fill(self.sltrain_values[adapter_name], residual[support.long()])

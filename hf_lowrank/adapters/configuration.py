@@ -1,0 +1,112 @@
+"""The config of a model whose linear layers are adapters: the base architecture's config, and the adapter's."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from hf_lowrank.errors import UserError
+
+ADAPTERS = ("COLA", "SLTRAIN", "LORA")
+
+# What says where an adapter came from, not what it is.
+PROVENANCE = ("peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "runtime_config")
+
+
+def adapter_to_dict(config: PeftConfig | dict[str, Any]) -> dict[str, Any]:
+    """`peft_type` and the fields that differ from their defaults, ready for JSON.
+
+    Raises:
+        UserError: the adapter is none that a `LowRankForCausalLM` can hold.
+    """
+    if isinstance(config, dict):
+        config = adapter_from_dict(config)
+    peft_type = str(getattr(config.peft_type, "value", config.peft_type))
+    if peft_type not in ADAPTERS:
+        raise UserError(f"adapter_config: peft_type must be one of {', '.join(ADAPTERS)}, got {peft_type!r}")
+    default = type(config)()
+    kept: dict[str, Any] = {"peft_type": peft_type}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in (*PROVENANCE, "peft_type", "inference_mode") and value != getattr(default, field.name):
+            kept[field.name] = sorted(value) if isinstance(value, set) else value
+    return kept
+
+
+def adapter_from_dict(entries: dict[str, Any]) -> PeftConfig:
+    """The PEFT config that `entries` describe.
+
+    Raises:
+        UserError: the type is unknown, a key is no field of it, or a value is not allowed.
+    """
+    entries = dict(entries)
+    peft_type = str(entries.pop("peft_type", None)).upper()
+    if peft_type not in ADAPTERS:
+        raise UserError(f"adapter_config: peft_type must be one of {', '.join(ADAPTERS)}, got {peft_type!r}")
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
+    unknown = sorted(set(entries) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise UserError(f"adapter_config: {unknown[0]!r} is no option of {cls.__name__}")
+    return cls(**entries)
+
+
+class LowRankConfig(PreTrainedConfig):
+    """Config of `LowRankForCausalLM`.
+
+    Attributes of the base config (`hidden_size`, `vocab_size`, …) can be read and set here as well.
+
+    Attributes:
+        base_config: config of the dense architecture.
+        adapter_config: `peft_type` ("COLA", "SLTRAIN" or "LORA") and the options of its PEFT config; that config
+            itself is taken, too.
+    """
+
+    model_type = "lowrank"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "base_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
+    }
+
+    base_config: Any = None
+    adapter_config: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.adapter_config is not None:
+            self.adapter_config = adapter_to_dict(self.adapter_config)
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The base architecture's text config; caches, generation and resizing read and write it."""
+        return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    def peft_config(self) -> PeftConfig:
+        """The adapter's PEFT config, fresh at each call (PEFT writes into the one it is given).
+
+        Raises:
+            UserError: there is no adapter config.
+        """
+        if self.adapter_config is None:
+            raise UserError("LowRankConfig: adapter_config is missing; give base_config and adapter_config")
+        return adapter_from_dict(self.adapter_config)
+
+    def __getattr__(self, name: str) -> Any:
+        own = object.__getattribute__(self, "__dict__")
+        if name.startswith("_") or not own.get("_post_init_done"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(own["base_config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("base_config") if self.__dict__.get("_post_init_done") else None
+        inherited = base is not None and not name.startswith("_") and name not in self.__dict__
+        if inherited and not hasattr(type(self), name) and hasattr(base, name):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+AutoConfig.register("lowrank", LowRankConfig)

@@ -1,0 +1,108 @@
+"""Dense weights of adapted layers: from a layer, or tensor by tensor from a checkpoint without building the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from hf_lowrank.adapters.functional import sltrain_weight
+from hf_lowrank.errors import UserError
+
+# The base model's attribute in LowRankForCausalLM, and so the first part of its tensors' names.
+PREFIX = "lm"
+ADAPTER = "default"
+
+
+@torch.no_grad()
+def lora_dense_weight(layer: Any, adapter: str = ADAPTER) -> Tensor:
+    """W + (α/r) B A of a LoRA layer, (out, in), summed in float32 and rounded once to W's dtype."""
+    weight = layer.get_base_layer().weight
+    weight = weight.T if layer.fan_in_fan_out else weight
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return merged(weight, A, B, layer.scaling[adapter])
+
+
+def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """weight + scaling · B A, summed in float32 at least and rounded once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scaling).to(weight.dtype)
+
+
+def is_lora_layer(layer: object) -> bool:
+    """Whether `layer` is a linear layer with LoRA."""
+    return isinstance(layer, LoraLayer) and hasattr(layer, "get_base_layer")
+
+
+def dense_weight_kind(adapter_config: dict[str, Any]) -> Literal["exact", "surrogate"]:
+    """Whether the dense weight computes the layer's function ("exact") or only stands for it ("surrogate": CoLA)."""
+    cola = adapter_config["peft_type"] == "COLA" and adapter_config.get("bottleneck_act", "silu") != "linear"
+    return "surrogate" if cola else "exact"
+
+
+def low_rank_factors_from_tensors(
+    module: str, get_tensor: Callable[[str], Tensor], adapter_config: dict[str, Any]
+) -> tuple[Tensor, Tensor, float]:
+    """B (out, r), A (r, in) and the scale of their product, read from a checkpoint of `LowRankForCausalLM`.
+
+    For LoRA that product is the update on top of the frozen weight, for SLTrain the part beside the sparse one.
+
+    Args:
+        module: dotted name in the dense model, as `model.layers.0.self_attn.q_proj`.
+        get_tensor: reads one tensor by its name; raises KeyError where there is none.
+        adapter_config: `LowRankConfig.adapter_config`.
+
+    Raises:
+        UserError: a tensor of the module is missing.
+    """
+    kind = adapter_config["peft_type"]
+    names = {
+        "COLA": ("cola_A.{}", "cola_B.{}"),
+        "SLTRAIN": ("sltrain_A.{}", "sltrain_B.{}"),
+        "LORA": ("lora_A.{}.weight", "lora_B.{}.weight"),
+    }[kind]
+    A, B = (_read(module, name.format(ADAPTER), get_tensor, kind) for name in names)
+    return B, A, _scaling(module, A.shape[0], adapter_config)
+
+
+def dense_weight_from_tensors(
+    module: str, get_tensor: Callable[[str], Tensor], adapter_config: dict[str, Any]
+) -> Tensor:
+    """The dense weight (out, in), float32, of one adapted module of a checkpoint; arguments and errors as above."""
+    kind = adapter_config["peft_type"]
+    B, A, scaling = low_rank_factors_from_tensors(module, get_tensor, adapter_config)
+    B, A = B.float(), A.float()
+    if kind == "COLA":
+        return B @ A
+    if kind == "SLTRAIN":
+        values = _read(module, f"sltrain_values.{ADAPTER}", get_tensor, kind).float()
+        support = _read(module, f"sltrain_support.{ADAPTER}", get_tensor, kind)
+        return sltrain_weight(A, B, values, support, scaling)
+    weight = _read(module, "base_layer.weight", get_tensor, kind).float()
+    shape = (B.shape[0], A.shape[1])
+    if weight.shape != shape or (shape[0] == shape[1] and adapter_config.get("fan_in_fan_out", False)):
+        weight = weight.T
+    return merged(weight, A, B, scaling)
+
+
+def _read(module: str, name: str, get_tensor: Callable[[str], Tensor], kind: str) -> Tensor:
+    full = f"{PREFIX}.{module}.{name}"
+    try:
+        return get_tensor(full)
+    except KeyError:
+        raise UserError(f"{module}: the {kind} checkpoint misses the tensor {full}") from None
+
+
+def _scaling(module: str, r: int, adapter_config: dict[str, Any]) -> float:
+    kind = adapter_config["peft_type"]
+    if kind == "COLA":
+        return 1.0
+    alpha = adapter_config.get("lora_alpha", 32 if kind == "SLTRAIN" else 8)
+    patterns = adapter_config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), module), alpha)
+    return alpha / (math.sqrt(r) if adapter_config.get("use_rslora") else r)

@@ -1,0 +1,230 @@
+"""A causal language model that is its base architecture with adapters for linear layers, and stands alone on disk."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_lowrank.adapters.configuration import LowRankConfig
+from hf_lowrank.adapters.dense import PREFIX, lora_dense_weight
+from hf_lowrank.adapters.layers import ReplacedLinear, dense_linear
+from hf_lowrank.adapters.relora import reinitialise
+from hf_lowrank.errors import UserError
+from hf_lowrank.targets import target_modules
+
+PASSED_BY_NAME = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
+
+
+class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
+    """The causal language model of `config.base_config` whose targets carry the adapter of `config.adapter_config`.
+
+    Everything outside the targets (embeddings, norms, head, biases) trains. CoLA and SLTrain keep no dense weight of a
+    target; LoRA keeps it frozen (ReLoRA merges into it). The dense model is built first, by its own initialisation,
+    so that whatever is not a target starts as in the dense model of the same seed.
+
+    Raises:
+        UserError: the targets match nothing, a rank does not fit, or a checkpoint misses a tensor or has one that
+            does not belong; the message names the module.
+    """
+
+    config_class = LowRankConfig
+    base_model_prefix = PREFIX
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: LowRankConfig) -> None:
+        super().__init__(config)
+        self.lm = AutoModelForCausalLM.from_config(config.base_config)
+        config.base_config = self.lm.config
+        inject(self.lm, config.peft_config())
+        self.post_init()
+        # Every rank draws or reads the same support; DDP would otherwise broadcast it in each forward.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if ".sltrain_support." in name or name.endswith(".placement")
+        ]
+
+    def init_weights(self) -> None:
+        """Ties weights only: the base model initialised its own, and the adapters drew theirs from their seed."""
+        self.tie_weights(recompute_mapping=False)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward; arguments and outputs are its."""
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels)
+        named = {name: value for name, value in zip(PASSED_BY_NAME, given, strict=True) if value is not None}
+        return self.lm(**named, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's generation, with its cache and its preparation of inputs."""
+        self.lm.generation_config = self.generation_config
+        return self.lm.generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.lm.prepare_inputs_for_generation(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model's own resizing, which also keeps its copies of the vocabulary's size."""
+        return self.lm.resize_token_embeddings(*args, **kwargs)
+
+    def get_decoder(self) -> nn.Module:
+        return self.lm.get_decoder()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any model of transformers, but a tensor that is missing, strange or of another shape is an error."""
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # to report them below, by name
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        _check_complete(pretrained_model_name_or_path, model, info)
+        freeze_dense_weights(model.lm)
+        return (model, info) if with_info else model
+
+    @classmethod
+    def from_dense(cls, model: PreTrainedModel, adapter_config: PeftConfig | dict[str, Any]) -> LowRankForCausalLM:
+        """The adapted model that starts from `model`'s weights, which is left as it is.
+
+        CoLA's and SLTrain's factors come from each dense weight's truncated SVD, SLTrain's values from what the
+        product leaves out; LoRA goes on top of the dense weights, so that the function stays the same.
+        """
+        config = LowRankConfig(base_config=copy.deepcopy(model.config), adapter_config=adapter_config)
+        with torch.device("meta"):
+            adapted = cls(copy.deepcopy(config))
+        start = config.peft_config()
+        if not isinstance(start, LoraConfig):
+            start.init = "svd"  # type: ignore[attr-defined]
+        lm = copy.deepcopy(model)
+        inject(lm, start)
+        adapted.lm = lm
+        adapted.config.base_config = lm.config
+        adapted.generation_config = copy.deepcopy(getattr(model, "generation_config", adapted.generation_config))
+        adapted.post_init()
+        return adapted.train(model.training)
+
+    def to_dense(self) -> PreTrainedModel:
+        """A plain model of the base architecture that computes the same; this one is left as it is.
+
+        Raises:
+            UserError: the adapter has no dense equivalent (CoLA).
+        """
+        layers = dict(target_layers(self))
+        for name, layer in layers.items():
+            if isinstance(layer, ReplacedLinear) and layer.dense_weight_kind != "exact":
+                raise UserError(
+                    f"{name}: {layer.title} has no dense equivalent: its non-linearity between the factors cannot be "
+                    "merged; the model loads as it is, after `import hf_lowrank`"
+                )
+        shells = {id(layer): nn.Identity() for layer in layers.values()}
+        dense = copy.deepcopy(self.lm, memo=shells)
+        for name, layer in layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(dense.get_submodule(parent), child, _dense_layer(layer))
+        if hasattr(dense, "peft_config"):
+            del dense.peft_config
+        dense.generation_config = copy.deepcopy(self.generation_config)
+        dense.config.architectures = [type(dense).__name__]
+        dense.requires_grad_(True)
+        return dense
+
+
+def inject(lm: nn.Module, adapter: PeftConfig) -> None:
+    """Puts the adapter into `lm` in place, draws it from its seed, and lets everything outside the targets train.
+
+    torch's global generator is left where it was.
+    """
+    devices: list[int] = []
+    with torch.random.fork_rng(devices=devices):
+        if isinstance(adapter, LoraConfig):
+            layers = target_modules(lm, _patterns(adapter.target_modules))
+            adapter.target_modules = sorted(layers)
+            adapter.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in layers.values())
+        inject_adapter_in_model(adapter, lm)
+    if isinstance(adapter, LoraConfig):
+        reinitialise(lm, seed=0, step=0)
+    for parameter in lm.parameters():
+        parameter.requires_grad_(True)
+    freeze_dense_weights(lm)
+
+
+def _patterns(targets: Any) -> Any:
+    if targets is None:
+        return "auto"
+    return targets if isinstance(targets, str) else sorted(targets)
+
+
+def freeze_dense_weights(lm: nn.Module) -> None:
+    """Freezes the weights under LoRA; their biases train."""
+    for layer in lm.modules():
+        if isinstance(layer, LoraLayer):
+            layer.get_base_layer().weight.requires_grad_(False)
+
+
+def target_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The adapted layers by the name that they have in the dense model, in module order."""
+    lm = model.lm if isinstance(model, LowRankForCausalLM) else model
+    return {name: layer for name, layer in lm.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+@torch.no_grad()
+def _dense_layer(layer: Any) -> nn.Module:
+    if isinstance(layer, ReplacedLinear):
+        shell = layer.base_layer
+        weight, bias, as_conv1d = layer.dense_weight().to(shell.placement.dtype), shell.bias, shell.was_conv1d
+    else:
+        base = layer.get_base_layer()
+        weight, bias, as_conv1d = lora_dense_weight(layer), base.bias, isinstance(base, Conv1D)
+    return dense_linear(weight, None if bias is None else nn.Parameter(bias.detach().clone()), as_conv1d)
+
+
+def _check_complete(source: Any, model: LowRankForCausalLM, info: dict[str, Any]) -> None:
+    place = f"{os.fspath(source)}: " if source is not None else ""
+    method = str(model.config.adapter_config["peft_type"])
+    for problem, keys in (
+        ("misses the tensor", info["missing_keys"]),
+        ("has a tensor that does not belong to it,", info["unexpected_keys"]),
+    ):
+        if keys:
+            first, *rest = sorted(keys)
+            more = f" and {len(rest)} more" if rest else ""
+            raise UserError(
+                f"{place}a {method} checkpoint of {type(model.lm).__name__} {problem} {first}{more}; "
+                "the file is incomplete or of another method"
+            )
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise UserError(f"{place}{name} has shape {tuple(found)}, the config asks for {tuple(expected)}")
+
+
+AutoModelForCausalLM.register(LowRankConfig, LowRankForCausalLM)
