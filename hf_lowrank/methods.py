@@ -16,6 +16,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
+from hf_lowrank.adapters.settings import (
+    CoLASettings,
+    LowRankSettings,
+    ReLoraSettings,
+    SLTrainSettings,
+    build_adapted,
+    build_relora,
+    build_relora_optimizer,
+    build_relora_scheduler,
+    relora_callbacks,
+)
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.method_settings import MethodSettings
 from hf_lowrank.optim.settings import FiraSettings, GaLoreSettings, build_projected
@@ -130,6 +141,44 @@ METHODS = MethodTable(
             settings=FiraSettings,
             source="arXiv 2410.01623",
             build_optimizer=build_projected,
+        ),
+        Method(
+            name="relora",
+            title="ReLoRA",
+            summary="LoRA from scratch, merged into its dense weight and begun anew every few thousand steps.",
+            kind="restarts",
+            settings=ReLoraSettings,
+            source="arXiv 2307.05695",
+            build_model=build_relora,
+            build_optimizer=build_relora_optimizer,
+            build_scheduler=build_relora_scheduler,
+            callbacks=relora_callbacks,
+        ),
+        Method(
+            name="cola",
+            title="CoLA",
+            summary="Two factors with a non-linearity between them in place of each linear layer.",
+            kind="layers",
+            settings=CoLASettings,
+            source="arXiv 2502.10940",
+            build_model=build_adapted,
+        ),
+        Method(
+            name="sltrain",
+            title="SLTrain",
+            summary="A low-rank product plus a sparse matrix of fixed random support in place of each weight.",
+            kind="layers",
+            settings=SLTrainSettings,
+            source="arXiv 2406.02214",
+            build_model=build_adapted,
+        ),
+        Method(
+            name="low_rank",
+            title="Low-rank",
+            summary="Two factors in place of each weight: the control that the others improve on.",
+            kind="layers",
+            settings=LowRankSettings,
+            build_model=build_adapted,
         ),
     ]
 )

@@ -94,7 +94,7 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm.set_output_embeddings(new_embeddings)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's own resizing, which also keeps its copies of the vocabulary's size."""
         return self.lm.resize_token_embeddings(*args, **kwargs)
 

@@ -115,6 +115,11 @@ def factors(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Parameter]
     return found
 
 
+def dense_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights under LoRA, which are frozen but in a warm start."""
+    return [layer.get_base_layer().weight for layer in lora_layers(model).values()]
+
+
 def relora_lr_factor(
     step: int,
     *,

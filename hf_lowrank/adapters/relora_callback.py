@@ -6,12 +6,20 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.adapters.dense import ADAPTER
-from hf_lowrank.adapters.relora import PRUNINGS, Pruning, factors, lora_layers, merge_and_reinit, prune_moments
+from hf_lowrank.adapters.relora import (
+    PRUNINGS,
+    Pruning,
+    dense_weights,
+    factors,
+    lora_layers,
+    merge_and_reinit,
+    prune_moments,
+)
 from hf_lowrank.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +83,7 @@ class ReLoraCallback(TrainerCallback):
     ) -> None:
         lora_layers(model)
         if self.warm_start_steps:
-            for weight in _dense_weights(model):
+            for weight in dense_weights(model):
                 weight.requires_grad_(True)  # so that the optimizer takes them in
 
     def on_train_begin(
@@ -83,7 +91,7 @@ class ReLoraCallback(TrainerCallback):
     ) -> None:
         if self.warm_start_steps:
             self._warm = state.global_step < self.warm_start_steps
-            for weight in _dense_weights(model):
+            for weight in dense_weights(model):
                 self._hooks.append(weight.register_hook(lambda grad: grad if self._warm else torch.zeros_like(grad)))
             for factor in factors(model, self.adapter).values():
                 self._hooks.append(factor.register_hook(lambda grad: torch.zeros_like(grad) if self._warm else grad))
@@ -93,7 +101,7 @@ class ReLoraCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if self.warm_start_steps:
-            still = factors(model, self.adapter).values() if self._warm else _dense_weights(model)
+            still = factors(model, self.adapter).values() if self._warm else dense_weights(model)
             for parameter in still:
                 parameter.grad = None
 
@@ -133,15 +141,11 @@ class ReLoraCallback(TrainerCallback):
         """Once the warm start is over, the dense weights' moments go, and, in one process, their gradients, too."""
         if self._warm:
             return
-        for weight in _dense_weights(model):
+        for weight in dense_weights(model):
             _inner(optimizer).state.pop(weight, None)
             if not torch.distributed.is_initialized():
                 weight.requires_grad_(False)
                 weight.grad = None
-
-
-def _dense_weights(model: nn.Module) -> list[Tensor]:
-    return [layer.get_base_layer().weight for layer in lora_layers(model).values()]
 
 
 def _inner(optimizer: Any) -> Optimizer:
