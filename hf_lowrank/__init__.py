@@ -2,8 +2,25 @@
 
 from importlib.metadata import version
 
+from hf_lowrank.adapters import (
+    CoLAConfig,
+    LowRankConfig,
+    LowRankForCausalLM,
+    ReLoraCallback,
+    ReLoraScheduler,
+    SLTrainConfig,
+)
 from hf_lowrank.methods import METHODS
 
 __version__ = version("hf-lowrank")
 
-__all__ = ["METHODS", "__version__"]
+__all__ = [
+    "METHODS",
+    "CoLAConfig",
+    "LowRankConfig",
+    "LowRankForCausalLM",
+    "ReLoraCallback",
+    "ReLoraScheduler",
+    "SLTrainConfig",
+    "__version__",
+]
