@@ -1,0 +1,288 @@
+"""Trajectories: a run's checkpoints in step order, as models and as dense weights.
+
+Reads what is on disk or on the Hub and nothing else; knows neither training nor optimizers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from hf_lowrank.checkpoint_sources import open_source, weight_files
+from hf_lowrank.errors import UserError
+from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
+from hf_lowrank.targets import target_modules
+
+Factors = tuple[Tensor, Tensor, float]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run says about itself.
+
+    Attributes:
+        name: the run directory's name or the repository.
+        method: the recipe's method; "unknown" without a recipe.
+        seed: the recipe's seed; None without one.
+        recipe: the resolved recipe; None for checkpoints that came without one.
+    """
+
+    name: str
+    method: str
+    seed: int | None
+    recipe: dict[str, Any] | None = field(repr=False)
+
+
+class Trajectory:
+    """The checkpoints of one run, in step order.
+
+    Args:
+        path: a run directory, a folder of `checkpoint-N` folders, one checkpoint, `user/repo` or
+            `user/repo@revision` on the Hub.
+        revisions: for a repository, which branches and tags are its checkpoints, as a pattern (`"step*"`); the last
+            number in a name is its step.
+
+    Attributes:
+        path: as given.
+        steps: ascending optimizer steps.
+
+    Raises:
+        UserError: nothing is there, or no checkpoint is whole. Half-written checkpoints are skipped with a warning.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, revisions: str | None = None) -> None:
+        self.path = os.fspath(path)
+        self._source = open_source(self.path, revisions)
+        self.steps: list[int] = list(self._source.steps)
+
+    def __repr__(self) -> str:
+        return f"Trajectory({self.path!r}, steps={self.steps})"
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @cached_property
+    def run(self) -> RunInfo:
+        """Name, method, seed and recipe."""
+        file = self._source.extra("recipe.yaml")
+        if file is None:
+            return RunInfo(self._source.name, "unknown", None, None)
+        try:
+            recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+            method = recipe.get("method") or {}
+            name = method.get("name", "unknown") if isinstance(method, dict) else str(method)
+        except (yaml.YAMLError, AttributeError, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: not a readable recipe: {' '.join(str(error).split())}") from None
+        return RunInfo(self._source.name, name, recipe.get("seed"), recipe)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the first checkpoint."""
+        return self.config_at(self.steps[0])
+
+    def config_at(self, step: int) -> PreTrainedConfig:
+        """The configuration of one checkpoint."""
+        _register_adapters()
+        folder = self._source.folder(self._known(step), weights=False)
+        try:
+            return AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder}/config.json: not a readable configuration: {_one_line(error)}") from None
+
+    def where(self, step: int) -> str:
+        """The checkpoint's folder, or `user/repo@revision`."""
+        return self._source.where(self._known(step))
+
+    @property
+    def tokenizer_source(self) -> str:
+        """What `AutoTokenizer.from_pretrained` takes where the run has no tokenizer folder."""
+        return self.path.partition("@")[0] if not os.path.isdir(self.path) else self.where(self.steps[-1])
+
+    def extra(self, file: str) -> Any:
+        """The path of a file of the whole run, or None."""
+        return self._source.extra(file)
+
+    def model(self, step: int) -> PreTrainedModel:
+        """The model in float32 and eval mode, on the CPU.
+
+        Raises:
+            UserError: no such step, or its files are damaged; the message names the file.
+        """
+        _register_adapters()
+        folder = self._source.folder(self._known(step), weights=True)
+        weight_files(folder)
+        try:
+            with _quiet_transformers():
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{self.where(step)}: cannot be loaded: {_one_line(error)}") from None
+        return model.eval()
+
+    def dense_model(self, step: int) -> PreTrainedModel:
+        """The plain architecture with dense weights, for models whose layers have them.
+
+        Raises:
+            UserError: the layers have no dense equivalent (CoLA's are non-linear).
+        """
+        model = self.model(step)
+        to_dense = getattr(model, "to_dense", None)
+        return model if to_dense is None else to_dense().eval()
+
+    @cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        """The architecture without any weights."""
+        config = self.config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+    @cached_property
+    def _targets(self) -> dict[str, nn.Module]:
+        """Target modules by the name that they have in the plain architecture."""
+        adapted = {
+            str(getattr(module, "layer_name", name)): module
+            for name, module in self._skeleton.named_modules()
+            if hasattr(module, "dense_weight")
+        }
+        return adapted or target_modules(self._skeleton)
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the target modules, in module order, as in the plain architecture."""
+        return list(self._targets)
+
+    def tensor_names(self, step: int) -> list[str]:
+        """Names of the tensors in a checkpoint."""
+        return list(self._files(step))
+
+    def tensor(self, step: int, name: str) -> Tensor:
+        """One tensor as it is stored, read without the rest.
+
+        Raises:
+            UserError: the checkpoint has no such tensor or the file is damaged.
+        """
+        files = self._files(step)
+        if name not in files:
+            raise UserError(f"{self.where(step)}: has no tensor {name!r}; there are: {', '.join(list(files)[:4])}, …")
+        try:
+            with safe_open(files[name], framework="pt") as tensors:
+                return tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{files[name]}: cannot be read: {_one_line(error)}") from None
+
+    def layer(self, step: int, module: str) -> nn.Module:
+        """One target module with its weights, the rest unread."""
+        if module not in self._targets:
+            raise UserError(f"{self.path}: no target module {module!r}; there are: {', '.join(self.targets[:4])}, …")
+        layer = self._targets[module]
+        path = next(name for name, found in self._skeleton.named_modules() if found is layer)
+        filled = copy.deepcopy(layer)
+        prefix = self._stored_prefix(step, path)
+        state = {name: self.tensor(step, prefix + name) for name in filled.state_dict()}
+        for name, expected in filled.state_dict().items():
+            if state[name].shape != expected.shape:
+                raise UserError(
+                    f"{self.where(step)}: {prefix + name} has shape {tuple(state[name].shape)}, "
+                    f"the configuration says {tuple(expected.shape)}"
+                )
+        filled.load_state_dict(state, assign=True)
+        return filled
+
+    def dense_weight(self, step: int, module: str) -> Tensor:
+        """The dense weight (out, in) float32 of a target module; for CoLA the product `B A` as a surrogate."""
+        layer: Any = self.layer(step, module)
+        if hasattr(layer, "dense_weight"):
+            return layer.dense_weight().detach().float()
+        weight = layer.weight.detach().float()
+        return weight.mT.contiguous() if isinstance(layer, Conv1D) else weight
+
+    def low_rank_factors(self, step: int, module: str) -> Factors | None:
+        """(B (out, r), A (r, in), scaling) whose product is the dense weight; None where it is no such product."""
+        if not hasattr(self._targets.get(module), "low_rank_factors"):
+            return None
+        layer: Any = self.layer(step, module)
+        b, a, scaling = layer.low_rank_factors()
+        held = sum(p.numel() for name, p in layer.named_parameters() if not name.endswith("bias"))
+        if held != a.numel() + b.numel():
+            return None  # the layer adds something to the product: a sparse part, a frozen weight
+        return b.detach().float(), a.detach().float(), float(scaling)
+
+    @property
+    def dense_weight_kind(self) -> Literal["exact", "surrogate"]:
+        """Whether dense weights are what the layers compute with, or stand in for it (CoLA)."""
+        kinds = {getattr(layer, "dense_weight_kind", "exact") for layer in self._targets.values()}
+        return "surrogate" if "surrogate" in kinds else "exact"
+
+    def evaluation_set(self) -> EvaluationSet:
+        """The held-out sequences that were written with the run."""
+        file = self._source.extra(FILE_NAME)
+        if file is None:
+            raise UserError(f"{self.path}: has no {FILE_NAME}; give sequences with --evaluation-set")
+        return EvaluationSet.load(file)
+
+    def log_history(self) -> list[dict[str, Any]]:
+        """Trainer's log up to the last checkpoint; empty where there is none."""
+        for step in reversed(self.steps):
+            state = self._source.folder(step, weights=False) / "trainer_state.json"
+            if state.is_file():
+                try:
+                    return list(json.loads(state.read_text(encoding="utf-8"))["log_history"])
+                except (ValueError, KeyError, TypeError, OSError) as error:
+                    raise UserError(f"{state}: not a readable trainer state: {_one_line(error)}") from None
+        return []
+
+    def _known(self, step: int) -> int:
+        if step not in self.steps:
+            raise UserError(f"{self.path}: has no checkpoint of step {step}; there are: {self.steps}")
+        return step
+
+    def _files(self, step: int) -> dict[str, Any]:
+        cache = self.__dict__.setdefault("_file_cache", {})
+        if step not in cache:
+            cache[step] = weight_files(self._source.folder(self._known(step), weights=True))
+        return cache[step]
+
+    def _stored_prefix(self, step: int, path: str) -> str:
+        """How the file spells a module's path: some checkpoints leave out the base model's name."""
+        base = getattr(self._skeleton, "base_model_prefix", "")
+        for prefix in (f"{path}.", f"{path.removeprefix(base + '.')}."):
+            if any(name.startswith(prefix) for name in self._files(step)):
+                return prefix
+        raise UserError(f"{self.where(step)}: holds no tensor of {path!r}")
+
+
+def _register_adapters() -> None:
+    """Lets AutoConfig know this package's own model type."""
+    import hf_lowrank.adapters  # noqa: F401
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Loading many checkpoints shows one progress, the caller's, not a bar for each."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

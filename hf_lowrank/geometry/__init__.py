@@ -1,0 +1,69 @@
+"""Geometry of trained models as pure functions of tensors, plain modules and a loss callable.
+
+Needs torch alone and nothing of the rest of the package.
+"""
+
+from .directions import Gaussian, RankOne, trajectory_pca_directions, weight_pca_directions
+from .engine import movable
+from .interpolation import interpolation_curve, loss_barrier, path_grid
+from .landscape import (
+    Curve,
+    expected_sharpness,
+    line_curve,
+    pca_curve,
+    plane,
+    random_curve,
+    random_sharpness,
+    random_variance,
+    symmetric_grid,
+    weight_scale,
+)
+from .losses import TokenLoss
+from .spectra import (
+    effective_rank,
+    numerical_rank,
+    principal_angles,
+    product_singular_values,
+    relative_norm,
+    singular_value_fraction,
+    singular_values,
+    spectral_gap,
+    stable_rank,
+    subspace_overlap,
+    tail_exponent,
+)
+from .statistics import Estimate
+
+__all__ = [
+    "Curve",
+    "Estimate",
+    "Gaussian",
+    "RankOne",
+    "TokenLoss",
+    "effective_rank",
+    "expected_sharpness",
+    "interpolation_curve",
+    "line_curve",
+    "loss_barrier",
+    "movable",
+    "numerical_rank",
+    "path_grid",
+    "pca_curve",
+    "plane",
+    "principal_angles",
+    "product_singular_values",
+    "random_curve",
+    "random_sharpness",
+    "random_variance",
+    "relative_norm",
+    "singular_value_fraction",
+    "singular_values",
+    "spectral_gap",
+    "stable_rank",
+    "subspace_overlap",
+    "symmetric_grid",
+    "tail_exponent",
+    "trajectory_pca_directions",
+    "weight_pca_directions",
+    "weight_scale",
+]

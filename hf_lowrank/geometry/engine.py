@@ -1,0 +1,203 @@
+"""Moving a model's weights along directions, and bringing them back bit for bit.
+
+Two ways, with the same numbers: `memory="copy"` keeps a second set of weights and writes every point into the
+model; `memory="low"` leaves the weights alone and lets a layer's perturbed weights exist, block by block, only
+while that layer runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .directions import Direction, as_rows, row_blocks
+
+Memory = Literal["copy", "low"]
+Point = Sequence[tuple[Direction, float]]
+
+
+@contextmanager
+def movable(model: nn.Module, *, memory: Memory = "copy") -> Iterator[Callable[[Point], None]]:
+    """Yields `move(point)`, which puts the model at `θ + Σ t·d` over the pairs (d, t) of `point`; `move(())` is θ.
+
+    Within, the model is in eval mode and no gradients are recorded; on leaving, also by an exception or Ctrl-C,
+    every weight is bit-equal to what it was and the mode is back.
+
+    Raises:
+        ValueError: a parameter is neither float32 nor float64 (lower precision swallows the perturbation), or
+            `memory` is unknown.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"parameters must be float32, {name} is {parameter.dtype}; convert with model.float()")
+        if not parameter.is_contiguous():
+            raise ValueError(f"parameters must be contiguous to be perturbed, {name} is not")
+    if memory not in ("copy", "low"):
+        raise ValueError(f"memory must be 'copy' or 'low', got {memory!r}")
+    training = model.training
+    model.eval()
+    mover = _Copy(model) if memory == "copy" else _Virtual(model)
+    try:
+        with torch.no_grad():
+            yield mover.move
+    finally:
+        _finish(mover.close)
+        model.train(training)
+
+
+def _finish(close: Callable[[], None]) -> None:
+    """Runs `close` to its end even if Ctrl-C comes meanwhile."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            close()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+class _Copy:
+    """Holds the original weights; every point is written from them, so nothing accumulates."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.originals = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def move(self, point: Point) -> None:
+        for name, parameter in self.parameters.items():
+            original = self.originals[name]
+            parameter.copy_(original)
+            add_point(name, as_rows(parameter), as_rows(original), point)
+
+    def close(self) -> None:
+        self.move(())
+
+
+def add_point(name: str, target_RC: Tensor, original_RC: Tensor, point: Point) -> None:
+    """`target += Σ t·d` in place."""
+    for start, stop in row_blocks(*original_RC.shape) if point else ():
+        _add_block(name, target_RC[start:stop], original_RC, (start, stop), point)
+
+
+def _add_block(name: str, target: Tensor, original_RC: Tensor, rows: tuple[int, int], point: Point) -> None:
+    for direction, t in point:
+        block = direction.block(name, original_RC, *rows) if t else None
+        if block is not None:
+            target.add_(block, alpha=t)
+
+
+class _Virtual:
+    """Gives the layers forward functions that perturb as they go; the stored weights are never written.
+
+    Linear and embedding layers compute from row blocks. Any other module that owns parameters holds its perturbed
+    ones, one module at a time, from before its forward until after it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.point: Point = ()
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.handles: list[Any] = []
+        self.replaced: list[nn.Module] = []
+        self.held: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        for module in model.modules():
+            if type(module) is nn.Linear and module.weight is not None:
+                self._replace(module, self._linear(module))
+                module.__dict__["row_block"] = self._row_block(module)
+            elif type(module) is nn.Embedding and module.max_norm is None:
+                self._replace(module, self._embedding(module))
+            elif any(True for _ in module.parameters(recurse=False)):
+                self.handles.append(module.register_forward_pre_hook(self._hold))
+                self.handles.append(module.register_forward_hook(self._release, always_call=True))
+
+    def move(self, point: Point) -> None:
+        self.point = point
+
+    def close(self) -> None:
+        self.point = ()
+        while self.held:
+            self._release(next(iter(self.held)))
+        for handle in self.handles:
+            handle.remove()
+        for module in self.replaced:
+            module.__dict__.pop("forward", None)
+            module.__dict__.pop("row_block", None)
+
+    def _replace(self, module: nn.Module, forward: Callable) -> None:
+        module.__dict__["forward"] = forward
+        self.replaced.append(module)
+
+    def _linear(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            if not self.point:
+                return functional.linear(x, module.weight, module.bias)
+            y = x.new_empty(*x.shape[:-1], module.out_features)
+            for start, stop in row_blocks(*module.weight.shape):
+                y[..., start:stop] = functional.linear(x, self._rows(module.weight, start, stop))
+            if module.bias is not None:
+                y += self._whole(module.bias)
+            return y
+
+        return forward
+
+    def _row_block(self, module: nn.Linear) -> Callable[[int, int], tuple[Tensor, Tensor | None]]:
+        def row_block(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+            bias = None if module.bias is None else self._whole(module.bias)[start:stop]
+            weight = module.weight.detach()[start:stop]
+            if self.point:
+                weight = weight.clone()
+                for first, last in row_blocks(*module.weight.shape):
+                    low, high = max(first, start), min(last, stop)
+                    if low < high:
+                        rows = self._rows(module.weight, first, last)
+                        weight[low - start : high - start] = rows[low - first : high - first]
+            return weight, bias
+
+        return row_block
+
+    def _embedding(self, module: nn.Embedding) -> Callable[[Tensor], Tensor]:
+        def forward(ids: Tensor) -> Tensor:
+            out = functional.embedding(ids, module.weight)
+            flat_ids, out_rows = ids.flatten(), out.view(-1, out.shape[-1])
+            for start, stop in row_blocks(*module.weight.shape) if self.point else ():
+                here = ((flat_ids >= start) & (flat_ids < stop)).nonzero().squeeze(1)
+                if here.numel():
+                    out_rows[here] = self._rows(module.weight, start, stop)[flat_ids[here] - start]
+            return out
+
+        return forward
+
+    def _rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        """A perturbed copy of one row block."""
+        name, original = self.names[id(weight)], weight.detach()
+        rows = original[start:stop].clone()
+        _add_block(name, rows, original, (start, stop), self.point)
+        return rows
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        copy = parameter.detach().clone()
+        add_point(self.names[id(parameter)], as_rows(copy), as_rows(parameter.detach()), self.point)
+        return copy
+
+    @torch.no_grad()
+    def _hold(self, module: nn.Module, inputs: Any) -> None:
+        if not self.point or module in self.held:
+            return
+        own = module.parameters(recurse=False)
+        kept: list[tuple[Tensor, Tensor]] = [(parameter, parameter.detach().clone()) for parameter in own]
+        self.held[module] = kept
+        for parameter, original in kept:
+            add_point(self.names[id(parameter)], as_rows(parameter), as_rows(original), self.point)
+
+    @torch.no_grad()
+    def _release(self, module: nn.Module, *_: Any) -> None:
+        for parameter, original in self.held.get(module, ()):
+            parameter.copy_(original)
+        self.held.pop(module, None)

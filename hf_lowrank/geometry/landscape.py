@@ -1,0 +1,221 @@
+"""The loss along lines through a model's weights, and what its shape says.
+
+`loss` is any callable from the model to a number. Offsets `t` are a symmetric grid that holds 0 exactly; the centre
+is evaluated once. Shapes: D draws or directions, G offsets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .directions import Direction, Gaussian, Normalize, weight_pca_directions
+from .engine import Memory, movable
+from .losses import Loss
+from .statistics import Estimate, jackknife_interval, mean_interval, student_quantile
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses (D, G) float64 at `offsets` (G,) along D directions, in the unit of the loss."""
+
+    offsets: Tensor
+    losses: Tensor
+
+    @property
+    def center(self) -> float:
+        """The loss at the model itself."""
+        return float(self.losses[0, int((self.offsets == 0).nonzero()[0])])
+
+    def mean(self) -> Tensor:
+        """(G,) mean loss over the directions."""
+        return self.losses.mean(0)
+
+    def band(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends (G,) of the Student-t interval of the mean; NaN for a single direction."""
+        count = self.losses.shape[0]
+        if count < 2:
+            nothing = torch.full_like(self.mean(), math.nan)
+            return nothing, nothing
+        half = student_quantile((1 + confidence) / 2, count - 1) * self.losses.std(0) / math.sqrt(count)
+        return self.mean() - half, self.mean() + half
+
+
+def symmetric_grid(radius: float, steps: int) -> Tensor:
+    """(2·steps + 1,) offsets from −radius to radius, symmetric bit for bit, with 0 exactly in the middle.
+
+    Raises:
+        ValueError: the radius is not a positive number or steps is below 1.
+    """
+    if not (radius > 0 and math.isfinite(radius)) or steps < 1:
+        raise ValueError(f"a grid needs a radius above 0 and steps of at least 1, got {radius} and {steps}")
+    half = torch.arange(1, steps + 1, dtype=torch.float64) * (radius / steps)
+    return torch.cat([-half.flip(0), half.new_zeros(1), half])
+
+
+def weight_scale(model: nn.Module) -> float:
+    """Root-mean-square entry of the parameters with two or more dimensions (all, if there are none)."""
+    parameters = [p.detach() for p in model.parameters() if p.ndim >= 2] or [p.detach() for p in model.parameters()]
+    squares = sum(float(torch.linalg.vector_norm(p)) ** 2 for p in parameters)
+    return math.sqrt(squares / sum(p.numel() for p in parameters))
+
+
+def line_curve(
+    model: nn.Module,
+    loss: Loss,
+    directions: Iterable[Direction],
+    offsets: Tensor | Sequence[float],
+    *,
+    memory: Memory = "copy",
+    center: float | None = None,
+    progress: Callable[[], None] | None = None,
+) -> Curve:
+    """Losses at `θ + t d` for every direction and offset; the weights come back bit-equal.
+
+    Args:
+        model: parameters in float32.
+        loss: `loss(model) -> float`.
+        directions: D of them, used one after another.
+        offsets: symmetric, with 0 exactly.
+        memory: `"copy"` or `"low"`, see `movable`.
+        center: the loss at the model itself if known already; it is not evaluated again.
+        progress: called after each evaluation.
+
+    Raises:
+        ValueError: the grid is not symmetric around an exact 0, there is no direction, or the loss at `θ` itself is
+            not finite.
+    """
+    grid = torch.as_tensor(offsets, dtype=torch.float64).sort().values
+    if not bool((grid == -grid.flip(0)).all()) or not bool((grid == 0).any()):
+        raise ValueError(f"offsets must be symmetric and hold 0, got {grid.tolist()}")
+    rows = []
+    with movable(model, memory=memory) as move:
+        if center is None:
+            center = float(loss(model))
+            if progress:
+                progress()
+        if not math.isfinite(center):
+            raise ValueError(f"the loss at the weights themselves is {center}; nothing can be measured around it")
+        for direction in directions:
+            row = []
+            for t in grid.tolist():
+                if t == 0:
+                    row.append(center)
+                    continue
+                move([(direction, t)])
+                row.append(float(loss(model)))
+                if progress:
+                    progress()
+            rows.append(row)
+    if not rows:
+        raise ValueError("there must be at least one direction")
+    return Curve(grid, torch.tensor(rows, dtype=torch.float64))
+
+
+def random_curve(
+    model: nn.Module,
+    loss: Loss,
+    *,
+    offsets: Tensor | Sequence[float],
+    draws: int,
+    seed: int = 0,
+    normalize: Normalize = "none",
+    memory: Memory = "copy",
+    center: float | None = None,
+    progress: Callable[[], None] | None = None,
+) -> Curve:
+    """Losses along `draws` random directions `d ~ N(0, I)` over all parameters (arXiv 2605.13652).
+
+    Each draw has its own generator, keyed by seed, draw and parameter name: the same numbers whatever the device
+    or the number of draws. Offsets are in units of the weights (for `normalize="none"`, the standard deviation of
+    the change of each weight). Arguments and errors as for `line_curve`.
+    """
+    directions = (Gaussian(seed, draw, normalize) for draw in range(draws))
+    return line_curve(model, loss, directions, offsets, memory=memory, center=center, progress=progress)
+
+
+def pca_curve(
+    model: nn.Module,
+    loss: Loss,
+    *,
+    offsets: Tensor | Sequence[float],
+    count: int = 1,
+    normalize: Normalize = "none",
+    directions: Sequence[Direction] | None = None,
+    memory: Memory = "copy",
+    center: float | None = None,
+    progress: Callable[[], None] | None = None,
+) -> Curve:
+    """Losses along the top `count` PCA directions of the weights, or along `directions` if given.
+
+    See `weight_pca_directions` and `trajectory_pca_directions`. Arguments and errors as for `line_curve`.
+    """
+    chosen = weight_pca_directions(model, count, normalize=normalize) if directions is None else directions[:count]
+    return line_curve(model, loss, chosen, offsets, memory=memory, center=center, progress=progress)
+
+
+def plane(
+    model: nn.Module,
+    loss: Loss,
+    first: Direction,
+    second: Direction,
+    *,
+    x_offsets: Tensor | Sequence[float],
+    y_offsets: Tensor | Sequence[float],
+    memory: Memory = "copy",
+    progress: Callable[[], None] | None = None,
+) -> Tensor:
+    """Losses (Y, X) float64 at `θ + x d₁ + y d₂`, for a two-dimensional landscape (arXiv 1712.09913)."""
+    xs = torch.as_tensor(x_offsets, dtype=torch.float64).tolist()
+    ys = torch.as_tensor(y_offsets, dtype=torch.float64).tolist()
+    losses = torch.empty(len(ys), len(xs), dtype=torch.float64)
+    with movable(model, memory=memory) as move:
+        for i, y in enumerate(ys):
+            for j, x in enumerate(xs):
+                move([(first, x), (second, y)])
+                losses[i, j] = float(loss(model))
+                if progress:
+                    progress()
+    return losses
+
+
+def expected_sharpness(losses: Tensor | Sequence[float]) -> float:
+    """Mean over offsets `t > 0` of `½[L(θ+td) + L(θ−td)] − L(θ)`, from losses on a symmetric grid with its centre.
+
+    Args:
+        losses: (G,) or (D, G), G odd, at ascending offsets. Several directions are averaged.
+
+    Returns:
+        Nats (the unit of the loss); higher is sharper, negative where the model sits above its surroundings.
+    """
+    x = torch.as_tensor(losses, dtype=torch.float64)
+    return float(sharpness_per_direction(x.reshape(-1, x.shape[-1])).mean())
+
+
+def sharpness_per_direction(losses_DG: Tensor) -> Tensor:
+    """(D,) the sharpness along each direction."""
+    count = losses_DG.shape[-1]
+    if count < 3 or count % 2 == 0:
+        raise ValueError(f"losses must lie on a symmetric grid with its centre, got {count} of them")
+    center = losses_DG[..., count // 2, None]
+    # t = 0 adds nothing to the sum: the mean runs over the (G − 1)/2 offsets above 0.
+    return (losses_DG - center).sum(-1) / (count - 1)
+
+
+def random_sharpness(curve: Curve) -> Estimate:
+    """Metric `random_sharpness` with the Student-t interval over its draws."""
+    return mean_interval(sharpness_per_direction(curve.losses))
+
+
+def random_variance(curve: Curve) -> Estimate:
+    """Metric `random_variance`: variance over draws of `L(θ+td)`, averaged over the whole grid (0 included).
+
+    In squared units of the loss; the interval is a delete-one jackknife on the logarithm.
+    """
+    if curve.losses.shape[0] < 2:
+        return Estimate(math.nan, math.nan, math.nan, curve.losses.shape[0])
+    return jackknife_interval(lambda losses: float(losses.var(0).mean()), curve.losses)

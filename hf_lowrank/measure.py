@@ -1,0 +1,209 @@
+"""Measuring runs: every metric at every checkpoint, as rows of one tidy table.
+
+Rows are `Measurement`s in `measurements.jsonl` of each run. Metrics of a matrix or layer have a row for each (its
+dotted path is the scope) and one for the model, their mean. A sweep's curve is kept for pictures: a row for each
+offset, metric `random_curve` (`pca1_curve`, `pcak_curve`, `step_path`, `method_path`), scope "model", with the
+offset as `settings["t"]`, the mean over directions as value and its 95 % band as interval; `settings` without `t`
+are those of the metric that the sweep gave. The last row of a key (all columns but the numbers and the reason)
+counts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.errors import UserError
+from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.measuring.context import Row, RunContext, StepContext
+from hf_lowrank.measuring.groups import GROUPS
+from hf_lowrank.measuring.metrics import METRICS, Metric
+from hf_lowrank.measuring.plan import choose_steps, find_baseline, missing_metrics, rows_file
+from hf_lowrank.measuring.processes import Processes
+from hf_lowrank.measuring.progress import Progress
+from hf_lowrank.measuring.settings import MeasureSettings, resolve_settings
+from hf_lowrank.measuring.table import Measurement, append_measurements, read_measurements
+
+__all__ = ["METRICS", "Measurement", "Metric", "append_measurements", "measure", "read_measurements"]
+
+Run = str | os.PathLike[str] | Trajectory
+FAULTS = (ValueError, RuntimeError, OSError, MemoryError, KeyError, AttributeError, TypeError, ArithmeticError)
+
+
+def measure(
+    runs: Run | Sequence[Run],
+    *,
+    metrics: str | Iterable[str] | None = None,
+    steps: str | int | Iterable[int] | None = None,
+    baseline: Run | None = None,
+    preset: str = "fast",
+    settings: MeasureSettings | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    evaluation_set: EvaluationSet | str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    revisions: str | None = None,
+    progress: bool = False,
+) -> list[Measurement]:
+    """Measures runs and returns their rows, old and new; what is there already with equal settings is not done again.
+
+    Under `accelerate launch` the checkpoints are shared out over the processes; every process returns all rows.
+
+    Args:
+        runs: run directories, folders of checkpoints, `user/repo` or `user/repo@revision`, or trajectories.
+        metrics: ids, dimensions or groups of METRICS, a list or comma-separated; None: loss, perplexity and the
+            sixteen; "all": the extras too.
+        steps: "all", "last", numbers; None: every checkpoint for the cheap metrics, as many as the settings say for
+            those that evaluate losses along lines.
+        baseline: the run to compare with; None: the full-rank run of the same size and seed among `runs`.
+        preset: "fast" or "paper".
+        settings: own settings over the preset's, as a mapping or a YAML file.
+        device: where models are evaluated; None: accelerate's choice for this process.
+        evaluation_set: held-out sequences (safetensors file or its folder, or a text file, which the run's
+            tokenizer cuts into sequences); None: each run's own.
+        output: a folder for the measurements, one subfolder a run; None: the run directories.
+        revisions: which revisions of a repository are checkpoints, as a pattern such as `"step*"`.
+        progress: shows evaluations done and time left on stderr.
+
+    Returns:
+        All rows of these runs, in file order.
+
+    Raises:
+        UserError: a run, metric, step, preset, setting or the evaluation set is unusable (nothing is written then),
+            or a file cannot be written. A metric that fails for one checkpoint is a null row with the reason.
+    """
+    given = [runs] if isinstance(runs, str | os.PathLike | Trajectory) else list(runs)
+    if not given:
+        raise UserError("there must be at least one run to measure")
+    wanted = METRICS.select(metrics)
+    chosen = settings if isinstance(settings, MeasureSettings) else resolve_settings(preset, settings)
+    trajectories = [run if isinstance(run, Trajectory) else Trajectory(run, revisions=revisions) for run in given]
+    explicit = (
+        baseline if isinstance(baseline, Trajectory) or baseline is None else Trajectory(baseline, revisions=revisions)
+    )
+    processes = Processes(device)
+    contexts = []
+    for trajectory in trajectories:
+        other, why_not = (explicit, None) if explicit is not None else find_baseline(trajectory, trajectories)
+        contexts.append(
+            RunContext(
+                trajectory,
+                chosen,
+                processes.device,
+                evaluation=_evaluation(evaluation_set, trajectory),
+                baseline=other,
+                no_baseline=why_not,
+            )
+        )
+    plans = [_plan(context, wanted, steps) for context in contexts]
+    files = [rows_file(context.trajectory, None if output is None else Path(output)) for context in contexts]
+    _measure_all(contexts, plans, files, processes, progress)
+    return [row for file in files for row in read_measurements(file)]
+
+
+Plan = dict[int, dict[str, set[str]]]  # step -> group -> metric ids
+
+
+def _plan(context: RunContext, wanted: list[str], steps: Any) -> Plan:
+    """The groups of every step, whether they are done or not."""
+    trajectory, plan = context.trajectory, Plan()
+    try:
+        cheap = choose_steps(trajectory.steps, steps, "all")
+        costly = choose_steps(trajectory.steps, steps, context.settings.steps)
+    except UserError as error:
+        raise UserError(f"{trajectory.path}: {error}") from None
+    for metric in wanted:
+        group = METRICS[metric].group
+        for step in costly if GROUPS[group].costly else cheap:
+            plan.setdefault(step, {}).setdefault(group, set()).add(metric)
+    return {step: {name: plan[step][name] for name in GROUPS if name in plan[step]} for step in sorted(plan)}
+
+
+def _measure_all(
+    contexts: list[RunContext], plans: list[Plan], files: list[Path], processes: Processes, show: bool
+) -> None:
+    processes.merge_parts(files)
+    known = [read_measurements(file) for file in files]
+    work: list[tuple[int, int, dict[str, set[str]]]] = []
+    for index, (context, plan) in enumerate(zip(contexts, plans, strict=True)):
+        for step, groups in plan.items():
+            missing = {name: _missing(context, step, name, ids, known[index]) for name, ids in groups.items()}
+            missing = {name: ids for name, ids in missing.items() if ids}
+            if missing:
+                work.append((index, step, missing))
+    share = processes.share(work)
+    total = sum(GROUPS[name].evaluations(contexts[i].settings) for i, _, groups in share for name in groups)
+    unwritable: dict[int, UserError] = {}
+    with Progress(total, show and processes.first) as bar:
+        earlier: dict[int, StepContext] = {}
+        for index, step, groups in share:
+            if index in unwritable:
+                continue
+            context = contexts[index]
+            context.tick = bar.tick
+            at = StepContext(context, step, earlier.get(index))
+            earlier = {index: at}
+            old = {row.key: row for row in known[index]}
+            for name, ids in groups.items():
+                bar.start(f"{context.trajectory.run.name} {step} {name}", GROUPS[name].evaluations(context.settings))
+                rows = [_measurement(context, step, row) for row in _rows(at, name, ids)]
+                rows = [row for row in rows if row.key not in old or row.to_line() != old[row.key].to_line()]
+                try:
+                    append_measurements(processes.part(files[index]), rows)
+                except UserError as error:
+                    unwritable[index] = error
+                    break
+            at.release()
+    processes.merge_parts(files)
+    if unwritable:
+        raise next(iter(unwritable.values()))
+
+
+def _missing(context: RunContext, step: int, group: str, ids: set[str], rows: list[Measurement]) -> set[str]:
+    other = context.baseline.run.name if context.baseline is not None else None
+    try:
+        request = GROUPS[group].request(context)
+    except FAULTS:
+        return ids  # the same fault becomes the reason of the rows
+    return missing_metrics(ids, step, request, other, rows)
+
+
+def _rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
+    """The group's rows; a fault becomes null rows with its reason, and the other groups go on."""
+    try:
+        rows = GROUPS[group].compute(at, ids)
+    except FAULTS as error:
+        known = isinstance(error, ValueError)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if known else f"{type(error).__name__}: {reason}"
+        try:
+            request = GROUPS[group].request(at.run)
+        except FAULTS:
+            request = {}
+        return [Row(metric=metric, settings=request, reason=reason[:500]) for metric in sorted(ids)]
+    return [row if row.value == row.value or row.reason else _unexplained(row) for row in rows]
+
+
+def _unexplained(row: Row) -> Row:
+    return Row(**{**asdict(row), "reason": "the value is not a number"})
+
+
+def _measurement(context: RunContext, step: int, row: Row) -> Measurement:
+    run = context.trajectory.run
+    return Measurement(run=run.name, method=run.method, seed=run.seed, step=step, **asdict(row))
+
+
+def _evaluation(given: EvaluationSet | str | os.PathLike[str] | None, trajectory: Trajectory) -> EvaluationSet | None:
+    if given is None or isinstance(given, EvaluationSet):
+        return given
+    path = Path(given)
+    if path.suffix == ".txt":
+        from hf_lowrank.measuring.text import evaluation_set_from_text
+
+        return evaluation_set_from_text(path, trajectory)
+    return EvaluationSet.load(path)

@@ -1,0 +1,1 @@
+"""Running the metrics over trajectories: the parts behind `hf_lowrank.measure`."""

@@ -1,0 +1,106 @@
+"""What is to be measured: runs, their baselines, checkpoints, and what of it is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.errors import UserError
+from hf_lowrank.measuring.context import UNDEFINED
+from hf_lowrank.measuring.metrics import METRICS
+from hf_lowrank.measuring.table import FILE_NAME, Measurement
+
+BASELINE_METHOD = "full_rank"
+
+
+def choose_steps(available: Sequence[int], wanted: str | int | Iterable[int] | None, count: int | str) -> list[int]:
+    """The checkpoints that `wanted` names: None takes `count` of them evenly spread (the last always, the first only
+    when all fit), "all", "last", one step or several ("100,200").
+
+    Raises:
+        UserError: a step is no number or not among the checkpoints.
+    """
+    if wanted is None:
+        if count == "all" or int(count) >= len(available):
+            return list(available)
+        number, last = int(count), len(available) - 1
+        return sorted({available[round(last * (k + 1) / number)] for k in range(number)})
+    if wanted == "all":
+        return list(available)
+    if wanted == "last":
+        return [available[-1]]
+    parts: Iterable[Any] = (
+        wanted.split(",") if isinstance(wanted, str) else wanted if not isinstance(wanted, int) else [wanted]
+    )
+    chosen = []
+    for part in parts:
+        try:
+            step = int(part)
+        except (TypeError, ValueError):
+            raise UserError(f"steps must be all, last or numbers such as 100,200, got {wanted!r}") from None
+        chosen.append(step)
+    missing = sorted(set(chosen) - set(available))
+    if missing:
+        raise UserError(f"no checkpoint of step {missing[0]}; there are: {', '.join(map(str, available))}")
+    return sorted(set(chosen))
+
+
+def size_of(trajectory: Trajectory) -> str:
+    """What two runs must share to be compared: the plain architecture's shape, as a string."""
+    config = trajectory.config
+    base = getattr(config, "base_config", None) or config
+    fields = base if isinstance(base, dict) else base.to_dict()
+    names = (
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+    )
+    return json.dumps({name: fields.get(name) for name in names}, sort_keys=True)
+
+
+def find_baseline(trajectory: Trajectory, candidates: Sequence[Trajectory]) -> tuple[Trajectory | None, str | None]:
+    """The full-rank run of the same size and seed among `candidates`, or why there is none."""
+    full = [other for other in candidates if other.run.method == BASELINE_METHOD]
+    if not full:
+        return None, "no baseline: none of the runs is a full-rank one; name one with --baseline"
+    same_size = [other for other in full if size_of(other) == size_of(trajectory)]
+    if not same_size:
+        return None, f"no baseline: no full-rank run has the size of {trajectory.run.name}"
+    seeds = [other for other in same_size if other.run.seed == trajectory.run.seed]
+    if not seeds:
+        there = sorted({str(other.run.seed) for other in same_size})
+        return None, f"no baseline: no full-rank run has seed {trajectory.run.seed} (there: {', '.join(there)})"
+    return seeds[0], None
+
+
+def rows_file(trajectory: Trajectory, output: str | Path | None) -> Path:
+    """Where a run's measurements go: `output/RUN/` if given, else the run directory, else (Hub) ./RUN/."""
+    name = trajectory.run.name.replace("/", "--")
+    local = Path(trajectory.path)
+    if output is not None:
+        return Path(output) / name / FILE_NAME
+    if not local.is_dir():
+        return Path(name) / FILE_NAME
+    is_checkpoint = (local / "config.json").is_file()
+    return (local.resolve().parent if is_checkpoint and local.resolve().name != name else local) / FILE_NAME
+
+
+def missing_metrics(
+    metrics: Iterable[str], step: int, request: dict[str, Any], baseline: str | None, rows: Iterable[Measurement]
+) -> set[str]:
+    """Those of `metrics` that have no finished model row with these settings; failed ones count as missing."""
+    done = set()
+    for row in rows:
+        if row.step != step or row.scope != "model":
+            continue
+        finished = row.value == row.value or (row.reason or "").startswith(UNDEFINED)
+        same = all(row.settings.get(key) == value for key, value in request.items())
+        if finished and same and (row.baseline == baseline or not METRICS[row.metric].needs_baseline):
+            done.add(row.metric)
+    return set(metrics) - done

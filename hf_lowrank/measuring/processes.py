@@ -1,0 +1,58 @@
+"""Sharing the work over the processes of `accelerate launch`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from hf_lowrank.measuring.table import append_measurements, read_measurements
+
+T = TypeVar("T")
+
+
+class Processes:
+    """This process among those that measure together.
+
+    Each writes what it measures into a part file beside the table; the first merges the parts, at the end and, for
+    those that a killed run left, at the beginning.
+    """
+
+    def __init__(self, device: str | torch.device | None = None) -> None:
+        self._state: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or device is None:
+            from accelerate import PartialState
+
+            self._state = PartialState()
+        self.index = self._state.process_index if self._state is not None else 0
+        self.count = self._state.num_processes if self._state is not None else 1
+        self.device = torch.device(device) if device is not None else self._state.device
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    def share(self, work: Sequence[T]) -> list[T]:
+        """This process's part of the work: consecutive items, so that neighbours share what they read."""
+        return list(work[len(work) * self.index // self.count : len(work) * (self.index + 1) // self.count])
+
+    def part(self, file: Path) -> Path:
+        """Where this process writes rows of `file`."""
+        return file if self.count == 1 else file.with_name(f".{file.stem}-{self.index}.part.jsonl")
+
+    def merge_parts(self, files: Sequence[Path]) -> None:
+        """Waits for all processes, then moves the rows of part files into their tables."""
+        self._wait()
+        if self.first:
+            for file in dict.fromkeys(files):
+                for part in sorted(file.parent.glob(f".{file.stem}-*.part.jsonl")):
+                    append_measurements(file, read_measurements(part))
+                    part.unlink()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.count > 1:
+            self._state.wait_for_everyone()

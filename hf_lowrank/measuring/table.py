@@ -1,0 +1,139 @@
+"""The table of measurements: JSON lines, appended whole, read again after any accident."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hf_lowrank.errors import UserError
+
+FILE_NAME = "measurements.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One row.
+
+    Attributes:
+        run, method, seed: which run, as it says itself.
+        step: optimizer step of the checkpoint (of the later one for a pair).
+        metric: id in METRICS.
+        scope: "model", or the dotted path of a layer or target module.
+        value: NaN (null in the file) where the quantity has no meaning or could not be had; `reason` says why.
+        ci_low, ci_high: 95 % interval; NaN where there is none.
+        n: number of independent draws behind the value; None for what is not random.
+        baseline: the baseline's run name, for metrics that compare with one.
+        settings: what defines the number beside the checkpoint.
+        reason: why there is no value; a remark ("surrogate: …") beside one.
+    """
+
+    run: str
+    method: str
+    seed: int | None
+    step: int
+    metric: str
+    scope: str = "model"
+    value: float = math.nan
+    ci_low: float = math.nan
+    ci_high: float = math.nan
+    n: int | None = None
+    baseline: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a later row must share with an earlier one to replace it."""
+        settings = json.dumps(self.settings, sort_keys=True)
+        return (self.run, self.method, self.seed, self.step, self.metric, self.scope, self.baseline, settings)
+
+    def to_line(self) -> str:
+        """The row as a line of JSON, ending in a newline; numbers that are not finite become null."""
+        row = asdict(self)
+        for name in ("value", "ci_low", "ci_high"):
+            if not math.isfinite(row[name]):
+                row[name] = None
+        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+COLUMNS = tuple(f.name for f in fields(Measurement))
+
+
+def append_measurements(path: str | os.PathLike[str], rows: Iterable[Measurement]) -> None:
+    """Appends rows in one write and syncs them; cuts off a torn last line that a killed process left.
+
+    Raises:
+        UserError: the file cannot be written (no space, no permission).
+    """
+    data = "".join(row.to_line() for row in rows).encode()
+    if not data:
+        return
+    file = Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab+", buffering=0) as handle:
+            end = _end_of_whole_lines(handle)
+            handle.truncate(end)
+            if handle.write(data) != len(data):
+                handle.truncate(end)
+                raise OSError("short write; is the disk full?")
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise UserError(f"{file}: measurements cannot be written: {error}") from None
+
+
+def _end_of_whole_lines(handle: Any) -> int:
+    size = handle.seek(0, os.SEEK_END)
+    end = size
+    while end > 0:
+        start = max(0, end - 65536)
+        handle.seek(start)
+        found = handle.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def read_measurements(path: str | os.PathLike[str]) -> list[Measurement]:
+    """The rows of a `measurements.jsonl` (or of a run directory's), the last of each key, in file order.
+
+    A missing file has no rows; a torn last line is dropped.
+
+    Raises:
+        UserError: a whole line is no measurement; the message names its number.
+    """
+    file = Path(path)
+    file = file / FILE_NAME if file.is_dir() else file
+    if not file.exists():
+        return []
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    rows: dict[tuple[Any, ...], Measurement] = {}
+    for number, line in enumerate(lines[:-1], start=1):
+        if not line.strip():
+            continue
+        try:
+            row = _parse(json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            message = " ".join(str(error).split())
+            raise UserError(f"{file}: line {number} is no measurement: {message}; remove that line") from None
+        rows.pop(row.key, None)
+        rows[row.key] = row
+    return list(rows.values())
+
+
+def _parse(entry: dict[str, Any]) -> Measurement:
+    known = {name: entry[name] for name in COLUMNS if name in entry}
+    for name in ("value", "ci_low", "ci_high"):
+        known[name] = math.nan if known.get(name) is None else float(known[name])
+    if not isinstance(known.get("metric"), str) or not isinstance(known.get("step"), int):
+        raise ValueError("it needs a metric and a whole step")
+    return Measurement(**known)

@@ -1,0 +1,38 @@
+"""Evaluation sequences from a text file, for models that came without a set of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.errors import UserError
+from hf_lowrank.evaluation_set import EvaluationSet
+
+SEQUENCE_LENGTH = 256
+
+
+def evaluation_set_from_text(path: Path, trajectory: Trajectory, length: int = SEQUENCE_LENGTH) -> EvaluationSet:
+    """The file's text as packed sequences of `length` tokens of the trajectory's own tokenizer; the rest is left out.
+
+    Raises:
+        UserError: the file is unreadable or too short, or the checkpoints have no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as UTF-8 text: {' '.join(str(error).split())}") from None
+    folder = trajectory.extra("tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder or trajectory.tokenizer_source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{trajectory.path}: has no tokenizer: {' '.join(str(error).split())[:200]}") from None
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    count = len(ids) // length
+    if count == 0:
+        raise UserError(f"{path}: must hold at least {length} tokens, got {len(ids)}")
+    input_ids = torch.tensor(ids[: count * length]).view(count, length)
+    return EvaluationSet(input_ids, torch.ones_like(input_ids))

@@ -1,0 +1,141 @@
+"""Measuring run directories: rows, their agreement with direct computation, resuming, faults."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.errors import UserError
+from hf_lowrank.measure import METRICS, measure, read_measurements
+
+SMALL = {"random": {"draws": 3, "steps": 1}}
+
+
+def value(rows, metric, step, scope="model"):
+    (found,) = [row for row in rows if (row.metric, row.step, row.scope) == (metric, step, scope)]
+    return found.value
+
+
+def test_spectral_rows_agree_with_numpy(two_runs):
+    rows = measure(two_runs[1], metrics="spectra", settings=SMALL)
+    run = Trajectory(two_runs[1])
+    means = []
+    for name in run.targets:
+        weight = run.dense_weight(20, name).double().numpy()
+        delta = weight - run.dense_weight(10, name).double().numpy()
+        for prefix, matrix in (("weight", weight), ("update", delta)):
+            sigma = np.linalg.svd(matrix, compute_uv=False)
+            p = sigma / sigma.sum()
+            effective = math.exp(-(p * np.log(p)).sum()) / len(p)
+            assert value(rows, f"{prefix}_effective_rank", 20, name) == pytest.approx(effective, rel=1e-5)
+            stable = (sigma**2).sum() / sigma[0] ** 2
+            assert value(rows, f"{prefix}_stable_rank", 20, name) == pytest.approx(stable, rel=1e-5)
+            if prefix == "weight":
+                gap = (sigma[0] - sigma[1]) / sigma[0]
+                assert value(rows, "weight_spectral_gap", 20, name) == pytest.approx(gap, rel=1e-5)
+                assert value(rows, "weight_sv_fraction", 20, name) == pytest.approx((sigma > 0.1).mean())
+                means.append(effective)
+            else:
+                norm = np.linalg.norm(matrix) / np.linalg.norm(weight)
+                assert value(rows, "update_norm", 20, name) == pytest.approx(norm, rel=1e-5)
+    assert value(rows, "weight_effective_rank", 20) == pytest.approx(np.mean(means), rel=1e-6)
+
+
+def test_the_first_checkpoint_has_no_update_and_says_so(two_runs):
+    rows = measure(two_runs[0], metrics="update_norm", steps=0)
+    assert [row.reason for row in rows] == ["undefined: the first checkpoint has none before it"]
+
+
+def test_loss_and_random_rows(two_runs):
+    rows = measure(two_runs[0], metrics="loss,perplexity,random_sharpness,random_variance", steps=20, settings=SMALL)
+    loss = value(rows, "loss", 20)
+    assert value(rows, "perplexity", 20) == pytest.approx(math.exp(loss))
+    curve = sorted(
+        (row.settings["t"], row.value, row.ci_low, row.ci_high) for row in rows if row.metric == "random_curve"
+    )
+    assert len(curve) == 3
+    assert curve[1][:2] == (0, loss)
+    (sharpness,) = [row for row in rows if row.metric == "random_sharpness"]
+    assert sharpness.value == pytest.approx((curve[0][1] + curve[2][1]) / 2 - loss)
+    assert sharpness.ci_low < sharpness.value < sharpness.ci_high
+    assert (sharpness.n, sharpness.settings["draws"], sharpness.settings["sequences"]) == (3, 3, 6)
+
+
+def test_what_is_there_is_not_done_again(two_runs):
+    first = measure(two_runs[0], metrics="loss,spectra,random", settings=SMALL)
+    file = two_runs[0] / "measurements.jsonl"
+    content = file.read_bytes()
+    assert measure(two_runs[0], metrics="loss,spectra,random", settings=SMALL) == first
+    assert file.read_bytes() == content
+    other = {"random": {"draws": 4, "steps": 1}}
+    measure(two_runs[0], metrics="random_sharpness", settings=other, steps="last")
+    draws = [row.n for row in read_measurements(file) if row.metric == "random_sharpness" and row.step == 20]
+    assert draws == [3, 4]
+
+
+def test_a_torn_table_is_completed(two_runs):
+    wanted = {"metrics": "loss,random", "settings": SMALL}
+    expected = measure(two_runs[0], **wanted)
+    file = two_runs[0] / "measurements.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) * 2 // 3])
+    again = measure(two_runs[0], **wanted)
+    assert {row.key: row for row in again} == {row.key: row for row in expected}
+
+
+def test_a_damaged_checkpoint_is_a_reason_and_the_others_go_on(two_runs):
+    weights = two_runs[0] / "checkpoint-10" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-40])
+    rows = measure(two_runs[0], metrics="loss,weight_stable_rank,update_norm", settings=SMALL)
+    for metric in ("loss", "weight_stable_rank", "update_norm"):
+        (bad,) = [row for row in rows if (row.metric, row.step) == (metric, 10)]
+        assert math.isnan(bad.value)
+        assert "checkpoint-10/model.safetensors" in bad.reason
+    assert math.isfinite(value(rows, "loss", 20))
+    weights.write_bytes(whole)
+    mended = measure(two_runs[0], metrics="loss,weight_stable_rank,update_norm", settings=SMALL)
+    values = [row.value for row in mended if row.step == 10 and row.scope == "model"]
+    assert sum(math.isfinite(v) for v in values) >= 3
+
+
+def test_steps_and_metrics_are_chosen_or_refused(two_runs):
+    assert {row.step for row in measure(two_runs[0], metrics="loss", steps="last")} == {20}
+    with pytest.raises(UserError, match=r"step 15; there are: 0, 10, 20"):
+        measure(two_runs[0], metrics="loss", steps="15")
+    with pytest.raises(UserError, match="weight_stable_rank"):
+        measure(two_runs[0], metrics="stable_rank")
+    with pytest.raises(UserError, match=r"random\.drawz"):
+        measure(two_runs[0], metrics="loss", settings={"random": {"drawz": 3}})
+    with pytest.raises(UserError, match="preset"):
+        measure(two_runs[0], preset="fastest")
+
+
+def test_settings_from_yaml(two_runs, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("sequences: 2\nrandom: {draws: 2, steps: 1}\n")
+    rows = measure(two_runs[0], metrics="random", settings=file, steps="last")
+    assert {row.settings["sequences"] for row in rows} == {2}
+    file.write_text("sequences: 0\n")
+    with pytest.raises(UserError, match=r"own\.yaml: sequences"):
+        measure(two_runs[0], settings=file)
+
+
+def test_output_goes_elsewhere_when_asked(two_runs, tmp_path):
+    measure(two_runs[0], metrics="loss", output=tmp_path / "out")
+    assert not (two_runs[0] / "measurements.jsonl").exists()
+    lines = (tmp_path / "out" / "full_rank-0" / "measurements.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    assert json.loads(lines[0])["run"] == "full_rank-0"
+
+
+def test_the_table_of_metrics_names_everything(two_runs):
+    for metric in METRICS.values():
+        assert metric.title
+        assert metric.summary.endswith(".")
+    with pytest.raises(UserError, match="did you mean"):
+        METRICS["random_sharpnes"]
