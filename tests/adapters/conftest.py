@@ -60,6 +60,12 @@ def base_config(request):
 
 
 @pytest.fixture
+def architectures():
+    """Makes each architecture's config by name."""
+    return ARCHITECTURES
+
+
+@pytest.fixture
 def llama_config():
     return ARCHITECTURES["llama"]()
 
