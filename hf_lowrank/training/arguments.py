@@ -26,6 +26,10 @@ RESERVED = {
     "dataloader_drop_last": "the order of the data follows from the seed alone",
     "remove_unused_columns": "the columns are the run's own",
     "label_names": "the columns are the run's own",
+    "include_for_metrics": "the run computes the loss alone",
+    "prediction_loss_only": "the run computes the loss alone",
+    "batch_eval_metrics": "the run computes the loss alone",
+    "eval_do_concat_batches": "the run computes the loss alone",
     "length_column_name": "the columns are the run's own",
     "save_total_limit": "every checkpoint is measured",
     "save_only_model": "a run must be able to continue",
@@ -63,9 +67,14 @@ def checked(section: dict[str, Any], layers: Layers, *, own_optimizer: bool) -> 
     try:
         build(result, seed=0, output_dir=layers.path.parent)
     except (ValueError, TypeError, ImportError) as error:
-        named = next((key for key in result if key in str(error)), None)
-        key = f"training.{named}" if named else "training"
-        raise UserError(f"{layers.origin(key)}: {key}: {str(error).strip().splitlines()[0]}") from None
+        message = str(error).strip().splitlines()[0]
+        guilty = [
+            key for key, value in result.items() if key in message or (isinstance(value, str) and value in message)
+        ]
+        if not guilty:
+            raise UserError(f"{layers.path}: training: {message}") from None
+        key = f"training.{guilty[0]}"
+        raise UserError(f"{layers.origin(key)}: {key}: {message}") from None
     return result
 
 
@@ -84,6 +93,8 @@ def build(section: dict[str, Any], *, seed: int, output_dir: str | Path) -> Trai
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "train_sampling_strategy": "sequential",
+        "include_for_metrics": ["loss"],
+        "prediction_loss_only": False,
     }
     return TrainingArguments(**{**defaults, **section, **own})
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+
+from hf_lowrank.training.sequences import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,22 @@ class FinalCheckpoint(TrainerCallback):
             control.should_log = True
             control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
         return control
+
+
+def drop_logits(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """In place of a batch's logits, which Trainer would gather over the whole evaluation set: almost nothing."""
+    first = logits[0] if isinstance(logits, tuple) else logits
+    return first[:, :1, :1]
+
+
+def token_loss(prediction: EvalPrediction) -> dict[str, float]:
+    """The mean loss per predicted token, from the means per batch that Trainer gives to each of a batch's sequences.
+
+    Trainer itself would weigh a batch by its sequences, which differs where sequences are padded. Named `loss`, the
+    result takes the place of Trainer's `eval_loss`.
+    """
+    tokens = (np.asarray(prediction.label_ids)[:, 1:] != IGNORED).sum(1)
+    return {"loss": float((np.asarray(prediction.losses, dtype=np.float64) * tokens).sum() / tokens.sum())}
 
 
 class Progress(TrainerCallback):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.training.sources import Documents, is_held_out, text_of
+from hf_lowrank.training.tokenization import quiet_hub
 
 if TYPE_CHECKING:
     from hf_lowrank.training.recipe import DataSettings
@@ -59,10 +61,13 @@ def _load(data: DataSettings, split: str) -> Any:
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(
-            data.dataset, data.subset, split=split, revision=data.revision, streaming=data.streaming
-        )
+        with quiet_hub():
+            return datasets.load_dataset(
+                data.dataset, data.subset, split=split, revision=data.revision, streaming=data.streaming
+            )
     except Exception as error:
         raise _explained(error, data, split) from None
 

@@ -34,11 +34,12 @@ def checked(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
     try:
         build(section)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        field = next((key for key in section if f"'{key}'" in str(error)), None)
-        key = f"model.{field}" if field else "model"
         # The last line of a strict dataclass's complaint carries what was expected and what was given.
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{layers.origin(key)}: {key}: {reason}") from None
+        field = next((key for key in section if f"'{key}'" in str(error)), None)
+        if field is None:
+            raise UserError(f"{layers.path}: model: {reason}") from None
+        raise UserError(f"{layers.origin(f'model.{field}')}: model.{field}: {reason}") from None
     return section
 
 

@@ -26,7 +26,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.files import write_text
-from hf_lowrank.training.callbacks import FinalCheckpoint, Progress
+from hf_lowrank.training.callbacks import FinalCheckpoint, Progress, drop_logits, token_loss
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
 from hf_lowrank.training.facts import FactsRecorder, read_facts, write_facts
 from hf_lowrank.training.recipe import Recipe, first_line
@@ -226,6 +226,8 @@ def _trainer(
         eval_dataset=HeldOutSequences(corpus.evaluation.first(recipe.data.evaluation_sequences_in_training)),
         processing_class=corpus.tokenizer,
         callbacks=callbacks,
+        compute_metrics=token_loss,
+        preprocess_logits_for_metrics=drop_logits,
         optimizers=(optimizer, scheduler),
     )
     trainer.remove_callback(PrinterCallback)

@@ -214,7 +214,8 @@ def _translated(error: ValidationError, layers: Layers, section: str, model: typ
         return UserError(f"{layers.path}: {key} is missing")
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
-        return UserError(f"{layers.origin(section)}: {message}")
+        # A complaint about several keys together begins with the one to change.
+        return UserError(f"{layers.origin(message.split()[0])}: {message}")
     return UserError(f"{where}: {key}: {message[:1].lower()}{message[1:]}, got {first['input']!r}")
 
 
@@ -225,12 +226,16 @@ def _check_buildable(recipe: Recipe, layers: Layers) -> None:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = recipe.method.build_model(recipe.config(), recipe.settings, recipe.seed)
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{layers.origin('model')}: model cannot be built: {first_line(error)}") from None
+        raise UserError(f"{layers.path}: model cannot be built: {first_line(error)}") from None
     try:
         if recipe.method.build_optimizer is not None:
             recipe.method.build_optimizer(model, recipe.settings, training_arguments)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{layers.origin('method')}: method: {first_line(error)}") from None
+        message = first_line(error)
+        field = message.split()[0]
+        if field in type(recipe.settings).model_fields:
+            raise UserError(f"{layers.origin(f'method.{field}')}: method.{message}") from None
+        raise UserError(f"{layers.path}: method: {message}") from None
 
 
 def first_line(error: BaseException) -> str:

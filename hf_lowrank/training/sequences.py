@@ -135,7 +135,10 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     ids = torch.from_numpy(np.stack([row["ids"] for row in rows]).astype(np.int64))
     lengths = torch.tensor([row["length"] for row in rows])
     mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
-    batch = {"input_ids": ids, "labels": ids.masked_fill(~mask, IGNORED)}
+    labels = ids.masked_fill(~mask, IGNORED)
+    # Nothing predicts the first token; said so, every version of Trainer counts the predicted tokens right.
+    labels[:, 0] = IGNORED
+    batch = {"input_ids": ids, "labels": labels}
     # Without a mask, attention takes its plain causal path.
     if not bool(mask.all()):
         batch["attention_mask"] = mask.long()

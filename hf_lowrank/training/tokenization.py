@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_lowrank.errors import UserError
@@ -35,10 +37,22 @@ def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> PreTraine
     )
 
 
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keeps huggingface-hub's notes on its retries to itself; what failed in the end is raised and said once."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
+
+
 def load_tokenizer(name: str, key: str = "data.tokenizer") -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub id or a folder; a `UserError` naming `key` where it cannot be had."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        with quiet_hub():
+            return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{key} must be a tokenizer on the Hub or in a folder, got {name!r}: {lines[0]}") from None

@@ -1,0 +1,192 @@
+"""Recipes: what they mean, and what a wrong one is told."""
+
+import pytest
+import torch
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.training import load_recipe
+from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
+
+
+def test_resolved_recipe_is_plain_and_reads_back(write_recipe, tmp_path):
+    recipe = load_recipe(write_recipe(), seed=3)
+    assert recipe.seed == 3
+    assert recipe.method.name == "full_rank"
+    assert recipe.name == f"{tmp_path.name}-tiny"
+    again = parse_yaml(dump_yaml(recipe.plain()))
+    assert again == recipe.plain()
+    (tmp_path / "again.yaml").write_text(dump_yaml(again))
+    assert load_recipe(tmp_path / "again.yaml").plain() == recipe.plain()
+
+
+def test_extends_merges_deeply_and_overrides_come_last(write_recipe, tmp_path):
+    write_recipe("base.yaml")
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\ntraining: {learning_rate: 5e-4, warmup_steps: 2}\n")
+    (tmp_path / "top.yaml").write_text("extends: middle.yaml\ntraining: {learning_rate: 1e-4}\n")
+    recipe = load_recipe(tmp_path / "top.yaml", ["training.max_steps=9", "model.hidden_size=64", "name=mine"])
+    assert recipe.training["learning_rate"] == 1e-4
+    assert recipe.training["warmup_steps"] == 2
+    assert recipe.training["max_steps"] == 9
+    assert recipe.training["save_steps"] == 3
+    assert recipe.model["hidden_size"] == 64
+    assert recipe.name == "mine"
+
+
+def test_numbers_that_yaml_1_1_takes_for_text_are_numbers(write_recipe):
+    path = write_recipe()
+    for text, value in (("1e-3", 1e-3), ("2E+1", 20.0), (".5e-2", 0.005), ("1.e-1", 0.1), ("'1e-3'", 1e-3)):
+        assert load_recipe(path, [f"training.learning_rate={text}"]).training["learning_rate"] == value
+    assert load_recipe(path, ["training.run_name=1e-x"]).training["run_name"] == "1e-x"
+
+
+def test_training_arguments_carry_the_recipe(write_recipe, tmp_path):
+    arguments = load_recipe(write_recipe(training__adam_beta2=0.98), seed=5).arguments(tmp_path / "run")
+    assert (arguments.seed, arguments.adam_beta2, arguments.max_steps) == (5, 0.98, 6)
+    assert arguments.report_to == []
+    assert arguments.eval_steps == arguments.save_steps == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_count_from_the_recipe_in_files_and_from_here_in_overrides(write_recipe, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    path = write_recipe()
+    assert load_recipe(path).data.train_files == [str(tmp_path / "texts" / "train*.txt")]
+    recipe = load_recipe(path, ["data.train_files=[a.txt]"])
+    assert recipe.data.train_files == [str(elsewhere / "a.txt")]
+
+
+WRONG = [
+    # overrides, and what the one line must hold
+    (["method.name=galor"], ["method.name", "unknown method 'galor'"]),
+    (["method.rank=4"], ["'method.rank'"]),
+    (["metod.name=x"], ["'metod'", "did you mean 'method'"]),
+    (["training.learning_rat=1"], ["'training.learning_rat'", "did you mean 'learning_rate'"]),
+    (["training.learning_rate=fast"], ["training.learning_rate must be float", "'fast'"]),
+    (["training.max_steps=1.5"], ["training.max_steps must be int", "1.5"]),
+    (["training.max_steps=0"], ["training.max_steps must be at least 1"]),
+    (["training.output_dir=x"], ["training.output_dir must be left out; give --output"]),
+    (["training.lr_scheduler_type=cosin"], ["training.lr_scheduler_type", "cosin"]),
+    (["training.eval_strategy=often"], ["training.eval_strategy", "often"]),
+    (["model.architecture=lama"], ["model.architecture", "'lama'", "did you mean 'llama'"]),
+    (["model.hiden_size=8"], ["'model.hiden_size'", "did you mean 'hidden_size'"]),
+    (["model.hidden_size=large"], ["model.hidden_size", "expected int", "large"]),
+    (["data.source=web"], ["data.source", "'python-library', 'hub' or 'files'", "'web'"]),
+    (["data.sequence_lenght=8"], ["'data.sequence_lenght'", "did you mean 'sequence_length'"]),
+    (["data.sequence_length=1"], ["data.sequence_length", "greater than or equal to 2"]),
+    (["data.shape=cut"], ["data.shape", "'packed' or 'documents'"]),
+    (["data.dataset=allenai/c4"], ["data.dataset must be left out with data.source files"]),
+    (["seed=-1"], ["seed must be an integer"]),
+    (["name=a/b"], ["name must be a file name"]),
+    (["method=galore"], ["method must be a mapping"]),
+    (["training"], ["--set must be key=value"]),
+    (["training.=3"], ["--set must be key=value"]),
+    (["training.max_steps=[1"], ["not valid YAML"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), WRONG, ids=[wrong[0][0] for wrong in WRONG])
+def test_wrong_keys_and_values_are_named(write_recipe, tmp_path, overrides, parts):
+    path = write_recipe()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as error:
+        load_recipe(path, overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in [*parts, "--set"]:
+        assert part in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_file_that_said_it_is_named(write_recipe, tmp_path):
+    base = write_recipe("base.yaml", training__max_step=5)
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\nseed: 1\n")
+    with pytest.raises(UserError, match="did you mean 'max_steps'") as error:
+        load_recipe(tmp_path / "top.yaml")
+    assert str(error.value).startswith(str(base))
+
+
+@pytest.mark.parametrize("missing", ["method", "model", "data", "training", "data__source", "data__sequence_length"])
+def test_missing_keys_are_named(write_recipe, missing):
+    with pytest.raises(UserError, match=missing.replace("__", ".")):
+        load_recipe(write_recipe(**{missing: None}))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("- a\n", "must be a mapping"),
+        ("seed: [\n", "not valid YAML"),
+        ("seed: 1\nseed: 2\n", "'seed' is there twice in line 2"),
+        ("extends: nowhere.yaml\n", "there is no such recipe file"),
+        ("extends: [a.yaml]\n", "extends must be one file name"),
+        ("extends: bad.yaml\n", "extends must not lead back to itself: bad.yaml -> bad.yaml"),
+        ("\xff", "mapping"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, text, part):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=part) as error:
+        load_recipe(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_longer_circle_of_extends_is_found(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(UserError, match=r"a\.yaml -> b.yaml -> a.yaml"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+def test_a_missing_file_and_a_file_that_is_no_text(tmp_path):
+    with pytest.raises(UserError, match="no such recipe file"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match="not readable"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_hub_needs_a_dataset_and_a_stream_a_tokenizer(write_recipe):
+    files = {"data__train_files": None, "data__held_out_files": None, "data__source": "hub"}
+    path = write_recipe(**files)
+    with pytest.raises(UserError, match=r"data\.dataset must name"):
+        load_recipe(path)
+    with pytest.raises(UserError, match=r"data\.tokenizer must be given with data\.streaming"):
+        load_recipe(path, ["data.dataset=a/b", "data.streaming=true"])
+    with pytest.raises(UserError, match=r"training\.max_steps must be given"):
+        load_recipe(
+            write_recipe(training__max_steps=None, training__num_train_epochs=1),
+            ["data.dataset=a/b", "data.streaming=true", "data.tokenizer=a/b"],
+        )
+
+
+def test_keys_that_do_not_fit_together_are_named(write_recipe):
+    path = write_recipe()
+    with pytest.raises(UserError, match=r"tiny.yaml: model: .* multiple of the number of attention heads"):
+        load_recipe(path, ["model.num_attention_heads=5"])
+    with pytest.raises(
+        UserError, match=r"tiny.yaml: data.train_files must be left out with data.source python-library"
+    ):
+        load_recipe(path, ["data.source=python-library"])
+
+
+@pytest.mark.parametrize("method", ["galore", "fira"])
+def test_a_rank_above_a_target_matrix_is_found_before_training(write_recipe, method):
+    path = write_recipe(method={"name": method, "rank": 32})
+    assert load_recipe(path).settings.rank == 32
+    with pytest.raises(UserError, match=r"^--set method.rank=33: method.rank must be .* got 33"):
+        load_recipe(path, ["method.rank=33"])
+    with pytest.raises(UserError, match=r"tiny.yaml: method.rank|--set method.rank=0: method.rank"):
+        load_recipe(path, ["method.rank=0"])
+    with pytest.raises(UserError, match=r"target_modules.*matches no linear module"):
+        load_recipe(path, ["method.target_modules=[no_such_proj]"])
+
+
+def test_loading_draws_nothing_from_torchs_generator(write_recipe):
+    path = write_recipe()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    load_recipe(path)
+    assert torch.equal(torch.get_rng_state(), before)

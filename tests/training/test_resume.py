@@ -1,0 +1,107 @@
+"""Runs killed at a random moment end as if they never had been."""
+
+import json
+import multiprocessing
+import random
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_lowrank.training import load_recipe, pretrain
+
+METHODS = {
+    "full_rank": {"name": "full_rank"},
+    "galore": {"name": "galore", "rank": 4, "update_proj_gap": 7},
+    "fira": {"name": "fira", "rank": 4, "update_proj_gap": 7},
+}
+STEPS, EVERY = 40, 5
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """A server that imports once and forks a fresh process for each run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_lowrank.training", "transformers.models.llama.modeling_llama"])
+    return context
+
+
+def train_in_process(path, output):
+    torch.set_num_threads(1)
+    pretrain(load_recipe(path), output)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_ends_with_the_same_bits(write_recipe, tmp_path, processes, method):
+    path = write_recipe(
+        method=METHODS[method],
+        # Dropout draws from torch's generator at each step: it must continue too.
+        model__attention_dropout=0.1,
+        training__max_steps=STEPS,
+        training__save_steps=EVERY,
+        training__weight_decay=0.1,
+        training__warmup_steps=5,
+        training__lr_scheduler_type="cosine",
+    )
+    whole = pretrain(load_recipe(path), tmp_path / "whole")
+    run = tmp_path / "killed"
+    steps_at_kill = []
+    for _ in range(2):
+        process = processes.Process(target=train_in_process, args=(path, run))
+        process.start()
+        _wait_for_progress(run, process)
+        time.sleep(random.uniform(0, 0.15))
+        process.kill()
+        process.join(60)
+        steps_at_kill.append(_last_step(run))
+    assert EVERY <= steps_at_kill[0] < STEPS, steps_at_kill
+    pretrain(load_recipe(path), run)
+
+    for step in (0, *range(EVERY, STEPS + 1, EVERY)):
+        one, other = (load_file(folder / f"checkpoint-{step}" / "model.safetensors") for folder in (whole, run))
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name]), (steps_at_kill, step, name)
+    _assert_equal(*(torch.load(f / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True) for f in (whole, run)))
+    logs = [_eval_losses(folder) for folder in (whole, run)]
+    assert logs[0] == logs[1]
+    facts = json.loads((run / "facts.json").read_text())
+    assert facts["step"] == STEPS
+    assert [int(step) for step in facts["progress"]] == list(range(EVERY, STEPS + 1, EVERY))
+    seconds = [costs["training_seconds"] for costs in facts["progress"].values()]
+    assert seconds == sorted(seconds)
+
+
+def _last_step(run):
+    return max((int(folder.name.rpartition("-")[2]) for folder in run.glob("checkpoint-*")), default=0)
+
+
+def _wait_for_progress(run, process):
+    """Until the run has got further than where it stood."""
+    begun, until = _last_step(run), time.monotonic() + 60
+    while _last_step(run) < begun + EVERY:
+        if not process.is_alive():
+            return
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def _eval_losses(run):
+    state = json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [(entry["step"], entry["eval_loss"]) for entry in state["log_history"] if "eval_loss" in entry]
+
+
+def _assert_equal(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            _assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for left, right in zip(one, other, strict=True):
+            _assert_equal(left, right)
+    elif torch.is_tensor(one):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
