@@ -10,17 +10,25 @@ from hf_lowrank.adapters import (
     ReLoraScheduler,
     SLTrainConfig,
 )
+from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.measure import METRICS
 from hf_lowrank.methods import METHODS
+from hf_lowrank.optim import FiraAdamW, GaLoreAdamW, param_groups
 
 __version__ = version("hf-lowrank")
 
 __all__ = [
     "METHODS",
+    "METRICS",
     "CoLAConfig",
+    "FiraAdamW",
+    "GaLoreAdamW",
     "LowRankConfig",
     "LowRankForCausalLM",
     "ReLoraCallback",
     "ReLoraScheduler",
     "SLTrainConfig",
+    "Trajectory",
     "__version__",
+    "param_groups",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -23,19 +24,27 @@ app = typer.Typer(
 )
 
 
+Runs = Annotated[
+    list[str], typer.Argument(metavar="RUN...", help="Run directories, folders of checkpoints, or user/repo@step-N.")
+]
+
+
 @app.callback()
-def quiet_libraries() -> None:
+def prepare() -> None:
     """Pre-train with low-rank methods, measure what kind of solution came out, and report it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-Runs = Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories or folders of checkpoints.")]
+    logger = logging.getLogger("hf_lowrank")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("hf-lowrank: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as recipes/nano/galore.yaml.")],
-    set_: Annotated[
+    overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key; can be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
@@ -44,8 +53,80 @@ def train(
     """Train by a recipe; an interrupted run continues from its last whole checkpoint."""
     from hf_lowrank.training import load_recipe, pretrain
 
-    run = pretrain(load_recipe(recipe, overrides=set_ or (), seed=seed), output=output)
+    run = pretrain(load_recipe(recipe, overrides=overrides or (), seed=seed), output=output)
     typer.echo(f"run directory: {run}")
+
+
+@app.command()
+def measure(
+    runs: Runs,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="IDS", help="Metric ids or dimensions, comma-separated, or all; default: the sixteen."),
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="all, last, or numbers as 100,200.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="RUN", help="The run to compare with; default: the full-rank one among RUN.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
+    settings: Annotated[
+        Path | None, typer.Option(metavar="YAML", help="Settings of single metrics, over the preset's.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where models are evaluated.")] = None,
+    evaluation_set: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Held-out sequences or a text; default: each run's own.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where measurements go; default: each run's directory.")
+    ] = None,
+    revisions: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Which revisions are checkpoints, as 'step*'.")
+    ] = None,
+) -> None:
+    """Measure checkpoints: rows of measurements.jsonl. What is there already is not measured again."""
+    from hf_lowrank.measure import measure as measure_runs
+
+    rows = measure_runs(
+        runs,
+        metrics=metrics,
+        steps=steps,
+        baseline=baseline,
+        preset=preset,
+        settings=settings,
+        device=device,
+        evaluation_set=evaluation_set,
+        output=output,
+        revisions=revisions,
+        progress=True,
+    )
+    without = sum(row.value != row.value for row in rows)
+    typer.echo(f"{len(rows)} measurements of {len(runs)} runs" + (f", {without} without a value" if without else ""))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the page goes.")],
+) -> None:
+    """Show runs side by side: a table here, and one self-contained page in DIR."""
+    from rich.console import Console
+
+    from hf_lowrank.report import terminal_table, write_report
+
+    page = write_report(runs, output)
+    Console().print(terminal_table(runs))
+    typer.echo(f"page: {page}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(metavar="RUN@STEP", help="A run's checkpoint, or its folder.")],
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet.")],
+) -> None:
+    """Write a checkpoint as the plain dense architecture, which loads without this package."""
+    from hf_lowrank.adapters.export import export as export_dense
+
+    typer.echo(f"dense model: {export_dense(checkpoint, output)}")
 
 
 @app.command()
@@ -56,7 +137,19 @@ def methods() -> None:
     for method in METHODS.values():
         typer.echo(f"{method.name:12} {method.summary}" + (f" [{method.source}]" if method.source else ""))
         for name, field in method.settings.model_fields.items():
-            typer.echo(f"{'':14}{name} = {field.default!r}" + (f"  {field.description}" if field.description else ""))
+            default = "required" if field.is_required() else f"= {field.get_default(call_default_factory=True)!r}"
+            typer.echo(f"{'':14}{name} {default}" + (f"  {field.description}" if field.description else ""))
+
+
+@app.command()
+def metrics() -> None:
+    """List the metrics by dimension, with their meaning."""
+    from hf_lowrank.measure import METRICS
+
+    for metric in METRICS.values():
+        remarks = [metric.dimension, *(["needs a baseline"] if metric.needs_baseline else [])]
+        remarks += ["extra"] if metric.extra else []
+        typer.echo(f"{metric.id:24} {metric.summary} [{', '.join(remarks)}]")
 
 
 def main(arguments: list[str] | None = None) -> None:
