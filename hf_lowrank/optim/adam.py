@@ -77,7 +77,7 @@ def adam_moves(
 ) -> Tensor:
     """Minus the bias-corrected Adam direction of stacked gradients `lows` (k, rows, rank).
 
-    Updates the moments in place. The fused step of a zero weight at learning rate 1 is just that, in one pass over memory.
+    Updates the moments in place. The fused step of a zero weight at learning rate 1 is just that, in one pass.
     """
     moves = torch.zeros_like(lows)
     adamw_(

@@ -47,6 +47,7 @@ class Batch:
         left_bases: (rows, rank) each, or None.
         exp_avgs, exp_avg_sqs: the moments, of the projected shape.
         limits: 0-dimensional tensors with the residual's last norm, or empty.
+        earlier: (k, rows, rank) projections of this step's earlier backward passes, or None.
     """
 
     group: dict[str, Any]
@@ -58,6 +59,7 @@ class Batch:
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     limits: list[Tensor]
+    earlier: Tensor | None = None
     lows: Tensor | None = None
 
     @property
@@ -86,6 +88,8 @@ class Batch:
                 parts = map(project_matrix, self.grads, self.bases, lefts)
                 lows = next(parts)[None] if len(self.grads) == 1 else torch.stack(list(parts))
             self.lows = lows.to(self.exp_avgs[0].dtype)
+            if self.earlier is not None:
+                self.lows += self.earlier
         return self.lows
 
     def moves(self) -> Tensor:
@@ -116,3 +120,8 @@ class Batch:
             if self.left_bases is not None:
                 low = self.left_bases[index].to(low.dtype) @ low  # noqa: PLW2901
             weight.addmm_(low, basis.to(low.dtype).mT, beta=keep, alpha=alpha)
+
+    def add_scaled_gradients_(self, scales: Tensor, *, alpha: float) -> None:
+        """`W ← W + alpha · diag(scales) G` with scales (k, rows), or (k, 1) for one number each."""
+        for weight, grad, scale in zip(self.weights, self.grads, scales.unbind(), strict=True):
+            weight.addcmul_(grad, scale[:, None].to(grad.dtype), value=alpha)

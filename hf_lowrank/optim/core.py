@@ -1,47 +1,42 @@
 """The projected-Adam core: everything that the low-rank optimizers share.
 
-A step is: sort the parameters that have a finite gradient into batches of equal shape and age; refresh the bases
-that are due; let the method update each batch (project, Adam, lift, apply); give the rest plain AdamW. A method's
-class says only how its batch is updated.
+A step is: refresh the bases that are due; sort the targets into batches of equal shape and age; let the method
+update each batch (project, Adam, lift, apply). A method's class says only how its batch is updated.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.optim.adam import ADAM_VARIANTS, adamw_
-from hf_lowrank.optim.batch import Batch
+from hf_lowrank.errors import UserError
+from hf_lowrank.optim.base import Bound, Entry, Params, TargetedAdamW, is_count
+from hf_lowrank.optim.batch import Batch, project_matrix
 from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.matrices import Layout, make_layout
-from hf_lowrank.optim.subspaces import SUBSPACES, Request, exact_bases
+from hf_lowrank.optim.moments import init_moments, moment_dtype, read_moments, write_moments
+from hf_lowrank.optim.subspaces import (
+    SUBSPACES,
+    UNSTORED,
+    Request,
+    captured_energy,
+    exact_bases,
+    gaussian_matrix,
+    subspace_overlap,
+)
 
 MOMENTS = ("keep", "rotate", "reset")
-STATE_DTYPES = ("parameter", "float32")
-# What torch, its schedulers and Trainer put into groups beside an optimizer's own options.
-FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "max_lr", "min_lr", "name"})
 # Gradient elements that one batch may hold: bounds the memory of the stacked projections.
 BATCH_ELEMENTS = 2**23
 
-Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Member = tuple[Entry, Layout]
 
 
-class Entry(NamedTuple):
-    """A parameter that is to be stepped."""
-
-    group: dict[str, Any]
-    param: Tensor
-    grad: Tensor
-
-
-class ProjectedAdamW(Optimizer):
+class ProjectedAdamW(TargetedAdamW):
     """AdamW whose target matrices live in subspaces of their gradients; the base of the methods' classes.
 
     Args:
@@ -52,22 +47,31 @@ class ProjectedAdamW(Optimizer):
         target_modules: which linear layers are targets when `params` is a model.
         update_proj_gap: optimizer steps between two choices of the subspace.
         scale: multiplies the lifted update.
-        proj_type: `std` (the longer side stays), `reverse_std`, `right`, `left`, or `full` (both sides).
-        subspace: how the basis is chosen.
+        proj_type: `std` (the longer side stays), `reverse_std`, `right`, `left`, or `full` (both sides; with `svd`).
+        subspace: `svd` (exact), `randomized` (subspace iteration from the last basis), `random` (orthonormal),
+            `columns` (random ones), or `gaussian` (drawn from the seed at every step, never stored).
+        stagger: spreads the refreshes of the matrices over the steps, so that no single step stalls.
         adam_variant: `official` adds ε before the bias correction and decays the updated weights, as the methods'
             own packages do; `torch` is `torch.optim.AdamW`'s rule.
         moments: what a refresh does to the moments: `keep` (as published), `rotate` into the new basis, `reset`.
-        state_dtype: of moments: the `parameter`'s, or `float32`.
+        state_dtype: of moments: the `parameter`'s, `float32`, or `8bit` (needs torchao).
+        stochastic_rounding: of bfloat16 weights, without which small updates are lost.
         matrix: how parameters of other than two dimensions are seen, see `make_layout`.
         seed: keys every random draw.
+        layerwise: updates each weight inside the backward pass and frees its gradient at once. Clipping by global
+            norm, fp16 scaling and several processes are then impossible. Gradients of several backward passes are
+            summed in the subspace where the method lives in it alone; a refresh then sees the first one.
+        diagnostics: fills `diagnostics` at each refresh.
         own: options of a method's own class, which groups may set as well.
 
     Raises:
         UserError: an option is out of range, a rank does not fit a matrix, a target is a vector; it is named.
     """
 
-    subspaces: ClassVar[tuple[str, ...]] = tuple(SUBSPACES)
+    subspaces: ClassVar[tuple[str, ...]] = (*SUBSPACES, UNSTORED)
     limits_norm: ClassVar[bool] = False
+    # Whether the update needs the gradient only through its projection.
+    stays_low: ClassVar[bool] = False
     proj_types: ClassVar[tuple[str, ...]] = ("std", "reverse_std", "right", "left", "full")
 
     def __init__(
@@ -87,8 +91,12 @@ class ProjectedAdamW(Optimizer):
         adam_variant: str = "official",
         moments: str = "keep",
         state_dtype: str = "parameter",
+        stochastic_rounding: bool = False,
+        stagger: bool = False,
         matrix: str = "auto",
         seed: int = 0,
+        layerwise: bool = False,
+        diagnostics: bool = False,
         own: dict[str, Any] | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -104,22 +112,20 @@ class ProjectedAdamW(Optimizer):
             "adam_variant": adam_variant,
             "moments": moments,
             "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "stagger": stagger,
             "matrix": matrix,
             "seed": seed,
             **(own or {}),
         }
-        self._layouts: dict[Tensor, Layout] = {}
-        self._names: dict[Tensor, str] = {}
-        self._matrix_count = 0
-        self._warned: set[Tensor] = set()
-        self._check_options(defaults, f"{type(self).__name__}")
+        self.diagnostics: dict[str, dict[str, float]] | None = {} if diagnostics else None
         if isinstance(params, nn.Module):
             if defaults["rank"] is None:
                 raise UserError(f"{type(self).__name__} of a model needs rank, a number from 1")
             params = param_groups(
                 params, rank=defaults["rank"], target_modules=target_modules, weight_decay=defaults["weight_decay"]
             )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, layerwise=layerwise)
         if not any(group["rank"] is not None for group in self.param_groups):
             raise UserError(
                 f"{type(self).__name__} needs at least one group with a rank; pass the model itself with rank=, "
@@ -128,163 +134,160 @@ class ProjectedAdamW(Optimizer):
 
     # Groups
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; its options are checked and its matrices' layouts decided here, once."""
-        unknown = set(param_group) - set(self.defaults) - FOREIGN_KEYS
-        if unknown:
-            key = sorted(unknown)[0]
-            raise UserError(f"unknown option {key!r} of a parameter group; {nearest(key, self.defaults)}")
-        super().add_param_group(param_group)
-        number = len(self.param_groups) - 1
-        group = self.param_groups[number]
-        try:
-            self._check_options(group, f"parameter group {number}")
-            names = group.get("param_names") or [
-                f"parameter {i} of group {number}" for i in range(len(group["params"]))
-            ]
-            for name, param in zip(names, group["params"], strict=True):
-                self._names[param] = name
-                if group["rank"] is not None:
-                    self._add_layout(group, param)
-        except UserError:
-            del self.param_groups[number]
-            raise
+    def _is_target(self, group: dict[str, Any]) -> bool:
+        return group["rank"] is not None
 
-    def _add_layout(self, group: dict[str, Any], param: Tensor) -> Layout:
-        layout = make_layout(
+    def _forget(self) -> None:
+        self._layouts: dict[Tensor, Layout] = {}
+        self._matrix_count = 0
+        self._parts: dict[Tensor, list[Tensor]] = {}
+
+    def _adopt(self, group: dict[str, Any], param: Tensor) -> None:
+        self._layouts[param] = make_layout(
             param,
-            self._names.get(param, "a parameter"),
+            self.name_of(param),
             rank=group["rank"],
             proj_type=group["proj_type"],
             matrix=group["matrix"],
             index=self._matrix_count,
         )
-        self._layouts[param] = layout
-        self._matrix_count += layout.count
-        return layout
+        self._matrix_count += self._layouts[param].count
+
+    def _choices(self) -> dict[str, tuple[str, ...]]:
+        own = {"moments": MOMENTS, "subspace": self.subspaces, "proj_type": self.proj_types}
+        return super()._choices() | own
+
+    def _bounds(self) -> dict[str, Bound]:
+        return super()._bounds() | {
+            "scale": (lambda x: x > 0, "above 0"),
+            "update_proj_gap": (is_count, "a whole number from 1"),
+        }
 
     def _check_options(self, options: dict[str, Any], where: str) -> None:
-        choices = {
-            "adam_variant": ADAM_VARIANTS,
-            "moments": MOMENTS,
-            "subspace": self.subspaces,
-            "state_dtype": STATE_DTYPES,
-            "proj_type": self.proj_types,
-        }
-        for key, allowed in choices.items():
-            if options[key] not in allowed:
-                raise UserError(f"{key} of {where} must be one of {', '.join(allowed)}, got {options[key]!r}")
-        bounds: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "lr": (lambda x: float(x) >= 0, "at least 0"),
-            "eps": (lambda x: x >= 0, "at least 0"),
-            "weight_decay": (lambda x: x >= 0, "at least 0"),
-            "scale": (lambda x: x > 0, "above 0"),
-            "betas": (lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "two numbers from 0 to below 1"),
-            "update_proj_gap": (lambda x: isinstance(x, int) and x >= 1, "a whole number from 1"),
-        }
-        for key, (good, allowed_text) in bounds.items():
-            if not good(options[key]):
-                raise UserError(f"{key} of {where} must be {allowed_text}, got {options[key]!r}")
+        super()._check_options(options, where)
+        if options["proj_type"] == "full" and options["subspace"] != "svd":
+            raise UserError(f"subspace of {where} must be svd with proj_type='full', got {options['subspace']!r}")
 
     # The step
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step. A parameter whose gradient is not finite is left alone, with a warning.
-
-        Raises:
-            UserError: a sparse gradient, naming its parameter.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._update(
-            [
-                Entry(group, param, param.grad)
-                for group in self.param_groups
-                for param in group["params"]
-                if param.grad is not None
-            ]
-        )
-        return loss
-
-    def _update(self, entries: Sequence[Entry]) -> None:
-        entries = self._finite(entries)
-        targets = [entry for entry in entries if entry.group["rank"] is not None]
-        self._refresh(targets)
-        for batch in self._batches(targets):
-            self._update_batch(batch)
-        self._update_rest([entry for entry in entries if entry.group["rank"] is None])
 
     def _update_batch(self, batch: Batch) -> None:
         raise NotImplementedError
 
-    def _finite(self, entries: Sequence[Entry]) -> list[Entry]:
-        by_device: dict[tuple[torch.device, torch.dtype], list[Entry]] = {}
-        for entry in entries:
-            if entry.grad.layout != torch.strided:
-                raise UserError(
-                    f"the gradient of {self._names.get(entry.param)} is sparse; {type(self).__name__} needs dense "
-                    "gradients (nn.Embedding(sparse=False))"
-                )
-            by_device.setdefault((entry.grad.device, entry.grad.dtype), []).append(entry)
-        good: set[Tensor] = set()
-        for group in by_device.values():
-            peaks = torch._foreach_norm([entry.grad for entry in group], ord=float("inf"))
-            flags = torch.isfinite(torch.stack(peaks)).tolist()
-            good.update(entry.param for entry, finite in zip(group, flags, strict=True) if finite)
-        bad = [entry.param for entry in entries if entry.param not in good and entry.param not in self._warned]
-        if bad:
-            self._warned.update(bad)
-            names = ", ".join(self._names.get(param, "a parameter") for param in bad[:3])
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            warnings.warn(f"the gradient of {names}{more} is not finite; their step is skipped", stacklevel=4)
-        return [entry for entry in entries if entry.param in good]
+    def _update_targets(self, entries: Sequence[Entry]) -> None:
+        self._refresh([entry for entry in entries if entry.param not in self._parts])
+        for members in self._alike(entries):
+            self._step_members(members)
 
-    # Targets
-
-    def _layout(self, entry: Entry) -> Layout:
-        layout = self._layouts.get(entry.param)
-        return self._add_layout(entry.group, entry.param) if layout is None else layout
-
-    def _state_dtype(self, group: dict[str, Any], param: Tensor) -> torch.dtype:
-        if group["state_dtype"] == "float32" and param.dtype != torch.float64:
-            return torch.float32
-        return param.dtype
+    def _step_members(self, members: Sequence[Member]) -> None:
+        entries = [entry for entry, _ in members]
+        wide = [entry.param.float() if self._rounds(entry) else entry.param for entry in entries]
+        moments = [read_moments(self.state[entry.param]) for entry in entries]
+        self._update_batch(self._batch(members, wide, moments))
+        for entry, weight, kinds in zip(entries, wide, moments, strict=True):
+            write_moments(self.state[entry.param], *kinds)
+            self._write_weight(entry, weight)
 
     def _target_state(self, entry: Entry, layout: Layout) -> dict[str, Any]:
         state = self.state[entry.param]
         if not state:
-            dtype = self._state_dtype(entry.group, entry.param)
-            device = entry.param.device
             state["step"] = 0
             state["refreshes"] = 0
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros(layout.state_shape(*layout.low_shape), dtype=dtype, device=device)
+            shape = layout.state_shape(*layout.low_shape)
+            init_moments(state, shape, entry.group["state_dtype"], entry.param)
             if self.limits_norm:
                 # Infinite: the first step only records.
-                state["residual_norm"] = torch.full(layout.state_shape(), torch.inf, device=device)
+                state["residual_norm"] = torch.full(layout.state_shape(), torch.inf, device=entry.param.device)
         return state
 
-    def _refresh(self, targets: Sequence[Entry]) -> None:
-        fresh: list[Tensor] = []
-        for entry in targets:
-            layout = self._layout(entry)
+    def _alike(self, entries: Sequence[Entry]) -> Iterator[list[Member]]:
+        """Members of equal layout, type, place and age; none above `BATCH_ELEMENTS` unless of one parameter."""
+        alike: dict[tuple[Any, ...], list[Member]] = {}
+        for entry in entries:
+            layout = self._layouts[entry.param]
+            self.state[entry.param]["step"] += 1
+            shape = (layout.rows, layout.columns, layout.transposed, layout.both, layout.rank)
+            key = (id(entry.group), self._age(entry), *shape, entry.param.dtype, entry.param.device)
+            alike.setdefault(key, []).append((entry, layout))
+        for members in alike.values():
+            each = max(1, BATCH_ELEMENTS // members[0][1].param_elements)
+            for start in range(0, len(members), each):
+                yield members[start : start + each]
+
+    def _age(self, entry: Entry) -> int:
+        """Which step of its moments a parameter is at."""
+        state = self.state[entry.param]
+        return state["step"] - state.get("reset_at", 0)
+
+    def _batch(
+        self, members: Sequence[Member], weights: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor]]
+    ) -> Batch:
+        def parts(key: str) -> list[Tensor]:
+            return [part for entry, layout in members for part in layout.parts(self.state[entry.param][key])]
+
+        layouts = [layout for _, layout in members]
+        grads = [view for entry, layout in members for view in layout.matrices(entry.grad)]
+        earlier = [part for entry, _ in members for part in self._parts.pop(entry.param, ())]
+        return Batch(
+            group=members[0][0].group,
+            age=self._age(members[0][0]),
+            weights=[
+                view for weight, layout in zip(weights, layouts, strict=True) for view in layout.matrices(weight)
+            ],
+            grads=grads,
+            bases=[basis for entry, layout in members for basis in self._bases(entry, layout)],
+            left_bases=parts("left_basis") if layouts[0].both else None,
+            exp_avgs=[p for (m, _), layout in zip(moments, layouts, strict=True) for p in layout.parts(m)],
+            exp_avg_sqs=[p for (_, v), layout in zip(moments, layouts, strict=True) for p in layout.parts(v)],
+            limits=parts("residual_norm") if self.limits_norm else [],
+            earlier=torch.stack(earlier) if earlier else None,
+        )
+
+    # Subspaces
+
+    def _bases(self, entry: Entry, layout: Layout) -> list[Tensor]:
+        """The bases in use, one for each matrix."""
+        state = self.state[entry.param]
+        if "basis" in state:
+            return layout.parts(state["basis"])
+        grads = layout.matrices(entry.grad)
+        return [
+            gaussian_matrix(grad, layout.rank, (entry.group["seed"], layout.index + number, state["refreshes"] - 1))
+            for number, grad in enumerate(grads)
+        ]
+
+    def _is_due(self, entry: Entry, layout: Layout, state: dict[str, Any]) -> bool:
+        gap = entry.group["update_proj_gap"]
+        offset = gap * layout.index // max(1, self._matrix_count) if entry.group["stagger"] else 0
+        return state["refreshes"] == 0 or (state["step"] + offset) % gap == 0
+
+    def _refresh(self, entries: Sequence[Entry]) -> None:
+        fresh: list[tuple[Entry, Layout, dict[str, Tensor]]] = []
+        for entry in entries:
+            layout = self._layouts[entry.param]
             state = self._target_state(entry, layout)
-            if state["step"] % entry.group["update_proj_gap"]:
-                continue
-            bases = self._choose(entry, layout, state)
-            self._carry_moments(entry.group["moments"], layout, state, bases)
+            if self._is_due(entry, layout, state):
+                fresh.append((entry, layout, self._choose(entry, layout, state)))
+        if fresh and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for _, _, bases in fresh:
+                for basis in bases.values():  # decompositions may differ in their last bits between machines
+                    dist.broadcast(basis, src=0)
+        for entry, layout, bases in fresh:
+            state = self.state[entry.param]
+            wanted = self.diagnostics is not None or entry.group["moments"] == "rotate"
+            first = state["refreshes"] == 0
+            before = self._bases(entry, layout) if wanted and not first else None
+            left_before = state.get("left_basis")
             state.update(bases)
             state["refreshes"] += 1
-            fresh.extend(bases.values())
-        if fresh and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for basis in fresh:  # decompositions may differ in their last bits between machines
-                dist.broadcast(basis, src=0)
+            if self.diagnostics is not None:
+                self._diagnose(entry, layout, before)
+            if not first:
+                self._carry_moments(entry, layout, before or (), left_before)
 
     def _choose(self, entry: Entry, layout: Layout, state: dict[str, Any]) -> dict[str, Tensor]:
         """The new basis, and the left one where both sides are projected, in the parameter's type."""
+        if entry.group["subspace"] == UNSTORED:
+            return {}
         bases: dict[str, list[Tensor]] = {"basis": []}
         previous = layout.parts(state["basis"]) if "basis" in state else [None] * layout.count
         for number, matrix in enumerate(layout.matrices(entry.grad)):
@@ -308,125 +311,81 @@ class ProjectedAdamW(Optimizer):
             result[key] = basis.to(dtype).clone(memory_format=torch.contiguous_format)
         return result
 
-    def _carry_moments(self, moments: str, layout: Layout, state: dict[str, Any], bases: dict[str, Tensor]) -> None:
-        if moments == "keep" or "basis" not in state:
+    def _carry_moments(
+        self, entry: Entry, layout: Layout, before: Sequence[Tensor], left_before: Tensor | None
+    ) -> None:
+        state, moments = self.state[entry.param], entry.group["moments"]
+        if moments == "keep":
             return
+        exp_avg, exp_avg_sq = read_moments(state)
         if moments == "reset":
-            state["exp_avg"].zero_()
-            state["exp_avg_sq"].zero_()
+            exp_avg.zero_()
+            exp_avg_sq.zero_()
             state["reset_at"] = state["step"]
+        else:
+            for number, (old, new) in enumerate(zip(before, self._bases(entry, layout), strict=True)):
+                turn = _dense(old, layout).mT @ _dense(new, layout)
+                for moment, power in ((exp_avg, 1), (exp_avg_sq, 2)):
+                    part = layout.parts(moment)[number]
+                    turned = part.to(turn.dtype) @ turn.pow(power)
+                    if left_before is not None:
+                        new_left, old_left = (
+                            layout.parts(side)[number] for side in (state["left_basis"], left_before)
+                        )
+                        turned = (new_left.mT @ old_left).to(turn.dtype).pow(power) @ turned
+                    part.copy_(turned)
+        write_moments(state, exp_avg, exp_avg_sq)
+
+    def _diagnose(self, entry: Entry, layout: Layout, before: Sequence[Tensor] | None) -> None:
+        assert self.diagnostics is not None
+        bases = [_dense(basis, layout) for basis in self._bases(entry, layout)]
+        energies = map(captured_energy, layout.matrices(entry.grad), bases)
+        found = {"step": float(self.state[entry.param]["step"])}
+        found["captured_energy"] = float(torch.stack(list(energies)).mean())
+        if before is not None:
+            olds = [_dense(basis, layout) for basis in before]
+            found["subspace_overlap"] = float(torch.stack(list(map(subspace_overlap, olds, bases))).mean())
+        self.diagnostics[self.name_of(entry.param)] = found
+
+    # Inside the backward pass
+
+    def _keep_part(self, group: dict[str, Any], param: Tensor) -> bool:
+        """Adds a backward pass's projected gradient to those before; whether the gradient itself can go."""
+        if not (self._is_target(group) and self.stays_low) or param.grad is None:
+            return False
+        entry, layout = Entry(group, param, param.grad), self._layouts[param]
+        if param not in self._parts and self._finite([entry]):
+            self._refresh([entry])
+        state = self._target_state(entry, layout)
+        if not state["refreshes"]:  # nothing finite to choose a basis from: this step will be skipped
+            return False
+        lefts = layout.parts(state["left_basis"]) if layout.both else [None] * layout.count
+        dtype = moment_dtype(group["state_dtype"], param)
+        lows = list(map(project_matrix, layout.matrices(entry.grad), self._bases(entry, layout), lefts))
+        for number, low in enumerate(lows):
+            lows[number] = low.to(dtype) + (self._parts[param][number] if param in self._parts else 0)
+        self._parts[param] = lows
+        return True
+
+    def _update_one(self, group: dict[str, Any], param: Tensor) -> None:
+        """One parameter's step, its gradient's sum being what the backward passes before left, and `param.grad`."""
+        parts = self._parts.get(param, ())
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
+            del self._parts[param]
+            self._warn_of_skipped([param])
             return
-        turn = state["basis"].mT.float() @ bases["basis"].float()
-        side = bases["left_basis"].mT.float() @ state["left_basis"].float() if layout.both else None
-        for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
-            turned = state[key].float() @ turn.pow(power)
-            state[key].copy_(turned if side is None else side.pow(power) @ turned)
-
-    def _batches(self, targets: Sequence[Entry]) -> Iterable[Batch]:
-        """Batches of equal layout, type, place and age, none above `BATCH_ELEMENTS` unless of one parameter."""
-        alike: dict[tuple[Any, ...], list[tuple[Entry, Layout]]] = {}
-        for entry in targets:
-            layout = self._layouts[entry.param]
-            state = self.state[entry.param]
-            state["step"] += 1
-            age = state["step"] - state.get("reset_at", 0)
-            key = (
-                id(entry.group), age, layout.rows, layout.columns, layout.transposed, layout.both, layout.rank,
-                entry.param.dtype, entry.param.device,
-            )  # fmt: skip
-            alike.setdefault(key, []).append((entry, layout))
-        for key, members in alike.items():
-            size = 0
-            chunk: list[tuple[Entry, Layout]] = []
-            for member in members:
-                if chunk and size + member[1].param_elements > BATCH_ELEMENTS:
-                    yield self._batch(chunk, age=key[1])
-                    size, chunk = 0, []
-                size += member[1].param_elements
-                chunk.append(member)
-            yield self._batch(chunk, age=key[1])
-
-    def _batch(self, members: Sequence[tuple[Entry, Layout]], age: int) -> Batch:
-        def parts(key: str) -> list[Tensor]:
-            return [part for entry, layout in members for part in layout.parts(self.state[entry.param][key])]
-
-        both = members[0][1].both
-        return Batch(
-            group=members[0][0].group,
-            age=age,
-            weights=[view for entry, layout in members for view in layout.matrices(entry.param)],
-            grads=[view for entry, layout in members for view in layout.matrices(entry.grad)],
-            bases=parts("basis"),
-            left_bases=parts("left_basis") if both else None,
-            exp_avgs=parts("exp_avg"),
-            exp_avg_sqs=parts("exp_avg_sq"),
-            limits=parts("residual_norm") if self.limits_norm else [],
-        )
-
-    # The rest
-
-    def _update_rest(self, entries: Sequence[Entry]) -> None:
-        alike: dict[tuple[Any, ...], list[Entry]] = {}
-        for entry in entries:
-            state = self.state[entry.param]
-            if not state:
-                dtype = self._state_dtype(entry.group, entry.param)
-                state["step"] = 0
-                state["exp_avg"] = torch.zeros_like(entry.param, dtype=dtype, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(entry.param, dtype=dtype, memory_format=torch.preserve_format)
-            state["step"] += 1
-            key = (id(entry.group), state["step"], entry.param.device, entry.param.dtype, state["exp_avg"].dtype)
-            alike.setdefault(key, []).append(entry)
-        for (_, age, _, weight_dtype, state_dtype), members in alike.items():
-            group = members[0].group
-            options = {key: group[key] for key in ("betas", "eps", "weight_decay")}
-            # One at a time where each needs a wide copy.
-            batches = [members] if weight_dtype == state_dtype else [[member] for member in members]
-            for batch in batches:
-                weights = [entry.param.to(state_dtype) for entry in batch]
-                adamw_(
-                    weights,
-                    [entry.grad.to(state_dtype) for entry in batch],
-                    [self.state[entry.param]["exp_avg"] for entry in batch],
-                    [self.state[entry.param]["exp_avg_sq"] for entry in batch],
-                    age=age,
-                    lr=float(group["lr"]),
-                    variant=group["adam_variant"],
-                    **options,
-                )
-                if weight_dtype != state_dtype:
-                    for entry, weight in zip(batch, weights, strict=True):
-                        entry.param.copy_(weight)
-
-    # Saving and loading
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads `state_dict()`'s result, from any device or weight type.
-
-        torch casts every floating state to its parameter's type; here each tensor keeps the type in which this
-        optimizer holds it, so that resuming is exact.
-        """
-        super().load_state_dict(state_dict)
-        saved_ids = [number for group in state_dict["param_groups"] for number in group["params"]]
-        params = [(group, param) for group in self.param_groups for param in group["params"]]
-        for number, (group, param) in zip(saved_ids, params, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    dtype = self._kept_dtype(key, value, group, param)
-                    loaded = value.to(device=param.device, dtype=dtype)
-                    self.state[param][key] = loaded.clone() if loaded is value else loaded
-        self._layouts.clear()
-        self._matrix_count = 0
-        for group, param in params:
-            if group["rank"] is not None:
-                self._add_layout(group, param)
+        assert param.grad is not None
+        self._update([Entry(group, param, param.grad)])
+        self._parts.pop(param, None)
 
     def _kept_dtype(self, key: str, value: Tensor, group: dict[str, Any], param: Tensor) -> torch.dtype:
-        if not value.is_floating_point() or key == "residual_norm":
-            return value.dtype
-        return self._state_dtype(group, param) if key in ("exp_avg", "exp_avg_sq") else param.dtype
+        if key in ("basis", "left_basis") and value.is_floating_point():
+            return param.dtype
+        return super()._kept_dtype(key, value, group, param)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for name, empty in (("_layouts", {}), ("_names", {}), ("_warned", set()), ("_matrix_count", 0)):
-            self.__dict__.setdefault(name, empty)
+
+def _dense(basis: Tensor, layout: Layout) -> Tensor:
+    """A basis as a matrix (columns, rank) in at least float32."""
+    if basis.is_floating_point():
+        return basis.to(torch.promote_types(basis.dtype, torch.float32))
+    return torch.eye(layout.columns, device=basis.device)[:, basis]

@@ -5,36 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.optim.base import Bound, Params
 from hf_lowrank.optim.batch import Batch
-from hf_lowrank.optim.core import Params, ProjectedAdamW
+from hf_lowrank.optim.core import ProjectedAdamW
+from hf_lowrank.optim.limiter import channel_scales, limit_growth_
 
 RESIDUALS = ("official", "paper")
-
-
-def channel_scales(lows: Tensor, moves: Tensor, gain: float) -> Tensor:
-    """`φ_i = ‖N_i‖ / (‖R_i‖ + 1e-8)` of stacked (k, rows, rank) by row: (k, rows), in at least float32.
-
-    `moves` are bias-corrected; dividing by `gain` undoes that.
-    """
-    wide = torch.promote_types(lows.dtype, torch.float32)
-    outcome = torch.linalg.vector_norm(moves, dim=-1, dtype=wide) / gain
-    return outcome / (torch.linalg.vector_norm(lows, dim=-1, dtype=wide) + 1e-8)
-
-
-def limit_growth_(norms: Tensor, kept: list[Tensor], limit: float) -> Tensor:
-    """The norm-growth limiter: divisors (k,) that keep each of `norms` (k,) within `limit` times its last value.
-
-    `kept` holds the last limited norms, infinite before the first, and is updated in place.
-    """
-    before = torch.stack(kept).to(norms.dtype)
-    divisors = torch.clamp(norms / (before + 1e-8), min=limit) / limit
-    after = norms / divisors
-    for last, new in zip(kept, after.unbind(), strict=True):
-        last.copy_(new)
-    return divisors
 
 
 class FiraAdamW(ProjectedAdamW):
@@ -50,6 +27,8 @@ class FiraAdamW(ProjectedAdamW):
     """
 
     limits_norm = True
+    # The residual's norm is computed as for an orthonormal basis.
+    subspaces = ("svd", "randomized", "random", "columns")
     proj_types = ("std", "reverse_std", "right", "left")
 
     def __init__(
@@ -65,14 +44,11 @@ class FiraAdamW(ProjectedAdamW):
         own = {"residual": residual, "norm_growth_limit": norm_growth_limit}
         super().__init__(params, lr, scale=scale, own=own, **options)
 
-    def _check_options(self, options: dict[str, Any], where: str) -> None:
-        super()._check_options(options, where)
-        if options["residual"] not in RESIDUALS:
-            allowed = ", ".join(RESIDUALS)
-            raise UserError(f"residual of {where} must be one of {allowed}, got {options['residual']!r}")
-        if not options["norm_growth_limit"] >= 1:
-            limit = options["norm_growth_limit"]
-            raise UserError(f"norm_growth_limit of {where} must be at least 1, got {limit!r}")
+    def _choices(self) -> dict[str, tuple[str, ...]]:
+        return super()._choices() | {"residual": RESIDUALS}
+
+    def _bounds(self) -> dict[str, Bound]:
+        return super()._bounds() | {"norm_growth_limit": (lambda x: x >= 1, "at least 1")}
 
     def _update_batch(self, batch: Batch) -> None:
         group = batch.group
@@ -92,10 +68,10 @@ class FiraAdamW(ProjectedAdamW):
         divisors = limit_growth_(norms, batch.limits, group["norm_growth_limit"])
 
         # scale · lift(N) − S = lift(scale · N + share · φ R) − φ G: one product and one pass over G.
-        scales = (scales / divisors[:, None] * batch.bias_gain).to(lows.dtype)
+        scales /= divisors[:, None]
         keep, step = batch.factors
+        inside = scales[..., None].to(lows.dtype) * lows
         batch.apply_lifted_(
-            moves.mul_(group["scale"]).addcmul_(scales[..., None], lows, value=share), keep=keep, alpha=step
+            moves.mul_(group["scale"]).add_(inside, alpha=share * batch.bias_gain), keep=keep, alpha=step
         )
-        for weight, grad, scale in zip(batch.weights, batch.grads, scales.unbind(), strict=True):
-            weight.addcmul_(grad, scale[:, None].to(grad.dtype), value=-step)
+        batch.add_scaled_gradients_(scales, alpha=-step * batch.bias_gain)

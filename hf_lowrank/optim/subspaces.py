@@ -61,6 +61,60 @@ def exact_bases(request: Request) -> tuple[Tensor, Tensor]:
     return (left, right) if request.transposed else (right, left)
 
 
+def randomized_basis(request: Request) -> Tensor:
+    """Nearly the top right singular vectors, by subspace iteration from the basis in use (arXiv 0909.4061).
+
+    One iteration from the last basis is enough: the gradients' spectra fall fast. The first choice has no basis to
+    start from and takes two, from a wider random one. The result is turned to the singular directions inside the
+    subspace (Rayleigh-Ritz), largest first, and signed to agree with the last basis, since moments are carried over.
+    """
+    grad, rank = request.work, request.rank
+    if request.previous is None:
+        width = min(rank + OVERSAMPLING, *grad.shape)
+        generator = draw_generator(grad.device, *request.key)
+        basis = torch.randn(grad.shape[-1], width, generator=generator, device=grad.device, dtype=grad.dtype)
+        basis = _iterated(grad, basis)
+    else:
+        basis = request.previous.to(grad.dtype)
+    basis = _iterated(grad, basis)
+    low = grad @ basis
+    _, turn = torch.linalg.eigh(low.mT @ low)
+    basis = basis @ turn[:, -rank:].flip(-1)
+    if request.previous is not None:
+        agreement = (basis * request.previous).sum(0)
+        basis = torch.where(agreement < 0, -basis, basis)
+    return basis
+
+
+OVERSAMPLING = 16
+
+
+def _iterated(grad: Tensor, basis: Tensor) -> Tensor:
+    return torch.linalg.qr(grad.mT @ (grad @ basis))[0]
+
+
+def random_basis(request: Request) -> Tensor:
+    """An orthonormal basis of a random subspace, (columns, rank)."""
+    return torch.linalg.qr(gaussian_matrix(request.work, request.rank, request.key))[0]
+
+
+def gaussian_matrix(grad: Tensor, rank: int, key: tuple[int, ...]) -> Tensor:
+    """A (columns, rank) matrix of N(0, 1/rank) entries on `grad`'s device, in its type; `key` alone decides it."""
+    generator = draw_generator(grad.device, *key)
+    shape = (grad.shape[-1], rank)
+    wide = torch.randn(
+        shape, generator=generator, device=grad.device, dtype=torch.promote_types(grad.dtype, torch.float32)
+    )
+    return wide.mul_(rank**-0.5).to(grad.dtype)
+
+
+def random_columns(request: Request) -> Tensor:
+    """`rank` different columns at random, ascending: (rank,) indices."""
+    generator = draw_generator(torch.device("cpu"), *request.key)
+    chosen = torch.randperm(request.grad.shape[-1], generator=generator)[: request.rank]
+    return chosen.sort().values.to(request.grad.device)
+
+
 def captured_energy(grad: Tensor, basis: Tensor) -> Tensor:
     """Share of the gradient's squared norm inside the span of an orthonormal `basis`, 0 to 1 (1 for zero)."""
     work = grad.to(basis.dtype)
@@ -73,4 +127,11 @@ def subspace_overlap(basis: Tensor, other: Tensor) -> Tensor:
     return (basis.mT @ other).square().sum() / basis.shape[-1]
 
 
-SUBSPACES: dict[str, Callable[[Request], Tensor]] = {"svd": exact_basis}
+# What a group's `subspace` may be. "gaussian" is drawn anew at each step from its seed and never stored.
+SUBSPACES: dict[str, Callable[[Request], Tensor]] = {
+    "svd": exact_basis,
+    "randomized": randomized_basis,
+    "random": random_basis,
+    "columns": random_columns,
+}
+UNSTORED = "gaussian"

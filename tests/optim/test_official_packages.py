@@ -3,15 +3,16 @@
 import warnings
 from itertools import pairwise
 
+import apollo_torch
 import fira
 import galore_torch
 import pytest
 import torch
 
-from hf_lowrank.optim import FiraAdamW, GaLoreAdamW
+from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW, core
 
 SHAPES = {"tall": (24, 12), "wide": (12, 24), "square": (16, 16)}
-STEPS, GAP, RANK = 50, 9, 4
+STEPS, GAP, RANK = 60, 9, 4
 
 
 def gradients(shape, seed=0, steps=STEPS):
@@ -26,7 +27,7 @@ def gradients(shape, seed=0, steps=STEPS):
     return result
 
 
-def run(optimizer_class, group, grads, weight_decay, **options):
+def run(optimizer_class, group, grads, weight_decay, watch=None, **options):
     start = torch.Generator().manual_seed(1)
     target = torch.nn.Parameter(torch.randn(grads[0].shape, generator=start))
     plain = torch.nn.Parameter(torch.randn(7, generator=start))
@@ -40,6 +41,8 @@ def run(optimizer_class, group, grads, weight_decay, **options):
             options_of_group["lr"] = 0.01 / (1 + 0.05 * step)
         target.grad, plain.grad = grad.clone(), grad.flatten()[:7].clone()
         optimizer.step()
+        if watch is not None:
+            watch(optimizer.state[target])
         path.append(torch.cat([target.detach().flatten(), plain.detach()]))
     return path
 
@@ -72,4 +75,38 @@ def test_fira(shape, proj_type, scale, weight_decay):
     group = {"rank": RANK, "update_proj_gap": GAP, "proj_type": proj_type}
     theirs = run(fira.FiraAdamW, {**group, "alpha": scale}, grads, weight_decay)
     ours = run(FiraAdamW, {**group, "scale": scale}, grads, weight_decay, subspace="svd")
+    assert_same_paths(ours, theirs)
+
+
+# The package fails on channel scales of any side but the standard one.
+CHANNELWISE = [(shape, "std", "channel", 4, *more) for shape in SHAPES for more in ((1.0, False), (4.0, True))]
+CHANNELWISE += [("tall", "right", "channel", 4, 1.0, False), ("wide", "left", "channel", 4, 1.0, False)]
+TENSORWISE = [
+    (shape, side, "tensor", *more)
+    for shape in SHAPES
+    for side in ("std", "reverse_std", "right", "left")
+    for more in ((1, 128.0, True), (4, 9.0, False))
+]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("shape", "proj_type", "scale_type", "rank", "scale", "scale_front"), CHANNELWISE + TENSORWISE
+)
+def test_apollo(monkeypatch, shape, proj_type, scale_type, rank, scale, scale_front, weight_decay):
+    grads = gradients(SHAPES[shape])
+    grads[20:] = [8 * grad for grad in grads[20:]]
+    group = {"rank": rank, "update_proj_gap": GAP, "proj_type": proj_type, "scale_type": scale_type, "scale": scale}
+    matrices = []
+
+    def watch(state):
+        matrix = state["projector"].ortho_matrix.clone()
+        matrices.append(matrix.mT if matrix.shape[0] == rank else matrix)
+
+    theirs = run(
+        apollo_torch.APOLLOAdamW, {**group, "proj": "random"}, grads, weight_decay, watch, scale_front=scale_front
+    )
+    assert len({float(matrix.norm()) for matrix in matrices}) == -(-STEPS // GAP)
+    monkeypatch.setattr(core, "gaussian_matrix", lambda grad, rank, key: matrices[GAP * key[-1]])
+    ours = run(ApolloAdamW, group, grads, weight_decay)
     assert_same_paths(ours, theirs)

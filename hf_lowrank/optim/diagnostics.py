@@ -1,0 +1,43 @@
+"""What the subspaces do, as Trainer log lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+def summarize(diagnostics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means over the parameters of an optimizer's `diagnostics`: the captured share of the gradient's energy and the
+    overlap of each basis with the one before, as `subspace/captured_energy` and `subspace/subspace_overlap`.
+    """
+    summary = {}
+    for key in ("captured_energy", "subspace_overlap"):
+        values = [found[key] for found in diagnostics.values() if key in found]
+        if values:
+            summary[f"subspace/{key}"] = fmean(values)
+    return summary
+
+
+class SubspaceLogCallback(TrainerCallback):
+    """Adds the summary of the last refreshes to Trainer's log lines; the optimizer needs `diagnostics=True`."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        diagnostics = getattr(inner, "diagnostics", None)
+        if not diagnostics or logs is None:
+            return
+        summary = summarize(diagnostics)
+        logs.update(summary)
+        if state.log_history:
+            state.log_history[-1].update(summary)
