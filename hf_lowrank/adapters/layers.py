@@ -6,7 +6,8 @@ without its weight. Factors are always A (r, in) and B (out, r), also where the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -65,6 +66,23 @@ class WeightlessLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         raise UserError("this layer keeps no dense weight; it computes nothing without its adapter")
+
+
+def onloaded(layer: nn.Module) -> AbstractContextManager[Any]:
+    """Brings offloaded factors back while `layer` computes; accelerate does so only for modules that are called."""
+    hooked = [module for module in layer.children() if getattr(module, "_hf_hook", None) is not None]
+    return _onloaded(hooked) if hooked else nullcontext()
+
+
+@contextmanager
+def _onloaded(modules: list[Any]) -> Iterator[None]:
+    for module in modules:
+        module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._hf_hook.post_forward(module, None)
 
 
 class ReplacedLinear(nn.Module, BaseTunerLayer):
@@ -238,7 +256,8 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
             return self.base_layer(x)
-        y = self._compute(x, self.base_layer.bias)
+        with onloaded(self):
+            y = self._compute(x, self.base_layer.bias)
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:

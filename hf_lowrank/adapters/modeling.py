@@ -48,7 +48,10 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.lm = AutoModelForCausalLM.from_config(config.base_config)
         config.base_config = self.lm.config
-        inject(self.lm, config.peft_config())
+        adapter = config.peft_config()
+        inject(self.lm, adapter)
+        if getattr(adapter, "fan_in_fan_out", False):
+            config.adapter_config["fan_in_fan_out"] = True  # for whoever reads tensors without the model
         self.post_init()
         # Every rank draws or reads the same support; DDP would otherwise broadcast it in each forward.
         self._ddp_params_and_buffers_to_ignore = [
