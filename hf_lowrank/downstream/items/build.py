@@ -1,0 +1,92 @@
+"""Items as JSON lines in the cache, made once for each corpus, tokenizer and context length."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.downstream.items.cloze import make_cloze
+from hf_lowrank.downstream.items.draws import Draws
+from hf_lowrank.downstream.items.encoding import Encoder
+from hf_lowrank.downstream.items.held_out import Source, held_out_sources
+from hf_lowrank.downstream.items.names import make_copy
+from hf_lowrank.downstream.items.pairing import Item
+from hf_lowrank.downstream.items.passages import make_passages
+from hf_lowrank.downstream.items.syntax import make_syntax
+from hf_lowrank.downstream.sources import context_length, load_tokenizer
+from hf_lowrank.errors import UserError, nearest
+
+# Raised whenever the same text would give other items.
+VERSION = 1
+SEED = 0
+FEWEST = 500
+
+Maker = Callable[[Sequence[Source], Encoder, Draws, int], list[Item]]
+
+# Each task with its maker and how many items it asks for.
+MAKERS: dict[str, tuple[Maker, int]] = {
+    "pylib_cloze": (make_cloze, 600),
+    "pylib_syntax": (make_syntax, 720),
+    "pylib_copy": (make_copy, 800),
+    "pylib_bits_per_byte": (make_passages, 512),
+}
+
+
+def items_for(trajectory: Trajectory, task: str) -> Path:
+    """The file with a run's items for `task`, made if it is not there.
+
+    Raises:
+        UserError: the run's held-out text or tokenizer cannot be had, or the text gives fewer than 500 items.
+    """
+    from hf_lowrank.training.cache import cached_folder
+    from hf_lowrank.training.tokenization import tokenizer_fingerprint
+
+    if task not in MAKERS:
+        raise UserError(f"unknown task {task!r}; {nearest(task, MAKERS)}")
+    name = trajectory.run.name
+    tokenizer = load_tokenizer(trajectory, trajectory.steps[-1])
+    length = context_length(trajectory)
+    recipe = trajectory.run.recipe
+    sources = _sources(json.dumps((recipe or {}).get("data"), sort_keys=True), name)
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(f"{source.name}\0{source.text}\0".encode())
+    key = f"{task} {VERSION} {SEED} {digest.hexdigest()} {tokenizer_fingerprint(tokenizer)} {length}"
+
+    def make(folder: Path) -> None:
+        items = make_items(task, sources, tokenizer, length)
+        if len(items) < FEWEST:
+            raise UserError(
+                f"{name}: the held-out text gives {len(items)} items for {task}, at least {FEWEST} are needed; "
+                f"hold out more text or use a longer data.sequence_length (now {length} tokens)"
+            )
+        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    return cached_folder("items", key, make) / f"{task}.jsonl"
+
+
+@functools.lru_cache(maxsize=4)
+def _sources(data: str, run: str) -> tuple[Source, ...]:
+    return tuple(held_out_sources({"data": json.loads(data)}, run))
+
+
+def make_items(
+    task: str, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, length: int, seed: int = SEED
+) -> list[dict[str, Any]]:
+    """A task's items from held-out text, for models that see `length` tokens; the same for the same arguments."""
+    maker, count = MAKERS[task]
+    items = maker(sources, Encoder.of(tokenizer, length), Draws(seed, task, VERSION), count)
+    return [{"id": f"{task}-{number:04d}", **item} for number, item in enumerate(items)]
+
+
+def load_items(file: Path) -> list[dict[str, Any]]:
+    """The items of a file that `items_for` gave."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,111 @@
+"""Functions and other statements of Python files as pieces small enough to be read, tokenised and parsed alone."""
+
+from __future__ import annotations
+
+import ast
+import io
+import keyword
+import textwrap
+import tokenize
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from hf_lowrank.downstream.items.held_out import Source
+
+SHORTEST, LONGEST = 4, 60
+
+
+@dataclass(frozen=True)
+class Word:
+    """One token of a chunk: what it is, its line in the chunk, its columns, and whether it begins a statement."""
+
+    type: int
+    text: str
+    line: int
+    start: int
+    end: int
+    first: bool
+
+    @property
+    def is_name(self) -> bool:
+        return self.type == tokenize.NAME and not keyword.iskeyword(self.text)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive lines of a file that parse by themselves.
+
+    Attributes:
+        source: the file's name.
+        first_line: number of the first line in the file, from 1.
+        lines: as they stand in the file.
+    """
+
+    source: str
+    first_line: int
+    lines: tuple[str, ...]
+
+    @cached_property
+    def words(self) -> list[Word]:
+        """The chunk's tokens that lie on one line each; columns are those of the file."""
+        shift = len(self.lines[0]) - len(self.lines[0].lstrip(" "))
+        found: list[Word] = []
+        begins = True
+        for token in tokenize.generate_tokens(io.StringIO(self.dedented).readline):
+            if token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+                begins = begins or token.type == tokenize.NEWLINE
+            elif token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.ENDMARKER):
+                if token.start[0] == token.end[0]:
+                    line = token.start[0] - 1
+                    columns = token.start[1] + shift, token.end[1] + shift
+                    found.append(Word(token.type, token.string, line, *columns, begins))
+                begins = False
+        return found
+
+    @cached_property
+    def dedented(self) -> str:
+        return textwrap.dedent("\n".join(self.lines)) + "\n"
+
+    def parsed_with(self, line: int, text: str) -> ast.Module | None:
+        """The syntax tree with one line replaced; None where it does not parse."""
+        return parsed(textwrap.dedent("\n".join([*self.lines[:line], text, *self.lines[line + 1 :]])) + "\n")
+
+
+def parsed(text: str) -> ast.Module | None:
+    """The syntax tree, or None."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def chunks_of(sources: Sequence[Source]) -> Iterator[Chunk]:
+    """Functions, methods and other statements of `SHORTEST` to `LONGEST` lines, without tabs, that parse alone."""
+    for source in sources:
+        tree = parsed(source.text)
+        if tree is None:
+            continue
+        # As Python counts lines: str.splitlines would also break at form feeds and the like.
+        lines = source.text.replace("\r\n", "\n").split("\n")
+        for node in _pieces(tree.body):
+            start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            piece = tuple(lines[start - 1 : node.end_lineno])
+            if not SHORTEST <= len(piece) <= LONGEST or any("\t" in line or "\f" in line for line in piece):
+                continue
+            chunk = Chunk(source.name, start, piece)
+            shift = len(piece[0]) - len(piece[0].lstrip(" "))
+            whole = all(not line.strip() or line[:shift].isspace() or not shift for line in piece)
+            if whole and parsed(chunk.dedented) is not None:
+                yield chunk
+
+
+def _pieces(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            yield from _pieces(node.body)
+        else:
+            yield node

@@ -1,0 +1,115 @@
+"""Names that come back: `pylib_copy`, and the kind "name" of `pylib_syntax`.
+
+A name x that stands in the context already is used again; the other choice is a name y, about as frequent, that does
+not occur. Names come in fixed couples (x, y), so that y is the right one just as often.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hf_lowrank.downstream.items.chunks import Chunk, Word, chunks_of
+from hf_lowrank.downstream.items.context import context_before, item_of
+from hf_lowrank.downstream.items.draws import Draws
+from hf_lowrank.downstream.items.encoding import Encoder
+from hf_lowrank.downstream.items.held_out import Source
+from hf_lowrank.downstream.items.pairing import InversePairs, Item, two_choices
+
+PLAIN_NAME = re.compile(r"[A-Za-z]{3,}")
+USES_A_COUPLE = 24
+LINES_OF_COPY = 40
+MOST_CHUNKS = 4000
+
+
+@dataclass(frozen=True)
+class Use:
+    """A name that stood in an earlier line of its chunk."""
+
+    chunk: Chunk
+    word: Word
+
+    @property
+    def before(self) -> str:
+        """The character before the name."""
+        return self.chunk.lines[self.word.line][self.word.start - 1 : self.word.start]
+
+    def written(self, name: str) -> str:
+        """The use's line with another name in its place."""
+        line = self.chunk.lines[self.word.line]
+        return line[: self.word.start] + name + line[self.word.end :]
+
+
+def make_copy(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: int) -> list[Item]:
+    """About `count` items: the name that continues a line, against one that was not there before."""
+    pairs = InversePairs(-(-count // 2))
+    for use, other in _uses(draws.shuffled(list(chunks_of(sources))), encoder, draws):
+        if pairs.full:
+            break
+        line = use.chunk.lines[use.word.line]
+        space = " " if use.before == " " else ""
+        head = line[: use.word.start - len(space)]
+        if not head.strip() or head != head.rstrip():
+            continue
+        lines_before = context_before(use.chunk, use.word.line, line[: use.word.end], encoder, LINES_OF_COPY)
+        if lines_before is None or not _is_copied(lines_before + "\n" + head, use.word.text, other):
+            continue
+        context, real, wrong = lines_before + "\n" + head, space + use.word.text, space + other
+        swap = encoder.swap(context, real, wrong)
+        if swap:
+            pairs.add(swap, item_of(use.chunk, use.word.line, "copy", context, real, wrong))
+    return two_choices(pairs.pairs)
+
+
+def reused_names(chunks: Sequence[Chunk], encoder: Encoder, draws: Draws, wanted: int) -> InversePairs:
+    """Pairs of lines in which a name that was there before gives way to one that was not."""
+    pairs = InversePairs(wanted)
+    for use, other in _uses(chunks, encoder, draws):
+        if pairs.full:
+            break
+        bad, line = use.written(other), use.chunk.lines[use.word.line]
+        context = context_before(use.chunk, use.word.line, line, encoder)
+        if context is None or not _is_copied(context, use.word.text, other) or _has(line, other):
+            continue
+        swap = encoder.swap(context, "\n" + line, "\n" + bad)
+        if swap:
+            pairs.add(swap, item_of(use.chunk, use.word.line, "name", context, "\n" + line, "\n" + bad))
+    return pairs
+
+
+def _is_copied(context: str, name: str, other: str) -> bool:
+    return _has(context, name) and not _has(context, other)
+
+
+def _has(text: str, name: str) -> bool:
+    return re.search(rf"(?<![A-Za-z]){name}(?![A-Za-z])", text) is not None
+
+
+def _uses(chunks: Sequence[Chunk], encoder: Encoder, draws: Draws) -> Iterator[tuple[Use, str]]:
+    """Uses of names with the other name of the couple, in random order, no couple too often.
+
+    A couple's names are single tokens, follow the same character, and are neighbours in the order of frequency.
+    """
+    uses: dict[tuple[str, str], list[Use]] = defaultdict(list)
+    single: dict[str, bool] = {}
+    for chunk in chunks[:MOST_CHUNKS]:
+        seen: set[str] = set()
+        for word in chunk.words:
+            if not word.is_name or not PLAIN_NAME.fullmatch(word.text):
+                continue
+            use = Use(chunk, word)
+            text = (" " if use.before == " " else "") + word.text
+            if text not in single:
+                single[text] = len(encoder.tokens(text)) == 1
+            if word.text in seen and single[text] and word.line:
+                uses[use.before, word.text].append(use)
+            seen.add(word.text)
+    chosen: list[tuple[Use, str]] = []
+    for before in sorted({form for form, _ in uses}):
+        names = sorted((name for form, name in uses if form == before), key=lambda name: -len(uses[before, name]))
+        for x, y in zip(names[::2], names[1::2], strict=False):
+            for name, other in ((x, y), (y, x)):
+                chosen.extend((use, other) for use in draws.shuffled(uses[before, name])[:USES_A_COUPLE])
+    yield from draws.shuffled(chosen)

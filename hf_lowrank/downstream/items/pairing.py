@@ -1,0 +1,51 @@
+"""Choosing items so that no rule can win that looks at single tokens or lengths without looking at the context."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from hf_lowrank.downstream.items.encoding import Swap
+
+Item = dict[str, Any]
+
+
+class InversePairs:
+    """Collects items with two choices and keeps those for which there is another one with the inverse swap.
+
+    In every such pair the token (or tokens) that is right in one item is wrong in the other and the other way round,
+    so that a rule that scores a choice by its own tokens, characters or length is right in exactly one of the two.
+    """
+
+    def __init__(self, pairs: int) -> None:
+        self.wanted = pairs
+        self.waiting: dict[Swap, list[Item]] = defaultdict(list)
+        self.pairs: list[tuple[Item, Item]] = []
+
+    @property
+    def full(self) -> bool:
+        return len(self.pairs) >= self.wanted
+
+    def add(self, swap: Swap, item: Item) -> None:
+        """Takes an item whose right choice differs from the wrong one by `swap`."""
+        if self.full:
+            return
+        inverse = self.waiting[swap[1], swap[0]]
+        for position, other in enumerate(inverse):
+            # Both halves from one place would make the pair a single question.
+            if (other["source"], other["line"]) != (item["source"], item["line"]):
+                self.pairs.append((inverse.pop(position), item))
+                return
+        self.waiting[swap].append(item)
+
+
+def two_choices(pairs: list[tuple[Item, Item]]) -> list[Item]:
+    """The items of `pairs` with the right choice first in every second one; needs `real` and `other` in each."""
+    items: list[Item] = []
+    for number, pair in enumerate(pairs):
+        for half, item in enumerate(pair):
+            gold = (number + half) % 2
+            choices = [item["other"], item["real"]] if gold else [item["real"], item["other"]]
+            rest = {key: value for key, value in item.items() if key not in ("real", "other")}
+            items.append({**rest, "choices": choices, "gold": gold, "group": number})
+    return items

@@ -1,0 +1,36 @@
+"""lm-eval's own command line with this package's models, tasks and checkpoints known to it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hf_lowrank.downstream.lm_eval_registry import TASK_FOLDER, register_models
+
+
+def run_lm_eval(arguments: Sequence[str]) -> None:
+    """Runs `lm-eval ARGUMENTS…`; every flag is lm-eval's. The model defaults to `hf-lowrank`.
+
+    Raises:
+        UserError: a checkpoint, tokenizer or task of this package is unusable.
+        SystemExit: as lm-eval's own parser raises it.
+    """
+    import hf_lowrank.adapters  # noqa: F401  (lets `--model hf` load adapted checkpoints too)
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    register_models()
+    setup_logging()
+    given, sys.argv = sys.argv, ["lm-eval", *arguments]
+    try:
+        # The parser reads sys.argv itself, to let `run` be left out.
+        parser = HarnessCLI()
+        parsed = parser.parse_args()
+    finally:
+        sys.argv = given
+    if hasattr(parsed, "include_path"):
+        own = str(TASK_FOLDER)
+        parsed.include_path = [own, parsed.include_path] if parsed.include_path else own
+    if getattr(parsed, "command", None) == "run" and not parsed.model and not parsed.config:
+        parsed.model = "hf-lowrank"
+    parser.execute(parsed)

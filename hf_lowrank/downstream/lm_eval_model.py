@@ -1,0 +1,148 @@
+"""The model class for lm-eval: its own `hf`, which also knows this package's checkpoints and their losses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel
+
+import hf_lowrank.adapters  # noqa: F401  (lets the Auto classes know adapted checkpoints)
+from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.downstream.sharpness import DirectionRequest, sharpness_along
+from hf_lowrank.downstream.sources import Checkpoint, find_checkpoint, tokenizer_folder
+from hf_lowrank.errors import UserError
+from hf_lowrank.evaluation_set import EvaluationSet
+
+logger = logging.getLogger(__name__)
+
+KEPT_ENCODINGS = 500_000
+
+
+class LowRankLM(HFLM):
+    """lm-eval's `hf` for run checkpoints, exported models and Hub revisions of this package.
+
+    Scores text exactly as `hf` does. Beyond that it answers requests for the sharpness of its loss along a direction
+    (tasks `lowrank_random_sharpness`, `lowrank_pca1_sharpness`), in float32.
+
+    Args:
+        pretrained: `RUN/checkpoint-N`, `RUN@N`, `RUN@last`, `RUN`, an exported folder, `user/repo`, or a model.
+        revision: of a repository, as `step-1000`.
+        tokenizer: None takes the checkpoint's, else its run's.
+        evaluation_set: the file or folder with the sequences of the loss; None takes the run's.
+        device: None takes an accelerator if there is one.
+        show_progress: whether lm-eval's bars are shown.
+        **options: as `hf` takes them.
+
+    Raises:
+        UserError: the checkpoint or its tokenizer is not there.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        revision: str | None = "main",
+        tokenizer: Any = None,
+        evaluation_set: str | EvaluationSet | None = None,
+        device: str | None = None,
+        show_progress: bool = True,
+        **options: Any,
+    ) -> None:
+        self.checkpoint: Checkpoint | None = None
+        self.show_progress = show_progress
+        self.cut_items = self.scored_items = 0
+        self._given_set = evaluation_set
+        self._encodings: dict[tuple[str, bool | None], list[int]] = {}
+        if isinstance(pretrained, str):
+            self.checkpoint = find_checkpoint(pretrained, None if revision == "main" else revision)
+            pretrained, revision = self.checkpoint.path, self.checkpoint.revision or "main"
+            tokenizer = tokenizer or self._tokenizer_folder(self.checkpoint)
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = device or (accelerator.type if accelerator else "cpu")
+        super().__init__(pretrained=pretrained, revision=revision, tokenizer=tokenizer, device=device, **options)
+
+    @staticmethod
+    def _tokenizer_folder(checkpoint: Checkpoint) -> str | None:
+        if not Path(checkpoint.path).is_dir():
+            return None
+        trajectory = Trajectory(checkpoint.path)
+        return tokenizer_folder(trajectory, trajectory.steps[-1])
+
+    def replace_model(self, model: PreTrainedModel) -> None:
+        """Goes on with another checkpoint of the same run, keeping what was tokenised."""
+        self._model = model.to(self.device).eval()
+        self._config = model.config
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model takes; an adapted model's base architecture says so."""
+        base = getattr(self.config, "base_config", None)
+        limit = base.get("max_position_embeddings") if isinstance(base, dict) else None
+        return self._max_length or limit or super().max_length
+
+    @cached_property
+    def evaluation_set(self) -> EvaluationSet:
+        """The held-out sequences that the loss is measured on."""
+        if isinstance(self._given_set, EvaluationSet):
+            return self._given_set
+        if self._given_set is not None:
+            return EvaluationSet.load(self._given_set)
+        if self.checkpoint is None:
+            raise UserError("the sharpness tasks need the run's sequences: --model_args evaluation_set=RUN")
+        if self.checkpoint.run is not None:
+            return EvaluationSet.load(self.checkpoint.run)
+        if Path(self.checkpoint.path).is_dir():
+            raise UserError(
+                f"{self.checkpoint.path} is in no run directory; the sharpness tasks need the run's sequences: "
+                "--model_args evaluation_set=RUN"
+            )
+        return Trajectory(self.checkpoint.path).evaluation_set()
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """As `hf`, each text once."""
+        if left_truncate_len or options:
+            return super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
+        key = (string, add_special_tokens)
+        if key not in self._encodings:
+            if len(self._encodings) >= KEPT_ENCODINGS:
+                self._encodings.clear()
+            self._encodings[key] = super().tok_encode(string, add_special_tokens)
+        return list(self._encodings[key])
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self.show_progress)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """As `hf` for text; requests for a sharpness are answered by evaluating the loss."""
+        asked = {i: request for i, request in enumerate(requests) if DirectionRequest.is_one(request.args[0])}
+        if not asked:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self.show_progress)
+        text = [request for i, request in enumerate(requests) if i not in asked]
+        likelihoods = iter(super().loglikelihood_rolling(text, disable_tqdm=True) if text else ())
+        return [self._sharpness(asked[i].args[0]) if i in asked else next(likelihoods) for i in range(len(requests))]
+
+    def _sharpness(self, text: str) -> float:
+        return sharpness_along(self.model, self.evaluation_set, DirectionRequest.from_text(text))
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        room = self.max_length
+        for _, context, continuation in requests:
+            if len(continuation) > room:
+                raise UserError(f"an item's answer of {len(continuation)} tokens is longer than the context of {room}")
+            self.cut_items += len(context) + len(continuation) > room + 1
+        self.scored_items += len(requests)
+        hidden = disable_tqdm or not self.show_progress
+        return super()._loglikelihood_tokens(requests, disable_tqdm=hidden, override_bs=override_bs)

@@ -1,0 +1,104 @@
+"""What `pretrained=` may name, and what of a run belongs to it: its folder, tokenizer, context, held-out sequences."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_lowrank.checkpoint_sources import STEP_FOLDER
+from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.errors import UserError
+
+AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+|last)")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint as lm-eval's `pretrained` and `revision` name it.
+
+    Attributes:
+        path: a folder with the weights, or a repository on the Hub.
+        revision: of a repository; None for a folder.
+        run: the run directory that the folder belongs to, None where it is none.
+        step: the optimizer step, None where it is not known.
+    """
+
+    path: str
+    revision: str | None = None
+    run: Path | None = None
+    step: int | None = None
+
+
+def find_checkpoint(pretrained: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """The checkpoint that `pretrained` names: `RUN/checkpoint-N`, `RUN@N`, `RUN@last`, `RUN` (its last one), an
+    exported folder, or `user/repo` with a `revision` such as `step-N`.
+
+    Raises:
+        UserError: a local run has no such checkpoint.
+    """
+    text = os.fspath(pretrained)
+    local = Path(text)
+    match = None if local.is_dir() else AT_STEP.fullmatch(text)
+    if match and Path(match["run"]).is_dir():
+        trajectory = Trajectory(match["run"])
+        step = trajectory.steps[-1] if match["step"] == "last" else int(match["step"])
+        return Checkpoint(trajectory.where(step), None, Path(match["run"]), step)
+    if local.is_dir():
+        if (local / "config.json").is_file():
+            step_of = STEP_FOLDER.fullmatch(local.resolve().name)
+            run = local.resolve().parent if (local.resolve().parent / "recipe.yaml").is_file() else None
+            return Checkpoint(text, None, run, int(step_of[1]) if step_of else None)
+        trajectory = Trajectory(text)
+        return Checkpoint(trajectory.where(trajectory.steps[-1]), None, local, trajectory.steps[-1])
+    if os.sep in text and (text.startswith((".", "/", "~")) or text.count("/") > 1):
+        raise UserError(f"{text}: no such folder; give RUN/checkpoint-N, RUN@N, an exported folder or user/repo")
+    repository, _, named = text.partition("@")
+    return Checkpoint(repository, named or revision)
+
+
+def tokenizer_folder(trajectory: Trajectory, step: int) -> str:
+    """Where a checkpoint's tokenizer is: in its folder, else in the run's `tokenizer/`.
+
+    Raises:
+        UserError: it has none.
+    """
+    where = trajectory.where(step)
+    if not Path(where).is_dir():
+        return where
+    candidates = [Path(where), trajectory.extra("tokenizer")]
+    for folder in candidates:
+        if folder is not None and any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+            return str(folder)
+    raise UserError(f"{where}: has no tokenizer, nor has its run; downstream tasks need one (save_pretrained it there)")
+
+
+def load_tokenizer(trajectory: Trajectory, step: int) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer.
+
+    Raises:
+        UserError: it has none, or it cannot be read.
+    """
+    folder = tokenizer_folder(trajectory, step)
+    repository, _, revision = folder.partition("@") if not Path(folder).is_dir() else (folder, "", "")
+    try:
+        return AutoTokenizer.from_pretrained(repository, revision=revision or None)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from None
+
+
+def context_length(trajectory: Trajectory) -> int:
+    """Tokens that a run's models were trained to see: the recipe's sequences, no more than the architecture takes."""
+    config = trajectory.config
+    base = getattr(config, "base_config", None) or config
+    get = base.get if isinstance(base, dict) else lambda name: getattr(base, name, None)
+    limits = [get(name) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
+    recipe = trajectory.run.recipe or {}
+    limits.append((recipe.get("data") or {}).get("sequence_length"))
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return min([*known, 2048])
