@@ -3,8 +3,11 @@
 Needs torch alone and nothing of the rest of the package.
 """
 
+from .activations import LayerSimilarity, activation_similarity, causal_lm_hidden_states, linear_cka
+from .alignment import Layout, Permutations, match_weights, permute
 from .directions import Gaussian, RankOne, trajectory_pca_directions, weight_pca_directions
 from .engine import movable
+from .hessian import critical_sharpness, gradient, hessian_top_eigenvalue, hessian_trace, hessian_vector_product
 from .interpolation import interpolation_curve, loss_barrier, path_grid
 from .landscape import (
     Curve,
@@ -38,17 +41,30 @@ __all__ = [
     "Curve",
     "Estimate",
     "Gaussian",
+    "LayerSimilarity",
+    "Layout",
+    "Permutations",
     "RankOne",
     "TokenLoss",
+    "activation_similarity",
+    "causal_lm_hidden_states",
+    "critical_sharpness",
     "effective_rank",
     "expected_sharpness",
+    "gradient",
+    "hessian_top_eigenvalue",
+    "hessian_trace",
+    "hessian_vector_product",
     "interpolation_curve",
     "line_curve",
+    "linear_cka",
     "loss_barrier",
+    "match_weights",
     "movable",
     "numerical_rank",
     "path_grid",
     "pca_curve",
+    "permute",
     "plane",
     "principal_angles",
     "product_singular_values",

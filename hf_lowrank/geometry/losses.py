@@ -71,6 +71,15 @@ class TokenLoss:
         """(N,) float64: summed negative log-likelihood of each sequence."""
         return torch.cat([self._batch(model, ids, mask).cpu() for ids, mask in self.batches(model)])
 
+    def terms(self, model: nn.Module) -> Iterator[Tensor]:
+        """The loss as differentiable scalars, one a batch, that sum to it; for gradients and Hessians."""
+        for ids, mask in self.batches(model):
+            with torch.enable_grad():
+                logits = self._forward(model, ids, mask)[:, :-1].float()
+                flat = logits.reshape(-1, logits.shape[-1])
+                loss = functional.cross_entropy(flat, ids[:, 1:].reshape(-1), reduction="none")
+                yield (loss.view(ids.shape[0], -1) * _predicted(mask)).sum() / self.tokens
+
     def batches(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (ids, mask) on the model's device, of equal token count but for the last."""
         device = next(model.parameters()).device
@@ -83,7 +92,7 @@ class TokenLoss:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         chunk = self._chunk(head, ids)
         if chunk is not None and self._is_plain(model, head, ids):
-            with _returning_input(head):
+            with returning_input(head):
                 hidden = self._forward(model, ids, mask)[:, :-1]
             loss = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), head, chunk)
         else:
@@ -110,7 +119,7 @@ class TokenLoss:
             few = ids[:1, :8]
             mask = torch.ones_like(few)
             expected = self._forward(model, few, mask)
-            with _returning_input(head):
+            with returning_input(head):
                 hidden = self._forward(model, few, mask)
             same = hidden.shape[:-1] == expected.shape[:-1] and hidden.shape[-1] == head.weight.shape[1]
             self._chunkable[model] = same and torch.allclose(head(hidden), expected, rtol=1e-4, atol=1e-5)
@@ -139,7 +148,7 @@ def chunked_cross_entropy(hidden_NH: Tensor, targets_N: Tensor, head: Any, chunk
 
 
 @contextmanager
-def _returning_input(module: Any) -> Iterator[None]:
+def returning_input(module: Any) -> Iterator[None]:
     """Within, calling `module` gives back its input."""
     had = module.__dict__.get("forward")
     module.forward = lambda hidden: hidden

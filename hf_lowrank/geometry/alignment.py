@@ -1,0 +1,260 @@
+"""Permuting one model's hidden units to match another's without changing its function (arXiv 2209.04836).
+
+The symmetries of a decoder in the layout of Llama (also Mistral, Qwen2, Qwen3): the residual stream's channels, each
+MLP's channels, and each attention layer's heads: with grouped queries whole key/value groups, and the query heads
+inside a group. Channels inside a head stay, because rotary positions tell them apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+BLOCK = re.compile(r"(.*\.layers\.\d+)\.self_attn\.q_proj\.weight")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+RESIDUAL_OUT = ("self_attn.o_proj", "mlp.down_proj")
+RESIDUAL_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+
+
+@dataclass(frozen=True)
+class Permutations:
+    """Where each unit of the permuted model comes from.
+
+    Attributes:
+        residual: (H,) source channels of the residual stream.
+        mlp: (I,) source channels of each block's MLP, by the block's name.
+        heads: (query heads,) source heads of each block's attention; whole groups stay together.
+    """
+
+    residual: Tensor
+    mlp: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the permutations have to know of an architecture.
+
+    Attributes:
+        query_heads, key_value_heads: heads of an attention layer; the second divides the first.
+    """
+
+    query_heads: int
+    key_value_heads: int
+
+    def __post_init__(self) -> None:
+        if self.query_heads % self.key_value_heads:
+            raise ValueError(f"{self.key_value_heads} key/value heads must divide {self.query_heads} query heads")
+
+    @property
+    def group(self) -> int:
+        return self.query_heads // self.key_value_heads
+
+
+def blocks_of(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the decoder blocks.
+
+    Raises:
+        ValueError: the parameters are not laid out as Llama's; the message names what is missing or unknown.
+    """
+    blocks = [match[1] for name in state if (match := BLOCK.fullmatch(name))]
+    if not blocks:
+        raise ValueError("alignment knows decoders laid out as Llama; there is no layers.N.self_attn.q_proj.weight")
+    for block in blocks:
+        for part in (*RESIDUAL_IN, *RESIDUAL_OUT):
+            if f"{block}.{part}.weight" not in state:
+                raise ValueError(f"alignment knows decoders laid out as Llama; {block}.{part}.weight is missing")
+    return blocks
+
+
+def permute(state: Mapping[str, Tensor], permutations: Permutations, layout: Layout) -> dict[str, Tensor]:
+    """The parameters of the same function with its units reordered.
+
+    Raises:
+        ValueError: a parameter of which the permutations do not know how it would change.
+    """
+    blocks = blocks_of(state)
+    result = {}
+    for name, tensor in state.items():
+        block = next((b for b in blocks if name.startswith(b + ".")), None)
+        part = (name.removeprefix(f"{block}.") if block else name).rpartition(".")[0]
+        result[name] = _permuted(tensor, name, part, block, permutations, layout)
+    return result
+
+
+def _permuted(
+    tensor: Tensor, name: str, part: str, block: str | None, permutations: Permutations, layout: Layout
+) -> Tensor:
+    hidden, weight = permutations.residual, name.endswith(".weight")
+    kind = part.rpartition(".")[2]
+    if block and kind in ATTENTION:
+        moved = _permute_attention(tensor, kind, permutations.heads.get(block), layout, weight)
+    elif block and kind in ("q_norm", "k_norm"):
+        return tensor  # over the channels inside a head
+    elif block and kind in ("gate_proj", "up_proj", "down_proj"):
+        moved = _permute_mlp(tensor, kind, permutations.mlp.get(block), weight)
+    elif tensor.shape == hidden.shape or kind in ("embed_tokens", "lm_head"):
+        moved = tensor
+    else:
+        raise ValueError(f"alignment does not know how to permute {name} of shape {tuple(tensor.shape)}")
+    return _permute_residual(moved, part, hidden, weight)
+
+
+def match_weights(
+    reference: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    layout: Layout,
+    *,
+    residual: bool = True,
+    rounds: int = 20,
+    seed: int = 0,
+) -> Permutations:
+    """Permutations of `other`'s units that bring its parameters nearest to `reference`'s (weight matching).
+
+    The residual stream is matched first by what no other symmetry touches (embeddings, norms), then by coordinate
+    descent over all layers in random order until a round changes nothing. Needs scipy.
+
+    Raises:
+        ValueError: the parameters differ in name or shape, or are not laid out as Llama's.
+    """
+    blocks = blocks_of(reference)
+    for name, tensor in reference.items():
+        if name not in other or other[name].shape != tensor.shape:
+            raise ValueError(f"the models must have the same parameters; {name} differs")
+    ours = {name: tensor.detach().double().cpu() for name, tensor in reference.items()}
+    theirs = {name: tensor.detach().double().cpu() for name, tensor in other.items()}
+    hidden = ours[f"{blocks[0]}.self_attn.o_proj.weight"].shape[0]
+    found = Permutations(torch.arange(hidden))
+    if residual:
+        found = Permutations(_assign(_residual_similarity(ours, theirs, blocks, found, layout, inside=False)))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(rounds):
+        before = found
+        order = torch.randperm(len(blocks), generator=generator).tolist()
+        mlp, heads = dict(found.mlp), dict(found.heads)
+        for index in order:
+            block = blocks[index]
+            mlp[block] = _assign(_mlp_similarity(ours, theirs, block, found.residual))
+            heads[block] = _match_heads(ours, theirs, block, found.residual, layout)
+        found = Permutations(found.residual, mlp, heads)
+        if residual:
+            better = _assign(_residual_similarity(ours, theirs, blocks, found, layout, inside=True))
+            found = Permutations(better, mlp, heads)
+        if _equal(before, found):
+            break
+    return found
+
+
+def _permute_residual(tensor: Tensor, part: str, hidden: Tensor, weight: bool) -> Tensor:
+    if part.endswith(RESIDUAL_OUT):
+        return tensor[hidden]
+    if part.endswith((*RESIDUAL_IN, "embed_tokens", "lm_head")):
+        return tensor[:, hidden] if weight else tensor
+    return tensor[hidden]
+
+
+def _permute_mlp(tensor: Tensor, kind: str, channels: Tensor | None, weight: bool) -> Tensor:
+    if channels is None:
+        return tensor
+    if kind == "down_proj":
+        return tensor[:, channels] if weight else tensor
+    return tensor[channels]
+
+
+def _permute_attention(tensor: Tensor, kind: str, heads: Tensor | None, layout: Layout, weight: bool) -> Tensor:
+    if heads is None:
+        return tensor
+    groups = heads[:: layout.group] // layout.group
+    count, order = (layout.query_heads, heads) if kind in ("q_proj", "o_proj") else (layout.key_value_heads, groups)
+    if kind == "o_proj":
+        return tensor.view(tensor.shape[0], count, -1)[:, order].reshape(tensor.shape) if weight else tensor
+    return tensor.view(count, -1, *tensor.shape[1:])[order].reshape(tensor.shape)
+
+
+def _mlp_similarity(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], block: str, hidden: Tensor) -> Tensor:
+    similarity = ours[f"{block}.mlp.down_proj.weight"].mT @ theirs[f"{block}.mlp.down_proj.weight"][hidden]
+    for part in ("gate_proj", "up_proj"):
+        similarity = (
+            similarity + ours[f"{block}.mlp.{part}.weight"] @ theirs[f"{block}.mlp.{part}.weight"][:, hidden].mT
+        )
+        bias = f"{block}.mlp.{part}.bias"
+        if bias in ours:
+            similarity = similarity + torch.outer(ours[bias], theirs[bias])
+    return similarity
+
+
+def _match_heads(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], block: str, hidden: Tensor, layout: Layout
+) -> Tensor:
+    """Groups are assigned by their best inner assignment of query heads plus their keys and values."""
+    query = torch.zeros(layout.query_heads, layout.query_heads, dtype=torch.float64)
+    shared = torch.zeros(layout.key_value_heads, layout.key_value_heads, dtype=torch.float64)
+    for kind in ATTENTION:
+        for suffix in ("weight", "bias"):
+            name = f"{block}.self_attn.{kind}.{suffix}"
+            if name not in ours or (kind == "o_proj" and suffix == "bias"):
+                continue
+            a, b = ours[name], theirs[name]
+            if suffix == "weight":
+                a, b = (a.mT, b[hidden].mT) if kind == "o_proj" else (a, b[:, hidden])
+            target = query if kind in ("q_proj", "o_proj") else shared
+            count = target.shape[0]
+            target += a.reshape(count, -1) @ b.reshape(count, -1).mT
+    inner: dict[tuple[int, int], Tensor] = {}
+    for i in range(layout.key_value_heads):
+        for j in range(layout.key_value_heads):
+            rows = slice(i * layout.group, (i + 1) * layout.group)
+            columns = slice(j * layout.group, (j + 1) * layout.group)
+            block_ij = query[rows, columns]
+            inner[i, j] = _assign(block_ij)
+            shared[i, j] += block_ij[torch.arange(layout.group), inner[i, j]].sum()
+    groups = _assign(shared)
+    return torch.cat([inner[i, int(j)] + int(j) * layout.group for i, j in enumerate(groups)])
+
+
+def _residual_similarity(
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    blocks: list[str],
+    found: Permutations,
+    layout: Layout,
+    *,
+    inside: bool,
+) -> Tensor:
+    """(H, H) similarity of residual channels; `inside` adds the blocks, with their other units permuted as found."""
+    size = found.residual.numel()
+    same = torch.arange(size)
+    placed = permute(theirs, Permutations(same, found.mlp, found.heads), layout)
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for name, a in ours.items():
+        b, part = placed[name], name.rpartition(".")[0]
+        if part.endswith(("embed_tokens", "lm_head")) and a.ndim == 2:
+            total += a.mT @ b
+        elif any(name.startswith(block + ".") for block in blocks) and a.ndim == 2:
+            if inside and part.endswith(RESIDUAL_OUT):
+                total += a @ b.mT
+            elif inside and part.endswith(RESIDUAL_IN):
+                total += a.mT @ b
+        elif a.ndim == 1 and a.numel() == size and not part.endswith(RESIDUAL_IN):
+            total += torch.outer(a, b)
+    return total
+
+
+def _assign(similarity: Tensor) -> Tensor:
+    """For each row the column of the assignment with the greatest total."""
+    from scipy.optimize import linear_sum_assignment
+
+    return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
+
+
+def _equal(one: Permutations, other: Permutations) -> bool:
+    return (
+        torch.equal(one.residual, other.residual)
+        and one.mlp.keys() == other.mlp.keys()
+        and all(torch.equal(one.mlp[block], other.mlp[block]) for block in one.mlp)
+        and all(torch.equal(one.heads[block], other.heads[block]) for block in one.heads)
+    )

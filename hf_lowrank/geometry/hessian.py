@@ -1,0 +1,219 @@
+"""Curvature: the Hessian's top eigenvalue and trace, and the critical sharpness.
+
+`terms(model)` yields the loss as differentiable scalars that sum to it, a batch each, so that one batch's graph
+exists at a time; `TokenLoss.terms` is one. Parameters that need no gradient are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .directions import keyed_generator
+from .engine import Memory, movable
+from .losses import Loss
+from .statistics import Estimate, mean_interval
+
+Terms = Callable[[nn.Module], Iterable[Tensor]]
+
+
+def gradient(model: nn.Module, terms: Terms) -> dict[str, Tensor]:
+    """The loss's gradient by parameter name, float32, for parameters that require one."""
+    names, parameters = _trainable(model)
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for term in terms(model):
+        for whole, part in zip(total, torch.autograd.grad(term, parameters, allow_unused=True), strict=True):
+            if part is not None:
+                whole.add_(part)
+    return dict(zip(names, total, strict=True))
+
+
+def hessian_vector_product(model: nn.Module, terms: Terms, vector: list[Tensor]) -> list[Tensor]:
+    """`H v` over the parameters that require a gradient, in their order, by double backward."""
+    _, parameters = _trainable(model)
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        for term in terms(model):
+            first = torch.autograd.grad(term, parameters, create_graph=True, allow_unused=True)
+            inner = sum(((g * v).sum() for g, v in zip(first, vector, strict=True) if g is not None), term * 0)
+            second = torch.autograd.grad(inner, parameters, allow_unused=True)
+            for whole, part in zip(total, second, strict=True):
+                if part is not None:
+                    whole.add_(part)
+    return total
+
+
+def hessian_top_eigenvalue(
+    model: nn.Module,
+    terms: Terms,
+    *,
+    iterations: int = 20,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> tuple[float, float]:
+    """(largest eigenvalue of the Hessian, bound on its error) by Lanczos with full reorthogonalisation.
+
+    Keeps one vector of the size of the model for each iteration. Stops when the residual of the top Ritz pair falls
+    below `tolerance` times its value. "Largest" is by value, not magnitude; higher is sharper.
+
+    Raises:
+        ValueError: no parameter requires a gradient, or a product is not finite.
+    """
+    names, parameters = _trainable(model)
+    vector = _random_like(names, parameters, seed, torch.randn)
+    basis: list[Tensor] = []
+    alphas: list[float] = []
+    betas: list[float] = []
+    current = _flat(vector)
+    current /= current.norm()
+    top, residual = math.nan, math.inf
+    with _eval(model):
+        for _ in range(min(iterations, current.numel())):
+            basis.append(current)
+            product = _flat(hessian_vector_product(model, terms, _split(current, parameters)))
+            if progress:
+                progress()
+            if not bool(torch.isfinite(product).all()):
+                raise ValueError("the Hessian-vector product is not finite")
+            alphas.append(float(product @ current))
+            for _repeat in range(2):
+                for earlier in basis:
+                    product = product - (product @ earlier) * earlier
+            beta = float(product.norm())
+            ritz, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
+            top, residual = float(ritz[-1]), beta * abs(float(vectors[-1, -1]))
+            if residual <= tolerance * abs(top) or beta < 1e-12:
+                break
+            betas.append(beta)
+            current = product / beta
+    return top, residual
+
+
+def hessian_trace(
+    model: nn.Module,
+    terms: Terms,
+    *,
+    probes: int = 10,
+    seed: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> Estimate:
+    """Trace of the Hessian by Hutchinson's estimator with Rademacher probes, and its Student-t interval."""
+    names, parameters = _trainable(model)
+    draws = []
+    with _eval(model):
+        for probe in range(probes):
+            vector = _random_like(names, parameters, (seed, probe), _signs)
+            product = hessian_vector_product(model, terms, vector)
+            draws.append(float(_flat(product) @ _flat(vector)))
+            if progress:
+                progress()
+    return mean_interval(draws)
+
+
+def critical_sharpness(
+    model: nn.Module,
+    loss: Loss,
+    direction: dict[str, Tensor],
+    *,
+    start: float = 1e-3,
+    tolerance: float = 0.05,
+    center: float | None = None,
+    memory: Memory = "copy",
+    progress: Callable[[], None] | None = None,
+) -> float:
+    """`2/η_c`, η_c the smallest step along `−direction` that no longer lowers the loss (arXiv 2601.16979).
+
+    With the gradient as direction and a quadratic loss it is `gᵀHg/gᵀg`. η_c is bracketed by doubling or halving
+    from `start` and bisected to a relative `tolerance`; some ten evaluations. Higher is sharper.
+
+    Raises:
+        ValueError: no step up to 2⁴⁰ `start` raises the loss, or every one down to 2⁻⁴⁰ `start` does.
+    """
+    from .directions import RankOne
+
+    along = RankOne({}, direction)
+    with movable(model, memory=memory) as move:
+
+        def at(step: float) -> float:
+            move([(along, -step)] if step else ())
+            value = float(loss(model))
+            if progress:
+                progress()
+            return value
+
+        center = at(0.0) if center is None else center
+
+        def rises(step: float) -> bool:
+            value = at(step)
+            return not value < center
+
+        low, high, step = 0.0, math.inf, start
+        for _ in range(40):
+            if rises(step):
+                high = step
+                if low > 0:
+                    break
+                step /= 2
+            else:
+                low = step
+                if math.isfinite(high):
+                    break
+                step *= 2
+        if not math.isfinite(high) or low == 0:
+            which = "raises" if not math.isfinite(high) else "lowers"
+            raise ValueError(f"no step along the direction {which} the loss; there is no critical step")
+        while high - low > tolerance * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if rises(middle) else (middle, high)
+    return 2 / ((low + high) / 2)
+
+
+def _trainable(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
+    chosen = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not chosen:
+        raise ValueError("no parameter of the model requires a gradient")
+    return [name for name, _ in chosen], [parameter for _, parameter in chosen]
+
+
+@contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _random_like(names: list[str], parameters: list[nn.Parameter], seed: object, draw: Callable) -> list[Tensor]:
+    return [
+        draw(parameter.shape, generator=keyed_generator(seed, name)).to(parameter)
+        for name, parameter in zip(names, parameters, strict=True)
+    ]
+
+
+def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, shape, generator=generator).float() * 2 - 1
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors]).double()
+
+
+def _split(flat: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
+    parts = flat.split([parameter.numel() for parameter in like])
+    return [part.view(parameter.shape).to(parameter) for part, parameter in zip(parts, like, strict=True)]
+
+
+def _tridiagonal(alphas: list[float], betas: list[float]) -> Tensor:
+    matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+    if betas:
+        off = torch.tensor(betas, dtype=torch.float64)
+        matrix += torch.diag(off, 1) + torch.diag(off, -1)
+    return matrix
