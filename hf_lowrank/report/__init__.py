@@ -1,0 +1,6 @@
+"""Seeing what came out: the page, the table in the terminal, and the pictures."""
+
+from hf_lowrank.report.page import write_report
+from hf_lowrank.report.terminal import terminal_table
+
+__all__ = ["terminal_table", "write_report"]

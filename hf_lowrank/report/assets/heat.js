@@ -1,0 +1,52 @@
+/* Layer × step heat maps, and a square matrix of barriers: one hue, from the ground to full strength.
+
+   spec = { rows: [label], columns: [label], values: [[row][column]], low, high, xLabel, yLabel }                  */
+(() => {
+  const { svg, html, number, finite, tip } = LR;
+
+  /** Draws a heat map into `host`; `cell(value, row, column)` gives the tooltip's text. */
+  function heat(host, spec) {
+    const width = Math.max(Math.floor(host.clientWidth), 200);
+    const left = 8 + 6.2 * Math.min(Math.max(...spec.rows.map((r) => r.length), 2), 16);
+    const cellWidth = Math.min((width - left - 6) / spec.columns.length, spec.square ? 68 : 90);
+    const cellHeight = spec.square ? Math.min(cellWidth, 44) : Math.min(Math.max(200 / spec.rows.length, 9), 24);
+    const top = 6;
+    const height = top + cellHeight * spec.rows.length + 40;
+    const span = spec.high - spec.low || 1;
+    const root = svg("svg", { class: "plot heat", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+    const every = Math.max(1, Math.ceil(12 / cellHeight));
+    spec.rows.forEach((label, i) => {
+      if (i % every === 0) root.append(svg("text", { x: left - 6, y: top + cellHeight * (i + 0.5) + 4, "text-anchor": "end" }, label.length > 16 ? label.slice(0, 15) + "…" : label));
+    });
+    const widest = Math.max(...spec.columns.map((c) => c.length)) * 6.6 + 8;
+    const sparse = Math.max(1, Math.ceil(widest / cellWidth));
+    spec.columns.forEach((label, j) => {
+      if (j % sparse === 0) root.append(svg("text", { x: left + cellWidth * (j + 0.5), y: height - 22, "text-anchor": "middle" }, label));
+    });
+    root.append(svg("text", { x: left + cellWidth * spec.columns.length, y: height - 4, "text-anchor": "end", class: "title" }, spec.xLabel));
+    spec.values.forEach((row, i) => row.forEach((value, j) => {
+      const share = finite(value) ? Math.min(Math.max((value - spec.low) / span, 0), 1) : null;
+      const box = svg("rect", {
+        x: left + cellWidth * j + 0.5, y: top + cellHeight * i + 0.5, width: cellWidth - 1, height: cellHeight - 1,
+        class: share === null ? "hole" : "heatcell", "fill-opacity": share === null ? null : (0.05 + 0.95 * share).toFixed(3), "data-r": i, "data-c": j,
+      });
+      root.append(box);
+      if (spec.square && share !== null && cellWidth >= 40) {
+        root.append(svg("text", { x: left + cellWidth * (j + 0.5), y: top + cellHeight * (i + 0.5) + 4, "text-anchor": "middle", class: share > 0.55 ? "onheat" : "" }, number(value, 2)));
+      }
+    }));
+    host.replaceChildren(root);
+    host.onpointermove = (event) => {
+      const box = event.target.closest("rect[data-r]");
+      if (!box) { tip.hidden = true; return; }
+      const [i, j] = [+box.dataset.r, +box.dataset.c];
+      tip.replaceChildren(html("b", {}, `${spec.rows[i]} · ${spec.xLabel} ${spec.columns[j]}`), html("div", {}, `${spec.what}: ${number(spec.values[i][j], 4)}`));
+      tip.hidden = false;
+      tip.style.left = `${Math.min(event.pageX + 14, window.scrollX + document.documentElement.clientWidth - tip.offsetWidth - 6)}px`;
+      tip.style.top = `${event.pageY + 14}px`;
+    };
+    host.onpointerleave = () => { tip.hidden = true; };
+  }
+
+  LR.heat = heat;
+})();

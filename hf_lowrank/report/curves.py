@@ -1,0 +1,121 @@
+"""Curves that were measured along a line in weight space, put together from their rows.
+
+`measurements.jsonl` keeps a sweep as one row for each offset: metric `random_curve` (`pca1_curve`, `pcak_curve`,
+`step_path`, `method_path`), the offset as `settings["t"]`, the mean loss as value and its 95 % band as interval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hf_lowrank.report.runs import RunRecord
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the page says about one kind of curve: title, how to read it, and what its x axis is."""
+
+    title: str
+    dimension: Literal["landscape", "interpolation"]
+    meaning: str
+    along: str
+
+
+CURVE_METRICS = {
+    "random_curve": Sweep(
+        "Loss along random directions",
+        "landscape",
+        "The line is the mean over random directions, the band its 95 % interval; zero is the trained model.",
+        "distance",
+    ),
+    "pca1_curve": Sweep(
+        "Loss along the top PCA direction",
+        "landscape",
+        "One step in the strongest singular direction of every matrix at once; zero is the trained model.",
+        "distance",
+    ),
+    "pcak_curve": Sweep(
+        "Loss along the top K PCA directions",
+        "landscape",
+        "The line is the mean over the strongest K singular directions, the band its 95 % interval.",
+        "distance",
+    ),
+    "step_path": Sweep(
+        "Path from the checkpoint before",
+        "interpolation",
+        "From the weights of the checkpoint before (0) straight to those of this one (1).",
+        "position on the path",
+    ),
+    "method_path": Sweep(
+        "Path to the baseline",
+        "interpolation",
+        "From one run's weights straight to the other's; the ends are the two trained models.",
+        "position on the path",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses in nats along a line: positions `t` ascending, `mean`, and the 95 % band where there were several draws.
+
+    `relative`: `t` is in units of the model's root-mean-square weight rather than of the weights themselves.
+    """
+
+    step: int
+    baseline: str | None
+    t: tuple[float, ...]
+    mean: tuple[float | None, ...]
+    low: tuple[float, ...] | None
+    high: tuple[float, ...] | None
+    n: int | None
+    relative: bool
+
+
+def curves(run: RunRecord, metric: str) -> list[Curve]:
+    """The curves of `metric`, in step order; of several settings at a step the last measured one."""
+    sweeps: dict[tuple[int, str | None], dict[str, dict[float, tuple[float | None, ...]]]] = {}
+    counts: dict[tuple[int, str | None], int | None] = {}
+    for row in run.rows:
+        t = row.settings.get("t")
+        if row.metric != metric or row.scope != "model" or isinstance(t, bool) or not isinstance(t, int | float):
+            continue
+        if not math.isfinite(t):
+            continue
+        rest = json.dumps({key: value for key, value in row.settings.items() if key != "t"}, sort_keys=True)
+        line = sweeps.setdefault((row.step, row.baseline), {}).setdefault(rest, {})
+        line[float(t)] = (row.value, row.ci_low, row.ci_high)
+        counts[row.step, row.baseline] = row.n
+    found = []
+    for (step, baseline), by_settings in sorted(sweeps.items(), key=lambda item: (item[0][0], item[0][1] or "")):
+        settings, line = list(by_settings.items())[-1]
+        unit = _relative_unit(json.loads(settings), line)
+        points = sorted(line.items())
+        lows = tuple(low for _, (_, low, _) in points if low is not None)
+        highs = tuple(high for _, (_, _, high) in points if high is not None)
+        banded = len(lows) == len(highs) == len(points)
+        found.append(
+            Curve(
+                step=step,
+                baseline=baseline,
+                t=tuple(float(f"{t / (unit or 1.0):.6g}") for t, _ in points),
+                mean=tuple(mean for _, (mean, _, _) in points),
+                low=lows if banded else None,
+                high=highs if banded else None,
+                n=counts[step, baseline],
+                relative=unit is not None,
+            )
+        )
+    return found
+
+
+def _relative_unit(settings: Mapping[str, Any], line: Iterable[float]) -> float | None:
+    """The root-mean-square weight of a sweep whose radius was given in units of it, so that sizes compare."""
+    radius, furthest = settings.get("radius"), max(abs(t) for t in line)
+    if settings.get("relative") is not True or not isinstance(radius, int | float) or not radius or not furthest:
+        return None
+    return furthest / float(radius)

@@ -1,0 +1,216 @@
+"""The page: one self-contained HTML file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterable
+from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.files import write_text
+from hf_lowrank.report.answer import Group, by_method, groups, losses_by_method
+from hf_lowrank.report.catalogue import DIMENSIONS
+from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, Look, looks
+from hf_lowrank.report.curves import CURVE_METRICS
+from hf_lowrank.report.formats import big_count, loss_text, plain, words_list
+from hf_lowrank.report.payload import payload, script_json
+from hf_lowrank.report.runs import RunRecord, load_runs
+
+FILE_NAME = "report.html"
+# In the order in which they are run; together they are one script.
+SCRIPTS = ("core.js", "chart.js", "heat.js", "table.js", "figures.js", "page.js")
+_PACKAGES = ("hf-lowrank", "torch", "transformers", "accelerate", "peft")
+
+
+def write_report(runs: Iterable[Any], output: str | os.PathLike[str]) -> Path:
+    """Writes `report.html` into the folder `output`, whole or not at all, and returns its path.
+
+    The page loads nothing: styles, script, data and pictures are in it. Losses are compared only among runs with
+    the same evaluation fingerprint.
+
+    Args:
+        runs: run folders, or objects with a `path` to one.
+        output: the folder; made if there is none.
+
+    Raises:
+        UserError: a folder is no run, has no checkpoint, or one of its files is damaged; nothing is written then.
+    """
+    page = render(load_runs(runs))
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: output must be a folder, got a file")
+    path = folder / FILE_NAME
+    try:
+        write_text(path, page)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def render(runs: list[RunRecord]) -> str:
+    """The page of `runs` as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("hf_lowrank.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["position"] = list.index
+    compared = groups(runs)
+    data = payload(compared)
+    script = "\n".join(_asset(name) for name in SCRIPTS)
+    return environment.get_template("page.html.j2").render(
+        groups=[_shown(group) for group in compared],
+        dimensions=DIMENSIONS,
+        looks=looks(run.method for run in runs),
+        style=_asset("page.css") + _colours(looks(run.method for run in runs)),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=script_json(data),
+        measured=any(run.rows for run in runs),
+        several_seeds=any(len(losses) > 1 for losses in losses_by_method(runs).values()),
+        run_number={run.name: number for number, run in enumerate(runs)},
+        updates={metric for metric in data["metrics"] if metric.startswith("update_")},
+        trends=_trends(runs, data["metrics"]),
+        pictures=_pictures(runs),
+        heats=[
+            (metric, about["title"], about["meaning"])
+            for metric, about in data["metrics"].items()
+            if about["dimension"] == "activations" and any("layers" in _of(entry, metric) for entry in data["runs"])
+        ],
+        layered=any("layers" in found for entry in data["runs"] for found in entry["metrics"].values()),
+        barriers=len({row.baseline for run in runs for row in run.rows if row.metric == "method_barrier"}) > 1,
+        summary=_summary(runs),
+        runs=[_made(run) for run in runs],
+        packages=_versions(),
+        ground={"light": LIGHT_GROUND, "dark": DARK_GROUND},
+    )
+
+
+def _asset(name: str) -> str:
+    return (resources.files("hf_lowrank.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _colours(chosen: dict[str, Look]) -> str:
+    """The methods' colours as custom properties, by position: names from outside never reach the style sheet."""
+
+    def block(tone: str) -> str:
+        return "".join(f"--c{number}:{getattr(look, tone)};" for number, look in enumerate(chosen.values()))
+
+    return (
+        f":root{{{block('light')}}}\n"
+        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{block('dark')}}}}}\n"
+        f"@media screen{{:root[data-theme=dark]{{{block('dark')}}}}}\n"
+    )
+
+
+def _shown(group: Group) -> dict[str, Any]:
+    methods = [
+        {
+            "name": name,
+            "mean": loss_text(estimate.mean),
+            "low": None if estimate.low is None else loss_text(estimate.low),
+            "high": None if estimate.high is None else loss_text(estimate.high),
+            "n": estimate.n,
+        }
+        for name, estimate in by_method(group.runs)
+    ]
+    present = {column.group for column in group.columns}
+    return {
+        "group": group,
+        "methods": methods,
+        "dimensions": {key: DIMENSIONS[key] for key in DIMENSIONS if key in present},
+    }
+
+
+def _of(entry: dict[str, Any], metric: str) -> dict[str, Any]:
+    return entry["metrics"].get(metric, {})
+
+
+def _trends(runs: list[RunRecord], metrics: dict[str, dict[str, str]]) -> dict[str, list[tuple[str, ...]]]:
+    """Per dimension the pictures over steps: metric, title, meaning, unit, and why it may be empty."""
+    found: dict[str, list[tuple[str, ...]]] = {dimension: [] for dimension in DIMENSIONS}
+    for metric, about in metrics.items():
+        rows = [row for run in runs for row in run.rows if row.metric == metric and row.scope == "model"]
+        if rows and metric not in ("loss", "perplexity"):
+            why = next((row.reason for row in rows if row.value is None and row.reason), "")
+            found[about["dimension"]].append((metric, about["title"], about["meaning"], about["unit"], why))
+    return found
+
+
+def _pictures(runs: list[RunRecord]) -> dict[str, list[tuple[str, ...]]]:
+    """Per dimension the curves that were measured: metric, title, how to read it, what its x axis is."""
+    measured = {row.metric for run in runs for row in run.rows}
+    found: dict[str, list[tuple[str, ...]]] = {"landscape": [], "interpolation": []}
+    for metric, about in CURVE_METRICS.items():
+        if metric in measured:
+            found[about.dimension].append((metric, about.title, about.meaning, about.along))
+    return found
+
+
+def _summary(runs: list[RunRecord]) -> list[str]:
+    """What was compared, in a few words each."""
+    seeds = {run.seed for run in runs if run.seed is not None}
+    parts = [plain(len(runs), "run"), plain(len({run.method for run in runs}), "method")]
+    if seeds:
+        parts.append(plain(len(seeds), "seed"))
+    sizes = sorted({run.fact("parameters") for run in runs} - {None})  # type: ignore[type-var]
+    if sizes:
+        ends = [big_count(size) for size in (sizes[0], sizes[-1]) if size is not None]
+        parts.append(f"{ends[0]} parameters" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} parameters")
+    rows = sum(len(run.rows) for run in runs)
+    if rows:
+        parts.append(plain(rows, "measurement"))
+    return parts
+
+
+def _made(run: RunRecord) -> dict[str, Any]:
+    """How a run came about, as text."""
+    settings = {
+        row.metric: {key: value for key, value in row.settings.items() if not isinstance(value, dict | list)}
+        for row in run.rows
+        if row.settings
+    }
+    return {
+        "run": run,
+        "method": looks([run.method])[run.method].title,
+        "recipe": yaml.safe_dump(_plain(run.recipe), sort_keys=False, allow_unicode=True) if run.recipe else "",
+        "facts": {key: value for key, value in run.facts.items() if not isinstance(value, dict | list)},
+        "versions": _recorded_versions(run),
+        "settings": yaml.safe_dump(_plain(settings), sort_keys=True, allow_unicode=True) if settings else "",
+        "steps": words_list([str(step) for step in run.steps]),
+    }
+
+
+def _recorded_versions(run: RunRecord) -> dict[str, str]:
+    recorded = run.facts.get("versions")
+    return {str(key): str(value) for key, value in recorded.items()} if isinstance(recorded, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    """What came from YAML or JSON, in the types that YAML can write."""
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

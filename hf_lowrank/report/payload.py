@@ -1,0 +1,164 @@
+"""The page's data: what the pictures draw, as plain JSON in columns, numbers cut to the digits that show."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hf_lowrank.report.answer import Group
+from hf_lowrank.report.catalogue import DIMENSIONS, quantity, quantity_order
+from hf_lowrank.report.colours import looks
+from hf_lowrank.report.curves import CURVE_METRICS, curves
+from hf_lowrank.report.runs import RunRecord
+
+# Beyond this many points a line of a few hundred pixels does not change.
+POINTS_OF_A_LINE = 400
+DIGITS = 5
+
+
+def short(value: float | None, digits: int = DIGITS) -> float | None:
+    """`value` to `digits` significant digits; None for what JSON cannot hold."""
+    if value is None or not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.{digits}g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+
+
+def shorts(values: Iterable[float | None], digits: int = DIGITS) -> list[float | None]:
+    return [short(value, digits) for value in values]
+
+
+def thinned(points: Sequence[tuple[int, float]], limit: int = POINTS_OF_A_LINE) -> list[tuple[float, float]]:
+    """At most `limit` points: the means of equal runs of neighbours, x and y alike; the last point stays."""
+    if len(points) <= limit:
+        return list(points)
+    size = math.ceil(len(points) / (limit - 1))
+    blocks = [points[start : start + size] for start in range(0, len(points), size)]
+    means = [
+        (math.fsum(x for x, _ in block) / len(block), math.fsum(y for _, y in block) / len(block)) for block in blocks
+    ]
+    return [*means[:-1], points[-1]]
+
+
+def _line(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    return {"x": shorts((x for x, _ in points), 8), "y": shorts(y for _, y in points)}
+
+
+class _Scopes:
+    """Layer paths by number, so that each is written once."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def number(self, scope: str) -> int:
+        return self.numbers.setdefault(scope, len(self.numbers))
+
+
+def _metrics(run: RunRecord, scopes: _Scopes) -> dict[str, Any]:
+    """Per metric: the model's values over steps with intervals, and per layer one row of values for each step."""
+    found: dict[str, Any] = {}
+    layered: dict[str, dict[int, dict[str, float | None]]] = {}
+    for row in sorted(run.rows, key=lambda row: row.step):
+        if row.metric in CURVE_METRICS:
+            continue
+        entry = found.setdefault(row.metric, {"x": [], "y": [], "lo": [], "hi": [], "why": None, "base": row.baseline})
+        if row.scope != "model":
+            layered.setdefault(row.metric, {}).setdefault(row.step, {})[row.scope] = row.value
+        elif row.value is None:
+            entry["why"] = row.reason
+        else:
+            if row.metric == "method_barrier":
+                entry.setdefault("pairs", {})[row.baseline or ""] = short(row.value)
+            if entry["x"] and entry["x"][-1] == row.step:  # other settings or baseline: the last measured is drawn
+                for key in ("x", "y", "lo", "hi"):
+                    entry[key].pop()
+            entry["x"].append(row.step)
+            for key, value in (("y", row.value), ("lo", row.ci_low), ("hi", row.ci_high)):
+                entry[key].append(short(value))
+    for metric, by_step in layered.items():
+        names = list(dict.fromkeys(scope for layers in by_step.values() for scope in layers))
+        found[metric]["layers"] = {
+            "steps": list(by_step),
+            "scopes": [scopes.number(name) for name in names],
+            "values": [shorts((layers.get(name) for name in names), 4) for layers in by_step.values()],
+        }
+    for entry in found.values():
+        if "pairs" in entry:  # at the last step that each baseline has
+            entry["pairs"] = list(entry["pairs"].items())
+        if not any(value is not None for value in entry["lo"]):
+            del entry["lo"], entry["hi"]
+    return found
+
+
+def _curves(run: RunRecord) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for metric in CURVE_METRICS:
+        for curve in curves(run, metric):
+            entry: dict[str, Any] = {"step": curve.step, "t": shorts(curve.t), "y": shorts(curve.mean, 6)}
+            if curve.low is not None and curve.high is not None:
+                entry["lo"], entry["hi"] = shorts(curve.low, 6), shorts(curve.high, 6)
+            if curve.relative:
+                entry["relative"] = 1
+            if curve.baseline:
+                entry["base"] = curve.baseline
+            found.setdefault(metric, []).append(entry)
+    return found
+
+
+def payload(groups: Sequence[Group]) -> dict[str, Any]:
+    """Everything the pictures need; see `page.js` for who reads what."""
+    runs = [(group.id, run) for group in groups for run in group.runs]
+    chosen = looks(run.method for _, run in runs)
+    numbers = {name: position for position, name in enumerate(chosen)}
+    scopes = _Scopes()
+    entries = [
+        {
+            "name": run.name,
+            "method": numbers[run.method],
+            "seed": run.seed,
+            "group": group,
+            "unigram": short(run.fact("unigram_loss")),
+            "loss": {
+                "eval": _line(thinned(run.logged("eval_loss"))),
+                "train": _line(thinned(run.logged("loss"))),
+            },
+            "metrics": _metrics(run, scopes),
+            "curves": _curves(run),
+        }
+        for group, run in runs
+    ]
+    metrics = sorted({metric for entry in entries for metric in entry["metrics"]}, key=quantity_order)
+    return {
+        "methods": [
+            {"name": name, "title": look.title, "dash": list(look.dash), "marker": look.marker}
+            for name, look in chosen.items()
+        ],
+        "runs": entries,
+        "scopes": list(scopes.numbers),
+        "dimensions": DIMENSIONS,
+        "metrics": {
+            metric: {
+                "title": about.title,
+                "short": about.short or about.title,
+                "unit": about.unit,
+                "dimension": about.dimension,
+                "meaning": about.meaning,
+            }
+            for metric in metrics
+            for about in (quantity(metric),)
+        },
+    }
+
+
+def script_json(data: Any) -> str:
+    """JSON that can stand inside a `<script>` element whatever strings it holds.
+
+    `<`, `>` and `&` are written as escapes, so that no string can end the element or open a comment; the two line
+    separators that old JavaScript refuses are escaped too.
+    """
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
