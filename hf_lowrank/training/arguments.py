@@ -85,6 +85,8 @@ def build(section: dict[str, Any], *, seed: int, output_dir: str | Path) -> Trai
         "eval_strategy": "steps",
         "eval_steps": section.get("save_steps"),
         "logging_steps": 10,
+        # bf16 without an accelerator needs to be told so.
+        "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     own: dict[str, Any] = {

@@ -195,16 +195,30 @@ def _streamed(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
 
 
 class StreamedSequences(IterableDataset):
-    """Training sequences from a stream, always from its start; Trainer passes over what a resumed run has seen."""
+    """Training sequences from a stream, pass after pass without end, always from the start of the first.
+
+    Trainer passes over what a resumed run has seen; it counts batches from the start, so to it this is one epoch.
+    """
 
     def __init__(self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int, skip: int) -> None:
         self._data, self._tokenizer, self._seed, self._skip = data, tokenizer, seed, skip
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        texts = hub_stream(self._data, self._data.split, seed=self._seed, skip=self._skip)
-        rows = _rows(texts, self._data, self._tokenizer)
+        rows = self._passes()
         worker = get_worker_info()
         if worker is not None:
             rows = itertools.islice(rows, worker.id, None, worker.num_workers)
         for row, tokens in rows:
             yield {"ids": row, "length": tokens}
+
+    def _passes(self) -> Iterator[tuple[np.ndarray, int]]:
+        for number in itertools.count():
+            texts = hub_stream(self._data, self._data.split, seed=self._seed + number, skip=self._skip)
+            rows = _rows(texts, self._data, self._tokenizer)
+            first = next(rows, None)
+            if first is None:
+                raise UserError(
+                    f"data.dataset {self._data.dataset!r} split {self._data.split!r} holds no text any more"
+                )
+            yield first
+            yield from rows

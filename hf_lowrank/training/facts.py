@@ -53,7 +53,8 @@ class FactsRecorder(TrainerCallback):
     """Adds up seconds and tokens; writes them before each checkpoint, so that a resumed run goes on counting.
 
     `training_seconds` counts the optimizer steps with their forward and backward passes, `wall_seconds` everything
-    between start and end of the training: evaluation, saving and reading data too. What was computed and lost to an
+    between start and end of the training: evaluation, saving and reading data too. `tokens_seen` counts positions,
+    fillings included. What was computed and lost to an
     interruption counts in neither.
     """
 

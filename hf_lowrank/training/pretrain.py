@@ -58,9 +58,11 @@ def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Pa
         logger.info("%s is finished at step %d: nothing to do", run, step_of(checkpoint))
         return run
 
-    corpus = prepare_corpus(recipe.data, _saved_tokenizer(run) if started else None)
-    _check_same_corpus(run, corpus)
     args = recipe.arguments(run)
+    # Of several processes the first fills the cache, the others read it.
+    with args.main_process_first(desc="corpus"):
+        corpus = prepare_corpus(recipe.data, _saved_tokenizer(run) if started else None)
+    _check_same_corpus(run, corpus)
     sequences_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.max_steps <= 0 and corpus.train is not None:
         args.max_steps = math.ceil(args.num_train_epochs * len(corpus.train) / sequences_per_step)

@@ -16,6 +16,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.training import load_recipe, pretrain
 from hf_lowrank.training.resume import damage_of, last_whole_checkpoint
+from hf_lowrank.training.tokenization import train_tokenizer
 from hf_lowrank.training.yaml_files import parse_yaml
 
 METHODS = {
@@ -284,6 +285,39 @@ def test_a_half_written_checkpoint_is_skipped_with_a_warning(write_recipe, tmp_p
     assert damage_of(run / "checkpoint-6") is None
     with zipfile.ZipFile(run / "checkpoint-6" / "optimizer.pt") as archive:
         assert archive.testzip() is None
+
+
+def test_a_streamed_run_continues_where_it_stood(write_recipe, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    texts = [f"{number} of {number * 31} documents " * (1 + number % 4) for number in range(150)]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train_tokenizer(texts, 300).save_pretrained(tmp_path / "tokenizer")
+    path = write_recipe(
+        data={
+            "source": "hub",
+            "dataset": str(folder),
+            "streaming": True,
+            "shuffle_buffer": 10,
+            "sequence_length": 16,
+            "shape": "documents",
+            "tokenizer": str(tmp_path / "tokenizer"),
+            "evaluation_sequences": 4,
+        },
+        # More than the stream holds: it is read again from its start.
+        training__max_steps=30,
+        training__save_steps=8,
+    )
+    run = trained(path, tmp_path / "run")
+    whole = weights_of(run, 30)
+    shutil.rmtree(run / "checkpoint-30")
+    assert same(weights_of(trained(path, run), 30), whole)
+    facts = json.loads((run / "facts.json").read_text())
+    assert facts["train_sequences"] is None
+    assert 2 < facts["unigram_loss"] < 6
 
 
 def test_a_start_that_was_interrupted_is_completed(write_recipe, tmp_path):

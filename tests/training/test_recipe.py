@@ -1,11 +1,16 @@
 """Recipes: what they mean, and what a wrong one is told."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.training import load_recipe
 from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+REPOSITORY_RECIPES = sorted(RECIPES.glob("*/[!_]*.yaml"))
 
 
 def test_resolved_recipe_is_plain_and_reads_back(write_recipe, tmp_path):
@@ -17,6 +22,29 @@ def test_resolved_recipe_is_plain_and_reads_back(write_recipe, tmp_path):
     assert again == recipe.plain()
     (tmp_path / "again.yaml").write_text(dump_yaml(again))
     assert load_recipe(tmp_path / "again.yaml").plain() == recipe.plain()
+
+
+@pytest.mark.parametrize("path", REPOSITORY_RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_repositorys_recipes_are_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.name == f"{path.parent.name}-{path.stem}"
+    steps, every = recipe.training["max_steps"], recipe.training["save_steps"]
+    assert steps % every == 0
+    assert 6 <= steps // every <= 10
+
+
+def test_the_published_setting_is_the_papers():
+    recipe = load_recipe(RECIPES / "llama_60m" / "galore.yaml")
+    training = recipe.training
+    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 512
+    assert (recipe.data.sequence_length, recipe.data.shape, recipe.data.dataset) == (256, "documents", "allenai/c4")
+    assert training["warmup_steps"] == training["max_steps"] / 10
+    with torch.device("meta"):
+        model = recipe.method.build_model(recipe.config(), recipe.settings, 0)
+    # 8 blocks of 4 d² + 3 d m and two norms, the last norm, and two matrices of the vocabulary.
+    dimension, mlp = 512, 1376
+    block = 4 * dimension**2 + 3 * dimension * mlp + 2 * dimension
+    assert sum(p.numel() for p in model.parameters()) == 8 * block + dimension + 2 * 32000 * dimension
 
 
 def test_extends_merges_deeply_and_overrides_come_last(write_recipe, tmp_path):

@@ -79,7 +79,7 @@ def _last_step(run):
 
 def _wait_for_progress(run, process):
     """Until the run has got further than where it stood."""
-    begun, until = _last_step(run), time.monotonic() + 60
+    begun, until = _last_step(run), time.monotonic() + 120
     while _last_step(run) < begun + EVERY:
         if not process.is_alive():
             return
