@@ -13,15 +13,17 @@ from hf_lowrank.adapters import (
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.measure import METRICS
 from hf_lowrank.methods import METHODS
-from hf_lowrank.optim import FiraAdamW, GaLoreAdamW, param_groups
+from hf_lowrank.optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, param_groups
 
 __version__ = version("hf-lowrank")
 
 __all__ = [
     "METHODS",
     "METRICS",
+    "ApolloAdamW",
     "CoLAConfig",
     "FiraAdamW",
+    "FrugalAdamW",
     "GaLoreAdamW",
     "LowRankConfig",
     "LowRankForCausalLM",
