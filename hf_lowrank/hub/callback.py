@@ -1,0 +1,194 @@
+"""Pushing while a Trainer trains: a save puts the checkpoint into a queue on disk, a thread empties it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.hub.privacy import one_line
+from hf_lowrank.hub.publisher import Dense, Job, Publisher
+from hf_lowrank.hub.push import check_repo_id
+from hf_lowrank.hub.queue import Queue
+from hf_lowrank.hub.repository import Repository, UnreachedError, understood
+from hf_lowrank.hub.weights import check_weights
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 600.0
+TRIES_AT_END = 4
+
+
+class PushRevisionsCallback(TrainerCallback):
+    """Publishes every checkpoint that a Trainer saves as a revision `step-N` of a Hub repository.
+
+    Never in the training's way: a save costs hard links, the rest runs in a thread of its own. Whatever goes wrong is
+    a warning; the checkpoint waits in `push-queue/` of the output folder for the next save, the next run, or
+    `hf-lowrank push`.
+
+    Args:
+        repo_id: `user/name`; it is made if there is none.
+        every: every k-th save.
+        dense: adapted models in the plain architecture too, on `dense-step-N` ("beside"), or as `step-N` ("instead").
+        optimizer: optimizer state too, on `optimizer-step-N`.
+        public: for everyone to see, if the repository is made now; private otherwise.
+        license: the card's licence, as a Hub identifier.
+        token: None: the login's.
+        endpoint: another Hub than huggingface_hub's.
+        wait_at_end: seconds that the end of the training waits for uploads that are under way.
+        first_pause: seconds before the second try; each further pause is twice as long.
+
+    Raises:
+        UserError: `repo_id` is malformed; at construction, before anything is trained.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        every: int = 1,
+        dense: Dense | None = None,
+        optimizer: bool = False,
+        public: bool = False,
+        license: str | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+        wait_at_end: float = 3600.0,
+        first_pause: float = FIRST_PAUSE,
+    ) -> None:
+        check_repo_id(repo_id)
+        if every < 1:
+            raise UserError(f"every must be at least 1, got {every}")
+        self.repo_id, self.every, self.optimizer, self.wait_at_end = repo_id, every, optimizer, wait_at_end
+        self._options = {"private": not public, "dense": dense, "optimizer": optimizer, "license": license}
+        self._token, self._endpoint, self._first_pause = token, endpoint, first_pause
+        self._saves = 0
+        self._worker: QueueWorker | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._start(args)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._saves += 1
+        if (self._saves - 1) % self.every:
+            return
+        worker = self._start(args)
+        try:
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            worker.queue.add(checkpoint, state.global_step, optimizer=self.optimizer)
+        except Exception as error:  # a full disk, an odd checkpoint: the training goes on
+            logger.warning("%s: step %d is not queued: %s", self.repo_id, state.global_step, one_line(error))
+        worker.wake()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._worker is not None:
+            self._worker.finish(self.wait_at_end)
+            self._worker = None
+
+    def _start(self, args: TrainingArguments) -> QueueWorker:
+        if self._worker is None:
+            run = Path(str(args.output_dir))
+            repository = Repository(self.repo_id, token=self._token, endpoint=self._endpoint)
+            publisher = Publisher(repository, run, **self._options)  # type: ignore[arg-type]
+            self._worker = QueueWorker(Queue(run, self.repo_id), publisher, self._first_pause)
+            self._worker.start()
+        return self._worker
+
+
+class QueueWorker:
+    """Empties a queue in a thread; survives everything that the Hub or the network may do."""
+
+    def __init__(self, queue: Queue, publisher: Publisher, first_pause: float = FIRST_PAUSE) -> None:
+        self.queue, self.publisher, self.first_pause = queue, publisher, first_pause
+        self.repo_id = publisher.repository.repo_id
+        self._wake, self._ending = threading.Event(), threading.Event()
+        # A daemon: a connection that hangs must not keep the process alive.
+        self._settled = False
+        self._thread = threading.Thread(target=self._work, name="push-revisions", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._wake.set()
+
+    def wake(self) -> None:
+        """There is something new: try now, however long the pause was to be."""
+        self._wake.set()
+
+    def finish(self, seconds: float) -> None:
+        """Lets uploads end, at most `seconds`; what is left stays in the queue, with a warning."""
+        self._ending.set()
+        self._wake.set()
+        self._thread.join(seconds)
+        left = ", ".join(job.branch for job in self.queue.jobs())
+        if left:
+            logger.warning(
+                "%s: not pushed yet: %s; they wait in %s; `hf-lowrank push` or the next training completes them",
+                self.repo_id,
+                left,
+                one_line(self.queue.folder.name),
+            )
+
+    def _work(self) -> None:
+        failures, tries_left = 0, TRIES_AT_END
+        while True:
+            ending = self._ending.is_set()
+            self._wake.clear()
+            known = self._attempt()
+            if known is None:
+                failures = 0
+            elif failures == 0 or not isinstance(known, UnreachedError):
+                logger.warning("%s: %s; the checkpoints wait in the queue", self.repo_id, known)
+            again = isinstance(known, UnreachedError)
+            failures = failures + 1 if again else 0
+            if ending:
+                tries_left -= 1
+                if not again or not tries_left:
+                    return
+                failures = min(failures, TRIES_AT_END - tries_left)
+            pause = min(self.first_pause * 2 ** (failures - 1), LONGEST_PAUSE) if again else None
+            self._wake.wait(pause)
+
+    def _attempt(self) -> Exception | None:
+        """Publishes what waits; what went wrong, if anything did."""
+        try:
+            self._drain()
+        except Exception as error:
+            # Anything at all: it is this thread that fails, not the training.
+            return understood(error, self.repo_id)
+        return None
+
+    def _drain(self) -> None:
+        """Publishes the queue, oldest first; `main` follows when it is empty."""
+        self.queue.clean()
+        while waiting := [job for job in self.queue.jobs() if self._sound(job)]:
+            job = waiting[0]
+            self.publisher.publish(job)
+            faults = self.publisher.faults(job)
+            if faults:
+                raise UnreachedError(f"the Hub shows something else than was sent: {'; '.join(faults)}")
+            if len(waiting) == 1:
+                self.publisher.settle(job)
+                self._settled = True
+            self.queue.remove(job.step)
+            self.publisher.forget(job)
+        if self._ending.is_set() and self._settled:
+            # Costs and measurements of the whole training are there only now.
+            self.publisher.settle(None)
+
+    def _sound(self, job: Job) -> bool:
+        """Whether an entry can be pushed at all; one that cannot is set aside."""
+        try:
+            check_weights(job.folder)
+            self.publisher.contents(job)
+        except UserError as error:
+            aside = self.queue.set_aside(job.step)
+            logger.warning("%s: %s; set aside as %s", self.repo_id, one_line(error), aside.name)
+            return False
+        return True

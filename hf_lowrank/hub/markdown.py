@@ -1,0 +1,67 @@
+"""Jinja2 for Markdown: whatever a template inserts is escaped, so that a name can never be markup.
+
+HTML's autoescape would leave Markdown's own signs alone; here each sign that could begin markup, HTML or a link
+becomes a character reference, which Markdown shows as the sign and never reads as structure.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+TEMPLATES = Path(__file__).parent / "templates"
+SPECIAL = re.compile(r"[<>&\"'`|\\*_\[\](){}#!~$@^:]")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+class Markdown(str):
+    """Text that is Markdown already and goes in as it is."""
+
+    __slots__ = ()
+
+
+def escape(value: object) -> str:
+    """One line of plain text as Markdown that shows just this text."""
+    if isinstance(value, Markdown):
+        return value
+    text = " ".join(CONTROL.sub("", str(value)).split())
+    text = SPECIAL.sub(lambda match: f"&#{ord(match[0])};", text)
+    return re.sub(r"(?i)\bwww\.", "www&#46;", text)
+
+
+def fenced(text: str, language: str = "") -> Markdown:
+    """A code block whose fence is longer than any row of backticks in it."""
+    text = CONTROL.sub("", text.replace("\r", ""))
+    longest = max((len(row) for row in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markdown(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
+def inline_code(text: object) -> Markdown:
+    """Code within a line, with a fence of its own length."""
+    content = " ".join(CONTROL.sub("", str(text)).split()).replace("|", "¦") or " "
+    longest = max((len(row) for row in re.findall(r"`+", content)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if longest else ""
+    return Markdown(f"{fence}{pad}{content}{pad}{fence}")
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this package, filled; its result ends in one newline."""
+    # Markdown is no HTML, so Jinja2's own autoescape is off and `finalize` escapes instead: every value, always.
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=False,
+        finalize=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals.update(fenced=fenced)
+    environment.filters.update(code=inline_code)
+    text = environment.get_template(template).render(**values)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -1,0 +1,57 @@
+"""Keeps tokens, home paths and the environment out of everything that is logged or leaves the machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+REMOVED = "[removed]"
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.I)
+# An absolute path of two parts or more that is no part of a URL; only its last part is kept.
+ABSOLUTE_PATH = re.compile(r"""(?<![\w./:~*%-])/(?:[^\s/"'<>|`,;(){}\[\]]+/)+([^\s/"'<>|`,;(){}\[\]]*)""")
+SIGNED_QUERY = re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]+")
+
+
+def secrets(token: str | None = None) -> tuple[str, ...]:
+    """The login's tokens and the values of environment variables that are named like secrets."""
+    from huggingface_hub import get_token
+
+    known = {token, get_token()}
+    known.update(value for name, value in os.environ.items() if SECRET_NAME.search(name))
+    return tuple(sorted((value for value in known if value and len(value) >= 8), key=len, reverse=True))
+
+
+@lru_cache(maxsize=8)
+def _homes(home: str) -> tuple[str, ...]:
+    places = {home, os.path.realpath(home)}
+    return tuple(sorted((place for place in places if len(place) > 1), key=len, reverse=True))
+
+
+def without_private(text: str, *, token: str | None = None) -> str:
+    """`text` without tokens, secrets of the environment, signed queries and the folders of this machine.
+
+    Of an absolute path only the last part stays; paths relative to something, and URLs, stay as they are.
+    """
+    for secret in secrets(token):
+        text = text.replace(secret, REMOVED)
+    text = TOKEN.sub(REMOVED, text)
+    text = SIGNED_QUERY.sub(r"\1", text)
+    text = ABSOLUTE_PATH.sub(lambda match: match[1] or "~", text)
+    for home in (*_homes(str(Path.home())), tempfile.gettempdir()):
+        text = re.sub(re.escape(home) + r"(?![\w-])", "~", text)
+    return text
+
+
+def holds_secret(data: bytes, *, token: str | None = None) -> bool:
+    """Whether one of the known secrets stands in `data`."""
+    return any(secret.encode() in data for secret in secrets(token))
+
+
+def one_line(error: object, *, token: str | None = None, limit: int = 300) -> str:
+    """An error in one line that is fit for a log."""
+    text = " ".join(without_private(str(error), token=token).split())
+    return text[:limit] or type(error).__name__

@@ -1,0 +1,307 @@
+"""One run's checkpoints into one repository: `step-N` for each, `latest` at the newest, `main` at the last, with card.
+
+`latest` is a chain of commits, one for each checkpoint in step order, and `step-N` is the branch made at that commit:
+the Hub cannot move a branch to another commit, but a commit moves it in one piece. A checkpoint that comes out of
+order, and the first one, go through a temporary branch `incoming-…` instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.hub import cards
+from hf_lowrank.hub.contents import (
+    CONFIGURATION,
+    MANIFEST,
+    Files,
+    PushFile,
+    checkpoint_files,
+    files_of,
+    manifest,
+    run_files,
+    state_files,
+)
+from hf_lowrank.hub.privacy import one_line, without_private
+from hf_lowrank.hub.repository import INCOMING, Repository
+
+Dense = Literal["beside", "instead"]
+STEP = re.compile(r"step-(\d+)")
+LATEST, MAIN, README = "latest", "main", "README.md"
+# Files that a repository may have before its first push without being somebody's work.
+BLANK = (".gitattributes", README, "LICENSE", "LICENSE.md", "LICENSE.txt")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint to be published.
+
+    Attributes:
+        step: its optimizer steps.
+        folder: where its files lie.
+    """
+
+    step: int
+    folder: Path
+
+    @property
+    def branch(self) -> str:
+        return f"step-{self.step}"
+
+
+class Publisher:
+    """Publishes checkpoints of a run; knows what each revision has to hold.
+
+    Args:
+        repository: where to.
+        run: the run directory; None where a Trainer has none.
+        private: for a repository that is made now.
+        dense: the plain architecture too, on `dense-step-N` ("beside"), or in place of the trained one ("instead").
+        optimizer: optimizer state too, on `optimizer-step-N`.
+        license: the card's licence, a Hub identifier; None: the one that the card has, else "unknown".
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        run: Path | None,
+        *,
+        private: bool = True,
+        dense: Dense | None = None,
+        optimizer: bool = False,
+        license: str | None = None,
+    ) -> None:
+        self.repository, self.run = repository, run
+        self.private, self.dense, self.optimizer, self.license = private, dense, optimizer, license
+        self._ready = False
+        self._contents: dict[int, dict[str, Files]] = {}
+
+    # -- the repository
+
+    def prepare(self, job: Job) -> None:
+        """Makes the repository, or makes sure that it is this run's.
+
+        Raises:
+            UserError: it holds another run, or something else.
+        """
+        if self._ready:
+            return
+        self.repository.create(private=self.private)
+        branches = self.repository.branches()
+        head = branches[MAIN]
+        there = self.repository.manifest(branches.get(LATEST, head)) or self.repository.manifest(head)
+        if there:
+            if there.get("identity") != self.identity(job):
+                raise UserError(
+                    f"{self.repository.repo_id}: taken: it holds the run {one_line(there.get('run'), limit=80)!r} "
+                    "with another recipe; choose another name"
+                )
+        else:
+            other = [path for path in self.repository.tree(head) if path not in BLANK]
+            if other:
+                raise UserError(
+                    f"{self.repository.repo_id}: taken: it holds files of something else, as "
+                    f"{one_line(other[0], limit=80)}; choose another name"
+                )
+        self._ready = True
+
+    def identity(self, job: Job) -> str:
+        """What tells this run from another: the SHA-256 of its recipe, without one of the model's configuration."""
+        recipe = None if self.run is None else self.run / "recipe.yaml"
+        file = recipe if recipe is not None and recipe.is_file() else job.folder / CONFIGURATION[0]
+        text = without_private(file.read_text(encoding="utf-8"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The run's name: that of its recipe, else of its folder, else the repository's."""
+        recipe = cards.read_yaml(self.run / "recipe.yaml") if self.run is not None else {}
+        folder = self.run.resolve().name if self.run is not None else self.repository.repo_id.rpartition("/")[2]
+        return str(recipe.get("name") or folder)
+
+    # -- what the revisions hold
+
+    def contents(self, job: Job) -> dict[str, Files]:
+        """The files of every branch of a checkpoint but `main`, by branch; `step-N` comes first."""
+        if job.step in self._contents:
+            return self._contents[job.step]
+        trained = checkpoint_files(job.folder, self.run)
+        branches: dict[str, Files] = {}
+        with self._dense_files(job, trained) as dense:
+            if self.dense == "instead" and dense is not None:
+                branches[job.branch] = self._finished(job, job.branch, dense)
+            else:
+                branches[job.branch] = self._finished(job, job.branch, trained)
+                if dense is not None:
+                    branches[f"dense-{job.branch}"] = self._finished(job, f"dense-{job.branch}", dense)
+        if self.optimizer:
+            state = state_files(job.folder)
+            if "optimizer.pt" in state:
+                state[MANIFEST] = self._manifest(job, state)
+                branches[f"optimizer-{job.branch}"] = state
+        self._contents[job.step] = branches
+        return branches
+
+    def _finished(self, job: Job, branch: str, files: Files) -> Files:
+        config = json.loads(files["config.json"].read())
+        card = cards.step_card(
+            self.repository.repo_id, self.name, job.step, branch, config=config, recipe=self.recipe()
+        )
+        return {**files, README: PushFile(README, card.encode()), MANIFEST: self._manifest(job, files)}
+
+    def _manifest(self, job: Job, files: Files) -> PushFile:
+        return manifest(self.name, self.identity(job), job.step, files)
+
+    @contextmanager
+    def _dense_files(self, job: Job, trained: Files) -> Iterator[Files | None]:
+        """The files with the model exported to the plain architecture; None where it is plain already."""
+        model_type = json.loads(trained["config.json"].read()).get("model_type")
+        if self.dense is None or model_type != "lowrank":
+            yield None
+            return
+        from hf_lowrank.adapters.export import export
+
+        if not hasattr(self, "_scratch"):
+            self._scratch = tempfile.TemporaryDirectory(prefix="hf-lowrank-dense-")
+        folder = Path(self._scratch.name) / job.branch
+        if not folder.exists():
+            export(job.folder, folder)
+        exported = checkpoint_files(folder, self.run)
+        yield {path: file for path, file in {**trained, **exported}.items() if path in exported or not _weights(path)}
+
+    def recipe(self) -> dict[str, Any]:
+        """The run's recipe; empty without one."""
+        return cards.read_yaml(self.run / "recipe.yaml") if self.run is not None else {}
+
+    # -- publishing
+
+    def publish(self, job: Job) -> None:
+        """Makes the checkpoint's branches whole and moves `latest` to it if it is the newest."""
+        self.prepare(job)
+        title, description = self._message(job)
+        contents = self.contents(job)
+        branches = self.repository.branches()
+        files = contents[job.branch]
+        latest = self._step_of_latest(branches)
+        commit = self.repository.publish(
+            job.branch,
+            files,
+            title,
+            description,
+            branches=branches,
+            base=self._base(job, branches),
+            carrier=LATEST if latest is not None and job.step >= latest else None,
+        )
+        if latest is None:
+            self.repository.api.create_branch(self.repository.repo_id, branch=LATEST, revision=commit, exist_ok=True)
+        elif job.step >= latest and job.branch in branches:
+            now = self.repository.branches()
+            self.repository.bring(LATEST, now[LATEST], files, title, description)
+        for branch, others in contents.items():
+            if branch != job.branch:
+                kind = branch.partition("-")[0]
+                base = commit if kind == "dense" else self._root(branches[MAIN])
+                self.repository.publish(branch, others, f"{title} ({kind})", description, branches=branches, base=base)
+        for branch in contents:
+            if INCOMING + branch in branches:
+                self.repository.remove(INCOMING + branch)
+
+    def settle(self, job: Job | None) -> None:
+        """Moves `main` to a checkpoint, unless it is at a later one, and renders its card anew.
+
+        None leaves the weights of `main` as they are.
+        """
+        head = self.repository.branches()[MAIN]
+        there = self.repository.manifest(head).get("step")
+        card, pictures = self._card(head, job)
+        files = {**(run_files(self.run) if self.run is not None else {}), **pictures, README: card}
+        if job is not None and not (isinstance(there, int) and there > job.step):
+            files = {**self.contents(job)[job.branch], **files}
+            self.repository.bring(MAIN, head, files, *self._message(job))
+            return
+        self.repository.bring(MAIN, head, files, "Card and measurements", keep=True)
+
+    def forget(self, job: Job) -> None:
+        """Drops what is known of a checkpoint's files, which may be gone."""
+        self._contents.pop(job.step, None)
+
+    def faults(self, job: Job) -> list[str]:
+        """What is not right on the Hub now for a checkpoint: branches that are not whole, `latest` behind."""
+        branches, found = self.repository.branches(), []
+        latest = self._step_of_latest(branches)
+        if latest is None or latest < job.step:
+            found.append(f"{LATEST} is not moved")
+        for branch, files in self.contents(job).items():
+            if branch not in branches:
+                found.append(f"{branch} is not there")
+                continue
+            changed, extra = self.repository.differing(branches[branch], files)
+            if changed or extra:
+                names = ", ".join([*(file.path for file in changed), *extra][:4])
+                found.append(f"{branch} differs in {names}")
+            if INCOMING + branch in branches:
+                found.append(f"{INCOMING + branch} is left over")
+        return found
+
+    def _card(self, head: str, job: Job | None) -> tuple[PushFile, Files]:
+        before = self.repository.read(README, head)
+        folder = job.folder if job is not None else None
+        pictures = cards.pictures(self.run) if self.run is not None else {}
+        text = cards.model_card(
+            self.run,
+            self.repository.repo_id,
+            checkpoint=folder,
+            previous=None if before is None else before.decode("utf-8", errors="replace"),
+            license=self.license,
+            pictures=tuple(pictures),
+            name=self.name,
+        )
+        files = files_of(PushFile(f"pictures/{name}.png", data) for name, data in pictures.items())
+        return PushFile(README, text.encode()), files
+
+    def _step_of_latest(self, branches: dict[str, str]) -> int | None:
+        """The step that `latest` holds; None where there is no such branch."""
+        if LATEST not in branches:
+            return None
+        same = [branch for branch, commit in branches.items() if commit == branches[LATEST] and STEP.fullmatch(branch)]
+        if same:
+            return max(int(branch.removeprefix("step-")) for branch in same)
+        step = self.repository.manifest(branches[LATEST]).get("step")
+        if not isinstance(step, int):
+            raise UserError(f"{self.repository.repo_id}: taken: its branch {LATEST!r} is somebody else's work")
+        return step
+
+    def _base(self, job: Job, branches: dict[str, str]) -> str:
+        """The commit of the checkpoint before, whose tokenizer, recipe and so on need not be sent again."""
+        steps = {int(match[1]): commit for name, commit in branches.items() if (match := STEP.fullmatch(name))}
+        before = [step for step in steps if step < job.step]
+        if before:
+            return steps[max(before)]
+        return steps[min(steps)] if steps else branches[MAIN]
+
+    def _root(self, head: str) -> str:
+        """The repository's first commit, which holds none of ours."""
+        return self.repository.api.list_repo_commits(self.repository.repo_id, revision=head)[-1].commit_id
+
+    def _message(self, job: Job) -> tuple[str, str]:
+        """Title and description of a commit: step, loss and recipe."""
+        loss = cards.loss_at(job.folder, job.step)
+        title = f"Step {job.step}" + (f", loss {loss:.4f}" if loss is not None else "")
+        name = one_line(self.name, limit=80)
+        recipe = self.recipe()
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else ""
+        return f"{title}: {name}", without_private(text)
+
+
+def _weights(path: str) -> bool:
+    return path.endswith((".safetensors", ".safetensors.index.json")) and path.startswith("model")
