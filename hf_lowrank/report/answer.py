@@ -20,7 +20,7 @@ SEEDS_FOR_A_VERDICT = 3
 
 @dataclass(frozen=True)
 class Cell:
-    """One value: `value` sorts and goes into the CSV, `text` is read, `low`/`high` are its interval, `note` why not."""
+    """One value: `value` sorts and goes into the CSV, `text` is read, `low`/`high` its interval, `note` why not."""
 
     value: float | str | None
     text: str
@@ -254,7 +254,8 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
             f"{seeds}: this says how these runs came out, not which method is better. "
             f"From the lowest to the highest are {gap} nats.",
         )
-    beaten, tied = [], []
+    beaten: list[str] = []
+    tied: list[str] = []
     for name, _ in ranked[1:]:
         difference = mean_difference(losses[best], losses[name], confidence=1 - 0.05 / others)
         (beaten if difference and difference.low is not None and difference.low > 0 else tied).append(title[name])

@@ -46,7 +46,7 @@ _KNOWN: dict[str, Look] = {
     "low_rank": Look("Low-rank", "#7b766d", "#a39e94", DOTTED, "plus"),
     "galore": Look("GaLore", "#0a6fb5", "#5fb0ee", SOLID, "square"),
     "fira": Look("Fira", "#cf4a0c", "#ff9159", SOLID, "up"),
-    "apollo": Look("APOLLO", "#00805e", "#35c79b", SOLID, "diamond"),
+    "apollo": Look("APOLLO", "#11803f", "#35c79b", SOLID, "diamond"),
     "apollo_mini": Look("APOLLO-Mini", "#4d9a2a", "#9bd85e", SOLID, "down"),
     "frugal": Look("FRUGAL", "#6d4bb8", "#b79cf2", SOLID, "hexagon"),
     "muon": Look("Muon", "#8a5a2b", "#d3a273", SOLID, "pentagon"),

@@ -113,7 +113,7 @@ def payload(groups: Sequence[Group]) -> dict[str, Any]:
     chosen = looks(run.method for _, run in runs)
     numbers = {name: position for position, name in enumerate(chosen)}
     scopes = _Scopes()
-    entries = [
+    entries: list[dict[str, Any]] = [
         {
             "name": run.name,
             "method": numbers[run.method],

@@ -81,7 +81,8 @@ class RunRecord:
         """The row of `metric` at the last step that has a value; else the last null one, for its reason."""
         rows = self.model_rows(metric)
         valued = [row for row in rows if row.value is not None]
-        return (valued or rows or [None])[-1]
+        found = valued or rows
+        return found[-1] if found else None
 
     def fact(self, key: str) -> float | None:
         """What the facts say under `key`, if it is a finite number."""

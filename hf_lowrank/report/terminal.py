@@ -39,13 +39,8 @@ def terminal_table(runs: Iterable[Any]) -> Table:
     from rich.text import Text
 
     compared = groups(load_runs(runs))
-    wanted = [
-        column
-        for name in _COLUMNS
-        for column in {
-            column.id: column for group in compared for column in group.columns if column.id == name
-        }.values()
-    ]
+    known = {column.id: column for group in compared for column in group.columns}
+    wanted = [known[name] for name in _COLUMNS if name in known]
     if len({run.method for group in compared for run in group.runs}) == sum(len(group.runs) for group in compared):
         wanted = [column for column in wanted if column.id != "seed"]
     table = Table(box=box.SIMPLE_HEAD, title=_title(compared), title_justify="left", caption=_caption(compared))

@@ -90,7 +90,7 @@ def measured_rows(run, method, seed, steps, blocks, draw, loss, activations, bar
         return {
             "run": run, "method": method, "seed": seed, "step": step, "metric": metric, "scope": scope,
             "value": value, "ci_low": low, "ci_high": high, "n": n, "baseline": baseline,
-            "settings": settings or {}, "reason": reason,
+            "settings": settings or {}, "reason": None,
         }  # fmt: skip
 
     character = 0.7 + 0.6 * random.Random(method).random()

@@ -1,0 +1,186 @@
+"""The answer, its statistics, its colours and its numbers, against tables and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hf_lowrank.report import terminal_table
+from hf_lowrank.report.answer import groups, verdict
+from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, looks
+from hf_lowrank.report.formats import big_count, duration, loss_text, memory, significant, words_list
+from hf_lowrank.report.runs import load_runs
+from hf_lowrank.report.statistics import mean_difference, mean_interval, student_t_quantile
+
+OTHERS = ["apollo_mini", "frugal", "muon", "cola_m"]
+STUDY = ["full_rank", "low_rank", "galore", "fira", "apollo", "relora", "cola", "sltrain"]
+ALL = STUDY + OTHERS
+
+
+@pytest.mark.parametrize(
+    ("probability", "degrees", "tabulated"),
+    # Abramowitz and Stegun, table 26.10
+    [
+        (0.975, 1, 12.706),
+        (0.975, 2, 4.303),
+        (0.975, 4, 2.776),
+        (0.995, 10, 3.169),
+        (0.9995, 5, 6.869),
+        (0.975, 1e7, 1.96),
+    ],
+)
+def test_t_quantiles_are_the_tabulated_ones(probability, degrees, tabulated):
+    assert student_t_quantile(probability, degrees) == pytest.approx(tabulated, abs=6e-4)
+
+
+def test_t_quantile_has_its_closed_form_for_one_degree():
+    for probability in (0.6, 0.9, 0.999):
+        assert student_t_quantile(probability, 1) == pytest.approx(math.tan(math.pi * (probability - 0.5)), rel=1e-9)
+
+
+def test_intervals_cover_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    samples = generator.normal(3.0, 0.2, size=(2000, 5))
+    found = [mean_interval(list(sample)) for sample in samples]
+    share = np.mean([estimate.low <= 3.0 <= estimate.high for estimate in found])
+    assert 0.935 < share < 0.965
+
+
+def test_pairs_see_through_what_seeds_share():
+    shared = {0: 3.0, 1: 3.5, 2: 4.0}
+    better = {seed: loss - 0.1 - 0.001 * seed for seed, loss in shared.items()}
+    difference = mean_difference(better, shared)
+    assert difference.low > 0
+    assert difference.mean == pytest.approx(0.101)
+    welch = mean_difference(better, {seed + 10: loss for seed, loss in shared.items()})
+    assert welch.low < 0 < welch.high
+    assert mean_difference({0: 1.0}, {1: 2.0, 2: 3.0}) is None
+    assert mean_interval([2.0]).low is None
+
+
+def test_one_seed_gives_no_verdict(make_run):
+    headline, standfirst = verdict(load_runs([make_run("a", "full_rank", loss=3.3), make_run("b", "fira", loss=3.2)]))
+    assert headline == "Fira ended lowest, at 3.200 nats per token"
+    assert standfirst.startswith("One seed per method")
+    assert "0.100 nats" in standfirst
+
+
+def test_three_seeds_give_one_when_intervals_allow(make_run):
+    def runs(method, losses):
+        return [make_run(f"{method}{loss}", method, seed, loss=loss) for seed, loss in enumerate(losses)]
+
+    clear = load_runs(runs("fira", (3.20, 3.21, 3.22)) + runs("galore", (3.40, 3.415, 3.42)))
+    assert verdict(clear)[0] == "Fira ends lower than GaLore, at 3.210 nats per token"
+    close = load_runs(
+        runs("cola", (3.0, 3.3, 3.1)) + runs("sltrain", (3.1, 3.2, 3.15)) + runs("relora", (5.0, 5.3, 5.1))
+    )
+    headline, basis = verdict(close)
+    assert headline == "CoLA has the lowest mean, 3.133 nats per token, but cannot be told from SLTrain"
+    assert "It does end lower than ReLoRA." in basis
+    assert "2 comparisons" in basis
+
+
+def test_two_seeds_are_too_few(make_run):
+    runs = [make_run(f"{m}{s}", m, s, loss=loss) for m, loss in (("fira", 3.0), ("galore", 4.0)) for s in (0, 1)]
+    assert "only 2 seeds" in verdict(load_runs(runs))[1]
+
+
+def test_runs_without_any_loss_or_of_one_method_have_their_own_words(make_run, tmp_path):
+    (tmp_path / "bare" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "bare" / "checkpoint-1" / "config.json").write_text("{}")
+    assert verdict(load_runs([tmp_path / "bare"]))[0] == "No loss was recorded"
+    assert verdict(load_runs([make_run("a"), make_run("b", seed=1)]))[1].startswith("One method, 2 seeds, 95 %")
+
+
+def test_groups_keep_fingerprints_apart_and_sort_by_loss(make_run):
+    runs = [make_run("a", loss=3.5), make_run("b", "fira", loss=3.1), make_run("c", loss=1.0, fingerprint="cd" * 32)]
+    first, second = groups(load_runs(runs))
+    assert [run.name for run in first.runs] == ["b", "a"]
+    assert [run.name for run in second.runs] == ["c"]
+    ids = [column.id for column in first.columns]
+    assert ids[:5] == ["run", "method", "seed", "validation_loss", "perplexity"]
+    assert "random_sharpness" in ids
+    assert "random_curve" not in ids
+    cell = first.cells[0][ids.index("random_sharpness")]
+    assert cell.low < cell.value < cell.high
+
+
+def test_the_terminal_table_is_readable(make_run):
+    console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    table = terminal_table([make_run("a", "full_rank", loss=3.3), make_run("b", "fira[red]", loss=3.2)])
+    console.print(table)
+    text = console.export_text()
+    assert "fira[red]" in text
+    assert text.index("fira[red]") < text.index("Full-rank")
+    assert "One seed per method" in " ".join(text.split())
+    console.print(terminal_table([make_run("c"), make_run("d", fingerprint="cd" * 32)]))
+    assert "2 evaluation sets" in console.export_text()
+
+
+def _linear(colour):
+    channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def _contrast(one, other):
+    bright = sorted(float(_linear(c) @ [0.2126, 0.7152, 0.0722]) for c in (one, other))
+    return (bright[1] + 0.05) / (bright[0] + 0.05)
+
+
+@pytest.mark.parametrize(("tone", "ground"), [("light", LIGHT_GROUND), ("dark", DARK_GROUND)])
+def test_every_method_stands_out_from_its_ground(tone, ground):
+    for name, look in looks([*ALL, *(f"other{i}" for i in range(6))]).items():
+        assert _contrast(getattr(look, tone), ground) >= 3.0, name
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
+VISION = {
+    "full": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+
+
+def _lab(colour, vision):
+    rgb = np.clip(VISION[vision] @ _linear(colour), 0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ rgb
+    f = np.cbrt(xyz / [0.9505, 1.0, 1.089])
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("tone", ["light", "dark"])
+@pytest.mark.parametrize("vision", VISION)
+def test_methods_are_told_apart_without_colour_vision(tone, vision):
+    chosen = looks(ALL)
+    shapes = [(look.dash, look.marker) for look in chosen.values()]
+    assert len(set(shapes)) == len(shapes)
+    for a in STUDY:
+        for b in STUDY:
+            if a < b and chosen[a].dash == chosen[b].dash:
+                apart = np.linalg.norm(_lab(getattr(chosen[a], tone), vision) - _lab(getattr(chosen[b], tone), vision))
+                assert apart > 12, (a, b, apart)
+
+
+def test_a_method_looks_the_same_whoever_stands_beside_it():
+    assert looks(["galore"])["galore"] == looks(ALL)["galore"]
+    assert list(looks(["zeta", "fira", "alpha"])) == ["fira", "alpha", "zeta"]
+    assert len({(look.light, look.marker) for look in looks([f"m{i}" for i in range(6)]).values()}) == 6
+
+
+def test_numbers_read_as_people_write_them():
+    assert [significant(v) for v in (0, 0.012345, 24.13, 1234.5, -0.5, 3.2e-7)] == [
+        "0", "0.0123", "24.1", "1 234", "−0.500", "3.20e−7",
+    ]  # fmt: skip
+    assert [big_count(v) for v in (950, 12_345, 4_500_000, 1.2e9)] == ["950", "12.3 k", "4.50 M", "1.20 B"]
+    assert [memory(v) for v in (100, 2048, 700 * 2**20, 3 * 2**30)] == ["100 B", "2.00 KiB", "700 MiB", "3.00 GiB"]
+    assert [duration(v) for v in (4.25, 61, 3725)] == ["4.2 s", "1 min 01 s", "1 h 02 min"]
+    assert loss_text(-0.1) == "−0.100"
+    assert [words_list(list(w)) for w in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]

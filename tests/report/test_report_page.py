@@ -1,0 +1,209 @@
+"""The page is whole, self-contained, safe and says what the runs allow to be said."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.report import write_report
+from hf_lowrank.report.payload import script_json, short, thinned
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\u2028"
+VOID = {"meta", "link", "input", "br", "img", "hr"}
+
+
+class Page(HTMLParser):
+    """Reads a page: its elements, the text of each kind, and whether what was opened was closed."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.open, self.faults, self.texts = [], [], [], {}
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+            self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag):
+        if tag in VOID:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(tag)
+
+    def handle_data(self, data):
+        if self.open:
+            self.texts[self.open[-1]][-1] += data
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture
+def page_of(tmp_path):
+    def read(runs):
+        path = write_report(runs, tmp_path / "report")
+        assert path == tmp_path / "report" / "report.html"
+        text = path.read_text(encoding="utf-8")
+        return text, Page(text)
+
+    return read
+
+
+def data_of(page):
+    return json.loads(page.texts["script"][0])
+
+
+def test_a_page_is_well_formed_and_loads_nothing(make_run, page_of):
+    text, page = page_of([make_run("a", "full_rank"), make_run("b", "galore", activations=True)])
+    assert page.faults == []
+    assert page.open == []
+    for _, attributes in page.elements:
+        for name in ("src", "href", "action", "data", "poster", "srcset"):
+            value = attributes.get(name) or "#"
+            assert value.startswith("#") or value == "data:,"
+    assert "@import" not in text
+    assert "url(" not in text
+    assert not re.search(r"(fetch|XMLHttpRequest|importScripts|WebSocket)\s*\(", text)
+    policy = next(m["content"] for m in page.of("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy
+    script = page.texts["script"][1]
+    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+
+
+def test_structure_serves_readers_of_every_kind(make_run, page_of):
+    _, page = page_of([make_run("a", "full_rank"), make_run("b", "galore")])
+    tags = [tag for tag, _ in page.elements]
+    assert {"header", "nav", "main", "footer", "caption"} <= set(tags)
+    assert tags.count("h1") == 1
+    assert page.of("html")[0]["lang"] == "en"
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {label["for"] for label in page.of("label") if "for" in label} <= set(ids)
+    assert all(attributes.get("scope") in ("col", "row") for attributes in page.of("th"))
+    headings = [attributes for attributes in page.of("th") if attributes["scope"] == "col"]
+    assert [h["data-id"] for h in headings if h.get("aria-sort")] == ["validation_loss"]
+
+
+def test_hostile_names_stay_text(make_run, page_of, tmp_path):
+    run = make_run("plain", HOSTILE)
+    rows = run / "measurements.jsonl"
+    line = json.loads(rows.read_text().splitlines()[0])
+    line |= {"metric": HOSTILE, "scope": "model", "reason": HOSTILE, "settings": {HOSTILE: HOSTILE}}
+    rows.write_text(rows.read_text() + json.dumps(line) + "\n" + json.dumps(line | {"scope": HOSTILE}) + "\n")
+    facts = json.loads((run / "facts.json").read_text())
+    (run / "facts.json").write_text(json.dumps(facts | {HOSTILE: HOSTILE, "evaluation_fingerprint": HOSTILE}))
+    text, page = page_of([run])
+    assert page.faults == []
+    assert page.open == []
+    assert len(page.of("script")) == 2
+    assert page.of("img") == []
+    assert "<img" not in text
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert data_of(page)["methods"][0]["name"] == HOSTILE
+    assert HOSTILE in data_of(page)["metrics"]
+
+
+def test_script_json_round_trips_and_cannot_end_its_element():
+    value = {HOSTILE: [HOSTILE, 1.5, None, "<!--"]}
+    text = script_json(value)
+    assert json.loads(text) == value
+    assert not set("<>&\u2028\u2029") & set(text)
+    with pytest.raises(ValueError, match="JSON"):
+        script_json(float("nan"))
+
+
+def test_numbers_are_cut_but_not_bent():
+    assert short(3.14159265) == 3.1416
+    assert short(1234567.0) == 1234600
+    assert short(float("inf")) is None
+    assert short(None) is None
+    points = [(step, float(step)) for step in range(10_000)]
+    few = thinned(points)
+    assert len(few) <= 400
+    assert few[-1] == points[-1]
+    assert all(x == y for x, y in few)
+    assert thinned(points[:7]) == points[:7]
+
+
+def test_data_hold_curves_trends_and_layers(make_run, page_of):
+    _, page = page_of([make_run("b", "galore", blocks=3)])
+    (run,) = data_of(page)["runs"]
+    curve = run["curves"]["random_curve"][-1]
+    assert curve["step"] == 200
+    assert curve["t"][0] == -0.3
+    assert curve["t"][6] == 0
+    assert len(curve["lo"]) == len(curve["hi"]) == len(curve["y"]) == 13
+    assert curve["relative"] == 1
+    assert run["metrics"]["random_sharpness"]["x"] == [0, 50, 100, 150, 200]
+    assert run["metrics"]["update_norm"]["x"] == [50, 100, 150, 200]
+    layers = run["metrics"]["weight_stable_rank"]["layers"]
+    assert len(layers["scopes"]) == 21
+    assert len(layers["values"]) == 5
+    scopes = data_of(page)["scopes"]
+    assert scopes[layers["scopes"][0]] == "model.layers.0.self_attn.q_proj"
+    mean = run["metrics"]["weight_stable_rank"]["y"][-1]
+    assert mean == pytest.approx(sum(layers["values"][-1]) / 21, rel=1e-3)
+
+
+def test_sections_follow_what_was_measured(make_run, page_of):
+    text, _ = page_of([make_run("bare", "galore", measured=False)])
+    for section in ("h-landscape", "h-spectra", "h-activations", "h-layers", "fig-barriers"):
+        assert f'id="{section}"' not in text
+    assert "hf-lowrank measure" in text
+    text, _ = page_of([make_run("full", "galore", activations=True, barriers=("x", "y"))])
+    for section in ("h-landscape", "h-interpolation", "h-spectra", "h-activations", "h-layers", "fig-barriers"):
+        assert f'id="{section}"' in text
+    assert 'data-heat="activation_cka"' in text
+
+
+def test_evaluation_sets_are_never_ranked_together(make_run, page_of):
+    text, page = page_of(
+        [make_run("a", loss=3.0), make_run("b", loss=2.0, fingerprint="cd" * 32), make_run("c", "fira")]
+    )
+    assert "2 different sets" in text
+    assert 'id="evaluation"' in text
+    assert len(page.of("table")) == 2
+    assert {run["name"]: run["group"] for run in data_of(page)["runs"]} == {"a": 0, "c": 0, "b": 1}
+
+
+def test_mixed_settings_are_said(make_run, page_of):
+    run = make_run("b", "fira")
+    rows = run / "measurements.jsonl"
+    rows.write_text(rows.read_text().replace('"draws": 8', '"draws": 4'))
+    text, _ = page_of([make_run("a"), run])
+    assert "different settings" in text
+    text, _ = page_of([make_run("c"), make_run("d", "fira")])
+    assert "different settings" not in text
+
+
+def test_nothing_is_written_when_a_run_is_bad(make_run, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match="no such run folder"):
+        write_report([make_run("a"), tmp_path / "absent"], output)
+    assert not output.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="output must be a folder"):
+        write_report([make_run("b")], tmp_path / "file")
+
+
+def test_a_page_is_replaced_whole(make_run, page_of, tmp_path):
+    page_of([make_run("a")])
+    text, _ = page_of([make_run("b", "fira")])
+    assert "Fira" in text
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.html"]
+
+
+def test_fifty_runs_stay_small(make_run, page_of):
+    steps = tuple(range(0, 1001, 100))[1:]
+    runs = [make_run(f"run{i}", ("galore", "fira", "cola")[i % 3], i, steps=steps, blocks=8) for i in range(5)]
+    text, _ = page_of(runs)
+    shared = len(page_of([make_run("bare", measured=False)])[0])
+    # Ten times the runs: 50 runs of 10 steps stay below 10 MB.
+    assert shared + 10 * (len(text) - shared) < 10e6

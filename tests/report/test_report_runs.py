@@ -1,0 +1,94 @@
+"""Reading run folders: what is damaged is named in one line, what is torn is dropped."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.report.curves import curves
+from hf_lowrank.report.runs import load_run, load_runs, read_rows
+
+
+def test_a_run_is_read(make_run):
+    run = load_run(make_run("g", "galore", 3, loss=3.25))
+    assert (run.name, run.method, run.seed, run.steps) == ("g", "galore", 3, (0, 50, 100, 150, 200))
+    assert run.final_loss == 3.25
+    assert run.perplexity == pytest.approx(25.790339917193062)
+    assert run.fact("tokens_seen") == 819200
+    assert run.fact("torch") is None
+    assert run.last("random_sharpness").step == 200
+
+
+def test_a_folder_of_checkpoints_without_a_recipe_is_a_run(tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "config.json").write_text("{}")
+    run = load_run(tmp_path)
+    assert (run.method, run.seed, run.steps, run.final_loss, run.rows) == ("unknown", None, (7,), None, ())
+
+
+def test_the_evaluation_file_outranks_the_facts(make_run):
+    folder = make_run("a")
+    kept = EvaluationSet(torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.long))
+    kept.save(folder)
+    assert load_run(folder).fingerprint == kept.fingerprint
+    (folder / "evaluation.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"evaluation\.safetensors: not a readable"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run: (run / "recipe.yaml").write_text("method: [galore"), "recipe.yaml: not readable as YAML"),
+        (lambda run: (run / "recipe.yaml").write_text("- 1"), "recipe.yaml: must hold a mapping"),
+        (lambda run: (run / "facts.json").write_text("{"), "facts.json: not readable as JSON"),
+        (lambda run: (run / "measurements.jsonl").write_text('{"a": 1}\n{}\n'), "line 1 is not a measurement"),
+        (lambda run: (run / "measurements.jsonl").write_bytes(b"\xff\xfe\n"), "measurements are not readable"),
+        (lambda run: (run / "checkpoint-200" / "trainer_state.json").write_text("{"), "not readable as JSON"),
+        (lambda run: [os.remove(p) for p in run.glob("checkpoint-*/config.json")], "no whole checkpoint"),
+    ],
+)
+def test_damage_is_named_in_one_line(make_run, spoil, said):
+    run = make_run("a")
+    spoil(run)
+    with pytest.raises(UserError, match=said) as fault:
+        load_run(run)
+    assert "\n" not in str(fault.value)
+    assert str(run) in str(fault.value)
+
+
+def test_no_run_is_an_error(tmp_path, make_run):
+    with pytest.raises(UserError, match="is no run folder"):
+        load_run(tmp_path)
+    with pytest.raises(UserError, match="at least one run"):
+        load_runs([])
+    run = make_run("a")
+    with pytest.raises(UserError, match="named twice"):
+        load_runs([run, str(run)])
+
+
+def test_runs_of_one_folder_name_get_names_of_their_own(make_run):
+    names = [run.name for run in load_runs([make_run("x/seed0"), make_run("y/seed0"), make_run("z")])]
+    assert names == ["x/seed0", "y/seed0", "z"]
+
+
+def test_the_last_row_of_a_key_counts_and_a_torn_line_is_dropped(tmp_path):
+    row = {"step": 1, "metric": "loss", "scope": "model", "value": 2.0}
+    path = tmp_path / "measurements.jsonl"
+    lines = [json.dumps(row), json.dumps(row | {"value": 3.0}), json.dumps(row | {"step": 2, "value": None})]
+    path.write_text("\n".join(lines) + "\n" + '{"step": 3, "met')
+    rows = read_rows(path)
+    assert [(r.step, r.value) for r in rows] == [(1, 3.0), (2, None)]
+
+
+def test_curves_are_put_together_in_units_that_compare(make_run):
+    (*_, last) = curves(load_run(make_run("a")), "random_curve")
+    assert last.step == 200
+    assert last.relative
+    assert last.t[0] == -0.3
+    assert last.t == tuple(sorted(last.t))
+    assert all(low < mean < high for low, mean, high in zip(last.low, last.mean, last.high, strict=True))
+    assert curves(load_run(make_run("b", measured=False)), "random_curve") == []
