@@ -61,7 +61,7 @@ def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Pa
     args = recipe.arguments(run)
     # Of several processes the first fills the cache, the others read it.
     with args.main_process_first(desc="corpus"):
-        corpus = prepare_corpus(recipe.data, _saved_tokenizer(run) if started else None)
+        corpus = _corpus(recipe, _saved_tokenizer(run) if started else None)
     _check_same_corpus(run, corpus)
     sequences_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.max_steps <= 0 and corpus.train is not None:
@@ -132,6 +132,15 @@ def _is_finished(checkpoint: Path) -> bool:
 def _saved_tokenizer(run: Path) -> PreTrainedTokenizerBase | None:
     folder = run / "tokenizer"
     return load_tokenizer(str(folder), key=f"{folder}:") if folder.is_dir() else None
+
+
+def _corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Corpus:
+    try:
+        return prepare_corpus(recipe.data, tokenizer)
+    except UserError as error:
+        # What is said of a key names the recipe too; what is said of a text file names that.
+        named = str(error).startswith("data.")
+        raise UserError(f"{recipe.path}: {error}" if named else str(error)) from None
 
 
 def _check_same_corpus(run: Path, corpus: Corpus) -> None:

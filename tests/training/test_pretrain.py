@@ -175,6 +175,26 @@ def test_the_last_step_is_saved_whatever_the_intervals(write_recipe, tmp_path):
     assert "eval_loss" in str(state_of(run, 6)["log_history"])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__bf16": True},
+        {"training__gradient_checkpointing": True, "training__dataloader_num_workers": 1},
+        {
+            "model": {"architecture": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16},
+            "method": METHODS["galore"],
+        },
+    ],
+    ids=["bf16", "checkpointing", "gpt2"],
+)
+def test_trainers_other_ways_work(write_recipe, tmp_path, changes):
+    path = write_recipe(**changes)
+    run = trained(path, tmp_path / "run")
+    whole = weights_of(run, 6)
+    shutil.rmtree(run / "checkpoint-6")
+    assert same(weights_of(trained(path, run), 6), whole)
+
+
 def test_epochs_instead_of_steps(write_recipe, tmp_path):
     path = write_recipe(training__max_steps=None, training__num_train_epochs=0.5, training__save_strategy="no")
     run = trained(path, tmp_path / "run")
@@ -230,10 +250,10 @@ def test_a_changed_corpus_is_not_continued_with(write_recipe, texts, tmp_path):
     ("changes", "part"),
     [
         ({"data__train_files": ["nowhere/*.txt"]}, "matches no file"),
-        ({"model__vocab_size": 100}, "model.vocab_size must be at least"),
+        ({"model__vocab_size": 100}, r"tiny\.yaml: model.vocab_size must be at least"),
         ({"model__max_position_embeddings": 8}, "data.sequence_length must be at most model.max_position_embeddings"),
-        ({"data__tokenizer": "no/such-tokenizer"}, "data.tokenizer must be a tokenizer"),
-        ({"data__evaluation_sequences": 10**6}, "data.evaluation_sequences must be at most"),
+        ({"data__tokenizer": "no/such-tokenizer"}, r"tiny\.yaml: data.tokenizer must be a tokenizer"),
+        ({"data__evaluation_sequences": 10**6}, r"tiny\.yaml: data.evaluation_sequences must be at most"),
     ],
 )
 def test_what_cannot_be_trained_writes_nothing(write_recipe, tmp_path, changes, part):
