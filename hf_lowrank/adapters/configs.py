@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,14 @@ from transformers.activations import ACT2FN
 from hf_lowrank.errors import UserError, nearest
 
 INITS = ("random", "svd")
+
+
+def _check_pattern(method: str, key: str, pattern: object) -> None:
+    if isinstance(pattern, str):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{method}: {key} must be a regular expression, got {pattern!r}: {error}") from None
 
 
 def _help(text: str) -> dict[str, str]:
@@ -57,6 +66,8 @@ class ReplacingConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        for key in ("target_modules", "exclude_modules"):
+            _check_pattern(method, key, getattr(self, key))
         for name, rank in {"r": self.r, **(self.rank_pattern or {})}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise UserError(f"{method}: rank {name!r} must be a positive whole number, got {rank!r}")

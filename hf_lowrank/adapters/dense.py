@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
@@ -32,11 +31,6 @@ def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """weight + scaling · B A, summed in float32 at least and rounded once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scaling).to(weight.dtype)
-
-
-def is_lora_layer(layer: object) -> bool:
-    """Whether `layer` is a linear layer with LoRA."""
-    return isinstance(layer, LoraLayer) and hasattr(layer, "get_base_layer")
 
 
 def dense_weight_kind(adapter_config: dict[str, Any]) -> Literal["exact", "surrogate"]:

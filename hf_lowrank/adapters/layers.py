@@ -31,6 +31,16 @@ def linear_shape(layer: Any) -> tuple[int, int]:
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 
 
+def check_rank(name: str, r: int, out_features: int, in_features: int) -> None:
+    """Raises UserError when a product of rank `r` cannot be what a layer of this shape wants."""
+    largest = min(out_features, in_features)
+    if not 1 <= r <= largest:
+        raise UserError(
+            f"{name}: rank r must be at most {largest}, the smaller side of its {out_features} × {in_features} "
+            f"weight, got {r}"
+        )
+
+
 def dense_linear(weight: Tensor, bias: nn.Parameter | None, as_conv1d: bool) -> nn.Module:
     """An `nn.Linear`, or a `Conv1D`, that holds `weight` (out, in) and `bias` themselves."""
     out_features, in_features = weight.shape
@@ -124,12 +134,7 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         Raises:
             UserError: the rank exceeds the layer's smaller side, or an SVD start is asked without a dense weight.
         """
-        largest = min(self.in_features, self.out_features)
-        if r > largest:
-            raise UserError(
-                f"{self.layer_name}: rank r must be at most {largest}, the smaller side of its "
-                f"{self.out_features} × {self.in_features} weight, got {r}"
-            )
+        check_rank(self.layer_name, r, self.out_features, self.in_features)
         if init == "svd" and weight is None:
             raise UserError(f"{self.layer_name}: init='svd' needs the dense weight, which an earlier adapter replaced")
         self.r[adapter_name] = r

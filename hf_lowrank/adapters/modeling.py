@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.configuration import LowRankConfig
 from hf_lowrank.adapters.dense import PREFIX, lora_dense_weight
-from hf_lowrank.adapters.layers import ReplacedLinear, dense_linear
+from hf_lowrank.adapters.layers import ReplacedLinear, check_rank, dense_linear, linear_shape
 from hf_lowrank.adapters.relora import reinitialise
 from hf_lowrank.errors import UserError
 from hf_lowrank.targets import target_modules
@@ -171,6 +171,8 @@ def inject(lm: nn.Module, adapter: PeftConfig) -> None:
     with torch.random.fork_rng(devices=devices):
         if isinstance(adapter, LoraConfig):
             layers = target_modules(lm, _patterns(adapter.target_modules))
+            for name, layer in layers.items():
+                check_rank(name, adapter.r, *linear_shape(layer))
             adapter.target_modules = sorted(layers)
             adapter.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in layers.values())
         inject_adapter_in_model(adapter, lm)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.adapters.dense import ADAPTER, lora_dense_weight
 from hf_lowrank.adapters.seeding import fill, kaiming_uniform, keyed_generator
 from hf_lowrank.errors import UserError
+from hf_lowrank.targets import LINEAR_TYPES
 
 Pruning = Literal["random", "magnitude", "zero"]
 PRUNINGS = ("random", "magnitude", "zero")
@@ -27,15 +28,21 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     """The linear layers of `model` with LoRA, by their dotted name without any wrapper's prefix.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or one is not linear.
     """
-    layers = {
+    layers: dict[str, Any] = {
         name.removeprefix("base_model.model.").removeprefix("lm."): layer
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
     }
     if not layers:
         raise UserError(f"ReLoRA needs a model with LoRA layers, got {type(model).__name__} without any")
+    for name, layer in layers.items():
+        if not isinstance(layer.get_base_layer(), LINEAR_TYPES):
+            raise UserError(
+                f"{name}: ReLoRA restarts LoRA on linear layers, got {type(layer.get_base_layer()).__name__}; "
+                "name the linear layers in target_modules"
+            )
     return layers
 
 

@@ -96,7 +96,9 @@ def test_second_derivatives_of_sltrain_are_refused():
 
 def saved_by(function):
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
         function()
     return saved
 
@@ -202,13 +204,15 @@ def test_draws_depend_on_seed_and_name_alone():
     assert torch.equal(drawn("a", 0)[0].to(torch.bfloat16), drawn("a", 0, torch.bfloat16)[0])
 
 
-@pytest.mark.parametrize(("rows", "columns", "count"), [(8, 6, 3), (8, 6, 40), (8, 6, 47), (1, 7, 1), (300, 200, 1800)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "count"), [(8, 6, 3), (8, 6, 40), (8, 6, 47), (1, 7, 1), (300, 200, 1800)]
+)
 def test_support_is_distinct_sorted_and_compact(rows, columns, count):
     support = draw_support(rows, columns, count, keyed_generator(0, rows, count))
     assert support.dtype == torch.int32
     assert support.numel() == count
     assert (support.diff() > 0).all()
-    assert 0 <= support.min()
+    assert support.min() >= 0
     assert support.max() < rows * columns
 
 

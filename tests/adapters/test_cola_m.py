@@ -107,4 +107,6 @@ def test_it_survives_saving_and_can_be_turned_off(llama_config, ids, tmp_path):
 
 def test_a_model_that_cannot_checkpoint_is_refused():
     with pytest.raises(UserError, match=r"checkpoint_activations needs a transformers model.*got Sequential"):
-        get_peft_model(nn.Sequential(nn.Linear(4, 4)), CoLAConfig(r=2, target_modules=["0"], checkpoint_activations=True))
+        get_peft_model(
+            nn.Sequential(nn.Linear(4, 4)), CoLAConfig(r=2, target_modules=["0"], checkpoint_activations=True)
+        )

@@ -327,9 +327,17 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
 
 
-@pytest.mark.parametrize("method", ["sltrain", "relora"])
-def test_export_loads_where_the_package_is_not(llama_config, method, adapted, tmp_path):
+@pytest.mark.parametrize("method", EXACT)
+def test_export(llama_config, method, adapted, ids, tmp_path):
     model = adapted(llama_config, method)
+    model.save_pretrained(tmp_path / "checkpoint-7")
+    folder = export(f"{tmp_path}@step-7", tmp_path / "plain")
+    plain = LlamaForCausalLM.from_pretrained(folder)
+    assert torch.allclose(logits(plain, ids), logits(model, ids), atol=1e-5)
+
+
+def test_export_loads_where_the_package_is_not(llama_config, adapted, tmp_path):
+    model = adapted(llama_config, "sltrain")
     run = tmp_path / "run"
     model.save_pretrained(run / "checkpoint-7")
     tokenizer().save_pretrained(run / "tokenizer")
@@ -387,7 +395,9 @@ def test_a_checkpoint_of_another_method_is_an_error(llama_config, adapted, dense
     adapted(llama_config, "sltrain").save_pretrained(tmp_path / "sltrain")
     weights = (tmp_path / "sltrain" / "model.safetensors").read_bytes()
     (tmp_path / "cola" / "model.safetensors").write_bytes(weights)
-    with pytest.raises(UserError, match=r"a COLA checkpoint.*misses the tensor lm\.model\.layers\.0.*cola_A\.default and"):
+    with pytest.raises(
+        UserError, match=r"a COLA checkpoint.*misses the tensor lm\.model\.layers\.0.*cola_A\.default and"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path / "cola")
     dense(llama_config).save_pretrained(tmp_path / "dense")
     (tmp_path / "cola" / "model.safetensors").write_bytes((tmp_path / "dense" / "model.safetensors").read_bytes())
