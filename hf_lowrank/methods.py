@@ -29,7 +29,17 @@ from hf_lowrank.adapters.settings import (
 )
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.method_settings import MethodSettings
-from hf_lowrank.optim.settings import FiraSettings, GaLoreSettings, build_projected
+from hf_lowrank.optim.settings import (
+    ApolloMiniSettings,
+    ApolloSettings,
+    FiraSettings,
+    FrugalSettings,
+    GaLoreSettings,
+    MuonSettings,
+    build_muon,
+    build_projected,
+    subspace_callbacks,
+)
 
 
 def dense_model(config: PreTrainedConfig, settings: Any, seed: int) -> PreTrainedModel:
@@ -132,6 +142,7 @@ METHODS = MethodTable(
             settings=GaLoreSettings,
             source="arXiv 2403.03507",
             build_optimizer=build_projected,
+            callbacks=subspace_callbacks,
         ),
         Method(
             name="fira",
@@ -141,6 +152,46 @@ METHODS = MethodTable(
             settings=FiraSettings,
             source="arXiv 2410.01623",
             build_optimizer=build_projected,
+            callbacks=subspace_callbacks,
+        ),
+        Method(
+            name="apollo",
+            title="APOLLO",
+            summary="The gradient, each channel scaled by what Adam does to a random projection of it.",
+            kind="optimizer",
+            settings=ApolloSettings,
+            source="arXiv 2412.05270",
+            build_optimizer=build_projected,
+            callbacks=subspace_callbacks,
+        ),
+        Method(
+            name="apollo_mini",
+            title="APOLLO-Mini",
+            summary="APOLLO with rank 1 and one scale for each matrix.",
+            kind="optimizer",
+            settings=ApolloMiniSettings,
+            source="arXiv 2412.05270",
+            build_optimizer=build_projected,
+            callbacks=subspace_callbacks,
+        ),
+        Method(
+            name="frugal",
+            title="FRUGAL",
+            summary="Adam inside a subspace, signSGD outside.",
+            kind="optimizer",
+            settings=FrugalSettings,
+            source="arXiv 2411.07837",
+            build_optimizer=build_projected,
+            callbacks=subspace_callbacks,
+        ),
+        Method(
+            name="muon",
+            title="Muon",
+            summary="torch's Muon on the target matrices, AdamW on the rest.",
+            kind="optimizer",
+            settings=MuonSettings,
+            source="arXiv 2502.16982",
+            build_optimizer=build_muon,
         ),
         Method(
             name="relora",

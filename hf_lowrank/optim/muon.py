@@ -108,6 +108,9 @@ class MuonAdamW(TargetedAdamW):
             )
             self._write_weight(entry, wide)
 
+    def _kept_dtype(self, key: str, value: Tensor, group: dict[str, Any], param: Tensor) -> torch.dtype:
+        return param.dtype if key == "momentum_buffer" else super()._kept_dtype(key, value, group, param)
+
 
 def muon_groups(
     model: nn.Module, *, target_modules: str | Sequence[str] = "auto", weight_decay: float = 0.0
