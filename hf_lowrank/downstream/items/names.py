@@ -1,7 +1,8 @@
 """Names that come back: `pylib_copy`, and the kind "name" of `pylib_syntax`.
 
 A name x that stands in the context already is used again; the other choice is a name y, about as frequent, that does
-not occur. Names come in fixed couples (x, y), so that y is the right one just as often.
+not occur. Names come in fixed couples (x, y), so that y is the right one just as often. In `pylib_copy` what stands
+before x has been followed by x before: it can be got right by looking back for it (induction, arXiv 2209.11895).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from hf_lowrank.downstream.items.held_out import Source
 from hf_lowrank.downstream.items.pairing import InversePairs, Item, two_choices
 
 PLAIN_NAME = re.compile(r"[A-Za-z]{3,}")
-USES_A_COUPLE = 24
+LAST_WORD = re.compile(r"\w+\W*$")
+USES_A_NAME = 100
 LINES_OF_COPY = 40
 MOST_CHUNKS = 4000
 
@@ -54,7 +56,9 @@ def make_copy(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: 
         if not head.strip() or head != head.rstrip():
             continue
         lines_before = context_before(use.chunk, use.word.line, line[: use.word.end], encoder, LINES_OF_COPY)
-        if lines_before is None or not _is_copied(lines_before + "\n" + head, use.word.text, other):
+        if lines_before is None or not _follows_again(lines_before + "\n" + head, space + use.word.text):
+            continue
+        if not _is_copied(lines_before + "\n" + head, use.word.text, other):
             continue
         context, real, wrong = lines_before + "\n" + head, space + use.word.text, space + other
         swap = encoder.swap(context, real, wrong)
@@ -77,6 +81,12 @@ def reused_names(chunks: Sequence[Chunk], encoder: Encoder, draws: Draws, wanted
         if swap:
             pairs.add(swap, item_of(use.chunk, use.word.line, "name", context, "\n" + line, "\n" + bad))
     return pairs
+
+
+def _follows_again(context: str, continuation: str) -> bool:
+    """Whether the last word of `context`, with what stands after it, was followed by `continuation` before."""
+    last = LAST_WORD.search(context)
+    return last is not None and re.search(re.escape(last[0] + continuation) + r"(?![A-Za-z])", context) is not None
 
 
 def _is_copied(context: str, name: str, other: str) -> bool:
@@ -111,5 +121,5 @@ def _uses(chunks: Sequence[Chunk], encoder: Encoder, draws: Draws) -> Iterator[t
         names = sorted((name for form, name in uses if form == before), key=lambda name: -len(uses[before, name]))
         for x, y in zip(names[::2], names[1::2], strict=False):
             for name, other in ((x, y), (y, x)):
-                chosen.extend((use, other) for use in draws.shuffled(uses[before, name])[:USES_A_COUPLE])
+                chosen.extend((use, other) for use in draws.shuffled(uses[before, name])[:USES_A_NAME])
     yield from draws.shuffled(chosen)

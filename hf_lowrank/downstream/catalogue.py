@@ -1,0 +1,80 @@
+"""Names of tasks: what can be asked for, what a group stands for, and which need the network."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from hf_lowrank.downstream.lm_eval_registry import TASK_FOLDER
+from hf_lowrank.errors import UserError, nearest
+
+OFFLINE = ("pylib_cloze", "pylib_syntax", "pylib_copy", "pylib_bits_per_byte")
+OWN_GROUPS = {"pylib": OFFLINE}
+OWN = (*OFFLINE, "lowrank_random_sharpness", "lowrank_pca1_sharpness")
+
+
+def wanted_tasks(tasks: str | Iterable[str] | None) -> list[str]:
+    """The names in a list or a comma-separated string; None: the offline tasks."""
+    if tasks is None:
+        return list(OFFLINE)
+    parts = tasks.split(",") if isinstance(tasks, str) else [part for task in tasks for part in task.split(",")]
+    names = [part.strip() for part in parts if part.strip()]
+    if not names:
+        raise UserError("there must be at least one task, as pylib or lowrank_paper")
+    return list(dict.fromkeys(names))
+
+
+def units(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The tasks, and groups with a score of their own, that the names stand for; and a line for each unknown name."""
+    found: list[str] = []
+    problems: list[str] = []
+    for name in names:
+        if name in OWN_GROUPS:
+            found.extend(OWN_GROUPS[name])
+        elif name in OWN:
+            found.append(name)
+        else:
+            index = _index()
+            matches = [n for n in index if fnmatch.fnmatchcase(n, name)] if set(name) & set("*?[") else [name]
+            known = [match for match in matches if match in index]
+            if not known:
+                problems.append(f"unknown task {name!r}; {_suggestion(name, index)}")
+            for match in known:
+                found.extend(_expanded(match, index))
+    return list(dict.fromkeys(found)), problems
+
+
+def _suggestion(name: str, index: dict[str, Any]) -> str:
+    near = nearest(name, index)
+    return near if near.startswith("did") else "lm-eval ls tasks lists them, and pylib, lowrank_paper are here"
+
+
+def _expanded(name: str, index: dict[str, Any]) -> list[str]:
+    """A container of tasks is taken apart; a group that has a score of its own stays one."""
+    entry = index[name]
+    if entry.kind.name == "TAG":
+        return [part for member in sorted(entry.tags) for part in _expanded(member, index)]
+    members = (entry.cfg or {}).get("task")
+    if entry.kind.name != "GROUP" or (entry.cfg or {}).get("aggregate_metric_list") or not isinstance(members, list):
+        return [name]
+    return [part for m in members if isinstance(m, str) and m in index for part in _expanded(m, index)]
+
+
+@lru_cache(maxsize=1)
+def _index() -> dict[str, Any]:
+    """lm-eval's tasks and this package's; reading thousands of files takes seconds, so only if it is needed."""
+    return manager(own_only=False).task_index
+
+
+@lru_cache(maxsize=1)
+def _paths() -> tuple[str, ...]:
+    return (str(TASK_FOLDER),)
+
+
+def manager(*, own_only: bool, metadata: dict[str, Any] | None = None) -> Any:
+    """lm-eval's task manager over this package's tasks, with lm-eval's own unless they are not needed."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(_paths()), include_defaults=not own_only, metadata=metadata)
