@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -45,7 +47,8 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def quick_client(monkeypatch):
     """huggingface_hub's own pauses between its tries take no time."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    quick = SimpleNamespace(sleep=lambda seconds: None, time=time.time)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
 
 
 @pytest.fixture(scope="session")

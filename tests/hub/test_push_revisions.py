@@ -232,7 +232,7 @@ def test_what_is_not_whole_is_named(hub, run, quick_client):
     from tests.hub.faults import FaultPlan
 
     push(run, "user/tiny", steps=[10])
-    hub.fail(FaultPlan(at={number: "503" for number in range(8, 400)}))
+    hub.fail(FaultPlan(at=dict.fromkeys(range(8, 400), "503")))
     line = refused(run, pauses=(0, 0))
     assert "1 of 3 revisions are whole" in line
     assert "step-20" in line
