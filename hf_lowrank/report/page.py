@@ -25,7 +25,7 @@ from hf_lowrank.report.runs import RunRecord, load_runs
 
 FILE_NAME = "report.html"
 # In the order in which they are run; together they are one script.
-SCRIPTS = ("core.js", "chart.js", "heat.js", "table.js", "figures.js", "page.js")
+SCRIPTS = ("core.js", "chart.js", "strip.js", "heat.js", "table.js", "figures.js", "page.js")
 _PACKAGES = ("hf-lowrank", "torch", "transformers", "accelerate", "peft")
 
 

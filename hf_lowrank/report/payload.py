@@ -64,14 +64,16 @@ def _metrics(run: RunRecord, scopes: _Scopes) -> dict[str, Any]:
         if row.metric in CURVE_METRICS:
             continue
         entry = found.setdefault(row.metric, {"x": [], "y": [], "lo": [], "hi": [], "why": None, "base": row.baseline})
+        if row.metric == "method_barrier" and row.scope == "model" and row.value is not None:
+            entry.setdefault("pairs", {})[row.baseline or ""] = short(row.value)
+        if row.baseline != entry["base"]:  # trends follow one baseline, the first; the matrix has them all
+            continue
         if row.scope != "model":
             layered.setdefault(row.metric, {}).setdefault(row.step, {})[row.scope] = row.value
         elif row.value is None:
             entry["why"] = row.reason
         else:
-            if row.metric == "method_barrier":
-                entry.setdefault("pairs", {})[row.baseline or ""] = short(row.value)
-            if entry["x"] and entry["x"][-1] == row.step:  # other settings or baseline: the last measured is drawn
+            if entry["x"] and entry["x"][-1] == row.step:  # other settings: the last measured is drawn
                 for key in ("x", "y", "lo", "hi"):
                     entry[key].pop()
             entry["x"].append(row.step)
@@ -110,6 +112,17 @@ def _curves(run: RunRecord) -> dict[str, list[dict[str, Any]]]:
 def payload(groups: Sequence[Group]) -> dict[str, Any]:
     """Everything the pictures need; see `page.js` for who reads what."""
     runs = [(group.id, run) for group in groups for run in group.runs]
+    columns = {column.id: column for group in groups for column in group.columns if column.kind == "number"}
+    columns.pop("seed", None)
+    finals = {
+        run.name: {
+            column.id: short(cell.value, 7)
+            for column, cell in zip(group.columns, cells, strict=True)
+            if column.id in columns and isinstance(cell.value, int | float)
+        }
+        for group in groups
+        for run, cells in zip(group.runs, group.cells, strict=True)
+    }
     chosen = looks(run.method for _, run in runs)
     numbers = {name: position for position, name in enumerate(chosen)}
     scopes = _Scopes()
@@ -119,6 +132,7 @@ def payload(groups: Sequence[Group]) -> dict[str, Any]:
             "method": numbers[run.method],
             "seed": run.seed,
             "group": group,
+            "final": finals[run.name],
             "unigram": short(run.fact("unigram_loss")),
             "loss": {
                 "eval": _line(thinned(run.logged("eval_loss"))),
@@ -137,6 +151,15 @@ def payload(groups: Sequence[Group]) -> dict[str, Any]:
         ],
         "runs": entries,
         "scopes": list(scopes.numbers),
+        "quantities": {
+            column.id: {
+                "title": quantity(column.id).title if column.id in metrics else column.title,
+                "unit": column.unit,
+                "help": column.help,
+                "dimension": DIMENSIONS[column.group],
+            }
+            for column in columns.values()
+        },
         "dimensions": DIMENSIONS,
         "metrics": {
             metric: {

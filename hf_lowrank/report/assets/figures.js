@@ -88,6 +88,28 @@
     };
   }
 
+  const UNITS = {
+    train_seconds: (v) => (v < 90 ? `${number(v, 3)} s` : v < 5400 ? `${number(v / 60, 3)} min` : `${number(v / 3600, 3)} h`),
+    peak_memory: (v) => `${number(v / 2 ** 20, 4)} MiB`,
+    optimizer_bytes: (v) => `${number(v / 2 ** 20, 3)} MiB`,
+  };
+  const SCALES = { peak_memory: [2 ** 20, "MiB"], optimizer_bytes: [2 ** 20, "MiB"], train_seconds: [1, "seconds"] };
+
+  /** Final values of one quantity by method, the smallest mean first. */
+  function stripSpec(id) {
+    const byMethod = new Map();
+    const [scale, unit] = SCALES[id] || [1, DATA.quantities[id].unit];
+    for (const run of shownRuns()) {
+      if (!finite(run.final[id])) continue;
+      if (!byMethod.has(run.method)) byMethod.set(run.method, []);
+      byMethod.get(run.method).push({ name: runTitle(run), value: run.final[id] / scale });
+    }
+    const rows = [...byMethod.entries()].map(([method, values]) => ({ label: DATA.methods[method].title, method, values, ...meanInterval(values.map((v) => v.value)) }));
+    rows.sort((a, b) => a.mean - b.mean || a.method - b.method);
+    const title = DATA.quantities[id].title;
+    return { rows, label: unit ? `${title} (${unit})` : title, value: (v) => (UNITS[id] ? UNITS[id](v * scale) : number(v, 4)) };
+  }
+
   /* Layers: `model.layers.3.self_attn.q_proj` is block 3 of the kind self_attn.q_proj. */
   const PLACES = DATA.scopes.map((path) => {
     const parts = path.split(".");
@@ -157,6 +179,7 @@
       if (!found.has(key)) found.set(key, []);
       found.get(key).push(value);
     };
+    const bases = new Set();
     const nameToRun = new Map(DATA.runs.map((run) => [run.name, run]));
     for (const run of shownRuns()) {
       const entry = run.metrics.method_barrier;
@@ -165,21 +188,23 @@
         const other = nameToRun.get(base);
         if (!finite(value) || (other && !LR.visible(other))) continue;
         const name = other ? methodTitle(other) : base;
+        bases.add(name);
         add(methodTitle(run), name, value);
-        add(name, methodTitle(run), value);
+        if (name !== methodTitle(run)) add(name, methodTitle(run), value);
       }
     }
-    const names = [...new Set([...found.keys()].map((key) => key.split("\u0000")[0]))];
     const order = (name) => DATA.methods.findIndex((m) => m.title === name);
-    names.sort((a, b) => order(a) - order(b));
-    if (names.length < 3) return null;
-    const values = names.map((a) => names.map((b) => {
+    const sorted = (names) => [...new Set(names)].sort((a, b) => order(a) - order(b));
+    const rows = sorted([...found.keys()].map((key) => key.split("\u0000")[0]));
+    const columns = sorted([...bases]);
+    if (!rows.length || columns.length < 2) return null;
+    const values = rows.map((a) => columns.map((b) => {
       const pair = found.get(`${a}\u0000${b}`);
       return pair ? pair.reduce((p, q) => p + q, 0) / pair.length : null;
     }));
     const all = values.flat().filter(finite);
-    return { rows: names, columns: names, values, low: Math.min(0, ...all), high: Math.max(...all), xLabel: "to", what: "barrier in nats", square: true };
+    return { rows, columns, values, low: Math.min(0, ...all), high: Math.max(...all), xLabel: "to", what: "barrier in nats", square: true };
   }
 
-  Object.assign(LR, { lossSpec, trendSpec, curveSpec, curveSteps, layerMetrics, layerSteps, layerSpecs, heatSpecs, barrierSpec, PLACES, html });
+  Object.assign(LR, { stripSpec, lossSpec, trendSpec, curveSpec, curveSteps, layerMetrics, layerSteps, layerSpecs, heatSpecs, barrierSpec });
 })();

@@ -1,6 +1,6 @@
 /* The page itself: filters, theme, and which picture stands in which figure. */
 (() => {
-  const { DATA, state, listeners, changed, html, number, draw, heat, swatch, saveChart, rowsOf, download, csvText, shownRuns, finite } = LR;
+  const { DATA, state, listeners, changed, html, number, draw, strip, heat, swatch, saveChart, rowsOf, download, csvText, shownRuns, finite } = LR;
   const root = document.documentElement;
 
   /* Theme: the system's, until the reader says otherwise. */
@@ -134,6 +134,32 @@
     save.addEventListener("click", () => saveChart(name, specOf()));
     bar.append(tableButton, save);
     return () => { if (!values.hidden) fill(); };
+  }
+
+  /* Methods side by side, by any quantity. */
+  const compareFigure = document.getElementById("fig-compare");
+  if (compareFigure) {
+    const pick = compareFigure.querySelector("select");
+    const sections = new Map();
+    for (const [id, about] of Object.entries(DATA.quantities)) {
+      if (!sections.has(about.dimension)) sections.set(about.dimension, html("optgroup", { label: about.dimension }));
+      sections.get(about.dimension).append(html("option", { value: id }, about.title));
+    }
+    pick.append(...sections.values());
+    const host = compareFigure.querySelector(".chart");
+    const values = compareFigure.querySelector(".values");
+    const rows = (spec) => [["method", "run", pick.value], ...spec.rows.flatMap((row) => row.values.map((v) => [row.label, v.name, v.value]))];
+    const figure = add(compareFigure, () => {
+      const spec = LR.stripSpec(pick.value);
+      compareFigure.querySelector(".meaning").textContent = DATA.quantities[pick.value].help + ".";
+      strip(host, spec);
+      values.replaceChildren(html("ul", {}, ...spec.rows.map((row) => html("li", {}, `${row.label}: ${spec.value(row.mean)}` + (finite(row.lo) ? `, 95 % interval ${spec.value(row.lo)} to ${spec.value(row.hi)}, ${row.n} runs` : row.n > 1 ? `, ${row.n} runs` : ", one run")))));
+    });
+    pick.addEventListener("change", () => refresh(figure));
+    const save = html("button", { type: "button", className: "plainbutton" }, "CSV");
+    save.setAttribute("aria-label", "Methods side by side: download as CSV");
+    save.addEventListener("click", () => download(`${pick.value}.csv`, csvText(rows(LR.stripSpec(pick.value)))));
+    compareFigure.querySelector(".tools").append(save);
   }
 
   /* The loss over steps. */

@@ -1,0 +1,67 @@
+/* One row for each method: every run a mark, the mean over seeds a line with its interval, the value at the end.
+
+   spec = { rows: [{label, method, values: [{name, value}], mean, lo, hi, n}], label }                             */
+(() => {
+  const { svg, html, number, ticks, finite, marker, DATA, tip } = LR;
+
+  function strip(host, spec) {
+    const width = Math.max(Math.floor(host.clientWidth), 260);
+    const narrow = width < 560;
+    const rowHeight = narrow ? 46 : 34;
+    const left = narrow ? 0 : 30 + 7.4 * Math.max(...spec.rows.map((r) => r.label.length), 4);
+    const right = narrow ? 12 : 92;
+    const top = 8, bottom = top + rowHeight * spec.rows.length;
+    const height = bottom + 42;
+    const all = spec.rows.flatMap((r) => [...r.values.map((v) => v.value), r.lo, r.hi]).filter(finite);
+    if (!all.length) {
+      host.replaceChildren(html("p", { className: "empty" }, "No value of these runs."));
+      return;
+    }
+    let low = Math.min(...all), high = Math.max(...all);
+    const pad = (high - low) * 0.06 || Math.abs(high) * 0.05 || 1;
+    low = low >= 0 ? Math.max(low - pad, 0) : low - pad;
+    high += pad;
+    const X = (v) => left + 8 + ((v - low) / (high - low)) * (width - left - right - 16);
+    const root = svg("svg", { class: "plot strip", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+    const axis = ticks(low, high, Math.max(Math.round((width - left - right) / 110), 2));
+    for (const v of axis.values) {
+      if (v < low) continue;
+      root.append(svg("line", { x1: X(v), x2: X(v), y1: top, y2: bottom, class: "grid" }));
+      root.append(svg("text", { x: X(v), y: bottom + 17, "text-anchor": "middle" }, axis.write(v)));
+    }
+    root.append(svg("line", { x1: left, x2: width - right, y1: bottom, y2: bottom, class: "base" }));
+    root.append(svg("text", { x: width - right, y: height - 3, "text-anchor": "end", class: "title" }, spec.label));
+    spec.rows.forEach((row, i) => {
+      const colour = `var(--c${row.method})`;
+      const y = top + rowHeight * (i + 0.5) + (narrow ? 9 : 0);
+      const said = spec.value(row.mean);
+      if (narrow) {
+        root.append(svg("text", { x: 0, y: y - 14, class: "who" }, row.label));
+        root.append(svg("text", { x: width - 2, y: y - 14, "text-anchor": "end", class: "amount" }, said));
+      } else {
+        root.append(svg("text", { x: 0, y: y + 4, class: "who" }, row.label));
+        root.append(svg("text", { x: width - 2, y: y + 4, "text-anchor": "end", class: "amount" }, said));
+      }
+      root.append(svg("line", { x1: left, x2: width - right, y1: y, y2: y, class: "grid" }));
+      if (finite(row.lo)) root.append(svg("line", { x1: X(row.lo), x2: X(row.hi), y1: y, y2: y, stroke: colour, "stroke-width": 7, "stroke-linecap": "round", opacity: 0.28 }));
+      for (const v of row.values) root.append(svg("path", { d: marker(DATA.methods[row.method].marker, X(v.value), y, row.values.length > 1 ? 3.2 : 5), fill: colour, class: "dots", opacity: row.values.length > 1 ? 0.75 : 1 }));
+      if (row.n > 1) root.append(svg("line", { x1: X(row.mean), x2: X(row.mean), y1: y - 9, y2: y + 9, stroke: colour, "stroke-width": 2.4 }));
+      root.append(svg("rect", { x: 0, y: y - rowHeight / 2, width, height: rowHeight, fill: "transparent", "data-row": i }));
+    });
+    host.replaceChildren(root);
+    host.onpointermove = (event) => {
+      const box = event.target.closest("rect[data-row]");
+      if (!box) { tip.hidden = true; return; }
+      const row = spec.rows[+box.dataset.row];
+      const lines = row.values.slice(0, 12).map((v) => html("tr", {}, html("td", {}, v.name), html("td", {}, spec.value(v.value))));
+      const interval = finite(row.lo) ? `mean ${spec.value(row.mean)}, 95 % ${spec.value(row.lo)} – ${spec.value(row.hi)}` : row.n > 1 ? "" : "one run, no interval";
+      tip.replaceChildren(html("b", {}, row.label), html("table", {}, ...lines), html("small", {}, interval));
+      tip.hidden = false;
+      tip.style.left = `${Math.max(Math.min(event.pageX + 14, window.scrollX + document.documentElement.clientWidth - tip.offsetWidth - 6), 4)}px`;
+      tip.style.top = `${event.pageY + 16}px`;
+    };
+    host.onpointerleave = () => { tip.hidden = true; };
+  }
+
+  LR.strip = strip;
+})();
