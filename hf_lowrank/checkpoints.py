@@ -5,11 +5,10 @@ Reads what is on disk or on the Hub and nothing else; knows neither training nor
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -140,8 +139,8 @@ class Trajectory:
             UserError: the layers have no dense equivalent (CoLA's are non-linear).
         """
         model = self.model(step)
-        to_dense = getattr(model, "to_dense", None)
-        return model if to_dense is None else to_dense().eval()
+        dense: Any = getattr(model, "to_dense", None)
+        return model if dense is None else dense().eval()
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
@@ -151,14 +150,23 @@ class Trajectory:
             return AutoModelForCausalLM.from_config(config)
 
     @cached_property
-    def _targets(self) -> dict[str, nn.Module]:
+    def _targets(self) -> dict[str, Any]:
         """Target modules by the name that they have in the plain architecture."""
-        adapted = {
-            str(getattr(module, "layer_name", name)): module
-            for name, module in self._skeleton.named_modules()
-            if hasattr(module, "dense_weight")
-        }
-        return adapted or target_modules(self._skeleton)
+        if self._adapter is None:
+            return target_modules(self._skeleton)
+        from hf_lowrank.adapters.modeling import target_layers
+
+        return dict(target_layers(self._skeleton))
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the targets are this package's layers in place of dense ones."""
+        return self._adapter is not None
+
+    @property
+    def _adapter(self) -> dict[str, Any] | None:
+        """What stands in for the linear layers, for this package's own model type."""
+        return getattr(self.config, "adapter_config", None) if self.config.model_type == "lowrank" else None
 
     @property
     def targets(self) -> list[str]:
@@ -184,48 +192,59 @@ class Trajectory:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{files[name]}: cannot be read: {_one_line(error)}") from None
 
-    def layer(self, step: int, module: str) -> nn.Module:
-        """One target module with its weights, the rest unread."""
-        if module not in self._targets:
-            raise UserError(f"{self.path}: no target module {module!r}; there are: {', '.join(self.targets[:4])}, …")
-        layer = self._targets[module]
-        path = next(name for name, found in self._skeleton.named_modules() if found is layer)
-        filled = copy.deepcopy(layer)
-        prefix = self._stored_prefix(step, path)
-        state = {name: self.tensor(step, prefix + name) for name in filled.state_dict()}
-        for name, expected in filled.state_dict().items():
-            if state[name].shape != expected.shape:
-                raise UserError(
-                    f"{self.where(step)}: {prefix + name} has shape {tuple(state[name].shape)}, "
-                    f"the configuration says {tuple(expected.shape)}"
-                )
-        filled.load_state_dict(state, assign=True)
-        return filled
-
     def dense_weight(self, step: int, module: str) -> Tensor:
-        """The dense weight (out, in) float32 of a target module; for CoLA the product `B A` as a surrogate."""
-        layer: Any = self.layer(step, module)
-        if hasattr(layer, "dense_weight"):
-            return layer.dense_weight().detach().float()
-        weight = layer.weight.detach().float()
+        """The dense weight (out, in) float32 of a target module; for CoLA the product `B A` as a surrogate.
+
+        Raises:
+            UserError: no such step or target, or a damaged or unfitting file.
+        """
+        layer = self._target(module)
+        if self._adapter is not None:
+            from hf_lowrank.adapters.dense import dense_weight_from_tensors
+
+            return dense_weight_from_tensors(module, self._getter(step), self._adapter).float()
+        base = getattr(self._skeleton, "base_model_prefix", "")
+        names = (f"{module}.weight", f"{module.removeprefix(base + '.')}.weight")
+        name = next((name for name in names if name in self._files(step)), names[0])
+        weight = self.tensor(step, name).float()
+        if weight.shape != layer.weight.shape:
+            raise UserError(
+                f"{self.where(step)}: {name} has shape {tuple(weight.shape)}, "
+                f"the configuration says {tuple(layer.weight.shape)}"
+            )
         return weight.mT.contiguous() if isinstance(layer, Conv1D) else weight
 
     def low_rank_factors(self, step: int, module: str) -> Factors | None:
         """(B (out, r), A (r, in), scaling) whose product is the dense weight; None where it is no such product."""
-        if not hasattr(self._targets.get(module), "low_rank_factors"):
-            return None
-        layer: Any = self.layer(step, module)
-        b, a, scaling = layer.low_rank_factors()
-        held = sum(p.numel() for name, p in layer.named_parameters() if not name.endswith("bias"))
-        if held != a.numel() + b.numel():
-            return None  # the layer adds something to the product: a sparse part, a frozen weight
-        return b.detach().float(), a.detach().float(), float(scaling)
+        self._target(module)
+        if self._adapter is None or self._adapter["peft_type"] != "COLA":
+            return None  # LoRA adds a frozen weight to the product, SLTrain a sparse one
+        from hf_lowrank.adapters.dense import low_rank_factors_from_tensors
+
+        b, a, scaling = low_rank_factors_from_tensors(module, self._getter(step), self._adapter)
+        return b.float(), a.float(), float(scaling)
 
     @property
     def dense_weight_kind(self) -> Literal["exact", "surrogate"]:
         """Whether dense weights are what the layers compute with, or stand in for it (CoLA)."""
-        kinds = {getattr(layer, "dense_weight_kind", "exact") for layer in self._targets.values()}
-        return "surrogate" if "surrogate" in kinds else "exact"
+        if self._adapter is None:
+            return "exact"
+        from hf_lowrank.adapters.dense import dense_weight_kind
+
+        return dense_weight_kind(self._adapter)
+
+    def _target(self, module: str) -> Any:
+        if module not in self._targets:
+            raise UserError(f"{self.path}: no target module {module!r}; there are: {', '.join(self.targets[:4])}, …")
+        return self._targets[module]
+
+    def _getter(self, step: int) -> Callable[[str], Tensor]:
+        def get(name: str) -> Tensor:
+            if name not in self._files(step):
+                raise KeyError(name)
+            return self.tensor(step, name)
+
+        return get
 
     def evaluation_set(self) -> EvaluationSet:
         """The held-out sequences that were written with the run."""
@@ -255,14 +274,6 @@ class Trajectory:
         if step not in cache:
             cache[step] = weight_files(self._source.folder(self._known(step), weights=True))
         return cache[step]
-
-    def _stored_prefix(self, step: int, path: str) -> str:
-        """How the file spells a module's path: some checkpoints leave out the base model's name."""
-        base = getattr(self._skeleton, "base_model_prefix", "")
-        for prefix in (f"{path}.", f"{path.removeprefix(base + '.')}."):
-            if any(name.startswith(prefix) for name in self._files(step)):
-                return prefix
-        raise UserError(f"{self.where(step)}: holds no tensor of {path!r}")
 
 
 def _register_adapters() -> None:

@@ -21,16 +21,16 @@ import torch
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
-from hf_lowrank.measuring.context import Row, RunContext, StepContext
+from hf_lowrank.measuring.context import UNDEFINED, Row, RunContext, StepContext, UndefinedError
 from hf_lowrank.measuring.groups import GROUPS
-from hf_lowrank.measuring.metrics import METRICS, Metric
+from hf_lowrank.measuring.metrics import CURVES, METRICS, Metric
 from hf_lowrank.measuring.plan import choose_steps, find_baseline, missing_metrics, rows_file
 from hf_lowrank.measuring.processes import Processes
 from hf_lowrank.measuring.progress import Progress
 from hf_lowrank.measuring.settings import MeasureSettings, resolve_settings
 from hf_lowrank.measuring.table import Measurement, append_measurements, read_measurements
 
-__all__ = ["METRICS", "Measurement", "Metric", "append_measurements", "measure", "read_measurements"]
+__all__ = ["CURVES", "METRICS", "Measurement", "Metric", "append_measurements", "measure", "read_measurements"]
 
 Run = str | os.PathLike[str] | Trajectory
 FAULTS = (ValueError, RuntimeError, OSError, MemoryError, KeyError, AttributeError, TypeError, ArithmeticError)
@@ -147,6 +147,8 @@ def _measure_all(
             context = contexts[index]
             context.tick = bar.tick
             at = StepContext(context, step, earlier.get(index))
+            if "pca" in groups and context.settings.pca.basis == "weights" and not context.trajectory.adapted:
+                at.vectors_wanted = context.settings.pca.count
             earlier = {index: at}
             old = {row.key: row for row in known[index]}
             for name, ids in groups.items():
@@ -158,7 +160,7 @@ def _measure_all(
                 except UserError as error:
                     unwritable[index] = error
                     break
-            at.release()
+            at.release(keep_weights="step" in groups)
     processes.merge_parts(files)
     if unwritable:
         raise next(iter(unwritable.values()))
@@ -180,6 +182,7 @@ def _rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
     except FAULTS as error:
         known = isinstance(error, ValueError)
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason = UNDEFINED + reason if isinstance(error, UndefinedError) else reason
         reason = reason if known else f"{type(error).__name__}: {reason}"
         try:
             request = GROUPS[group].request(at.run)

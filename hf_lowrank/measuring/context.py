@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
-from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
 from hf_lowrank.geometry import Estimate, TokenLoss
 from hf_lowrank.measuring.settings import MeasureSettings
 
@@ -85,10 +87,55 @@ class RunContext:
         chosen = self.sequences
         return TokenLoss(chosen.input_ids, chosen.attention_mask, batch_tokens=self.settings.batch_tokens)
 
+    def finite_loss(self, model: torch.nn.Module, where: str) -> float:
+        """The model's loss.
+
+        Raises:
+            UserError: it is not finite; names `where`.
+        """
+        value = self.loss(model)
+        self.tick()
+        if not math.isfinite(value):
+            raise UserError(f"{where}: the loss is {value}")
+        return value
+
     @property
     def evaluated_on(self) -> dict[str, Any]:
         """What a measurement of a loss stores about its sequences."""
         return {"evaluation": self.sequences.fingerprint[:16], "sequences": len(self.sequences)}
+
+
+def parameters_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, tied ones once, without their graph."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def size_of(trajectory: Trajectory) -> str:
+    """What two runs must share to be compared: the plain architecture's shape, as a string."""
+    config = trajectory.config
+    base = getattr(config, "base_config", None) or config
+    fields = base if isinstance(base, dict) else base.to_dict()
+    names = (
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+    )
+    return json.dumps({name: fields.get(name) for name in names}, sort_keys=True)
+
+
+@lru_cache(maxsize=256)
+def run_marks(trajectory: Trajectory) -> dict[str, str]:
+    """Fingerprints of what comes with a run: its evaluation set and its tokenizer, where they are there."""
+    marks = {}
+    if trajectory.extra(FILE_NAME) is not None:
+        marks["evaluation set"] = trajectory.evaluation_set().fingerprint
+    tokenizer = trajectory.extra("tokenizer/tokenizer.json")
+    if tokenizer is not None:
+        marks["tokenizer"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    return marks
 
 
 class StepContext:
@@ -96,13 +143,17 @@ class StepContext:
 
     def __init__(self, run: RunContext, step: int, earlier: StepContext | None = None) -> None:
         self.run, self.step = run, step
+        self.vectors_wanted = 0
+        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
         steps = run.trajectory.steps
         position = steps.index(step)
-        self.previous_step = steps[position - 1] if position else None
+        self.previous_step: Any = steps[position - 1] if position else None
         if earlier is not None and earlier.step == self.previous_step:
-            for name in ("weights", "center"):
-                if name in earlier.__dict__:
-                    self.__dict__[f"previous_{name}"] = earlier.__dict__[name]
+            if "center" in earlier.__dict__:
+                self.__dict__["previous_center"] = earlier.center
+            if earlier.kept_weights is not None:
+                self.__dict__["previous_weights"] = earlier.kept_weights
+        self.kept_weights: dict[str, Tensor] | None = None
 
     @property
     def trajectory(self) -> Trajectory:
@@ -121,20 +172,102 @@ class StepContext:
     @cached_property
     def center(self) -> float:
         """The loss of the checkpoint."""
-        value = self.run.loss(self.model)
-        self.run.tick()
-        if not math.isfinite(value):
-            raise UserError(f"{self.trajectory.where(self.step)}: the loss is {value}")
-        return value
+        return self.run.finite_loss(self.model, self.trajectory.where(self.step))
 
-    def release(self) -> None:
+    @cached_property
+    def previous_weights(self) -> dict[str, Tensor]:
+        """The parameters of the checkpoint before, by name."""
+        return parameters_of(self.trajectory.model(self.previous_step))
+
+    @cached_property
+    def previous_center(self) -> float:
+        """The loss of the checkpoint before."""
+        model: torch.nn.Module = self.trajectory.model(self.previous_step)
+        return self.run.finite_loss(model.to(self.run.device), self.trajectory.where(self.previous_step))
+
+    @cached_property
+    def dense_model(self) -> Any:
+        """The checkpoint as the plain architecture with dense weights, on the device."""
+        if self.trajectory.dense_weight_kind != "exact":
+            raise UndefinedError("the layers are not linear and have no dense weights to interpolate")
+        if not hasattr(self.model, "to_dense"):
+            return self.model
+        return self.model.to_dense().eval()
+
+    def baseline_for_comparison(self) -> Trajectory:
+        """The baseline, after what would make a comparison meaningless is ruled out.
+
+        Raises:
+            UndefinedError: the run is the baseline itself.
+            UserError: there is no baseline, it has no checkpoint of this step, or its sequences, tokenizer or shape
+                differ; names both.
+        """
+        ours, base = self.trajectory, self.run.baseline
+        if base is None:
+            raise UserError(self.run.no_baseline or "no baseline")
+        if base is ours or base.path == ours.path:
+            raise UndefinedError("the run is its own baseline")
+        if self.step not in base.steps:
+            raise UserError(f"baseline {base.run.name} has no checkpoint of step {self.step}; it has {base.steps}")
+        if size_of(base) != size_of(ours):
+            raise UserError(f"{ours.run.name} and its baseline {base.run.name} have different architectures or sizes")
+        marks = [run_marks(trajectory) for trajectory in (ours, base)]
+        for name in ("evaluation set", "tokenizer"):
+            one, other = (mark.get(name) for mark in marks)
+            if one and other and one != other and not (name == "evaluation set" and self.run.evaluation is not None):
+                raise UserError(
+                    f"{ours.run.name} and its baseline {base.run.name} have different {name}s: "
+                    f"{one[:12]} and {other[:12]}"
+                )
+        return base
+
+    @cached_property
+    def plain_baseline_model(self) -> Any:
+        """The baseline's model of this step, on the device."""
+        base = self.baseline_for_comparison()
+        model: torch.nn.Module = base.model(self.step)
+        return model.to(self.run.device)
+
+    @cached_property
+    def baseline_model(self) -> Any:
+        """The baseline's model of this step with dense weights, on the device."""
+        base, model = self.baseline_for_comparison(), self.plain_baseline_model
+        if base.dense_weight_kind != "exact":
+            raise UndefinedError(f"the baseline {base.run.name} has no dense weights to interpolate")
+        return model.to_dense().eval() if hasattr(model, "to_dense") else model
+
+    @cached_property
+    def baseline_center(self) -> float:
+        """The loss of the baseline at this step."""
+        base = self.baseline_for_comparison()
+        return self.run.finite_loss(self.plain_baseline_model, base.where(self.step))
+
+    def release(self, *, keep_weights: bool = False) -> None:
         """Drops what only this checkpoint needed; the next one may still want its weights and loss."""
-        for name in ("model", "target_values", "previous_weights"):
-            self.__dict__.pop(name, None)
+        if keep_weights and "model" in self.__dict__:
+            self.kept_weights = parameters_of(self.model)
+        for name in list(self.__dict__):
+            if name not in ("run", "step", "previous_step", "center", "kept_weights", "vectors_wanted"):
+                del self.__dict__[name]
 
     @cached_property
     def target_values(self) -> dict[str, Tensor]:
-        """Singular values of every target's dense weight."""
-        from hf_lowrank.measuring.spectra import singular_values_of_targets
+        """Singular values of every target's dense weight, from the decomposition that the PCA directions use too."""
+        from hf_lowrank.measuring.spectra import singular_values_of_targets, vectors_of_targets
 
-        return singular_values_of_targets(self.trajectory, self.step)
+        if not self.vectors_wanted:
+            return singular_values_of_targets(self.trajectory, self.step)
+        vectors = vectors_of_targets(self.trajectory, self.step, self.vectors_wanted)
+        self._vectors = {name: (u.float(), v.float()) for name, (_, u, v) in vectors.items()}
+        return {name: sigma for name, (sigma, _, _) in vectors.items()}
+
+    def target_vectors(self, count: int) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """(u, v) of the targets' weights by parameter name, where they have been decomposed with vectors."""
+        if not self._vectors or self.vectors_wanted < count:
+            return None
+        known = {}
+        parameters = dict(self.model.named_parameters())
+        for name, (u, v) in self._vectors.items():
+            turned = tuple(parameters[f"{name}.weight"].shape) != (u.shape[0], v.shape[0])
+            known[f"{name}.weight"] = (v, u) if turned else (u, v)
+        return known

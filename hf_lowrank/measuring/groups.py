@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_lowrank.measuring import landscape, spectra
+from hf_lowrank.measuring import activations, curvature, interpolation, landscape, spectra
 from hf_lowrank.measuring.context import Row, RunContext, StepContext
 from hf_lowrank.measuring.settings import MeasureSettings
 
@@ -28,14 +28,59 @@ class Group:
     costly: bool = False
 
 
+def _evaluated(block: str) -> Callable[[RunContext], dict[str, Any]]:
+    return lambda run: {**getattr(run.settings, block).request(), **run.evaluated_on}
+
+
+def _on_path(compute: Callable[[StepContext, set[str]], list[Row]]) -> Group:
+    return Group(
+        compute=compute,
+        request=_evaluated("path"),
+        evaluations=lambda settings: settings.path.points + 1,
+        costly=True,
+    )
+
+
 GROUPS: dict[str, Group] = {
     "loss": Group(compute=landscape.loss_rows, request=lambda run: run.evaluated_on),
     "weight": Group(compute=spectra.weight_rows, request=lambda run: {}),
     "update": Group(compute=spectra.update_rows, request=lambda run: {}),
+    "total": Group(compute=spectra.total_rows, request=lambda run: {}),
+    "overlap": Group(compute=spectra.overlap_rows, request=lambda run: run.settings.overlap.request()),
+    "activations": Group(
+        compute=activations.activation_rows, request=lambda run: run.evaluated_on, evaluations=lambda settings: 2
+    ),
     "random": Group(
         compute=landscape.random_rows,
-        request=lambda run: {**run.settings.random.request(), **run.evaluated_on},
+        request=_evaluated("random"),
         evaluations=lambda settings: 2 * settings.random.steps * settings.random.draws,
+        costly=True,
+    ),
+    "pca": Group(
+        compute=landscape.pca_rows,
+        request=lambda run: {key: value for key, value in _evaluated("pca")(run).items() if key != "count"},
+        evaluations=lambda settings: 2 * settings.pca.steps * settings.pca.count,
+        costly=True,
+    ),
+    "step": _on_path(interpolation.step_rows),
+    "method": _on_path(interpolation.method_rows),
+    "aligned": _on_path(interpolation.aligned_rows),
+    "plane": Group(
+        compute=landscape.plane_rows,
+        request=_evaluated("plane"),
+        evaluations=lambda settings: (2 * settings.plane.steps + 1) ** 2,
+        costly=True,
+    ),
+    "critical": Group(
+        compute=curvature.critical_rows,
+        request=lambda run: run.evaluated_on,
+        evaluations=lambda settings: 15,
+        costly=True,
+    ),
+    "hessian": Group(
+        compute=curvature.hessian_rows,
+        request=_evaluated("hessian"),
+        evaluations=lambda settings: 6 * (settings.hessian.iterations + settings.hessian.probes),
         costly=True,
     ),
 }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
-from hf_lowrank.measuring.context import UNDEFINED
+from hf_lowrank.measuring.context import UNDEFINED, size_of
 from hf_lowrank.measuring.metrics import METRICS
 from hf_lowrank.measuring.table import FILE_NAME, Measurement
 
@@ -46,22 +45,6 @@ def choose_steps(available: Sequence[int], wanted: str | int | Iterable[int] | N
     if missing:
         raise UserError(f"no checkpoint of step {missing[0]}; there are: {', '.join(map(str, available))}")
     return sorted(set(chosen))
-
-
-def size_of(trajectory: Trajectory) -> str:
-    """What two runs must share to be compared: the plain architecture's shape, as a string."""
-    config = trajectory.config
-    base = getattr(config, "base_config", None) or config
-    fields = base if isinstance(base, dict) else base.to_dict()
-    names = (
-        "model_type",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-    )
-    return json.dumps({name: fields.get(name) for name in names}, sort_keys=True)
 
 
 def find_baseline(trajectory: Trajectory, candidates: Sequence[Trajectory]) -> tuple[Trajectory | None, str | None]:
@@ -101,6 +84,10 @@ def missing_metrics(
             continue
         finished = row.value == row.value or (row.reason or "").startswith(UNDEFINED)
         same = all(row.settings.get(key) == value for key, value in request.items())
-        if finished and same and (row.baseline == baseline or not METRICS[row.metric].needs_baseline):
+        if row.metric not in METRICS or not finished or not same:
+            continue
+        metric = METRICS[row.metric]
+        # What has no meaning (the run is its own baseline) was compared with nothing.
+        if not metric.needs_baseline or row.baseline == baseline or (row.reason or "").startswith(UNDEFINED):
             done.add(row.metric)
     return set(metrics) - done

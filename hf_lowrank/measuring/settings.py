@@ -32,6 +32,38 @@ class RandomSettings(_Block):
     seed: int = Field(default=0, description="Seed of the directions.")
 
 
+class PcaSettings(_Block):
+    radius: float = Field(default=0.1, gt=0, description="Largest offset |t|.")
+    steps: int = Field(default=1, ge=1, description="Offsets on either side of 0.")
+    count: int = Field(default=10, ge=1, description="Directions K of pcak_sharpness.")
+    basis: Literal["weights", "trajectory"] = Field(default="weights", description="What is decomposed.")
+    normalize: Literal["none", "tensor", "filter"] = Field(
+        default="tensor", description="tensor: an offset of 0.1 changes every tensor by a tenth of its norm."
+    )
+
+
+class PathSettings(_Block):
+    points: int = Field(default=3, ge=1, description="Positions strictly between the end points.")
+    low: float = Field(default=0.0, le=0, description="Where the path begins; below 0 extrapolates.")
+    high: float = Field(default=1.0, ge=1, description="Where the path ends; above 1 extrapolates.")
+
+
+class PlaneSettings(_Block):
+    radius: float = Field(default=0.3, gt=0, description="Largest offset in either direction, times a row's norm.")
+    steps: int = Field(default=3, ge=1, description="Offsets on either side of 0, in both directions.")
+    seed: int = Field(default=0, description="Seed of the two directions.")
+
+
+class HessianSettings(_Block):
+    iterations: int = Field(default=20, ge=2, description="Lanczos iterations at most.")
+    probes: int = Field(default=6, ge=2, description="Hutchinson probes.")
+    seed: int = Field(default=0, description="Seed of the start vector and of the probes.")
+
+
+class OverlapSettings(_Block):
+    count: int = Field(default=10, ge=1, description="Dimensions k of the singular subspaces.")
+
+
 class MeasureSettings(BaseModel):
     """Everything that `measure` can be told about how to measure."""
 
@@ -41,11 +73,16 @@ class MeasureSettings(BaseModel):
         default=16, ge=1, description="Held-out sequences, the first ones of the run's; null: all."
     )
     steps: int | Literal["all"] = Field(
-        default="all", description="How many checkpoints the costly metrics are measured at."
+        default=4, description="How many checkpoints the costly metrics are measured at."
     )
     batch_tokens: int = Field(default=4096, ge=1, description="Tokens a batch; changes no number but by rounding.")
     memory: Literal["copy", "low"] = Field(default="copy", description="low: no second copy of the weights, slower.")
     random: RandomSettings = Field(default_factory=RandomSettings)
+    pca: PcaSettings = Field(default_factory=PcaSettings)
+    path: PathSettings = Field(default_factory=PathSettings)
+    plane: PlaneSettings = Field(default_factory=PlaneSettings)
+    hessian: HessianSettings = Field(default_factory=HessianSettings)
+    overlap: OverlapSettings = Field(default_factory=OverlapSettings)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -54,6 +91,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sequences": 1000,
         "steps": "all",
         "random": {"radius": 0.003, "relative": False, "steps": 12, "draws": 100},
+        "pca": {"radius": 0.25, "steps": 50, "count": 10, "normalize": "none"},
+        "path": {"points": 19},
+        "plane": {"steps": 10},
+        "hessian": {"iterations": 50, "probes": 30},
     },
 }
 

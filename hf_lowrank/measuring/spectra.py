@@ -16,8 +16,10 @@ from hf_lowrank.geometry import (
     singular_values,
     spectral_gap,
     stable_rank,
+    subspace_overlap,
+    tail_exponent,
 )
-from hf_lowrank.geometry.spectra import difference_factors, for_threads
+from hf_lowrank.geometry.spectra import difference_factors, for_threads, singular_vectors
 from hf_lowrank.measuring.context import UNDEFINED, Row, StepContext
 
 WEIGHT: dict[str, Callable[[Tensor], float]] = {
@@ -25,6 +27,7 @@ WEIGHT: dict[str, Callable[[Tensor], float]] = {
     "weight_stable_rank": stable_rank,
     "weight_spectral_gap": spectral_gap,
     "weight_sv_fraction": singular_value_fraction,
+    "weight_tail_exponent": tail_exponent,
 }
 UPDATE: dict[str, Callable[[Tensor, Tensor], float]] = {
     "update_norm": relative_norm,
@@ -45,6 +48,15 @@ def singular_values_of_targets(trajectory: Trajectory, step: int) -> dict[str, T
     return dict(zip(trajectory.targets, for_threads(one, trajectory.targets), strict=True))
 
 
+def vectors_of_targets(trajectory: Trajectory, step: int, count: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """(all σ (K,), u (M, count), v (N, count)) of every target's dense weight, from one decomposition."""
+
+    def one(module: str) -> tuple[Tensor, Tensor, Tensor]:
+        return singular_vectors(trajectory.dense_weight(step, module), count)
+
+    return dict(zip(trajectory.targets, for_threads(one, trajectory.targets), strict=True))
+
+
 def singular_values_of_updates(trajectory: Trajectory, start: int, end: int) -> dict[str, Tensor]:
     """Singular values (K,) float64 of every target's change from one step to another."""
 
@@ -60,7 +72,7 @@ def singular_values_of_updates(trajectory: Trajectory, start: int, end: int) -> 
 def weight_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Metrics 7–10."""
     return per_target(
-        {name: {m: measure(sigma) for m, measure in WEIGHT.items()} for name, sigma in at.target_values.items()},
+        {name: {m: WEIGHT[m](sigma) for m in wanted} for name, sigma in at.target_values.items()},
         wanted,
         reason=surrogate(at.trajectory),
     )
@@ -76,6 +88,52 @@ def update_rows(at: StepContext, wanted: set[str]) -> list[Row]:
         for name, delta in deltas.items()
     }
     return per_target(values, wanted, settings={"from_step": at.previous_step}, reason=surrogate(at.trajectory))
+
+
+def total_rows(at: StepContext, wanted: set[str]) -> list[Row]:
+    """As metrics 11–13, against the run's first checkpoint."""
+    first = at.trajectory.steps[0]
+    if first == at.step:
+        return first_checkpoint(wanted)
+    deltas = singular_values_of_updates(at.trajectory, first, at.step)
+    values = {
+        name: {f"total_{m}": measure(delta, at.target_values[name]) for m, measure in UPDATE.items()}
+        for name, delta in deltas.items()
+    }
+    return per_target(values, wanted, settings={"from_step": first}, reason=surrogate(at.trajectory))
+
+
+def overlap_rows(at: StepContext, wanted: set[str]) -> list[Row]:
+    """Overlap of the top-k singular subspaces of W and of ΔW with the baseline's, mean of left and right."""
+    base = at.baseline_for_comparison()
+    count = at.settings.overlap.count
+    values: dict[str, dict[str, float]] = {name: {} for name in at.trajectory.targets}
+
+    def overlap(ours: Tensor, theirs: Tensor) -> float:
+        if not bool(ours.any()) or not bool(theirs.any()):
+            return math.nan
+        (_, u, v), (_, other_u, other_v) = singular_vectors(ours, count), singular_vectors(theirs, count)
+        return (subspace_overlap(u, other_u) + subspace_overlap(v, other_v)) / 2
+
+    def one(name: str) -> None:
+        ours, theirs = (run.dense_weight(at.step, name) for run in (at.trajectory, base))
+        if "weight_overlap" in wanted:
+            values[name]["weight_overlap"] = overlap(ours, theirs)
+        if "update_overlap" in wanted and at.previous_step in base.steps:
+            ours = ours - at.trajectory.dense_weight(at.previous_step, name)
+            values[name]["update_overlap"] = overlap(ours, theirs - base.dense_weight(at.previous_step, name))
+
+    for_threads(one, at.trajectory.targets)
+    settings = at.settings.overlap.request()
+    rows = []
+    if "update_overlap" in wanted and at.previous_step not in base.steps:
+        reason = UNDEFINED + "the first checkpoint has none before it"
+        if at.previous_step is not None:
+            reason = f"baseline {base.run.name} has no checkpoint of step {at.previous_step}"
+        rows.append(Row(metric="update_overlap", settings=settings, baseline=base.run.name, reason=reason))
+        wanted = wanted - {"update_overlap"}
+    remark = surrogate(at.trajectory)
+    return rows + per_target(values, wanted, settings=settings, reason=remark, baseline=base.run.name)
 
 
 def first_checkpoint(wanted: set[str]) -> list[Row]:

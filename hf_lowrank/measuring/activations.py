@@ -1,0 +1,44 @@
+"""Metrics 14–16: hidden states against the baseline's at the same step."""
+
+from __future__ import annotations
+
+import math
+
+from hf_lowrank.geometry import TokenLoss, activation_similarity
+from hf_lowrank.measuring.context import UNDEFINED, Row, StepContext
+
+FIELDS = {
+    "activation_l2": "l2",
+    "activation_cosine": "cosine",
+    "activation_cka": "cka",
+    "activation_cka_debiased": "cka_debiased",
+}
+
+
+def activation_rows(at: StepContext, wanted: set[str]) -> list[Row]:
+    """A row for each layer (`hidden_states.0` is the embedding's output) and their mean for the model."""
+    base = at.baseline_for_comparison()
+    chosen = at.run.sequences
+    batches = TokenLoss(
+        chosen.input_ids, chosen.attention_mask, batch_tokens=min(at.settings.batch_tokens, 2048)
+    ).batches(at.model)
+    layers = activation_similarity(at.model, at.plain_baseline_model, batches)
+    at.run.tick()
+    rows = []
+    for metric in sorted(wanted):
+        values = {f"hidden_states.{i}": getattr(layer, FIELDS[metric]) for i, layer in enumerate(layers)}
+        finite = [value for value in values.values() if math.isfinite(value)]
+        values["model"] = sum(finite) / len(finite) if finite else math.nan
+        for scope, value in values.items():
+            reason = None if math.isfinite(value) else UNDEFINED + "the layer is constant over the positions"
+            rows.append(
+                Row(
+                    metric=metric,
+                    scope=scope,
+                    value=value,
+                    settings=at.run.evaluated_on,
+                    baseline=base.run.name,
+                    reason=reason,
+                )
+            )
+    return rows
