@@ -221,13 +221,10 @@ def _trainer(
 ) -> Trainer:
     method, settings = recipe.method, recipe.settings
     optimizer: Optimizer | None = None
-    scheduler: Any = None
     if method.build_optimizer is not None:
         # The optimizer holds the very parameters that are trained, so they are on their device before.
         torch.nn.Module.to(model, args.device)
         optimizer = method.build_optimizer(model, settings, args)
-        if method.build_scheduler is not None:
-            scheduler = method.build_scheduler(optimizer, settings, args, args.max_steps)
     callbacks: list[TrainerCallback] = [FinalCheckpoint(), Progress(), *method.callbacks(settings, args)]
     trainer = Trainer(
         model=model,
@@ -239,7 +236,11 @@ def _trainer(
         callbacks=callbacks,
         compute_metrics=token_loss,
         preprocess_logits_for_metrics=drop_logits,
-        optimizers=(optimizer, scheduler),
+        optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback)
+    if method.build_scheduler is not None:
+        # create_optimizer gives the optimizer above, or Trainer's own where the method has none.
+        scheduler: Any = method.build_scheduler(trainer.create_optimizer(), settings, args, args.max_steps)
+        trainer.lr_scheduler = scheduler
     return trainer

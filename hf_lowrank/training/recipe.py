@@ -229,7 +229,12 @@ def _check_buildable(recipe: Recipe, layers: Layers) -> None:
         raise UserError(f"{layers.path}: model cannot be built: {first_line(error)}") from None
     try:
         if recipe.method.build_optimizer is not None:
-            recipe.method.build_optimizer(model, recipe.settings, training_arguments)
+            optimizer = recipe.method.build_optimizer(model, recipe.settings, training_arguments)
+            if recipe.method.build_scheduler is not None and training_arguments.max_steps > 0:
+                recipe.method.build_scheduler(
+                    optimizer, recipe.settings, training_arguments, training_arguments.max_steps
+                )
+        recipe.method.callbacks(recipe.settings, training_arguments)
     except (ValueError, TypeError) as error:
         message = first_line(error)
         field = message.split()[0]
