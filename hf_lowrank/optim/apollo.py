@@ -58,8 +58,7 @@ class ApolloAdamW(ProjectedAdamW):
             lows, moves = lows.flatten(1)[:, None], moves.flatten(1)[:, None]
         scales = channel_scales(lows, moves, batch.bias_gain) * math.sqrt(group["scale"])
 
-        row_norms = torch.stack([torch.linalg.vector_norm(grad, dim=-1, dtype=scales.dtype) for grad in batch.grads])
-        norms = torch.linalg.vector_norm(scales * row_norms, dim=-1)
+        norms = torch.linalg.vector_norm(scales * batch.grad_norms(scales.dtype), dim=-1)
         scales /= limit_growth_(norms, batch.limits, group["norm_growth_limit"])[:, None]
 
         keep, step = batch.factors

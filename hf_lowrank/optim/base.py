@@ -182,8 +182,9 @@ class TargetedAdamW(Optimizer):
             by_kind.setdefault((entry.grad.device, entry.grad.dtype), []).append(entry)
         good: set[Tensor] = set()
         for group in by_kind.values():
-            peaks = torch._foreach_norm([entry.grad for entry in group], ord=float("inf"))
-            flags = torch.isfinite(torch.stack(peaks)).tolist()
+            # A norm that overflows counts too: Adam's second moment would overflow with it.
+            norms = torch._foreach_norm([entry.grad for entry in group], dtype=_accumulation_dtype(group[0].grad))
+            flags = torch.isfinite(torch.stack(norms)).tolist()
             good.update(entry.param for entry, finite in zip(group, flags, strict=True) if finite)
         if len(good) < len(entries):
             self._warn_of_skipped([entry.param for entry in entries if entry.param not in good])
@@ -290,3 +291,7 @@ class TargetedAdamW(Optimizer):
                 for param in group["params"]:
                     if self._is_target(group):
                         self._adopt(group, param)
+
+
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

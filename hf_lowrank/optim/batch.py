@@ -17,13 +17,25 @@ from hf_lowrank.optim.adam import adam_moves, bias_gain, decay_factors
 STACK_BELOW = 2**16
 
 
-def project_matrix(matrix: Tensor, basis: Tensor, left_basis: Tensor | None = None) -> Tensor:
+def project_matrix(
+    matrix: Tensor, basis: Tensor, left_basis: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """`G Q`, or `Pᵀ G Q` with a left basis: (rows, columns) -> (rows or rank, rank)."""
     if not basis.is_floating_point():
-        return matrix.index_select(-1, basis)
+        return torch.index_select(matrix, -1, basis, out=out)
     if left_basis is not None:
         matrix = left_basis.mT @ matrix
-    return matrix @ basis
+    return torch.mm(matrix, basis, out=out)
+
+
+def row_norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Euclidean norms of an oriented gradient's rows, (rows,).
+
+    The norm kernel is many times slower across memory than along it; of a transposed view, squares are summed.
+    """
+    if matrix.stride(-1) == 1:
+        return torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype)
+    return matrix.to(dtype).square().sum(-1).sqrt_()
 
 
 def lift_matrix(low: Tensor, basis: Tensor, columns: int, left_basis: Tensor | None = None) -> Tensor:
@@ -85,8 +97,9 @@ class Batch:
                 lows = torch.bmm(torch.stack(self.grads), torch.stack(self.bases))
             else:
                 lefts: list[Any] = self.left_bases or [None] * len(self.grads)
-                parts = map(project_matrix, self.grads, self.bases, lefts)
-                lows = next(parts)[None] if len(self.grads) == 1 else torch.stack(list(parts))
+                lows = self.grads[0].new_empty(len(self.grads), *self.exp_avgs[0].shape)
+                for low, grad, basis, left in zip(lows.unbind(), self.grads, self.bases, lefts, strict=True):
+                    project_matrix(grad, basis, left, out=low)
             self.lows = lows.to(self.exp_avgs[0].dtype)
             if self.earlier is not None:
                 self.lows += self.earlier
@@ -120,6 +133,10 @@ class Batch:
             if self.left_bases is not None:
                 low = self.left_bases[index].to(low.dtype) @ low  # noqa: PLW2901
             weight.addmm_(low, basis.to(low.dtype).mT, beta=keep, alpha=alpha)
+
+    def grad_norms(self, dtype: torch.dtype) -> Tensor:
+        """The norms of the gradients' rows, (k, rows)."""
+        return torch.stack([row_norms(grad, dtype) for grad in self.grads])
 
     def add_scaled_gradients_(self, scales: Tensor, *, alpha: float) -> None:
         """`W ← W + alpha · diag(scales) G` with scales (k, rows), or (k, 1) for one number each."""

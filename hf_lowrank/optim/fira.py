@@ -59,9 +59,7 @@ class FiraAdamW(ProjectedAdamW):
 
         # ‖S‖ without S: the basis is orthonormal, so ‖g − s·Q Qᵀg‖² = ‖g‖² − (2s − s²) ‖Qᵀg‖² for every row g.
         wide = scales.dtype
-        grad_squares = torch.stack(
-            [torch.linalg.vector_norm(grad, dim=-1, dtype=wide) for grad in batch.grads]
-        ).square()
+        grad_squares = batch.grad_norms(wide).square()
         low_squares = torch.linalg.vector_norm(lows, dim=-1, dtype=wide).square()
         outside = torch.clamp(grad_squares - (2 * share - share**2) * low_squares, min=0)
         norms = (scales.square() * outside).sum(-1).sqrt()
