@@ -169,10 +169,9 @@ def _measure_all(
 def _missing(context: RunContext, step: int, group: str, ids: set[str], rows: list[Measurement]) -> set[str]:
     other = context.baseline.run.name if context.baseline is not None else None
     try:
-        request = GROUPS[group].request(context)
+        return missing_metrics(ids, step, lambda metric: GROUPS[group].request(context, metric), other, rows)
     except FAULTS:
         return ids  # the same fault becomes the reason of the rows
-    return missing_metrics(ids, step, request, other, rows)
 
 
 def _rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
@@ -184,12 +183,15 @@ def _rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = UNDEFINED + reason if isinstance(error, UndefinedError) else reason
         reason = reason if known else f"{type(error).__name__}: {reason}"
-        try:
-            request = GROUPS[group].request(at.run)
-        except FAULTS:
-            request = {}
-        return [Row(metric=metric, settings=request, reason=reason[:500]) for metric in sorted(ids)]
+        return [Row(metric=m, settings=_request(at, group, m), reason=reason[:500]) for m in sorted(ids)]
     return [row if row.value == row.value or row.reason else _unexplained(row) for row in rows]
+
+
+def _request(at: StepContext, group: str, metric: str) -> dict[str, Any]:
+    try:
+        return GROUPS[group].request(at.run, metric)
+    except FAULTS:
+        return {}
 
 
 def _unexplained(row: Row) -> Row:

@@ -17,19 +17,26 @@ class Group:
 
     Attributes:
         compute: (checkpoint, wanted ids) -> rows; a `UserError` or `ValueError` becomes the reason of null rows.
-        request: what a finished row's settings must contain for the work to count as done.
+        request: (run, metric id) -> what a finished row's settings must contain for the work to count as done.
         evaluations: losses of the whole set that it evaluates, for the progress display.
         costly: measured at `MeasureSettings.steps` checkpoints only, unless steps are named.
     """
 
     compute: Callable[[StepContext, set[str]], list[Row]]
-    request: Callable[[RunContext], dict[str, Any]]
+    request: Callable[[RunContext, str], dict[str, Any]]
     evaluations: Callable[[MeasureSettings], int] = lambda settings: 1
     costly: bool = False
 
 
-def _evaluated(block: str) -> Callable[[RunContext], dict[str, Any]]:
-    return lambda run: {**getattr(run.settings, block).request(), **run.evaluated_on}
+def _evaluated(block: str) -> Callable[[RunContext, str], dict[str, Any]]:
+    return lambda run, metric: {**getattr(run.settings, block).request(), **run.evaluated_on}
+
+
+def _pca(run: RunContext, metric: str) -> dict[str, Any]:
+    request = _evaluated("pca")(run, metric)
+    if metric == "pca1_sharpness":
+        del request["count"]
+    return request
 
 
 def _on_path(compute: Callable[[StepContext, set[str]], list[Row]]) -> Group:
@@ -42,13 +49,15 @@ def _on_path(compute: Callable[[StepContext, set[str]], list[Row]]) -> Group:
 
 
 GROUPS: dict[str, Group] = {
-    "loss": Group(compute=landscape.loss_rows, request=lambda run: run.evaluated_on),
-    "weight": Group(compute=spectra.weight_rows, request=lambda run: {}),
-    "update": Group(compute=spectra.update_rows, request=lambda run: {}),
-    "total": Group(compute=spectra.total_rows, request=lambda run: {}),
-    "overlap": Group(compute=spectra.overlap_rows, request=lambda run: run.settings.overlap.request()),
+    "loss": Group(compute=landscape.loss_rows, request=lambda run, metric: run.evaluated_on),
+    "weight": Group(compute=spectra.weight_rows, request=lambda run, metric: {}),
+    "update": Group(compute=spectra.update_rows, request=lambda run, metric: {}),
+    "total": Group(compute=spectra.total_rows, request=lambda run, metric: {}),
+    "overlap": Group(compute=spectra.overlap_rows, request=lambda run, metric: run.settings.overlap.request()),
     "activations": Group(
-        compute=activations.activation_rows, request=lambda run: run.evaluated_on, evaluations=lambda settings: 2
+        compute=activations.activation_rows,
+        request=lambda run, metric: run.evaluated_on,
+        evaluations=lambda settings: 2,
     ),
     "random": Group(
         compute=landscape.random_rows,
@@ -58,7 +67,7 @@ GROUPS: dict[str, Group] = {
     ),
     "pca": Group(
         compute=landscape.pca_rows,
-        request=lambda run: {key: value for key, value in _evaluated("pca")(run).items() if key != "count"},
+        request=_pca,
         evaluations=lambda settings: 2 * settings.pca.steps * settings.pca.count,
         costly=True,
     ),
@@ -73,7 +82,7 @@ GROUPS: dict[str, Group] = {
     ),
     "critical": Group(
         compute=curvature.critical_rows,
-        request=lambda run: run.evaluated_on,
+        request=lambda run, metric: run.evaluated_on,
         evaluations=lambda settings: 15,
         costly=True,
     ),

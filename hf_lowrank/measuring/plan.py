@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,11 @@ def rows_file(trajectory: Trajectory, output: str | Path | None) -> Path:
 
 
 def missing_metrics(
-    metrics: Iterable[str], step: int, request: dict[str, Any], baseline: str | None, rows: Iterable[Measurement]
+    metrics: set[str],
+    step: int,
+    request: Callable[[str], dict[str, Any]],
+    baseline: str | None,
+    rows: Iterable[Measurement],
 ) -> set[str]:
     """Those of `metrics` that have no finished model row with these settings; failed ones count as missing."""
     done = set()
@@ -83,11 +87,12 @@ def missing_metrics(
         if row.step != step or row.scope != "model":
             continue
         finished = row.value == row.value or (row.reason or "").startswith(UNDEFINED)
-        same = all(row.settings.get(key) == value for key, value in request.items())
-        if row.metric not in METRICS or not finished or not same:
+        if row.metric not in metrics or not finished:
+            continue
+        if any(row.settings.get(key) != value for key, value in request(row.metric).items()):
             continue
         metric = METRICS[row.metric]
         # What has no meaning (the run is its own baseline) was compared with nothing.
         if not metric.needs_baseline or row.baseline == baseline or (row.reason or "").startswith(UNDEFINED):
             done.add(row.metric)
-    return set(metrics) - done
+    return metrics - done

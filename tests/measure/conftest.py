@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -48,6 +49,12 @@ def write_run(folder, *, method="full_rank", seed=0, steps=(0, 10, 20), noise_se
 
 
 @pytest.fixture(scope="session")
+def make_run():
+    """`write_run`, for tests that need runs of their own."""
+    return write_run
+
+
+@pytest.fixture(scope="session")
 def _runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     return (
@@ -59,6 +66,4 @@ def _runs(tmp_path_factory):
 @pytest.fixture
 def two_runs(_runs, tmp_path):
     """(full-rank run, GaLore run), fresh copies."""
-    import shutil
-
     return tuple(shutil.copytree(run, tmp_path / run.name) for run in _runs)
