@@ -168,8 +168,8 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def one(value: object) -> str:
-    """A name: one line of at most 120 characters."""
-    return " ".join(str(value).split())[:120]
+    """A name: one line of at most 120 characters, without anything private."""
+    return " ".join(without_private(str(value)).split())[:120]
 
 
 # -- the parts

@@ -12,6 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from hf_lowrank.hub.privacy import without_private
+
 TEMPLATES = Path(__file__).parent / "templates"
 SPECIAL = re.compile(r"[<>&\"'`|\\*_\[\](){}#!~$@^:]")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
@@ -27,14 +29,15 @@ def escape(value: object) -> str:
     """One line of plain text as Markdown that shows just this text."""
     if isinstance(value, Markdown):
         return value
-    text = " ".join(CONTROL.sub("", str(value)).split())
+    # Private things go first: escaped, they would no longer be recognised.
+    text = " ".join(CONTROL.sub("", without_private(str(value))).split())
     text = SPECIAL.sub(lambda match: f"&#{ord(match[0])};", text)
     return re.sub(r"(?i)\bwww\.", "www&#46;", text)
 
 
 def fenced(text: str, language: str = "") -> Markdown:
     """A code block whose fence is longer than any row of backticks in it."""
-    text = CONTROL.sub("", text.replace("\r", ""))
+    text = CONTROL.sub("", without_private(text).replace("\r", ""))
     longest = max((len(row) for row in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return Markdown(f"{fence}{language}\n{text.rstrip()}\n{fence}")
@@ -42,7 +45,7 @@ def fenced(text: str, language: str = "") -> Markdown:
 
 def inline_code(text: object) -> Markdown:
     """Code within a line, with a fence of its own length."""
-    content = " ".join(CONTROL.sub("", str(text)).split()).replace("|", "¦") or " "
+    content = " ".join(CONTROL.sub("", without_private(str(text))).split()).replace("|", "¦") or " "
     longest = max((len(row) for row in re.findall(r"`+", content)), default=0)
     fence = "`" * (longest + 1)
     pad = " " if longest else ""

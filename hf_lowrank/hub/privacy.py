@@ -13,6 +13,7 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.I)
 # An absolute path of two parts or more that is no part of a URL; only its last part is kept.
 ABSOLUTE_PATH = re.compile(r"""(?<![\w./:~*%-])/(?:[^\s/"'<>|`,;(){}\[\]]+/)+([^\s/"'<>|`,;(){}\[\]]*)""")
+ANY_HOME = re.compile(r"(?<![\w./:~*%-])/(?:home|Users)/[\w.-]+")
 SIGNED_QUERY = re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]+")
 
 
@@ -40,10 +41,11 @@ def without_private(text: str, *, token: str | None = None) -> str:
         text = text.replace(secret, REMOVED)
     text = TOKEN.sub(REMOVED, text)
     text = SIGNED_QUERY.sub(r"\1", text)
+    for home in (*_homes(str(Path.home())), *_homes(tempfile.gettempdir())):
+        text = re.sub(r"(?<![\w.-])" + re.escape(home) + r"(?![\w.-])", "/~", text)
+    text = ANY_HOME.sub("/~", text)
     text = ABSOLUTE_PATH.sub(lambda match: match[1] or "~", text)
-    for home in (*_homes(str(Path.home())), tempfile.gettempdir()):
-        text = re.sub(re.escape(home) + r"(?![\w-])", "~", text)
-    return text
+    return text.replace("/~", "~")
 
 
 def holds_secret(data: bytes, *, token: str | None = None) -> bool:

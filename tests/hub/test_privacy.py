@@ -1,0 +1,114 @@
+"""No token, no home path and nothing of the environment in what is sent, stored or logged."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.hub import push
+from hf_lowrank.hub.privacy import one_line, without_private
+from tests.hub.server import TOKEN
+
+
+@pytest.fixture
+def marked(hub, run, tmp_path, monkeypatch):
+    """A run full of this machine's private things; the words that must not leave it."""
+    home = tmp_path / "home-of-marked-person"
+    home.mkdir()
+    token = "hf_" + "MarkedTokenMarkedToken" + "x" * 8
+    hub.settings.tokens[token] = ("user", True)
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("MARKED_API_KEY", "marked-environment-value")
+
+    def rewrite(path, change):
+        text = change(path.read_text())
+        path.unlink()
+        path.write_text(text)
+
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"] = {"source": "files", "train_files": [f"{home}/secret-place/corpus.txt"], "sequence_length": 16}
+    recipe["name"] = f"run of {token} in {home}"
+    rewrite(run / "recipe.yaml", lambda _: yaml.safe_dump(recipe))
+    for step in (10, 20, 30):
+        folder = run / f"checkpoint-{step}"
+        state = json.loads((folder / "trainer_state.json").read_text())
+        state["best_model_checkpoint"] = str(folder)
+        state["stateful_callbacks"] = {"x": {"key": "marked-environment-value", "dir": f"{home}/cache"}}
+        rewrite(folder / "trainer_state.json", lambda _, state=state: json.dumps(state))
+        for name in ("config.json", "tokenizer_config.json"):
+            content = {**json.loads((folder / name).read_text()), "_name_or_path": f"{home}/models/base", "t": token}
+            rewrite(folder / name, lambda _, content=content: json.dumps(content))
+    row = {"run": f"{home}/runs/x", "method": "galore", "seed": 0, "step": 30, "metric": "loss", "scope": "model",
+           "value": 3.5, "settings": {"file": f"{home}/eval.txt"}, "reason": f"failed in {home}/x with {token}"}  # fmt: skip
+    (run / "measurements.jsonl").write_text(json.dumps(row) + "\n")
+    return [token.encode(), b"home-of-marked-person", b"marked-environment-value", str(tmp_path).encode()]
+
+
+def test_nothing_private_reaches_the_hub(hub, run, marked, tmp_path, caplog):
+    with caplog.at_level(logging.DEBUG):
+        push(run, "user/tiny", optimizer=True)
+    sent = [request.body for request in hub.requests] + [request.path.encode() for request in hub.requests]
+    stored = [file.read_bytes() for file in (tmp_path / "hub-server").rglob("*") if file.is_file()]
+    assert len(sent) > 60
+    assert len(stored) > 30
+    # Bodies of commits are base64: what the server stored of them is looked at instead.
+    for word in marked:
+        for place in (*sent, *stored, caplog.text.encode()):
+            assert word not in place, word
+    headers = [request.headers for request in hub.requests]
+    assert all(header.count(marked[0].decode()) <= 1 for header in headers)
+
+
+def test_a_token_in_the_vocabulary_is_refused(hub, run):
+    for step in (10, 20, 30):
+        file = run / f"checkpoint-{step}" / "tokenizer.json"
+        text = file.read_text().replace('"w5"', f'"{TOKEN}"')
+        file.unlink()
+        file.write_text(text)
+    with pytest.raises(UserError, match="holds an access token"):
+        push(run, "user/tiny")
+    assert hub.requests == []
+
+
+def test_nothing_private_in_what_the_command_says(hub, run, marked):
+    code = (
+        "import sys\nfrom hf_lowrank.hub import push\nfrom hf_lowrank.errors import UserError\n"
+        "try:\n    push(sys.argv[1], sys.argv[2], pauses=(0,))\nexcept UserError as error:\n    print(error)\n"
+    )
+    from tests.hub.faults import FaultPlan
+
+    hub.fail(FaultPlan(at={6: "500", 9: "lost", 14: "cut", 30: "reject"}))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, "tiny-run", "user/tiny"],
+        capture_output=True, cwd=run.parent, env=dict(os.environ), timeout=120, check=False,
+    )  # fmt: skip
+    assert b"refused the token" in done.stdout
+    for word in marked[:3]:
+        assert word not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("see /data/set/part/a.txt now", "see a.txt now"),
+        ("https://huggingface.co/user/repo/tree/main stays", "https://huggingface.co/user/repo/tree/main stays"),
+        ("https://s3.x.com/a/b?X-Amz-Signature=abc&k=1 gone", "https://s3.x.com/a/b gone"),
+        ("user/repo and a/b/c stay", "user/repo and a/b/c stay"),
+        ("regex .*/mlp/.* stays", "regex .*/mlp/.* stays"),
+        ("hf_abcdefghijklmnopqrstuvwxyz", "[removed]"),
+        ("1/2/3 steps/s", "1/2/3 steps/s"),
+    ],
+)
+def test_what_is_taken_out(before, after):
+    assert without_private(before) == after
+
+
+def test_one_line():
+    assert one_line(ValueError("a\n  b")) == "a b"
+    assert one_line(ValueError("")) == "ValueError"
