@@ -1,0 +1,154 @@
+"""Two runs item by item: they answered the same items, so their difference is known better than either score."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hf_lowrank.downstream.scores import FILE_NAME, Score, item_file, read_item_scores, read_scores
+from hf_lowrank.errors import UserError, nearest
+
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The difference of two checkpoints on the same items.
+
+    Attributes:
+        task, metric: what was compared.
+        first, second: the runs, as `name@step`.
+        difference: second − first, mean over items.
+        ci_low, ci_high: 95 % percentile interval of the paired bootstrap over items.
+        p_value: two-sided. McNemar's exact test for scores of 0 and 1, else the sign-flip permutation test.
+        test: which.
+        n: items. Items in which both agree are among them.
+        only_first, only_second: items that one alone got right; None for other scores than 0 and 1.
+    """
+
+    task: str
+    metric: str
+    first: str
+    second: str
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    test: str
+    n: int
+    only_first: int | None
+    only_second: int | None
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value: how often a fair coin divides the items on which the two differ as unevenly."""
+    total = only_first + only_second
+    if total == 0:
+        return 1.0
+    fewer = min(only_first, only_second)
+    # In logarithms: 2**total overflows from about a thousand differing items on.
+    logs = [math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) for k in range(fewer + 1)]
+    return min(1.0, 2 * math.fsum(math.exp(log - total * math.log(2)) for log in logs))
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], *, seed: int = 0
+) -> tuple[float, float, float, float, str]:
+    """(second − first, low, high, p-value, test's name) of scores of the same items.
+
+    Raises:
+        ValueError: the scores are not of the same number of items, or there are none.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(f"scores must be of the same items, got {a.shape} and {b.shape}")
+    delta = b - a
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randint(len(delta), (RESAMPLES, len(delta)), generator=generator).numpy()
+    low, high = np.quantile(delta[picked].mean(1), [0.025, 0.975])
+    if np.isin(np.concatenate([a, b]), (0.0, 1.0)).all():
+        p, test = mcnemar(int((delta < 0).sum()), int((delta > 0).sum())), "McNemar, exact"
+    else:
+        signs = torch.randint(2, (RESAMPLES, len(delta)), generator=generator).numpy() * 2.0 - 1
+        null = np.abs((signs @ delta) / len(delta))
+        p, test = float((1 + (null >= abs(delta.mean()) - 1e-15).sum()) / (1 + RESAMPLES)), "sign flips"
+    return float(delta.mean()), float(low), float(high), p, test
+
+
+def compare(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    *,
+    tasks: Sequence[str] | None = None,
+    metric: str = "acc",
+    step: int | None = None,
+) -> list[Comparison]:
+    """Compares two run directories on the tasks that both have scores for.
+
+    Args:
+        first, second: run directories (or folders that hold a run's `downstream.jsonl`).
+        tasks: None: all in both.
+        metric: the score of an item.
+        step: the checkpoint of both; None: the last that each has.
+
+    Raises:
+        UserError: scores are missing, or the items are not the same.
+    """
+    tables = [_rows(Path(run), metric) for run in (first, second)]
+    shared = [task for task in tables[0] if task in tables[1]]
+    for task in tasks or ():
+        if task not in shared:
+            raise UserError(f"no {metric} of {task!r} in both {first} and {second}; {nearest(task, shared)}")
+    if not (tasks or shared):
+        raise UserError(f"{first} and {second} have no task with {metric} in common; hf-lowrank evaluate scores them")
+    return [_compared([Path(first), Path(second)], tables, task, metric, step) for task in tasks or shared]
+
+
+def _rows(run: Path, metric: str) -> dict[str, list[Score]]:
+    rows: dict[str, list[Score]] = {}
+    for row in read_scores(run):
+        if row.metric == metric:
+            rows.setdefault(row.task, []).append(row)
+    if not rows:
+        raise UserError(f"{run}: has no scores with metric {metric!r}; hf-lowrank evaluate {run} makes them")
+    return rows
+
+
+def _compared(
+    runs: list[Path], tables: list[dict[str, list[Score]]], task: str, metric: str, step: int | None
+) -> Comparison:
+    chosen: list[Score] = []
+    scores: list[dict[str, float]] = []
+    for run, table in zip(runs, tables, strict=True):
+        rows = [row for row in table[task] if step is None or row.step == step]
+        if not rows:
+            raise UserError(f"{run}: has no score of {task} at step {step}")
+        row = max(rows, key=lambda row: row.step)
+        chosen.append(row)
+        items = read_item_scores(item_file(run / FILE_NAME, row.step, task))
+        scores.append({str(item["item"]): float(item[metric]) for item in items if metric in item})
+    if chosen[0].items != chosen[1].items or scores[0].keys() != scores[1].keys():
+        raise UserError(f"{task}: {runs[0]} and {runs[1]} were scored on different items; evaluate one of them again")
+    a, b = ([table[item] for item in scores[0]] for table in scores)
+    difference, low, high, p, test = paired_difference(a, b)
+    binary = test.startswith("McNemar")
+    return Comparison(
+        task=task,
+        metric=metric,
+        first=f"{chosen[0].run}@{chosen[0].step}",
+        second=f"{chosen[1].run}@{chosen[1].step}",
+        difference=difference,
+        ci_low=low,
+        ci_high=high,
+        p_value=p,
+        test=test,
+        n=len(a),
+        only_first=sum(x > y for x, y in zip(a, b, strict=True)) if binary else None,
+        only_second=sum(x < y for x, y in zip(a, b, strict=True)) if binary else None,
+    )
