@@ -10,6 +10,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from hf_lowrank.adapters.configuration import adapter_from_dict
 from hf_lowrank.adapters.functional import sltrain_weight
 from hf_lowrank.errors import UserError
 
@@ -35,8 +36,8 @@ def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 def dense_weight_kind(adapter_config: dict[str, Any]) -> Literal["exact", "surrogate"]:
     """Whether the dense weight computes the layer's function ("exact") or only stands for it ("surrogate": CoLA)."""
-    cola = adapter_config["peft_type"] == "COLA" and adapter_config.get("bottleneck_act", "silu") != "linear"
-    return "surrogate" if cola else "exact"
+    config: Any = adapter_from_dict(adapter_config)
+    return "surrogate" if getattr(config, "bottleneck_act", "linear") != "linear" else "exact"
 
 
 def low_rank_factors_from_tensors(
@@ -93,10 +94,9 @@ def _read(module: str, name: str, get_tensor: Callable[[str], Tensor], kind: str
 
 
 def _scaling(module: str, r: int, adapter_config: dict[str, Any]) -> float:
-    kind = adapter_config["peft_type"]
-    if kind == "COLA":
+    if adapter_config["peft_type"] == "COLA":
         return 1.0
-    alpha = adapter_config.get("lora_alpha", 32 if kind == "SLTRAIN" else 8)
-    patterns = adapter_config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), module), alpha)
-    return alpha / (math.sqrt(r) if adapter_config.get("use_rslora") else r)
+    config: Any = adapter_from_dict(adapter_config)
+    patterns = getattr(config, "alpha_pattern", None) or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
+    return alpha / (math.sqrt(r) if getattr(config, "use_rslora", False) else r)

@@ -414,6 +414,21 @@ def test_a_checkpoint_of_another_rank_is_an_error(llama_config, method, adapted,
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("adapter", [SLTrainConfig(r=4, sparsity=0.1), CoLAConfig(r=4, checkpoint_activations=True)])
+def test_compiles_whole_and_with_the_same_numbers(llama_config, adapter, ids):
+    torch.manual_seed(0)
+    model = LowRankForCausalLM(LowRankConfig(base_config=llama_config, adapter_config=adapter)).train()
+
+    def step(forward):
+        model.zero_grad()
+        forward(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+    wanted = step(model)
+    got = step(torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert all(torch.allclose(g, w, atol=1e-6) for g, w in zip(got, wanted, strict=True))
+
+
 def test_state_dict_of_sltrain_is_compact(llama_config, adapted):
     model = adapted(llama_config, "sltrain")
     supports = {name: tensor for name, tensor in model.state_dict().items() if "support" in name}

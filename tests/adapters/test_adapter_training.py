@@ -1,4 +1,4 @@
-"""ReLoRA under an unmodified Trainer: restarts, accumulation, two processes, resume after SIGKILL."""
+"""Under an unmodified Trainer: restarts, accumulation, two processes, resume after SIGKILL."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from hf_lowrank.adapters.relora import lora_layers
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import METHODS
 
-train = runpy.run_path(str(Path(__file__).with_name("relora_training.py")))["train"]
+train = runpy.run_path(str(Path(__file__).with_name("small_training.py")))["train"]
 
 
 def forked(function, **environment):
@@ -83,6 +83,23 @@ def test_resume_after_sigkill_is_bit_exact(uninterrupted, tmp_path, kill, moment
     assert exit_of(forked(lambda: train(str(tmp_path), 8, kill=kill, moment=moment))) == -9
     train(str(tmp_path), 8, resume=str(tmp_path / f"checkpoint-{kill}"))
     assert same(weights(tmp_path, 8), weights(uninterrupted, 8))
+
+
+@pytest.mark.parametrize("name", ["cola", "sltrain", "low_rank"])
+def test_the_other_methods_resume_bit_exactly_too(tmp_path, name):
+    train(str(tmp_path / "whole"), 5, name, save_steps=5)
+    assert exit_of(forked(lambda: train(str(tmp_path / "killed"), 5, name, kill=3))) == -9
+    train(str(tmp_path / "killed"), 5, name, resume=str(tmp_path / "killed" / "checkpoint-3"))
+    assert same(weights(tmp_path / "killed", 5), weights(tmp_path / "whole", 5))
+
+
+@pytest.mark.parametrize("name", ["cola", "sltrain"])
+def test_the_other_methods_agree_in_two_processes(tmp_path, name):
+    first, second = in_two_processes(tmp_path / "two", name=name)
+    assert same(first, second)
+    train(str(tmp_path / "one"), 8, name, save_steps=8)
+    alone = weights(tmp_path / "one", 8)
+    assert all(torch.allclose(first[key], tensor, atol=2e-5) for key, tensor in alone.items())
 
 
 def test_accumulated_gradients_restart_at_the_same_optimizer_steps(uninterrupted, tmp_path):

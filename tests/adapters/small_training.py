@@ -1,4 +1,4 @@
-"""A small ReLoRA training by Trainer, that can be told to kill itself."""
+"""A small training by Trainer with one of the methods, that can be told to kill itself."""
 
 import os
 
@@ -23,10 +23,22 @@ class Killed(TrainerCallback):
             os.kill(os.getpid(), 9)
 
 
-def train(output, steps, kill=None, moment="step", accumulation=1, batch=4, save_steps=1, resume=None, **settings):
+def train(
+    output,
+    steps,
+    name="relora",
+    kill=None,
+    moment="step",
+    accumulation=1,
+    batch=4,
+    save_steps=1,
+    resume=None,
+    **settings,
+):
     torch.set_num_threads(1)
-    method = METHODS["relora"]
-    options = method.settings(**{"r": 2, "restart_every": 3, "restart_warmup_steps": 1, **settings})
+    method = METHODS[name]
+    restarts = {"restart_every": 3, "restart_warmup_steps": 1} if name == "relora" else {}
+    options = method.settings(**{"r": 2, **restarts, **settings})
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=16,
@@ -40,7 +52,7 @@ def train(output, steps, kill=None, moment="step", accumulation=1, batch=4, save
     args = TrainingArguments(
         output_dir=output,
         max_steps=steps,
-        per_device_train_batch_size=batch // accumulation // int(os.environ.get("WORLD_SIZE", "1")),
+        per_device_train_batch_size=4 // accumulation // int(os.environ.get("WORLD_SIZE", "1")),
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
         warmup_steps=1,
@@ -55,13 +67,16 @@ def train(output, steps, kill=None, moment="step", accumulation=1, batch=4, save
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
     )
     data = torch.randint(32, (64, 12), generator=torch.Generator().manual_seed(3))
-    optimizer = method.build_optimizer(model, options, args)
+    optimizers = (None, None)
+    if method.build_optimizer is not None:
+        optimizer = method.build_optimizer(model, options, args)
+        optimizers = (optimizer, method.build_scheduler(optimizer, options, args, steps))
     callbacks = [*method.callbacks(options, args), *([Killed(kill, moment)] if kill else [])]
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=[{"input_ids": row, "labels": row} for row in data],
-        optimizers=(optimizer, method.build_scheduler(optimizer, options, args, steps)),
+        optimizers=optimizers,
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=resume)
