@@ -1,0 +1,97 @@
+"""Killed and shared measuring ends with the same rows as undisturbed measuring."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+
+import pytest
+from accelerate import PartialState
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.measure import measure, read_measurements
+
+WANTED = {
+    "metrics": "loss,random,spectra,step,method,activations",
+    "settings": {"random": {"draws": 2, "steps": 1}, "path": {"points": 1}},
+}
+# Forked children start at once, with everything imported.
+FORK = multiprocessing.get_context("fork")
+
+
+def rows_of(runs):
+    rows = [row for run in runs for row in read_measurements(run)]
+    return {row.key: (row.value if row.value == row.value else None, row.reason) for row in rows}
+
+
+@pytest.fixture
+def undisturbed(two_runs, tmp_path):
+    output = tmp_path / "undisturbed"
+    measure(list(two_runs), **WANTED, output=output)
+    return rows_of(output / run.name for run in two_runs)
+
+
+def shared(runs, rank, port):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    PartialState._reset_state()
+    measure(list(runs), **WANTED)
+
+
+def test_two_processes_give_the_same_rows_as_one(two_runs, undisturbed):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = [FORK.Process(target=shared, args=(two_runs, rank, port)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+    got = rows_of(two_runs)
+    assert got.keys() == undisturbed.keys()
+    for key, (value, reason) in undisturbed.items():
+        assert got[key][1] == reason
+        assert (got[key][0] is None) == (value is None)
+        assert value is None or got[key][0] == pytest.approx(value, rel=1e-5, abs=1e-7)
+    assert not list(two_runs[0].glob(".measurements*"))
+
+
+def test_killed_at_any_moment_and_started_again(two_runs, undisturbed):
+    for least in (1, 40, 60, 200):
+        child = FORK.Process(target=measure, args=(list(two_runs),), kwargs=WANTED)
+        child.start()
+        deadline = time.monotonic() + 60
+        while len(rows_of(two_runs)) < least and child.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.003)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    assert set(rows_of(two_runs)) < set(undisturbed)
+    measure(list(two_runs), **WANTED)
+    assert rows_of(two_runs) == undisturbed
+
+
+def test_parts_that_a_killed_process_left_are_merged(two_runs, undisturbed):
+    measure(list(two_runs), **WANTED)
+    table = two_runs[1] / "measurements.jsonl"
+    lines = table.read_bytes().splitlines(keepends=True)
+    table.write_bytes(b"".join(lines[:50]))
+    part = two_runs[1] / ".measurements-1.part.jsonl"
+    part.write_bytes(b"".join(lines[50:]) + b'{"run": "torn')
+    size = table.stat().st_size
+    measure(list(two_runs), **WANTED)
+    assert not part.exists()
+    assert table.stat().st_size > size
+    assert rows_of(two_runs) == undisturbed
+
+
+def test_a_run_that_cannot_be_written_does_not_stop_the_others(two_runs):
+    (two_runs[0] / "measurements.jsonl").symlink_to(two_runs[0] / "nowhere" / "x.jsonl")
+    with pytest.raises(UserError, match=r"full_rank-0.*cannot be written"):
+        measure(list(two_runs), metrics="loss")
+    assert len(read_measurements(two_runs[1])) == 3
