@@ -54,8 +54,8 @@
     refs.forEach((r) => take(r.y));
     if (zero) take(0);
     if (low > high) return [0, 1];
-    const pad = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
-    return [zero && low === 0 ? 0 : low - pad, high + pad];
+    const [below, above] = LR.padded(low, high, 0.05);
+    return [zero && low === 0 ? 0 : below, above];
   }
 
   /** Moves labels apart, at least `gap` between neighbours, within [top, bottom]. */

@@ -61,6 +61,13 @@
     return { values, write, step };
   }
 
+  /** [low, high] with air around it; values that differ by rounding alone count as equal, else ticks would not end. */
+  function padded(low, high, share) {
+    const size = Math.max(Math.abs(low), Math.abs(high));
+    const pad = high - low > size * 1e-9 ? (high - low) * share : size * 0.05 || 1;
+    return [low - pad, high + pad];
+  }
+
   /* 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom. */
   const T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131,
     2.12, 2.11, 2.101, 2.093, 2.086, 2.08, 2.074, 2.069, 2.064, 2.06, 2.056, 2.052, 2.048, 2.045, 2.042];
@@ -113,5 +120,5 @@
     return seedTells ? `${methodTitle(run)}, seed ${run.seed}` : `${methodTitle(run)}, ${run.name}`;
   };
 
-  window.LR = { DATA, svg, html, number, ticks, meanInterval, csvText, download, state, listeners, changed, visible, shownRuns, methodTitle, runTitle };
+  window.LR = { DATA, svg, html, number, ticks, padded, meanInterval, csvText, download, state, listeners, changed, visible, shownRuns, methodTitle, runTitle };
 })();

@@ -72,11 +72,24 @@
     near.observe(node);
     return figure;
   }
+  /* What the reader sees is drawn at once, what lies just outside follows, the rest waits until it is near. */
+  let later = 0;
   const redraw = (force = false) => {
-    for (const figure of figures) {
-      figure.stale = true;
-      if (figure.near || force) refresh(figure);
-    }
+    const seen = (figure) => {
+      const box = figure.node.getBoundingClientRect();
+      return box.bottom > 0 && box.top < window.innerHeight;
+    };
+    const due = force ? figures : figures.filter((figure) => figure.near && seen(figure));
+    figures.forEach((figure) => { figure.stale = true; });
+    due.forEach(refresh);
+    clearTimeout(later);
+    const follow = () => {
+      const next = figures.find((figure) => figure.near && figure.stale);
+      if (!next) return;
+      refresh(next);
+      later = setTimeout(follow);
+    };
+    later = setTimeout(follow, 30);
   };
   listeners.push(() => redraw());
   let width = window.innerWidth, waiting = 0;

@@ -2,7 +2,7 @@
 
    spec = { rows: [{label, method, values: [{name, value}], mean, lo, hi, n}], label }                             */
 (() => {
-  const { svg, html, number, ticks, finite, marker, DATA, tip } = LR;
+  const { svg, html, number, ticks, padded, finite, marker, DATA, tip } = LR;
 
   function strip(host, spec) {
     const width = Math.max(Math.floor(host.clientWidth), 260);
@@ -17,10 +17,9 @@
       host.replaceChildren(html("p", { className: "empty" }, "No value of these runs."));
       return;
     }
-    let low = Math.min(...all), high = Math.max(...all);
-    const pad = (high - low) * 0.06 || Math.abs(high) * 0.05 || 1;
-    low = low >= 0 ? Math.max(low - pad, 0) : low - pad;
-    high += pad;
+    const least = Math.min(...all);
+    let [low, high] = padded(least, Math.max(...all), 0.06);
+    if (least >= 0) low = Math.max(low, 0);
     const X = (v) => left + 8 + ((v - low) / (high - low)) * (width - left - right - 16);
     const root = svg("svg", { class: "plot strip", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     const axis = ticks(low, high, Math.max(Math.round((width - left - right) / 110), 2));
