@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.dense import ADAPTER, lora_dense_weight
-from hf_lowrank.adapters.seeding import fill, kaiming_uniform, keyed_generator
+from hf_lowrank.adapters.seeding import fill, kaiming_uniform, keyed_generator, placed_like
 from hf_lowrank.errors import UserError
 from hf_lowrank.targets import LINEAR_TYPES
 
@@ -102,15 +103,16 @@ def prune_moments(
             continue
         if mode == "random":
             drawn = torch.rand(parameter.shape, generator=keyed_generator(seed, step, name, "moments"))
-            kept = (drawn >= ratio).to(parameter.device)
+            kept = drawn >= ratio
         elif mode == "magnitude":
-            size = moments[0].abs().flatten()
+            whole: Any = moments[0]
+            size = (whole.full_tensor() if isinstance(whole, DTensor) else whole).abs().flatten()
             dropped = size.argsort(stable=True)[: math.floor(ratio * size.numel())]
             kept = torch.ones_like(size, dtype=torch.bool).index_fill_(0, dropped, False).view(parameter.shape)
         else:
-            kept = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+            kept = torch.zeros(parameter.shape, dtype=torch.bool)
         for moment in moments:
-            moment.mul_(kept)
+            moment.mul_(placed_like(kept, moment))
 
 
 def factors(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Parameter]:

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def keyed_generator(seed: int, *keys: str | int) -> torch.Generator:
@@ -19,10 +20,18 @@ def keyed_generator(seed: int, *keys: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def placed_like(drawn: Tensor, target: Tensor) -> Tensor:
+    """`drawn`, the same on every rank, on `target`'s device and sharded as `target` is."""
+    drawn = drawn.to(target.device)
+    if isinstance(target, DTensor):
+        return distribute_tensor(drawn, target.device_mesh, target.placements)
+    return drawn
+
+
 @torch.no_grad()
 def fill(target: Tensor, drawn: Tensor) -> None:
-    """Copies `drawn` into `target`, which may have another dtype or device."""
-    target.copy_(drawn.to(dtype=target.dtype))
+    """Copies `drawn` into `target`, which may have another dtype or device, or be sharded."""
+    target.copy_(placed_like(drawn.to(target.dtype), target))
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:

@@ -11,8 +11,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig
 
-from hf_lowrank.adapters.relora import lora_layers
+from hf_lowrank.adapters.relora import factors, lora_layers, merge_and_reinit, prune_moments
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import METHODS
 
@@ -157,6 +160,45 @@ def test_warm_start_in_two_processes(tmp_path):
     train(str(tmp_path / "one"), 8, warm_start_steps=3, save_steps=8)
     alone = weights(tmp_path / "one", 8)
     assert all(torch.allclose(first[name], tensor, atol=2e-5) for name, tensor in alone.items())
+
+
+def sharded_restart(pruning, mesh=None):
+    """Three steps of AdamW and a restart; all tensors whole."""
+    method = METHODS["relora"]
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = method.build_model(config, method.settings(r=3), 0)
+    if mesh is not None:
+        for block in model.lm.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.arange(24).view(2, 12)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    merge_and_reinit(model, seed=0, step=3)
+    prune_moments(optimizer, factors(model), mode=pruning, ratio=0.8, seed=0, step=3)
+    found = dict(model.named_parameters())
+    found |= {f"{name} moment": optimizer.state[factor]["exp_avg"] for name, factor in factors(model).items()}
+    return {name: getattr(t, "full_tensor", lambda t=t: t)().detach() for name, t in found.items()}
+
+
+@pytest.mark.parametrize("pruning", ["random", "magnitude"])
+def test_restarts_of_sharded_models(tmp_path, pruning):
+    def run(rank):
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2)
+        torch.save(sharded_restart(pruning, init_device_mesh("cpu", (2,))), tmp_path / f"rank{rank}.pt")
+        torch.distributed.destroy_process_group()
+
+    assert [exit_of(process) for process in [forked(lambda rank=rank: run(rank)) for rank in range(2)]] == [0, 0]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert same(first, second)
+    alone = sharded_restart(pruning)
+    assert all(torch.allclose(first[name], tensor, atol=1e-6) for name, tensor in alone.items())
 
 
 def test_a_model_without_lora_is_refused(llama_config, dense):
