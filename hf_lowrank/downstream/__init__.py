@@ -1,1 +1,29 @@
 """Downstream: lm-eval's tasks on every checkpoint of a run, and what predicts the scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["TASK_FOLDER", "Score", "analyse", "compare", "evaluate", "predict", "read_scores", "run_lm_eval"]
+
+_WHERE = {
+    "Score": "scores",
+    "TASK_FOLDER": "lm_eval_registry",
+    "analyse": "prediction",
+    "compare": "paired",
+    "evaluate": "runner",
+    "predict": "gathering",
+    "read_scores": "scores",
+    "run_lm_eval": "lm_eval_cli",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, each imported when it is asked for: lm-eval and its data sets are heavy."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value

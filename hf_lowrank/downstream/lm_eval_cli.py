@@ -15,9 +15,10 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
         UserError: a checkpoint, tokenizer or task of this package is unusable.
         SystemExit: as lm-eval's own parser raises it.
     """
-    import hf_lowrank.adapters  # noqa: F401  (lets `--model hf` load adapted checkpoints too)
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
+
+    import hf_lowrank.adapters  # noqa: F401  (lets `--model hf` load adapted checkpoints too)
 
     register_models()
     setup_logging()

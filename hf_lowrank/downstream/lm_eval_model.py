@@ -78,13 +78,6 @@ class LowRankLM(HFLM):
         self._model = model.to(self.device).eval()
         self._config = model.config
 
-    @property
-    def max_length(self) -> int:
-        """Tokens that the model takes; an adapted model's base architecture says so."""
-        base = getattr(self.config, "base_config", None)
-        limit = base.get("max_position_embeddings") if isinstance(base, dict) else None
-        return self._max_length or limit or super().max_length
-
     @cached_property
     def evaluation_set(self) -> EvaluationSet:
         """The held-out sequences that the loss is measured on."""

@@ -41,7 +41,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Fits:
-    """F standardisations and ridge solutions for each penalty: a prediction is `mean_y + ((x − mean)/scale) @ coef`."""
+    """F standardisations and ridge solutions per penalty: a prediction is `mean_y + ((x − mean)/scale) @ coef`."""
 
     mean_FP: Array
     scale_FP: Array

@@ -74,7 +74,9 @@ def tokenizer_folder(trajectory: Trajectory, step: int) -> str:
     for folder in candidates:
         if folder is not None and any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
             return str(folder)
-    raise UserError(f"{where}: has no tokenizer, nor has its run; downstream tasks need one (save_pretrained it there)")
+    raise UserError(
+        f"{where}: has no tokenizer, nor has its run; downstream tasks need one (save_pretrained it there)"
+    )
 
 
 def load_tokenizer(trajectory: Trajectory, step: int) -> PreTrainedTokenizerBase:
@@ -94,10 +96,8 @@ def load_tokenizer(trajectory: Trajectory, step: int) -> PreTrainedTokenizerBase
 
 def context_length(trajectory: Trajectory) -> int:
     """Tokens that a run's models were trained to see: the recipe's sequences, no more than the architecture takes."""
-    config = trajectory.config
-    base = getattr(config, "base_config", None) or config
-    get = base.get if isinstance(base, dict) else lambda name: getattr(base, name, None)
-    limits = [get(name) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
+    config = trajectory.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
     recipe = trajectory.run.recipe or {}
     limits.append((recipe.get("data") or {}).get("sequence_length"))
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]

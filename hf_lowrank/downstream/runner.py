@@ -101,7 +101,9 @@ def evaluate(
             chosen = choose_steps(trajectory.steps, steps, "all")
         except UserError as error:
             raise UserError(f"{trajectory.path}: {error}") from None
-        plans.append((trajectory, chosen, rows_file(trajectory, output).with_name(FILE_NAME)))
+        plans.append(
+            (trajectory, chosen, rows_file(trajectory, None if output is None else Path(output)).with_name(FILE_NAME))
+        )
     from tqdm.auto import tqdm
 
     total = sum(len(chosen) for _, chosen, _ in plans) * len(names)
@@ -176,7 +178,7 @@ class _Runner:
         from hf_lowrank.downstream.lm_eval_model import LowRankLM
 
         try:
-            model = self.trajectory.model(step)
+            model: Any = self.trajectory.model(step)
             tokenizer = load_tokenizer(self.trajectory, step)
             if self.lm is not None and self.lm.tokenizer.get_vocab() == tokenizer.get_vocab():
                 self.lm.replace_model(model)
@@ -346,16 +348,14 @@ def _one_line(error: BaseException) -> str:
 
 
 def _best_device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")  # fmt: skip # noqa: E501
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def _batch_size(model: Any, device: torch.device) -> int:
     """As many sequences of full length as give a quarter gigabyte of logits on a CPU, two on an accelerator."""
-    config = model.config
-    base = getattr(config, "base_config", None) or {}
-    words = base.get("vocab_size") if isinstance(base, dict) and base else getattr(config, "vocab_size", 32000)
-    length = base.get("max_position_embeddings") if isinstance(base, dict) and base else None
-    length = length or getattr(config, "max_position_embeddings", 1024) or 1024
+    config = model.config.get_text_config()
+    words, length = config.vocab_size, getattr(config, "max_position_embeddings", None) or 1024
     logits = 2**26 if device.type == "cpu" else 2**29
     tokens = min(8192 if device.type == "cpu" else 65536, logits // words)
     return max(1, tokens // length)

@@ -1,0 +1,87 @@
+"""Predicted against seen, and a table for the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_lowrank.downstream.prediction import Prediction, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = 8
+
+
+def prediction_figure(table: Table, prediction: Prediction) -> Figure:
+    """Two panels, perplexity alone and with geometry: every checkpoint's predicted score against the seen one, each
+    run with a mark of its own, and the line on which both are equal.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    panels = (
+        ("Perplexity alone", prediction.predicted_perplexity, prediction.r2_perplexity),
+        ("Perplexity and geometry", prediction.predicted_both, prediction.r2_both),
+    )
+    runs = table.run_of_row
+    both = [prediction.seen, prediction.predicted_perplexity, prediction.predicted_both]
+    low, high = min(float(v.min()) for v in both), max(float(v.max()) for v in both)
+    for axis, (title, predicted, r2) in zip(axes, panels, strict=True):
+        axis.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
+        for number, name in enumerate(table.runs):
+            rows = runs == number
+            mark = "osD^v<>P"[number % 8]
+            axis.plot(predicted[rows], prediction.seen[rows], mark, markersize=5, alpha=0.8, label=str(name))
+        axis.set_title(f"{title}: R² = {r2:.2f}")
+        axis.set_xlabel("predicted above-chance score")
+    axes[0].set_ylabel("seen above-chance score")
+    if len(table.runs) <= 16:
+        axes[1].legend(fontsize=6, loc="best")
+    gain = f"gain {prediction.gain:+.2f} [{prediction.gain_low:+.2f}, {prediction.gain_high:+.2f}]"
+    figure.suptitle(f"Runs left out in turn, {gain}, p = {prediction.p_value:.3f}", fontsize=10)
+    return figure
+
+
+def prediction_tables(prediction: Prediction) -> list[Any]:
+    """rich tables: the two regressions, the largest coefficients, the best single metrics."""
+    from rich.table import Table as RichTable
+
+    fits = RichTable(title=f"Downstream scores of {prediction.checkpoints} checkpoints, {prediction.runs} runs")
+    for column in ("predictors", "R²", "Spearman ρ"):
+        fits.add_column(column)
+    fits.add_row("perplexity", f"{prediction.r2_perplexity:.3f}", f"{prediction.spearman_perplexity:.3f}")
+    fits.add_row("perplexity + geometry", f"{prediction.r2_both:.3f}", f"{prediction.spearman_both:.3f}")
+    low, high = prediction.gain_low, prediction.gain_high
+    fits.add_row(
+        "gain", f"{prediction.gain:+.3f} [{low:+.3f}, {high:+.3f}]", f"permutation p = {prediction.p_value:.3f}"
+    )
+    weights = RichTable(title="Standardised coefficients")
+    for column in ("predictor", "mean", "spread over fits"):
+        weights.add_column(column)
+    for coefficient in prediction.coefficients[:SHOWN]:
+        weights.add_row(coefficient.name, f"{coefficient.mean:+.4f}", f"{coefficient.spread:.4f}")
+    single = RichTable(title="Single metrics")
+    for column in ("metric", "R² alone", "gain over perplexity", "Spearman ρ"):
+        single.add_column(column)
+    for ranked in prediction.ranking[:SHOWN]:
+        single.add_row(ranked.metric, f"{ranked.r2_alone:.3f}", f"{ranked.gain:+.3f}", f"{ranked.spearman:.3f}")
+    return [fits, weights, single]
+
+
+def score_table(rows: Any, *, last_only: bool = True) -> Any:
+    """A rich table of scores: a line each run (its last checkpoint) and task, value, interval, chance."""
+    from rich.table import Table as RichTable
+
+    shown = [row for row in rows if row.group is None]
+    if last_only:
+        last = {row.run: max(r.step for r in shown if r.run == row.run) for row in shown}
+        shown = [row for row in shown if row.step == last[row.run]]
+    table = RichTable(title="Downstream")
+    for column in ("run", "step", "task", "metric", "score", "95 % interval", "chance", "n"):
+        table.add_column(column)
+    for row in shown:
+        interval = "" if row.ci_low is None else f"[{row.ci_low:.3f}, {row.ci_high:.3f}]"
+        chance = "" if row.chance is None else f"{row.chance:.2f}"
+        table.add_row(row.run, str(row.step), row.task, row.metric, f"{row.value:.3f}", interval, chance, str(row.n))
+    return table

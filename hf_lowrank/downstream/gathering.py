@@ -1,0 +1,226 @@
+"""From the tables of runs to the answer of `prediction`: `hf-lowrank predict`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.downstream.prediction import FEWEST_RUNS, PERMUTATIONS, Prediction, Table, analyse
+from hf_lowrank.downstream.scores import FILE_NAME, Score, read_scores
+from hf_lowrank.errors import UserError
+from hf_lowrank.files import whole_file, write_text
+from hf_lowrank.measuring.metrics import METRICS
+from hf_lowrank.measuring.plan import rows_file
+from hf_lowrank.measuring.table import Measurement, read_measurements
+
+# Of each task the first of these counts.
+PRIMARY = ("acc", "mcc", "acc_norm")
+# What of a measurement's settings changes from checkpoint to checkpoint of the same metric.
+VARYING = {"from_step", "to_step", "t", "step"}
+
+Grid = dict[str, dict[int, Any]]  # run -> step -> value
+
+
+def predict(
+    runs: Sequence[str | os.PathLike[str]],
+    *,
+    tasks: Iterable[str] | None = None,
+    metrics: str | Iterable[str] | None = None,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+    output: str | os.PathLike[str] | None = None,
+) -> Prediction:
+    """Whether geometry predicts the downstream scores of these runs better than perplexity alone.
+
+    Args:
+        runs: run directories with `measurements.jsonl` and `downstream.jsonl`.
+        tasks: whose above-chance scores are averaged; None: all that every checkpoint has.
+        metrics: ids, dimensions or groups of METRICS; None: the sixteen.
+        permutations: of the test.
+        seed: of permutations and bootstrap.
+        output: a folder for `prediction.json` and `prediction.png`; None writes nothing.
+
+    Raises:
+        UserError: fewer than 8 runs have what is needed; the line says what each of the others lacks.
+    """
+    table = gather(runs, tasks=tasks, metrics=metrics)
+    prediction = analyse(table, permutations=permutations, seed=seed)
+    if output is not None:
+        folder = Path(output)
+        write_text(folder / "prediction.json", json.dumps(_plain(table, prediction), indent=1) + "\n")
+        from hf_lowrank.downstream.figures import prediction_figure
+
+        with whole_file(folder / "prediction.png") as temporary:
+            prediction_figure(table, prediction).savefig(temporary, format="png", dpi=150)
+    return prediction
+
+
+def gather(
+    runs: Sequence[str | os.PathLike[str]],
+    *,
+    tasks: Iterable[str] | None = None,
+    metrics: str | Iterable[str] | None = None,
+) -> Table:
+    """The table of checkpoints, from what measuring and evaluating wrote.
+
+    Raises:
+        UserError: too few runs, naming what is missing where, or no step or task that all have.
+    """
+    chosen = (
+        METRICS.sixteen if metrics is None else [m for m in METRICS.select(metrics) if m not in ("loss", "perplexity")]
+    )
+    measured: dict[str, list[Measurement]] = {}
+    scored: dict[str, list[Score]] = {}
+    faults: list[str] = []
+    for given in runs:
+        name = os.fspath(given)
+        try:
+            file = (
+                rows_file(Trajectory(name), None) if not _has_tables(Path(name)) else Path(name) / "measurements.jsonl"
+            )
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        rows = [row for row in read_measurements(file) if row.scope == "model"]
+        scores = _usable(read_scores(file.with_name(FILE_NAME)), tasks)
+        if not any(row.metric == "perplexity" and math.isfinite(row.value) for row in rows):
+            faults.append(f"{name} has no perplexity (hf-lowrank measure {name})")
+        elif not scores:
+            faults.append(f"{name} has no downstream scores above chance level known (hf-lowrank evaluate {name})")
+        else:
+            measured[name], scored[name] = rows, scores
+    if len(measured) < FEWEST_RUNS:
+        raise UserError(
+            f"prediction needs at least {FEWEST_RUNS} runs with measurements and downstream scores, got "
+            f"{len(measured)} of {len(runs)}" + "".join(f"; {fault}" for fault in faults)
+        )
+    notes = [f"left out: {fault}" for fault in faults]
+    target = _targets(scored, notes)
+    columns = {metric: _column(measured, metric, notes) for metric in ["perplexity", *chosen]}
+    steps = _steps(list(measured), target, columns, chosen, notes)
+    names = list(measured)
+
+    def grid(values: Grid) -> Any:
+        return np.array([[values.get(run, {}).get(step, np.nan) for step in steps] for run in names], dtype=float)
+
+    return Table(
+        runs=names,
+        steps=steps,
+        metrics=chosen,
+        log_perplexity=np.log(grid(columns["perplexity"])),
+        geometry=np.stack([grid(columns[metric]) for metric in chosen], axis=2),
+        target=grid(target),
+        notes=notes,
+    )
+
+
+def _has_tables(folder: Path) -> bool:
+    return (folder / FILE_NAME).is_file() or (folder / "measurements.jsonl").is_file()
+
+
+def _usable(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[Score]:
+    """The primary score of each task at each checkpoint, where guessing has a known level."""
+    wanted = None if tasks is None else set(tasks)
+    best: dict[tuple[int, str], Score] = {}
+    for row in scores:
+        if row.group is not None or row.chance is None or row.limit is not None or row.metric not in PRIMARY:
+            continue
+        if wanted is not None and row.task not in wanted:
+            continue
+        there = best.get((row.step, row.task))
+        if there is None or PRIMARY.index(row.metric) < PRIMARY.index(there.metric):
+            best[row.step, row.task] = row
+    return list(best.values())
+
+
+def _targets(scored: Mapping[str, Sequence[Score]], notes: list[str]) -> Grid:
+    """Mean above-chance score `(score − chance)/(1 − chance)` over the tasks that every run has."""
+    per_run = {run: {row.task for row in rows} for run, rows in scored.items()}
+    shared = set.intersection(*per_run.values())
+    if not shared:
+        raise UserError("the runs have no task in common; evaluate them on the same ones")
+    for task in sorted(set.union(*per_run.values()) - shared):
+        notes.append(f"{task} is not there for every run: left out of the target")
+    for task in sorted(shared):
+        if len({row.items for rows in scored.values() for row in rows if row.task == task}) > 1:
+            notes.append(f"{task} was scored on different items in different runs")
+    target: Grid = {}
+    for run, rows in scored.items():
+        by_step: dict[int, dict[str, float]] = defaultdict(dict)
+        for row in rows:
+            if row.task in shared and row.chance is not None:
+                by_step[row.step][row.task] = (row.value - row.chance) / (1 - row.chance)
+        target[run] = {s: sum(v.values()) / len(v) for s, v in by_step.items() if v.keys() == shared}
+    return target
+
+
+def _column(measured: Mapping[str, Sequence[Measurement]], metric: str, notes: list[str]) -> Grid:
+    """A metric's values, all with the settings that most of them have."""
+    rows = [(run, row) for run, table in measured.items() for row in table if row.metric == metric]
+    rows = [(run, row) for run, row in rows if math.isfinite(row.value)]
+    kinds = Counter(_kind(row) for _, row in rows)
+    if len(kinds) > 1:
+        notes.append(f"{metric} was measured with {len(kinds)} different settings: the most frequent ones are used")
+    common = kinds.most_common(1)[0][0] if kinds else None
+    values: Grid = {}
+    for run, row in rows:
+        if _kind(row) == common:
+            values.setdefault(run, {})[row.step] = row.value
+    return values
+
+
+def _kind(row: Measurement) -> str:
+    return json.dumps({k: v for k, v in row.settings.items() if k not in VARYING}, sort_keys=True)
+
+
+def _steps(
+    runs: list[str], target: Grid, columns: Mapping[str, Grid], metrics: Sequence[str], notes: list[str]
+) -> list[int]:
+    """The steps at which all runs have target, perplexity and the metrics that at least half of these steps have."""
+
+    def have(grid: Grid) -> set[int]:
+        return set.intersection(*(set(grid.get(run, {})) for run in runs))
+
+    every = set.union(*(set(target[run]) for run in runs))
+    steps = have(target) & have(columns["perplexity"])
+    if not steps:
+        raise UserError("the runs have no step in common with a score and a perplexity; evaluate and measure the same")
+    complete = {metric: have(columns[metric]) & steps for metric in metrics}
+    for metric, there in complete.items():
+        if 2 * len(there) >= len(steps) and there != steps:
+            notes.append(f"{metric} is null at steps {_listed(steps - there)}: these steps are left out")
+    kept = set.intersection(steps, *(there for there in complete.values() if 2 * len(there) >= len(steps)))
+    if not kept:
+        raise UserError("no step has all metrics in all runs; measure the same metrics at the same steps everywhere")
+    if every - steps:
+        notes.append(f"steps {_listed(every - steps)} are not there for every run: left out")
+    return sorted(kept)
+
+
+def _listed(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(steps)))
+
+
+def _plain(table: Table, prediction: Prediction) -> dict[str, Any]:
+    plain = asdict(prediction)
+    for name in ("seen", "predicted_perplexity", "predicted_both"):
+        plain[name] = np.asarray(plain[name]).tolist()
+    plain["rows"] = [[run, step] for run in table.runs for step in table.steps]
+    return _finite(plain)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
