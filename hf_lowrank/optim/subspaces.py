@@ -61,36 +61,43 @@ def exact_bases(request: Request) -> tuple[Tensor, Tensor]:
     return (left, right) if request.transposed else (right, left)
 
 
+OVERSAMPLING = 16
+ENOUGH_ENERGY = 0.99
+LEAST_GAIN = 0.003
+MOST_ITERATIONS = 8
+
+
 def randomized_basis(request: Request) -> Tensor:
     """Nearly the top right singular vectors, by subspace iteration from the basis in use (arXiv 0909.4061).
 
-    One iteration from the last basis is enough: the gradients' spectra fall fast. The first choice has no basis to
-    start from and takes two, from a wider random one. The result is turned to the singular directions inside the
-    subspace (Rayleigh-Ritz), largest first, and signed to agree with the last basis, since moments are carried over.
+    It ends when the basis captures 0.99 of the gradient's energy, and so of what any basis can; in training that is
+    after one iteration. Where the spectrum is flat, it ends when an iteration adds little. The result is turned to
+    the singular directions inside the subspace (Rayleigh-Ritz), largest first, and signed to agree with the last
+    basis, since moments are carried over.
     """
     grad, rank = request.work, request.rank
     if request.previous is None:
         width = min(rank + OVERSAMPLING, *grad.shape)
         generator = draw_generator(grad.device, *request.key)
         basis = torch.randn(grad.shape[-1], width, generator=generator, device=grad.device, dtype=grad.dtype)
-        basis = _iterated(grad, basis)
+        basis = torch.linalg.qr(basis)[0]
     else:
         basis = request.previous.to(grad.dtype)
-    basis = _iterated(grad, basis)
+    total = float(grad.square().sum())
     low = grad @ basis
+    energy = float(low.square().sum())
+    for _ in range(MOST_ITERATIONS):
+        basis = torch.linalg.qr(grad.mT @ low)[0]
+        low = grad @ basis
+        before, energy = energy, float(low.square().sum())
+        if energy >= ENOUGH_ENERGY * total or energy - before <= LEAST_GAIN * energy:
+            break
     _, turn = torch.linalg.eigh(low.mT @ low)
     basis = basis @ turn[:, -rank:].flip(-1)
     if request.previous is not None:
         agreement = (basis * request.previous).sum(0)
         basis = torch.where(agreement < 0, -basis, basis)
     return basis
-
-
-OVERSAMPLING = 16
-
-
-def _iterated(grad: Tensor, basis: Tensor) -> Tensor:
-    return torch.linalg.qr(grad.mT @ (grad @ basis))[0]
 
 
 def random_basis(request: Request) -> Tensor:

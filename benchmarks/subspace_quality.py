@@ -1,0 +1,131 @@
+"""Does the fast subspace train as well as the exact one? Three seeds at nano scale, GaLore, on the Python library.
+
+    python benchmarks/subspace_quality.py [--steps 300] [--seeds 3]
+
+Writes benchmarks/results/subspace_quality.json: the final held-out losses of both, and for early, middle and late
+refreshes the share of the exact basis' captured gradient energy that the fast basis captures, in the fast runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _common import machine, spread, versions, write_result
+
+from hf_lowrank.optim import GaLoreAdamW
+from hf_lowrank.optim.subspaces import Request as Choice
+from hf_lowrank.optim.subspaces import captured_energy, exact_basis
+from hf_lowrank.training.corpus import Corpus, prepare_corpus
+from hf_lowrank.training.recipe import DataSettings
+from hf_lowrank.training.sequences import collate
+
+LENGTH, VOCABULARY, RANK, GAP, BATCH = 128, 2048, 32, 50, 16
+
+
+def model_of(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+    )
+    return LlamaForCausalLM(config)
+
+
+def energy_shares(optimizer: GaLoreAdamW) -> list[float]:
+    """For each target: what its basis captures of its gradient, over what the exact basis would."""
+    shares = []
+    for group in optimizer.param_groups:
+        for param in group["params"] if group["rank"] else ():
+            layout = optimizer._layouts[param]
+            (grad,) = layout.matrices(param.grad)
+            choice = Choice(grad=grad, rank=layout.rank, transposed=layout.transposed, previous=None, key=(0,))
+            exact = captured_energy(grad, exact_basis(choice))
+            shares.append(float(captured_energy(grad, optimizer.state[param]["basis"]) / exact))
+    return shares
+
+
+def held_out_loss(model: LlamaForCausalLM, corpus: Corpus) -> float:
+    ids = corpus.evaluation.input_ids
+    with torch.no_grad():
+        losses = [float(model(input_ids=part, labels=part).loss) for part in ids.split(32)]
+    return sum(losses) / len(losses)
+
+
+def train(corpus: Corpus, subspace: str, seed: int, steps: int) -> dict[str, Any]:
+    model = model_of(seed)
+    optimizer = GaLoreAdamW(model, lr=1e-2, rank=RANK, update_proj_gap=GAP, subspace=subspace, seed=seed)
+    warmup = steps // 10
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, max(0.1, 1 - (step - warmup) / (steps - warmup)))
+    )
+    data = corpus.training_set(steps * BATCH, seed)
+    refreshes = list(range(0, steps, GAP))
+    watched = {"early": refreshes[1], "middle": refreshes[len(refreshes) // 2], "late": refreshes[-1]}
+    shares = {}
+    start = time.perf_counter()
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**collate([data[step * BATCH + row] for row in range(BATCH)])).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for label, when in watched.items():
+            if step == when and subspace != "svd":
+                found = energy_shares(optimizer)
+                shares[label] = {"step": step, "least": min(found), **spread(found)}
+        schedule.step()
+    loss = held_out_loss(model, corpus)
+    seconds = time.perf_counter() - start
+    print(f"{subspace} seed {seed}: {loss:.4f} after {seconds:.0f} s {shares}", file=sys.stderr, flush=True)
+    return {"subspace": subspace, "seed": seed, "loss": loss, "energy_shares": shares}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    data = DataSettings(
+        source="python-library",
+        shape="packed",
+        vocabulary_size=VOCABULARY,
+        sequence_length=LENGTH,
+        evaluation_sequences=256,
+    )
+    corpus = prepare_corpus(data)
+    runs = [
+        train(corpus, kind, seed, options.steps) for seed in range(options.seeds) for kind in ("svd", "randomized")
+    ]
+    losses = {kind: [run["loss"] for run in runs if run["subspace"] == kind] for kind in ("svd", "randomized")}
+    means = {kind: sum(values) / len(values) for kind, values in losses.items()}
+    result = {
+        "machine": machine(torch.device("cpu")),
+        "versions": versions(),
+        "setting": {"steps": options.steps, "rank": RANK, "update_proj_gap": GAP, "batch": BATCH, "length": LENGTH},
+        "runs": runs,
+        "mean_loss": means,
+        "difference": means["randomized"] - means["svd"],
+        "spread_of_seeds": max(losses["svd"]) - min(losses["svd"]),
+        "least_energy_share": min(share["least"] for run in runs for share in run["energy_shares"].values()),
+    }
+    result["within_spread"] = abs(result["difference"]) < result["spread_of_seeds"]
+    print(write_result("subspace_quality", result))
+
+
+if __name__ == "__main__":
+    main()
