@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 import warnings
@@ -11,12 +10,11 @@ from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
+from hf_lowrank.checkpoint_revisions import INDEX, WEIGHTS, HubSource, RemoteTensors
 from hf_lowrank.errors import UserError
 
 STEP_FOLDER = re.compile(r"(?:checkpoint|(?:global_?)?step)[-_]?(\d+)")
-LAST_NUMBER = re.compile(r"(\d+)(?!.*\d)")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[^@]+)?")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Source(Protocol):
@@ -27,6 +25,14 @@ class Source(Protocol):
 
     def folder(self, step: int, *, weights: bool) -> Path:
         """A folder with the checkpoint's configuration, and its weights if asked for."""
+        ...
+
+    def file(self, step: int, name: str) -> Path | None:
+        """One file of a checkpoint, or None."""
+        ...
+
+    def tensors(self, step: int) -> RemoteTensors | None:
+        """What reads single tensors without the rest of a file that is not here; None where the file is here."""
         ...
 
     def extra(self, file: str) -> Path | None:
@@ -60,70 +66,19 @@ class FolderSource:
     def folder(self, step: int, *, weights: bool) -> Path:
         return self._folders[step]
 
+    def file(self, step: int, name: str) -> Path | None:
+        path = self._folders[step] / name
+        return path if path.is_file() else None
+
+    def tensors(self, step: int) -> RemoteTensors | None:
+        return None
+
     def extra(self, file: str) -> Path | None:
         path = self._extras / file
         return path if path.exists() else None
 
     def where(self, step: int) -> str:
         return str(self._folders[step])
-
-
-class HubSource:
-    """Checkpoints as revisions (branches or tags) of a Hub repository; only the needed files are downloaded."""
-
-    def __init__(self, repository: str, revisions: str | None = None) -> None:
-        from huggingface_hub import list_repo_refs
-        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-
-        repository, _, chosen = repository.partition("@")
-        self.repository = self.name = repository
-        pattern = revisions or (chosen or "step*")
-        try:
-            refs = list_repo_refs(repository)
-        except RepositoryNotFoundError:
-            raise UserError(
-                f"{repository}: neither a local folder nor a repository on the Hub that you can see"
-            ) from None
-        except (HfHubHTTPError, OSError) as error:
-            raise UserError(f"{repository}: no such folder, and the Hub cannot be asked: {_one_line(error)}") from None
-        names = [ref.name for ref in [*refs.branches, *refs.tags]]
-        found = {
-            int(m[1]): name for name in names if fnmatch.fnmatchcase(name, pattern) and (m := LAST_NUMBER.search(name))
-        }
-        if not found and pattern in names:
-            found = {0: pattern}
-        if not found:
-            some = ", ".join(names[:8])
-            raise UserError(
-                f"{repository}: no revision matches {pattern!r}; there are: {some}; choose with --revisions"
-            )
-        self._revisions = found
-        self.steps = sorted(found)
-
-    def folder(self, step: int, *, weights: bool) -> Path:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        patterns = ["config.json", "generation_config.json"] + (
-            [WEIGHTS, INDEX, "model-*.safetensors"] if weights else []
-        )
-        try:
-            folder = snapshot_download(self.repository, revision=self._revisions[step], allow_patterns=patterns)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise UserError(f"{self.where(step)}: cannot be downloaded: {_one_line(error)}") from None
-        return Path(folder)
-
-    def extra(self, file: str) -> Path | None:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            return Path(hf_hub_download(self.repository, file, revision=self._revisions[self.steps[-1]]))
-        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError):
-            return None
-
-    def where(self, step: int) -> str:
-        return f"{self.repository}@{self._revisions[step]}"
 
 
 def open_source(path: str | Path, revisions: str | None = None) -> Source:

@@ -175,7 +175,8 @@ class Trajectory:
 
     def tensor_names(self, step: int) -> list[str]:
         """Names of the tensors in a checkpoint."""
-        return list(self._files(step))
+        remote = self._source.tensors(self._known(step))
+        return list(self._files(step)) if remote is None else remote.names()
 
     def tensor(self, step: int, name: str) -> Tensor:
         """One tensor as it is stored, read without the rest.
@@ -183,9 +184,13 @@ class Trajectory:
         Raises:
             UserError: the checkpoint has no such tensor or the file is damaged.
         """
+        names = self.tensor_names(step)
+        if name not in names:
+            raise UserError(f"{self.where(step)}: has no tensor {name!r}; there are: {', '.join(names[:4])}, …")
+        remote = self._source.tensors(step)
+        if remote is not None:
+            return remote.tensor(name)
         files = self._files(step)
-        if name not in files:
-            raise UserError(f"{self.where(step)}: has no tensor {name!r}; there are: {', '.join(list(files)[:4])}, …")
         try:
             with safe_open(files[name], framework="pt") as tensors:
                 return tensors.get_tensor(name)
@@ -205,7 +210,7 @@ class Trajectory:
             return dense_weight_from_tensors(module, self._getter(step), self._adapter).float()
         base = getattr(self._skeleton, "base_model_prefix", "")
         names = (f"{module}.weight", f"{module.removeprefix(base + '.')}.weight")
-        name = next((name for name in names if name in self._files(step)), names[0])
+        name = next((name for name in names if name in self.tensor_names(step)), names[0])
         weight = self.tensor(step, name).float()
         if weight.shape != layer.weight.shape:
             raise UserError(
@@ -240,7 +245,7 @@ class Trajectory:
 
     def _getter(self, step: int) -> Callable[[str], Tensor]:
         def get(name: str) -> Tensor:
-            if name not in self._files(step):
+            if name not in self.tensor_names(step):
                 raise KeyError(name)
             return self.tensor(step, name)
 
@@ -256,8 +261,8 @@ class Trajectory:
     def log_history(self) -> list[dict[str, Any]]:
         """Trainer's log up to the last checkpoint; empty where there is none."""
         for step in reversed(self.steps):
-            state = self._source.folder(step, weights=False) / "trainer_state.json"
-            if state.is_file():
+            state = self._source.file(step, "trainer_state.json")
+            if state is not None:
                 try:
                     return list(json.loads(state.read_text(encoding="utf-8"))["log_history"])
                 except (ValueError, KeyError, TypeError, OSError) as error:

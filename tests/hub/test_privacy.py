@@ -44,8 +44,8 @@ def marked(hub, run, tmp_path, monkeypatch):
         for name in ("config.json", "tokenizer_config.json"):
             content = {**json.loads((folder / name).read_text()), "_name_or_path": f"{home}/models/base", "t": token}
             rewrite(folder / name, lambda _, content=content: json.dumps(content))
-    row = {"run": f"{home}/runs/x", "method": "galore", "seed": 0, "step": 30, "metric": "loss", "scope": "model",
-           "value": 3.5, "settings": {"file": f"{home}/eval.txt"}, "reason": f"failed in {home}/x with {token}"}  # fmt: skip
+    row = {"run": f"{home}/runs/x", "method": "galore", "seed": 0, "step": 30, "metric": "loss", "value": 3.5}
+    row |= {"settings": {"file": f"{home}/eval.txt"}, "reason": f"failed in {home}/x with {token}"}
     (run / "measurements.jsonl").write_text(json.dumps(row) + "\n")
     return [token.encode(), b"home-of-marked-person", b"marked-environment-value", str(tmp_path).encode()]
 
