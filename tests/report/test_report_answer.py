@@ -108,14 +108,26 @@ def test_groups_keep_fingerprints_apart_and_sort_by_loss(make_run):
 
 def test_the_terminal_table_is_readable(make_run):
     console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    table = terminal_table([make_run("a", "full_rank", loss=3.3), make_run("b", "fira[red]", loss=3.2)])
-    console.print(table)
+    runs = [make_run("a", "full_rank", loss=3.3), make_run("b", "fira[red]", loss=3.2)]
+    console.print(terminal_table(runs, width=150))
     text = console.export_text()
     assert "fira[red]" in text
     assert text.index("fira[red]") < text.index("Full-rank")
     assert "One seed per method" in " ".join(text.split())
     console.print(terminal_table([make_run("c"), make_run("d", fingerprint="cd" * 32)]))
     assert "2 evaluation sets" in console.export_text()
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_narrow_terminal_shows_fewer_columns_but_whole_ones(make_run, width):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    table = terminal_table([make_run("a", "full_rank", loss=3.3), make_run("b", "fira", loss=3.2)], width=width)
+    console.print(table)
+    headings = [str(column.header).splitlines()[0] for column in table.columns]
+    assert headings[:2] == ["Run", "Method"]
+    lines = console.export_text().splitlines()
+    assert all(any(heading in line for line in lines) for heading in headings)
+    assert ("Perplexity" in headings) == (width >= 80)
 
 
 def _linear(colour):
