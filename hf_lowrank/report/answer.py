@@ -9,7 +9,7 @@ from typing import Literal
 
 from hf_lowrank.report.catalogue import Dimension, quantity, quantity_order
 from hf_lowrank.report.colours import looks, method_order
-from hf_lowrank.report.curves import CURVE_METRICS
+from hf_lowrank.report.curves import SWEEPS
 from hf_lowrank.report.formats import big_count, duration, loss_text, memory, plain, significant, words_list
 from hf_lowrank.report.runs import RunRecord
 from hf_lowrank.report.statistics import Estimate, mean_difference, mean_interval
@@ -52,7 +52,7 @@ class Group:
         runs: by final loss, best first, those without one last.
         columns: those that at least one run fills.
         cells: one row per run, one cell per column.
-        mixed: metrics that were measured with different settings in these runs, and so compare only with care.
+        mixed: metrics measured with different settings or at different steps in these runs: compare with care.
         headline, standfirst: the answer in a sentence, and what it rests on.
     """
 
@@ -188,7 +188,7 @@ def _table(runs: Sequence[RunRecord]) -> tuple[list[Column], list[tuple[Cell, ..
             columns.append(entry.column)
             for row, value in zip(rows, values, strict=True):
                 row.append(Cell(None, "—", note="not recorded") if value is None else Cell(value, entry.text(value)))
-    taken = {column.id for column in columns} | {"loss", "perplexity", *CURVE_METRICS}
+    taken = {column.id for column in columns} | {"loss", "perplexity", *SWEEPS}
     metrics = {row.metric for run in runs for row in run.rows if row.scope == "model"} - taken
     for metric in sorted(metrics, key=quantity_order):
         about = quantity(metric)
@@ -201,11 +201,11 @@ def _table(runs: Sequence[RunRecord]) -> tuple[list[Column], list[tuple[Cell, ..
 
 
 def _mixed(runs: Sequence[RunRecord], columns: Sequence[Column]) -> tuple[str, ...]:
-    """Titles of the metrics whose settings differ between the last rows of `runs`."""
+    """Titles of the metrics whose settings or steps differ between the last rows of `runs`."""
     found = []
     for column in columns:
         rows = [row for run in runs if (row := run.last(column.id)) is not None and row.value is not None]
-        if len({json.dumps(row.settings, sort_keys=True, default=str) for row in rows}) > 1:
+        if len({(row.step, json.dumps(row.settings, sort_keys=True, default=str)) for row in rows}) > 1:
             found.append(quantity(column.id).title)
     return tuple(found)
 

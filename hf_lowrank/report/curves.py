@@ -56,7 +56,16 @@ CURVE_METRICS = {
         "From one run's weights straight to the other's; the ends are the two trained models.",
         "position on the path",
     ),
+    "aligned_method_path": Sweep(
+        "Path to the baseline, hidden units aligned",
+        "interpolation",
+        "As above, the baseline's hidden units permuted to match: a hill that stays is more than a renaming.",
+        "position on the path",
+    ),
 }
+PLANE = "random_plane"
+# What is measured point by point; never a column of a table nor a trend of its own.
+SWEEPS = frozenset({*CURVE_METRICS, PLANE})
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,31 @@ def curves(run: RunRecord, metric: str) -> list[Curve]:
             )
         )
     return found
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Losses in nats over two directions: `loss[i][j]` at (x[j], y[i]), None where nothing was measured."""
+
+    step: int
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    loss: tuple[tuple[float | None, ...], ...]
+
+
+def plane(run: RunRecord, step: int | None = None) -> Plane | None:
+    """The loss on a plane through the weights at `step` (the last measured one for None), None without any."""
+    points: dict[int, dict[tuple[float, float], float | None]] = {}
+    for row in run.rows:
+        x, y = row.settings.get("x"), row.settings.get("y")
+        if row.metric == PLANE and isinstance(x, int | float) and isinstance(y, int | float):
+            points.setdefault(row.step, {})[float(x), float(y)] = row.value
+    if not points or (step is not None and step not in points):
+        return None
+    chosen = max(points) if step is None else step
+    found = points[chosen]
+    xs, ys = sorted({x for x, _ in found}), sorted({y for _, y in found})
+    return Plane(chosen, tuple(xs), tuple(ys), tuple(tuple(found.get((x, y)) for x in xs) for y in ys))
 
 
 def _relative_unit(settings: Mapping[str, Any], line: Iterable[float]) -> float | None:

@@ -88,6 +88,7 @@ def render(runs: list[RunRecord]) -> str:
             for metric, about in data["metrics"].items()
             if about["dimension"] == "activations" and any("layers" in _of(entry, metric) for entry in data["runs"])
         ],
+        planes=any(entry["plane"] for entry in data["runs"]),
         layered=any("layers" in found for entry in data["runs"] for found in entry["metrics"].values()),
         barriers=len({row.baseline for run in runs for row in run.rows if row.metric == "method_barrier"}) > 1,
         summary=_summary(runs),

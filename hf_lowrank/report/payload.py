@@ -10,7 +10,7 @@ from typing import Any
 from hf_lowrank.report.answer import Group
 from hf_lowrank.report.catalogue import DIMENSIONS, quantity, quantity_order
 from hf_lowrank.report.colours import looks
-from hf_lowrank.report.curves import CURVE_METRICS, curves
+from hf_lowrank.report.curves import CURVE_METRICS, SWEEPS, curves, plane
 from hf_lowrank.report.runs import RunRecord
 
 # Beyond this many points a line of a few hundred pixels does not change.
@@ -61,7 +61,7 @@ def _metrics(run: RunRecord, scopes: _Scopes) -> dict[str, Any]:
     found: dict[str, Any] = {}
     layered: dict[str, dict[int, dict[str, float | None]]] = {}
     for row in sorted(run.rows, key=lambda row: row.step):
-        if row.metric in CURVE_METRICS:
+        if row.metric in SWEEPS:
             continue
         entry = found.setdefault(row.metric, {"x": [], "y": [], "lo": [], "hi": [], "why": None, "base": row.baseline})
         if row.metric == "method_barrier" and row.scope == "model" and row.value is not None:
@@ -109,6 +109,14 @@ def _curves(run: RunRecord) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _plane(run: RunRecord) -> dict[str, Any] | None:
+    found = plane(run)
+    if found is None:
+        return None
+    losses = [shorts(row, 4) for row in found.loss]
+    return {"step": found.step, "x": shorts(found.x), "y": shorts(found.y), "loss": losses}
+
+
 def payload(groups: Sequence[Group]) -> dict[str, Any]:
     """Everything the pictures need; see `page.js` for who reads what."""
     runs = [(group.id, run) for group in groups for run in group.runs]
@@ -140,6 +148,7 @@ def payload(groups: Sequence[Group]) -> dict[str, Any]:
             },
             "metrics": _metrics(run, scopes),
             "curves": _curves(run),
+            "plane": _plane(run),
         }
         for group, run in runs
     ]

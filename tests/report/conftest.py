@@ -116,6 +116,11 @@ def measured_rows(run, method, seed, steps, blocks, draw, loss, activations, bar
                 n=8,
                 settings={**radius, "t": x * unit},
             )
+        if activations and step == steps[-1]:
+            for i in range(-5, 6):
+                for j in range(-5, 6):
+                    height = here + sharp * (i * i + 2 * j * j + i * j) / 25
+                    yield row(step, "random_plane", height, settings={"x": i / 5, "y": j / 5})
         for metric, level in SPECTRAL.items():
             if metric.startswith("update") and step == steps[0]:
                 continue
@@ -133,7 +138,7 @@ def measured_rows(run, method, seed, steps, blocks, draw, loss, activations, bar
                 for block in range(blocks + 1):
                     share = 1 - (1 - level) * age * character * (0.3 + block / blocks)
                     values.append(share if metric != "activation_l2" else 1.1 - share)
-                    yield row(step, metric, values[-1], scope=f"model.layers.{block}", baseline="full_rank")
+                    yield row(step, metric, values[-1], scope=f"hidden_states.{block}", baseline="full_rank")
                 yield row(step, metric, sum(values) / len(values), baseline="full_rank")
         for other in barriers:
             peak = age * (0.4 + 0.8 * draw.random())

@@ -161,6 +161,9 @@ def test_sections_follow_what_was_measured(make_run, page_of):
     for section in ("h-landscape", "h-interpolation", "h-spectra", "h-activations", "h-layers", "fig-barriers"):
         assert f'id="{section}"' in text
     assert 'data-heat="activation_cka"' in text
+    assert 'id="fig-planes"' in text
+    assert 'data-trend="random_plane"' not in text
+    assert 'data-id="random_plane"' not in text
 
 
 def test_evaluation_sets_are_never_ranked_together(make_run, page_of):
@@ -178,7 +181,7 @@ def test_mixed_settings_are_said(make_run, page_of):
     rows = run / "measurements.jsonl"
     rows.write_text(rows.read_text().replace('"draws": 8', '"draws": 4'))
     text, _ = page_of([make_run("a"), run])
-    assert "different settings" in text
+    assert "different settings or at different steps" in text
     text, _ = page_of([make_run("c"), make_run("d", "fira")])
     assert "different settings" not in text
 

@@ -8,7 +8,7 @@ import torch
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
-from hf_lowrank.report.curves import curves
+from hf_lowrank.report.curves import curves, plane
 from hf_lowrank.report.runs import load_run, load_runs, read_rows
 
 
@@ -92,3 +92,13 @@ def test_curves_are_put_together_in_units_that_compare(make_run):
     assert last.t == tuple(sorted(last.t))
     assert all(low < mean < high for low, mean, high in zip(last.low, last.mean, last.high, strict=True))
     assert curves(load_run(make_run("b", measured=False)), "random_curve") == []
+
+
+def test_a_plane_is_put_together(make_run):
+    found = plane(load_run(make_run("a", activations=True)))
+    assert found.step == 200
+    assert found.x == found.y == tuple(i / 5 for i in range(-5, 6))
+    middle = found.loss[5][5]
+    assert middle == min(value for row in found.loss for value in row)
+    assert found.loss[5][10] - middle == pytest.approx((found.loss[10][5] - middle) / 2)
+    assert plane(load_run(make_run("b"))) is None

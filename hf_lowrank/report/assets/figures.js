@@ -114,7 +114,7 @@
   const PLACES = DATA.scopes.map((path) => {
     const parts = path.split(".");
     const at = parts.findIndex((p) => /^\d+$/.test(p));
-    return at < 0 ? { kind: path, block: 0 } : { kind: parts.slice(at + 1).join(".") || "block output", block: +parts[at] };
+    return at < 0 ? { kind: path, block: 0 } : { kind: parts.slice(at + 1).join(".") || (at === 1 && parts[0] === "hidden_states" ? "hidden states" : "block"), block: +parts[at] };
   });
   const layered = (metric) => shownRuns().filter((run) => run.metrics[metric] && run.metrics[metric].layers);
   const layerMetrics = () => Object.keys(DATA.metrics).filter((m) => DATA.runs.some((run) => run.metrics[m] && run.metrics[m].layers));
@@ -162,13 +162,32 @@
         const found = tables.map((t) => (t.values[t.steps.indexOf(s)] || [])[t.scopes.indexOf(scope)]).filter(finite);
         return found.length ? found.reduce((a, b) => a + b, 0) / found.length : null;
       }));
-      const rows = tables[0].scopes.map((scope) => DATA.scopes[scope].replace(/^model\./, ""));
+      const rows = tables[0].scopes.map((scope) => {
+        const hidden = /^hidden_states\.(\d+)$/.exec(DATA.scopes[scope]);
+        return hidden ? (hidden[1] === "0" ? "embedding" : `block ${hidden[1]}`) : DATA.scopes[scope].replace(/^model\./, "");
+      });
       return { method, spec: { rows, columns: stepsHere.map(String), values, xLabel: "step", what: M(metric).title } };
     });
     const all = specs.flatMap((s) => s.spec.values.flat()).filter(finite);
     const low = Math.min(...all), high = Math.max(...all);
     for (const entry of specs) Object.assign(entry.spec, { low, high });
     return { specs, low, high };
+  }
+
+  /** Loss planes: one for each shown run, or for the first of each method, all on one scale of the rise. */
+  function planeSpecs() {
+    const runs = shownRuns().filter((run) => run.plane);
+    const chosen = state.seeds === "mean" ? runs.filter((run, i) => runs.findIndex((o) => o.method === run.method) === i) : runs;
+    const specs = chosen.map((run) => {
+      const { x, y, loss, step } = run.plane;
+      const least = Math.min(...loss.flat().filter(finite));
+      const rise = loss.map((row) => row.map((v) => (finite(v) ? v - least : null))).reverse();
+      const label = (v) => number(v, 2);
+      return { run, spec: { rows: y.map(label).reverse(), columns: x.map(label), values: rise, xLabel: "first direction", what: `rise at step ${step}`, plane: true } };
+    });
+    const high = Math.max(...specs.flatMap((s) => s.spec.values.flat()).filter(finite));
+    for (const { spec } of specs) Object.assign(spec, { low: 0, high });
+    return { specs, high };
   }
 
   /** Barriers between methods, where more than one baseline was measured: rows are runs, columns their baselines. */
@@ -206,5 +225,5 @@
     return { rows, columns, values, low: Math.min(0, ...all), high: Math.max(...all), xLabel: "to", what: "barrier in nats", square: true };
   }
 
-  Object.assign(LR, { stripSpec, lossSpec, trendSpec, curveSpec, curveSteps, layerMetrics, layerSteps, layerSpecs, heatSpecs, barrierSpec });
+  Object.assign(LR, { stripSpec, lossSpec, trendSpec, curveSpec, curveSteps, layerMetrics, layerSteps, layerSpecs, heatSpecs, planeSpecs, barrierSpec });
 })();

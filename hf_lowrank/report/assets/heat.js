@@ -8,26 +8,27 @@
   function heat(host, spec) {
     const width = Math.max(Math.floor(host.clientWidth), 200);
     const left = 8 + 6.2 * Math.min(Math.max(...spec.rows.map((r) => r.length), 2), 16);
-    const cellWidth = Math.min((width - left - 6) / spec.columns.length, spec.square ? 68 : 90);
-    const cellHeight = spec.square ? Math.min(cellWidth, 44) : Math.min(Math.max(200 / spec.rows.length, 9), 24);
+    const cellWidth = Math.min((width - left - 6) / spec.columns.length, spec.square ? 68 : spec.plane ? 13 : 90);
+    const cellHeight = spec.plane ? cellWidth : spec.square ? Math.min(cellWidth, 44) : Math.min(Math.max(200 / spec.rows.length, 9), 24);
     const top = 6;
     const height = top + cellHeight * spec.rows.length + 40;
     const span = spec.high - spec.low || 1;
     const root = svg("svg", { class: "plot heat", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
-    const every = Math.max(1, Math.ceil(12 / cellHeight));
+    const gap = spec.plane ? 0 : 1;
+    const every = spec.plane ? Math.ceil((spec.rows.length - 1) / 4) || 1 : Math.max(1, Math.ceil(12 / cellHeight));
     spec.rows.forEach((label, i) => {
       if (i % every === 0) root.append(svg("text", { x: left - 6, y: top + cellHeight * (i + 0.5) + 4, "text-anchor": "end" }, label.length > 16 ? label.slice(0, 15) + "…" : label));
     });
     const widest = Math.max(...spec.columns.map((c) => c.length)) * 6.6 + 8;
-    const sparse = Math.max(1, Math.ceil(widest / cellWidth));
+    const sparse = spec.plane ? Math.ceil((spec.columns.length - 1) / 4) || 1 : Math.max(1, Math.ceil(widest / cellWidth));
     spec.columns.forEach((label, j) => {
       if (j % sparse === 0) root.append(svg("text", { x: left + cellWidth * (j + 0.5), y: height - 22, "text-anchor": "middle" }, label));
     });
     root.append(svg("text", { x: left + cellWidth * spec.columns.length, y: height - 4, "text-anchor": "end", class: "title" }, spec.xLabel));
     spec.values.forEach((row, i) => row.forEach((value, j) => {
-      const share = finite(value) ? Math.min(Math.max((value - spec.low) / span, 0), 1) : null;
+      const share = finite(value) ? Math.min(Math.max((value - spec.low) / span, 0), 1) ** (spec.plane ? 0.5 : 1) : null;
       const box = svg("rect", {
-        x: left + cellWidth * j + 0.5, y: top + cellHeight * i + 0.5, width: cellWidth - 1, height: cellHeight - 1,
+        x: left + cellWidth * j + 0.5, y: top + cellHeight * i + 0.5, width: cellWidth - gap, height: cellHeight - gap,
         class: share === null ? "hole" : "heatcell", "fill-opacity": share === null ? null : (0.05 + 0.95 * share).toFixed(3), "data-r": i, "data-c": j,
       });
       root.append(box);

@@ -242,6 +242,20 @@
       node.querySelector(".scale").replaceChildren(html("span", {}, number(low, 3)), html("i", {}), html("span", {}, number(high, 3)));
     });
   }
+  const planeFigure = document.getElementById("fig-planes");
+  if (planeFigure) {
+    const grid = planeFigure.querySelector(".grid");
+    add(planeFigure, () => {
+      const { specs, high } = LR.planeSpecs();
+      const pieces = specs.map(({ run }) => {
+        const host = html("div", { className: "chart" });
+        return { host, box: html("div", { className: "multiple" }, html("h4", {}, swatch(run.method, 24), ` ${LR.runTitle(run)}`), host) };
+      });
+      grid.replaceChildren(...pieces.map((p) => p.box));
+      pieces.forEach((p, i) => heat(p.host, specs[i].spec));
+      planeFigure.querySelector(".scale").replaceChildren(html("span", {}, "0"), html("i", {}), html("span", {}, `${number(high, 3)} nats`));
+    });
+  }
   const barrierFigure = document.getElementById("fig-barriers");
   if (barrierFigure) {
     add(barrierFigure, () => {

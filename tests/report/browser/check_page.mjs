@@ -68,13 +68,13 @@ await does("columns", async () => {
   await page.selectOption("select.columns", "training");
   return spectra && run && !rest;
 });
-const lines = () => page.$$eval("#fig-loss .line", (all) => all.length);
-const look = async () => {
+/* Only what is in view is drawn at once, so look at it before counting. */
+const lines = async () => {
   await page.locator("#fig-loss").evaluate((figure) => figure.scrollIntoView({ behavior: "instant" }));
-  await page.waitForTimeout(200);
+  await page.waitForTimeout(250);
+  return page.$$eval("#fig-loss .line", (all) => all.length);
 };
 await does("filter", async () => {
-  await look();
   const before = await lines();
   await page.locator("button.chip").first().click();
   const after = await lines();
@@ -90,10 +90,8 @@ await does("only one", async () => {
 });
 await does("seeds", async () => {
   if (!(await page.$("input[name=seeds]"))) return true;
-  await look();
   const before = await lines();
   await page.check("input[name=seeds][value=each]", { force: true });
-  await look();
   const after = await lines();
   await page.check("input[name=seeds][value=mean]", { force: true });
   return after > before;
@@ -179,18 +177,21 @@ await does("print", async () => {
   await page.emulateMedia({ media: "screen" });
   return !bar;
 });
-// Time from a click on a filter to the next frame that shows it.
+// Time from a click on a filter to the frame that shows it, at five places of the page: the least of several clicks,
+// since other work on the machine only adds to it.
 found.filter_ms = await page.evaluate(async () => {
   const times = [];
   for (const place of [0, 0.25, 0.5, 0.75, 1]) {
     scrollTo({ top: place * document.documentElement.scrollHeight, behavior: "instant" });
-    await new Promise((done) => setTimeout(done, 300));
-    for (let i = 0; i < 2; i++) {
+    const here = [];
+    for (let i = 0; i < 6; i++) {
+      await new Promise((done) => setTimeout(done, 400));
       const began = performance.now();
       document.querySelector("button.chip").click();
       await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
-      times.push(Math.round(performance.now() - began));
+      here.push(performance.now() - began);
     }
+    times.push(Math.round(Math.min(...here)));
   }
   return times;
 });

@@ -1,0 +1,333 @@
+"""The pictures as matplotlib figures, for papers and notebooks: the page's data, colours and line styles.
+
+Every function takes runs (folders, or objects with a `path`), draws methods as means over their seeds with 95 %
+intervals where there are several, and returns a `matplotlib.figure.Figure` that belongs to no window; save it with
+`figure.savefig(path)`. All raise `UserError` for folders that are no runs, and where nothing was measured to draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.report.catalogue import quantity, quantity_order
+from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
+from hf_lowrank.report.curves import CURVE_METRICS, curves, plane
+from hf_lowrank.report.runs import RunRecord, load_runs
+from hf_lowrank.report.statistics import mean_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Points = Mapping[float, float]
+_MARKERS = {
+    "circle": "o", "square": "s", "diamond": "D", "up": "^", "down": "v", "cross": "X", "plus": "P", "hexagon": "h",
+    "pentagon": "p", "star": "*",
+}  # fmt: skip
+_INK, _SOFT, _RULE = "#1f1d1a", "#5c574f", "#dcd7cc"
+_MOST_MARKS = 24
+
+
+def loss_curves(runs: Iterable[Any], *, train: bool = False) -> Figure:
+    """Validation loss (or the training loss) in nats per token by step."""
+    records = _one_evaluation_set(load_runs(runs))
+    key = "loss" if train else "eval_loss"
+    lines = {run.name: {float(step): loss for step, loss in run.logged(key)} for run in records}
+    figure, (axes,) = _figure(1)
+    _by_method(axes, records, lines, "no loss was logged")
+    axes.set(xlabel="step", ylabel=f"{'training' if train else 'validation'} loss (nats per token)")
+    return _finished(figure, records)
+
+
+def line_curves(
+    runs: Iterable[Any], metric: str = "random_curve", *, step: int | None = None, rise: bool = True
+) -> Figure:
+    """Loss along a line in weight space with its band: random or PCA directions, or the path between two models.
+
+    Args:
+        runs: the runs.
+        metric: `random_curve`, `pca1_curve`, `pcak_curve`, `step_path`, `method_path` or `aligned_method_path`.
+        step: the checkpoint; None for each run's last measured one.
+        rise: draw the rise above the trained model (above the mean of both ends for a path), not the loss itself.
+    """
+    if metric not in CURVE_METRICS:
+        raise UserError(f"metric {metric!r} is no curve; {nearest(metric, CURVE_METRICS)}")
+    records = _one_evaluation_set(load_runs(runs))
+    lines: dict[str, Points] = {}
+    bands: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = {}
+    along = CURVE_METRICS[metric].along
+    for run in records:
+        found = [curve for curve in curves(run, metric) if step is None or curve.step == step]
+        if not found:
+            continue
+        curve = found[-1]
+        known = {t: value for t, value in zip(curve.t, curve.mean, strict=True) if value is not None}
+        if not known:
+            continue
+        ends = (known[min(known)] + known[max(known)]) / 2
+        shift = 0.0 if not rise else ends if metric.endswith("_path") else known.get(0.0, min(known.values()))
+        lines[run.name] = {t: value - shift for t, value in known.items()}
+        if curve.low is not None and curve.high is not None:
+            low, high = (tuple(value - shift for value in side) for side in (curve.low, curve.high))
+            bands[run.name] = (curve.t, low, high)
+        if curve.relative:
+            along = "distance, in root-mean-square weights"
+    figure, (axes,) = _figure(1)
+    _by_method(axes, records, lines, f"no {metric} was measured", bands=bands, marks=False)
+    axes.set(xlabel=along, ylabel="rise of the loss (nats)" if rise else "loss (nats per token)")
+    return _finished(figure, records)
+
+
+def interpolation_paths(runs: Iterable[Any], *, step: int | None = None, metric: str = "method_path") -> Figure:
+    """Loss above the mean of both ends on the straight line from each run to its baseline, by position."""
+    return line_curves(runs, metric, step=step)
+
+
+def landscapes(runs: Iterable[Any], *, step: int | None = None) -> Figure:
+    """The loss on a plane of two directions, one picture for each run that has one, all on one scale."""
+    records = _one_evaluation_set(load_runs(runs))
+    found = [(run, plane(run, step)) for run in records]
+    planes = [(run, one) for run, one in found if one is not None]
+    if not planes:
+        raise UserError("no random_plane was measured in these runs; measure with --metrics random_plane")
+    grids = [np.array(one.loss, dtype=float) for _, one in planes]
+    rises = [grid - np.nanmin(grid) for grid in grids]
+    levels = np.linspace(0, 1, 13) ** 2 * max(float(np.nanmax(rise)) for rise in rises)
+    figure, axes = _figure(len(planes), size=(3.0, 2.9))
+    for (run, one), rise, place in zip(planes, rises, axes, strict=True):
+        drawn = place.contourf(one.x, one.y, rise, levels=levels, cmap="Blues")
+        place.contour(one.x, one.y, rise, levels=levels[1:], colors=_SOFT, linewidths=0.4)
+        place.plot(0, 0, marker="+", color=_INK, markersize=7)
+        place.set(title=_title(run, records), aspect="equal")
+    figure.colorbar(drawn, ax=list(axes), label="rise of the loss (nats)", shrink=0.8, format="%.2g")
+    return figure
+
+
+def trends(runs: Iterable[Any], metrics: Sequence[str] | None = None) -> Figure:
+    """Metrics of the whole model over steps, in small multiples; None for the spectral ones that were measured."""
+    records = _one_evaluation_set(load_runs(runs))
+    measured = {row.metric for run in records for row in run.rows if row.scope == "model" and row.value is not None}
+    chosen = [m for m in sorted(measured, key=quantity_order) if quantity(m).dimension == "spectra"]
+    if metrics is not None:
+        chosen = list(metrics)
+        for metric in chosen:
+            if metric not in measured:
+                raise UserError(f"metric {metric!r} was not measured in these runs; {nearest(metric, measured)}")
+    if not chosen:
+        raise UserError("no spectral metric was measured in these runs; measure them first")
+    figure, axes = _figure(len(chosen), size=(3.2, 2.4))
+    for metric, place in zip(chosen, axes, strict=True):
+        rows = {run.name: [row for row in run.model_rows(metric) if row.value is not None] for run in records}
+        lines = {name: {float(r.step): r.value for r in found if r.value is not None} for name, found in rows.items()}
+        bands = {
+            name: ([r.step for r in found], [r.ci_low for r in found], [r.ci_high for r in found])
+            for name, found in rows.items()
+            if found and all(r.ci_low is not None and r.ci_high is not None for r in found)
+        }
+        _by_method(place, records, lines, f"no {metric} was measured", bands=bands)  # type: ignore[arg-type]
+        about = quantity(metric)
+        place.set_title(about.title + (f" ({about.unit})" if about.unit else ""))
+        place.set_xlabel("step")
+    return _finished(figure, records)
+
+
+def layer_profiles(runs: Iterable[Any], metric: str = "weight_effective_rank", *, step: int | None = None) -> Figure:
+    """A spectral metric of every kind of matrix over the depth of the network, at one step (None: each run's last)."""
+    from matplotlib.ticker import MaxNLocator
+
+    records = _one_evaluation_set(load_runs(runs))
+    profiles: dict[str, dict[str, dict[float, float]]] = {}
+    for run in records:
+        for (kind, block), value in _layers(run, metric, step).items():
+            profiles.setdefault(kind, {}).setdefault(run.name, {})[float(block)] = value
+    if not profiles:
+        raise UserError(f"metric {metric!r} has no layers in these runs; measure it first")
+    figure, axes = _figure(len(profiles), size=(2.8, 2.2))
+    for (kind, lines), place in zip(profiles.items(), axes, strict=True):
+        _by_method(place, records, lines, "")
+        place.set_title(kind)
+        place.set_xlabel("block")
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.supylabel(quantity(metric).title, fontsize=9, color=_SOFT)
+    return _finished(figure, records)
+
+
+def layer_step_map(runs: Iterable[Any], metric: str = "activation_cka") -> Figure:
+    """Layer × step heat maps of a metric, one for each method (mean over its runs), all on one scale."""
+    records = _one_evaluation_set(load_runs(runs))
+    tables: dict[str, dict[tuple[str, int], list[float]]] = {}
+    for run in records:
+        for row in run.rows:
+            if row.metric == metric and row.scope != "model" and row.value is not None:
+                tables.setdefault(run.method, {}).setdefault((row.scope, row.step), []).append(row.value)
+    if not tables:
+        raise UserError(f"metric {metric!r} has no layers in these runs; measure it first")
+    means = {
+        method: {key: float(np.mean(values)) for key, values in table.items()} for method, table in tables.items()
+    }
+    everything = [value for table in means.values() for value in table.values()]
+    chosen = {method: look for method, look in looks(run.method for run in records).items() if method in means}
+    figure, axes = _figure(len(chosen), size=(2.6, 2.4))
+    for (method, look), place in zip(chosen.items(), axes, strict=True):
+        table = means[method]
+        scopes = list(dict.fromkeys(scope for scope, _ in table))
+        steps = sorted({step for _, step in table})
+        grid = np.array([[table.get((scope, step), np.nan) for step in steps] for scope in scopes])
+        drawn = place.imshow(grid, aspect="auto", cmap="Blues", vmin=min(everything), vmax=max(everything))
+        place.set_xticks(range(len(steps)), [str(step) for step in steps], rotation=45 if len(steps) > 6 else 0)
+        place.set_yticks(range(len(scopes)), [scope.removeprefix("model.") for scope in scopes])
+        place.set(title=look.title, xlabel="step")
+    figure.colorbar(drawn, ax=list(axes), label=quantity(metric).title, shrink=0.8)
+    return figure
+
+
+def barrier_matrix(runs: Iterable[Any], *, step: int | None = None, metric: str = "method_barrier") -> Figure:
+    """The barrier in nats between every two methods that were measured against each other, mean over runs."""
+    records = _one_evaluation_set(load_runs(runs))
+    by_name = {run.name: run for run in records}
+    pairs: dict[tuple[str, str], list[float]] = {}
+    for run in records:
+        latest: dict[str, tuple[int, float]] = {}
+        for row in run.model_rows(metric):
+            if row.value is not None and row.baseline and (step is None or row.step == step):
+                latest[row.baseline] = (row.step, row.value)
+        for baseline, (_, value) in latest.items():
+            other = by_name[baseline].method if baseline in by_name else baseline
+            for pair in {(run.method, other), (other, run.method)}:
+                pairs.setdefault(pair, []).append(value)
+    if not pairs:
+        raise UserError(f"no {metric} was measured in these runs; measure it with a baseline first")
+    chosen = looks(name for pair in pairs for name in pair)
+    names = list(chosen)
+    grid = np.array([[float(np.mean(pairs[a, b])) if (a, b) in pairs else np.nan for b in names] for a in names])
+    figure, (axes,) = _figure(1, size=(1.6 + 0.75 * len(names), 1.2 + 0.6 * len(names)))
+    drawn = axes.imshow(grid, cmap="Blues", vmin=min(0.0, float(np.nanmin(grid))))
+    for (i, j), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            dark = value > 0.6 * np.nanmax(grid)
+            axes.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=8, color="white" if dark else _INK)
+    titles = [look.title for look in chosen.values()]
+    axes.set_xticks(range(len(names)), titles, rotation=35, ha="right")
+    axes.set_yticks(range(len(names)), titles)
+    figure.colorbar(drawn, ax=axes, label="barrier (nats)", shrink=0.8)
+    return figure
+
+
+PLOTS: dict[str, Callable[..., Figure]] = {
+    function.__name__: function
+    for function in (
+        loss_curves, line_curves, interpolation_paths, landscapes, trends, layer_profiles, layer_step_map,
+        barrier_matrix,
+    )
+}  # fmt: skip
+
+
+def _one_evaluation_set(records: list[RunRecord]) -> list[RunRecord]:
+    marks = sorted({run.fingerprint[:12] if run.fingerprint else "none" for run in records})
+    if len(marks) > 1:
+        raise UserError(f"runs must share one evaluation set to be drawn together, got {', '.join(marks)}")
+    return records
+
+
+def _title(run: RunRecord, records: Sequence[RunRecord]) -> str:
+    title = looks([run.method])[run.method].title
+    twins = [other for other in records if other.method == run.method]
+    return title if len(twins) == 1 else f"{title}, {run.name if run.seed is None else f'seed {run.seed}'}"
+
+
+def _layers(run: RunRecord, metric: str, step: int | None) -> dict[tuple[str, int], float]:
+    """Values by (kind of layer, block) at `step` or the last step that has any."""
+    rows = [row for row in run.rows if row.metric == metric and row.scope != "model" and row.value is not None]
+    if not rows:
+        return {}
+    at = max(row.step for row in rows) if step is None else step
+    found = {}
+    for row in rows:
+        parts = row.scope.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if row.step == at and place is not None and row.value is not None:
+            found[".".join(parts[place + 1 :]) or parts[0], int(parts[place])] = row.value
+    return found
+
+
+def _figure(count: int, size: tuple[float, float] = (7.2, 4.0)) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` axes of `size` inches each in rows of up to four."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained", facecolor=LIGHT_GROUND)
+    axes = [figure.add_subplot(rows, columns, place + 1, facecolor=LIGHT_GROUND) for place in range(count)]
+    for place in axes:
+        place.spines[["top", "right", "left"]].set_visible(False)
+        place.spines["bottom"].set_color(_SOFT)
+        place.grid(axis="y", color=_RULE, linewidth=0.6)
+        place.set_axisbelow(True)
+        place.tick_params(colors=_SOFT, labelsize=8, length=0)
+        for text in (place.title, place.xaxis.label, place.yaxis.label):
+            text.set(fontsize=9, color=_INK)
+    return figure, axes
+
+
+def _by_method(
+    axes: Axes,
+    records: Sequence[RunRecord],
+    lines: Mapping[str, Points],
+    empty: str,
+    *,
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] | None = None,
+    marks: bool = True,
+) -> None:
+    """One line for each method: its run with its own band, or the mean over its runs with the t interval."""
+    drawn = False
+    for method, look in looks(run.method for run in records).items():
+        members = [run.name for run in records if run.method == method and lines.get(run.name)]
+        if not members:
+            continue
+        drawn = True
+        common = sorted(set.intersection(*(set(lines[name]) for name in members)))
+        estimates = [mean_interval([lines[name][x] for name in members]) for x in common]
+        style = _style(look, marks and len(common) <= _MOST_MARKS)
+        axes.plot(common, [estimate.mean for estimate in estimates], label=look.title, **style)
+        if len(members) > 1:
+            low = [e.mean if e.low is None else e.low for e in estimates]
+            high = [e.mean if e.high is None else e.high for e in estimates]
+            axes.fill_between(common, low, high, color=look.light, alpha=0.16, linewidth=0)
+        elif bands and members[0] in bands:
+            axes.fill_between(*bands[members[0]], color=look.light, alpha=0.16, linewidth=0)
+    if not drawn and empty:
+        raise UserError(f"{empty} in these runs; measure them first")
+
+
+def _style(look: Look, marks: bool) -> dict[str, Any]:
+    return {
+        "color": look.light,
+        "linewidth": 1.6,
+        "linestyle": (0, look.dash) if look.dash else "-",
+        "marker": _MARKERS[look.marker] if marks else None,
+        "markersize": 4,
+    }
+
+
+def _finished(figure: Figure, records: Sequence[RunRecord]) -> Figure:
+    """Adds one legend for the whole figure where more than one method is drawn."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        for handle, label in zip(handles, labels, strict=True):
+            entries.setdefault(str(label), handle)
+    if len({run.method for run in records}) > 1:
+        figure.legend(
+            list(entries.values()),
+            list(entries),
+            loc="outside upper left",
+            ncols=min(len(entries), 8),
+            frameon=False,
+            fontsize=8.5,
+            labelcolor=_INK,
+        )
+    return figure

@@ -1,0 +1,96 @@
+"""The matplotlib figures draw what was measured, with the page's looks, and import matplotlib only when asked."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.report.colours import looks
+from hf_lowrank.report.plots import (
+    PLOTS,
+    barrier_matrix,
+    landscapes,
+    layer_profiles,
+    layer_step_map,
+    line_curves,
+    loss_curves,
+    trends,
+)
+
+
+@pytest.fixture
+def study(make_run):
+    """Three methods with two seeds each, everything measured."""
+    return [
+        make_run(f"{method}-{seed}", method, seed, loss=loss + 0.02 * seed, activations=True, barriers=bases)
+        for method, loss, bases in (
+            ("full_rank", 3.3, ("galore-0",)),
+            ("galore", 3.4, ("full_rank-0",)),
+            ("cola", 3.5, ("full_rank-0", "galore-0")),
+        )
+        for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_every_picture_saves(study, tmp_path, name):
+    figure = PLOTS[name](study)
+    figure.savefig(tmp_path / "picture.png", dpi=40)
+    assert (tmp_path / "picture.png").stat().st_size > 2000
+    assert figure.axes
+
+
+def test_lines_are_means_over_seeds_in_the_method_s_look(study):
+    (axes,) = loss_curves(study).axes
+    assert [line.get_label() for line in axes.lines] == ["Full-rank", "GaLore", "CoLA"]
+    for line, method in zip(axes.lines, ("full_rank", "galore", "cola"), strict=True):
+        assert to_hex(line.get_color()) == looks([method])[method].light
+    assert axes.lines[1].get_ydata()[-1] == pytest.approx(3.41)
+    assert axes.lines[0].get_linestyle() == "-"
+    assert axes.lines[2].get_linestyle() != "-"
+    # The t interval of two values 0.02 apart: half width 12.706 · 0.01.
+    low, high = axes.collections[1].get_paths()[0].get_extents().get_points()[:, 1]
+    assert high - low > 2 * 12.706 * 0.0099
+
+
+def test_a_single_run_keeps_its_own_band(make_run):
+    (axes,) = line_curves([make_run("a")]).axes
+    assert len(axes.collections) == 1
+    (line,) = axes.lines
+    assert line.get_xdata()[0] == -0.3
+    assert line.get_ydata()[6] == 0
+
+
+def test_planes_maps_and_matrices_hold_the_measured_numbers(study):
+    figure = landscapes(study)
+    assert len(figure.axes) == 7
+    figure = layer_step_map(study, "activation_cosine")
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["GaLore", "CoLA"]
+    assert figure.axes[0].images[0].get_array().shape == (5, 5)
+    grid = barrier_matrix(study).axes[0].images[0].get_array()
+    assert np.allclose(np.ma.filled(grid, np.nan), np.ma.filled(grid.T, np.nan), equal_nan=True)
+    assert len(layer_profiles(study).axes) == 7
+    assert len(trends(study).axes) == 7
+    assert len(trends(study, ["random_sharpness"]).axes) == 1
+
+
+def test_what_was_not_measured_is_an_error_of_one_line(make_run):
+    bare = [make_run("bare", measured=False)]
+    for name, plot in PLOTS.items():
+        if name != "loss_curves":
+            with pytest.raises(UserError, match="measure"):
+                plot(bare)
+    with pytest.raises(UserError, match="did you mean 'random_curve'"):
+        line_curves(bare, "random_curv")
+    with pytest.raises(UserError, match="was not measured"):
+        trends([make_run("b")], ["update_normal"])
+    with pytest.raises(UserError, match="share one evaluation set"):
+        loss_curves([make_run("c"), make_run("d", fingerprint="cd" * 32)])
+
+
+def test_matplotlib_comes_only_with_a_picture():
+    code = "import sys, hf_lowrank.report.plots; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
