@@ -45,6 +45,7 @@ def movable(model: nn.Module, *, memory: Memory = "copy") -> Iterator[Callable[[
     try:
         with torch.no_grad():
             yield mover.move
+        mover.check()
     finally:
         _finish(mover.close)
         model.train(training)
@@ -77,6 +78,9 @@ class _Copy:
             parameter.copy_(original)
             add_point(name, as_rows(parameter), as_rows(original), point)
 
+    def check(self) -> None:
+        """Nothing can be missed: every parameter is written."""
+
     def close(self) -> None:
         self.move(())
 
@@ -94,6 +98,14 @@ def _add_block(name: str, target: Tensor, original_RC: Tensor, rows: tuple[int, 
             target.add_(block, alpha=t)
 
 
+def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """A module's parameters that are no other module's that runs: those in its lists and dicts of parameters too."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if isinstance(child, nn.ParameterDict | nn.ParameterList):
+            yield from child.parameters()
+
+
 class _Virtual:
     """Gives the layers forward functions that perturb as they go; the stored weights are never written.
 
@@ -107,18 +119,34 @@ class _Virtual:
         self.handles: list[Any] = []
         self.replaced: list[nn.Module] = []
         self.held: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
-        for module in model.modules():
+        self.owners: dict[nn.Module, str] = {}
+        self.ran: set[nn.Module] = set()
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ParameterDict | nn.ParameterList) or next(_own_parameters(module), None) is None:
+                continue
+            self.owners[module] = name
             if type(module) is nn.Linear and module.weight is not None:
                 self._replace(module, self._linear(module))
                 module.__dict__["row_block"] = self._row_block(module)
             elif type(module) is nn.Embedding and module.max_norm is None:
                 self._replace(module, self._embedding(module))
-            elif any(True for _ in module.parameters(recurse=False)):
+            else:
                 self.handles.append(module.register_forward_pre_hook(self._hold))
                 self.handles.append(module.register_forward_hook(self._release, always_call=True))
 
     def move(self, point: Point) -> None:
+        self.check()
         self.point = point
+
+    def check(self) -> None:
+        """Sees that the last evaluation ran every module that owns parameters: others would not have moved."""
+        missed = [name for module, name in self.owners.items() if module not in self.ran]
+        ran, self.ran = self.ran, set()
+        if ran and missed:
+            raise ValueError(
+                f"memory='low' moves parameters of modules that run; {missed[0]} did not, or its parameters are used "
+                "by others; use memory='copy'"
+            )
 
     def close(self) -> None:
         self.point = ()
@@ -138,6 +166,7 @@ class _Virtual:
         def forward(x: Tensor) -> Tensor:
             if not self.point:
                 return functional.linear(x, module.weight, module.bias)
+            self.ran.add(module)
             y = x.new_empty(*x.shape[:-1], module.out_features)
             for start, stop in row_blocks(*module.weight.shape):
                 y[..., start:stop] = functional.linear(x, self._rows(module.weight, start, stop))
@@ -152,6 +181,7 @@ class _Virtual:
             bias = None if module.bias is None else self._whole(module.bias)[start:stop]
             weight = module.weight.detach()[start:stop]
             if self.point:
+                self.ran.add(module)
                 weight = weight.clone()
                 for first, last in row_blocks(*module.weight.shape):
                     low, high = max(first, start), min(last, stop)
@@ -165,6 +195,8 @@ class _Virtual:
     def _embedding(self, module: nn.Embedding) -> Callable[[Tensor], Tensor]:
         def forward(ids: Tensor) -> Tensor:
             out = functional.embedding(ids, module.weight)
+            if self.point:
+                self.ran.add(module)
             flat_ids, out_rows = ids.flatten(), out.view(-1, out.shape[-1])
             for start, stop in row_blocks(*module.weight.shape) if self.point else ():
                 here = ((flat_ids >= start) & (flat_ids < stop)).nonzero().squeeze(1)
@@ -190,8 +222,8 @@ class _Virtual:
     def _hold(self, module: nn.Module, inputs: Any) -> None:
         if not self.point or module in self.held:
             return
-        own = module.parameters(recurse=False)
-        kept: list[tuple[Tensor, Tensor]] = [(parameter, parameter.detach().clone()) for parameter in own]
+        self.ran.add(module)
+        kept = [(parameter, parameter.detach().clone()) for parameter in _own_parameters(module)]
         self.held[module] = kept
         for parameter, original in kept:
             add_point(self.names[id(parameter)], as_rows(parameter), as_rows(original), self.point)

@@ -73,7 +73,7 @@ class MeasureSettings(BaseModel):
         default=16, ge=1, description="Held-out sequences, the first ones of the run's; null: all."
     )
     steps: int | Literal["all"] = Field(
-        default=4, description="How many checkpoints the costly metrics are measured at."
+        default=3, description="How many checkpoints the costly metrics are measured at."
     )
     batch_tokens: int = Field(default=4096, ge=1, description="Tokens a batch; changes no number but by rounding.")
     memory: Literal["copy", "low"] = Field(default="copy", description="low: no second copy of the weights, slower.")

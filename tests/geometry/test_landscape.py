@@ -137,6 +137,32 @@ def test_low_memory_gives_the_same_numbers(normalize):
     torch.testing.assert_close(curves[0], curves[1], rtol=1e-6, atol=0)
 
 
+def test_low_memory_refuses_what_it_would_miss():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+            self.factors = nn.ParameterDict({"a": nn.Parameter(torch.ones(3))})
+            self.around = True
+
+        def forward(self, x):
+            return nn.functional.linear(x * self.factors["a"], self.inner.weight) if self.around else self.inner(x)
+
+    model = Scaled()
+
+    def curve(memory):
+        return g.random_curve(
+            model, lambda m: float(m(torch.ones(1, 3)).sum()), offsets=GRID, draws=1, memory=memory
+        ).losses
+
+    with pytest.raises(ValueError, match="inner did not"):
+        curve("low")
+    curve("copy")
+    Scaled.forward = lambda self, x: self.inner(x * self.factors["a"])
+    torch.testing.assert_close(curve("low"), curve("copy"))
+    assert not model.inner.__dict__.get("forward")
+
+
 def test_normalised_directions_have_the_norms_of_the_weights():
     weight = torch.randn(900, 400, generator=torch.Generator().manual_seed(0)) * torch.rand(900, 1)
     from hf_lowrank.geometry.directions import row_blocks

@@ -83,3 +83,13 @@ def test_spectra_are_those_of_the_dense_weights(measured):
             assert row.value == pytest.approx(value, rel=1e-5)
         factors = run.low_rank_factors(20, name)
         assert (factors is not None) == (method in ("cola", "low_rank"))
+
+
+def test_low_memory_gives_the_same_numbers(measured, tmp_path):
+    _, folder, rows = measured
+    settings = {**SMALL, "memory": "low"}
+    other = measure(folder, metrics="random,pca,step_barrier", settings=settings, steps=20, output=tmp_path)
+    expected = {row.metric: row.value for row in rows if row.scope == "model"}
+    for metric in ("random_sharpness", "pca1_sharpness", "pcak_sharpness", "step_barrier"):
+        (row,) = [row for row in other if row.metric == metric]
+        assert row.value == pytest.approx(expected[metric], rel=1e-4, abs=1e-6), (metric, row.reason)
