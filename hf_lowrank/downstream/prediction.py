@@ -160,10 +160,9 @@ def without_useless(table: Table) -> Table:
     notes = list(table.notes)
     for number, metric in enumerate(table.metrics):
         values = table.geometry[:, :, number]
-        if not np.isfinite(values).all():
-            missing = [
-                run for run, row in zip(table.runs, np.isfinite(values).all(1).tolist(), strict=True) if not row
-            ]
+        known: list[bool] = np.isfinite(values.min(axis=1)).tolist()
+        if not all(known):
+            missing = [run for run, there in zip(table.runs, known, strict=True) if not there]
             some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             notes.append(f"{metric} is null in {some}: left out")
         elif np.ptp(values) <= 1e-9 * max(1e-300, float(np.abs(values).max())):
@@ -261,7 +260,8 @@ def spearman(a: Array, b: Array) -> float:
     ranks = [_ranks(a), _ranks(b)]
     if any(np.ptp(r) == 0 for r in ranks):
         return float("nan")
-    return float(np.corrcoef(np.stack(ranks))[0, 1])
+    first, second = (r - r.mean() for r in ranks)
+    return float(first @ second / np.sqrt((first @ first) * (second @ second)))
 
 
 def _ranks(values: Array) -> Array:

@@ -1,0 +1,167 @@
+"""Checkpoints × tasks: rows, items, resuming, comparing, and lines for what cannot be done."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from hf_lowrank.downstream import compare, evaluate, read_scores
+from hf_lowrank.downstream import runner as runner_module
+from hf_lowrank.downstream.catalogue import OFFLINE, units, wanted_tasks
+from hf_lowrank.downstream.figures import score_table
+from hf_lowrank.downstream.paired import mcnemar, paired_difference
+from hf_lowrank.downstream.scores import append_scores, bootstrap, item_file, read_item_scores
+from hf_lowrank.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def scored(run, other_run):
+    lines = []
+    rows = evaluate([run, other_run], steps="last", say=lines.append)
+    assert lines == []
+    return rows
+
+
+def test_every_offline_task_gets_rows_with_intervals(scored, run, other_run):
+    assert {row.task for row in scored} == set(OFFLINE)
+    assert {(row.run, row.step) for row in scored} == {(run.name, 10), (other_run.name, 10)}
+    kinds = {row.metric for row in scored if row.task == "pylib_syntax"}
+    assert kinds == {"acc", *(f"acc_{k}" for k in ("bracket", "colon", "keyword", "operator", "indentation", "name"))}
+    for row in scored:
+        assert row.n >= 100
+        assert row.ci_low <= row.value <= row.ci_high
+        if row.metric == "acc":
+            assert row.n >= 500
+            assert row.chance == (0.25 if row.task == "pylib_cloze" else 0.5)
+
+
+def test_untrained_models_do_not_beat_chance(scored):
+    for row in scored:
+        if row.task in ("pylib_syntax", "pylib_copy") and row.metric == "acc":
+            assert row.ci_low <= row.chance
+
+
+def test_items_add_up_to_the_rows(scored, run):
+    for row in scored:
+        if row.run == run.name and row.metric.startswith("acc"):
+            items = read_item_scores(item_file(run / "downstream.jsonl", row.step, row.task))
+            values = [item[row.metric] for item in items if row.metric in item]
+            assert len(values) == row.n
+            assert np.mean(values) == pytest.approx(row.value)
+
+
+def test_nothing_is_scored_twice(scored, run, other_run, monkeypatch):
+    before = (run / "downstream.jsonl").read_bytes()
+    monkeypatch.setattr(runner_module._Runner, "_score", lambda *_: pytest.fail("scored again"))
+    assert evaluate([run, other_run], steps="last") == scored
+    assert (run / "downstream.jsonl").read_bytes() == before
+
+
+def test_a_torn_line_is_scored_again_alone(scored, run, tmp_path):
+    copy = tmp_path / run.name
+    shutil.copytree(run, copy)
+    table = copy / "downstream.jsonl"
+    lines = table.read_bytes().splitlines(keepends=True)
+    last = json.loads(lines[-1])["task"]
+    table.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
+    said = []
+    rows = evaluate(copy, tasks=[last], steps=10, say=said.append)
+    assert len(read_scores(copy)) == len(lines)
+    assert table.read_bytes().count(b"\n") == len(lines)
+    assert [row.value for row in rows if row.task == last] == [
+        row.value for row in scored if row.task == last and row.run == run.name
+    ]
+
+
+def test_problems_are_lines_and_the_rest_goes_on(run, tmp_path, tokenizer, make_run):
+    said = []
+    rows = evaluate(
+        run,
+        tasks=["pylib_sintax", "arc_easy", "pylib_bits_per_byte"],
+        steps=5,
+        limit=20,
+        output=tmp_path,
+        say=said.append,
+    )
+    assert {row.task for row in rows} == {"pylib_bits_per_byte"}
+    assert len(said) == 2
+    assert "unknown task 'pylib_sintax'; did you mean 'pylib_syntax'" in said[0]
+    assert "arc_easy: its data set is not on this machine" in said[1]
+    assert all("\n" not in line for line in said)
+    with pytest.raises(UserError, match="unknown task"):
+        evaluate(run, tasks="pylib_sintax", output=tmp_path, say=said.append)
+    bare = make_run(tmp_path / "bare", tokenizer, steps=(5,))
+    for folder in ("tokenizer", "checkpoint-5"):
+        for file in (bare / folder).glob("tokenizer*"):
+            file.unlink()
+    said.clear()
+    assert evaluate(bare, tasks="pylib_copy", say=said.append) == []
+    assert len(said) == 1
+    assert "has no tokenizer" in said[0]
+
+
+def test_groups_are_taken_apart_and_scored_groups_stay_one():
+    found, problems = units(["lowrank_paper"])
+    assert problems == []
+    assert found == ["piqa", "copa", "mrpc", "rte", "mnli", "arc_easy", "blimp", "sst2"]
+    found, problems = units(["lowrank_paper_full"])
+    assert not problems
+    assert set(found[8:]) == {
+        "qqp", "qnli", "boolq", "multirc", "cola", "wsc", "truthfulqa_mc1", "truthfulqa_mc2", "toxigen"
+    }  # fmt: skip
+    assert units(["pylib"])[0] == list(OFFLINE)
+    assert wanted_tasks("a, b,a") == ["a", "b"]
+
+
+def test_two_runs_are_compared_item_by_item(scored, run, other_run):
+    (found,) = compare(run, other_run, tasks=["pylib_syntax"])
+    by_run = {row.run: row.value for row in scored if row.task == "pylib_syntax" and row.metric == "acc"}
+    assert found.difference == pytest.approx(by_run[other_run.name] - by_run[run.name])
+    assert found.ci_low <= found.difference <= found.ci_high
+    assert (found.only_second - found.only_first) / found.n == pytest.approx(found.difference)
+    assert len(compare(run, other_run)) == 3
+    with pytest.raises(UserError, match="did you mean"):
+        compare(run, other_run, tasks=["pylib_sintax"])
+
+
+def test_mcnemar_is_scipys_binomial_test():
+    for a, b in ((0, 0), (1, 0), (3, 9), (30, 30), (700, 800), (5, 2000)):
+        expected = binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
+        assert mcnemar(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_sign_flips_find_a_difference_and_no_difference():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=400)
+    noise = rng.normal(size=400)
+    difference, low, high, p, _ = paired_difference(a, a + 0.3 + 0.5 * noise)
+    assert low < difference < high
+    assert p < 0.001
+    assert paired_difference(a, a + noise - noise.mean())[3] > 0.5
+
+
+def test_the_bootstrap_agrees_with_the_closed_form():
+    values = [float(v) for v in np.random.default_rng(0).random(600) < 0.7]
+    mean = float(np.mean(values))
+    error, low, high = bootstrap(values, np.mean, is_mean=True)
+    expected = math.sqrt(mean * (1 - mean) / 600)
+    assert error == pytest.approx(expected, rel=0.05)
+    assert (mean - low) == pytest.approx(1.96 * expected, rel=0.1)
+    assert (high - mean) == pytest.approx(1.96 * expected, rel=0.1)
+    slow, _, _ = bootstrap(values, lambda v: sum(v) / len(v), is_mean=False)
+    assert slow == pytest.approx(expected, rel=0.2)
+
+
+def test_damaged_tables_are_one_line(tmp_path, scored):
+    file = tmp_path / "downstream.jsonl"
+    append_scores(file, scored[:2])
+    file.write_bytes(b"{}\n" + file.read_bytes())
+    with pytest.raises(UserError, match="line 1 is no score"):
+        read_scores(file)
+
+
+def test_the_terminal_table_has_a_row_for_each_score(scored):
+    assert score_table(scored).row_count == len(scored)
