@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.configuration import LowRankConfig
 from hf_lowrank.adapters.dense import PREFIX, lora_dense_weight
-from hf_lowrank.adapters.layers import ReplacedLinear, check_rank, dense_linear, linear_shape
+from hf_lowrank.adapters.layers import ReplacedLinear
+from hf_lowrank.adapters.linears import check_rank, dense_linear, linear_shape
 from hf_lowrank.adapters.relora import reinitialise
 from hf_lowrank.errors import UserError
 from hf_lowrank.targets import target_modules

@@ -84,6 +84,22 @@ class ReplacingTuner(BaseTuner):
         weight = target.weight.detach()
         return self.tuner_layer_cls(target, name), weight.T if isinstance(target, Conv1D) else weight
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's, but what is missing is an error: no dense weight would stand in for it."""
+        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in model.named_modules():
+            if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
+                for part in layer.tensor_names():
+                    if f"{name}.{part}.{adapter_name}" not in result:
+                        raise UserError(
+                            f"{layer.layer_name}: the {cls.title} adapter misses the tensor {name}.{part}; "
+                            "the file is incomplete or of another method"
+                        )
+        return result
+
     def disable_adapter_layers(self) -> None:
         """Raises UserError: a replaced layer has no disabled state."""
         self._no_dense_weight("disabled")

@@ -9,6 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -156,6 +157,17 @@ def test_state_dict_round_trip(llama_config, replacing, dense, ids, stir):
     result = set_peft_model_state_dict(other, get_peft_model_state_dict(model))
     assert not result.unexpected_keys
     assert torch.equal(logits(other, ids), logits(model, ids))
+
+
+def test_an_adapter_file_with_a_missing_tensor_is_an_error(llama_config, replacing, dense, tmp_path):
+    get_peft_model(dense(llama_config), replacing()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    gone = next(name for name in sorted(tensors) if "layers.1.mlp.up_proj" in name)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != gone}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(UserError, match=rf"model\.layers\.1\.mlp\.up_proj: the \w+ adapter misses the tensor {gone}"):
+        PeftModel.from_pretrained(dense(llama_config), tmp_path)
 
 
 def test_modules_to_save(llama_config, replacing, dense, ids, stir, tmp_path):

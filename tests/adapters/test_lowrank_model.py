@@ -417,6 +417,7 @@ def test_a_checkpoint_of_another_rank_is_an_error(llama_config, method, adapted,
 @pytest.mark.parametrize("adapter", [SLTrainConfig(r=4, sparsity=0.1), CoLAConfig(r=4, checkpoint_activations=True)])
 def test_compiles_whole_and_with_the_same_numbers(llama_config, adapter, ids):
     torch.manual_seed(0)
+    llama_config.num_hidden_layers = 1
     model = LowRankForCausalLM(LowRankConfig(base_config=llama_config, adapter_config=adapter)).train()
 
     def step(forward):
