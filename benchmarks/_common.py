@@ -70,7 +70,7 @@ def llama(size: str, seed: int = 0) -> LlamaForCausalLM:
 
 
 def real_gradients(model: LlamaForCausalLM, *, steps: int, keep: int, sequences: int) -> list[list[torch.Tensor]]:
-    """The gradients of the last `keep` of `steps` training steps on the Python library's text; the model is trained."""
+    """The gradients of the last `keep` of `steps` training steps on the Python library; `model` is trained."""
     data = DataSettings(
         source="python-library",
         shape="packed",

@@ -181,13 +181,14 @@ def measure(
         added = max(0.0, row["refresh"]["median"]) / GAP if row["refresh"] else 0.0
         row["mean_step"] = row["plain_step"]["median"] + added
         row["state_bytes"] = state_bytes(optimizer)
-    for name in optimizers:
-        optimizers[name] = builders[name](10**9) if not name.startswith("AdamW") else optimizers[name]
-        optimizers[name].step()
+    # Without refreshes, one at a time.
+    optimizers.clear()
+    for name, builder in builders.items():
+        optimizer = builder(10**9)
+        optimizer.step()
         with PeakMemory(device) as peak:
-            optimizers[name].step()
+            optimizer.step()
         rows[name]["peak_bytes_plain"] = peak.bytes
-        optimizers[name].state.clear()
     return {
         "size": size,
         "dtype": str(dtype).removeprefix("torch."),

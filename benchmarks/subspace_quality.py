@@ -108,10 +108,9 @@ def main() -> None:
         evaluation_sequences=256,
     )
     corpus = prepare_corpus(data)
-    runs = [
-        train(corpus, kind, seed, options.steps) for seed in range(options.seeds) for kind in ("svd", "randomized")
-    ]
-    losses = {kind: [run["loss"] for run in runs if run["subspace"] == kind] for kind in ("svd", "randomized")}
+    kinds = ("svd", "randomized")
+    runs = [train(corpus, kind, seed, options.steps) for seed in range(options.seeds) for kind in kinds]
+    losses = {kind: [run["loss"] for run in runs if run["subspace"] == kind] for kind in kinds}
     means = {kind: sum(values) / len(values) for kind, values in losses.items()}
     result = {
         "machine": machine(torch.device("cpu")),
