@@ -16,16 +16,16 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hf_lowrank.hub import card_facts
 from hf_lowrank.hub.card_facts import log_history, loss_at, read_json, read_yaml, section
-from hf_lowrank.hub.markdown import Markdown, fenced, render
+from hf_lowrank.hub.markdown import CONTROL, Markdown, fenced, render
 from hf_lowrank.hub.privacy import without_private
 
-__all__ = ["log_history", "loss_at", "metric_card", "model_card", "pictures", "read_yaml", "step_card"]
+__all__ = ["log_history", "loss_at", "metric_card", "model_card", "read_yaml", "step_card"]
 
 OWN_BEGIN = "<!-- Your own words: what stands from here … -->"
 OWN_END = "<!-- … to here is kept when the card is written anew. -->"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TAG = re.compile(r"[^\w.+-]+")
-TITLES = {"losses": "Loss over the training", "landscape": "Loss along random directions", "spectra": "Spectra"}
+TITLES = {"losses": "Loss over the training", "landscape": "Loss along random directions"}
 LIMITS = (
     "It continues text and does nothing else: it was not tuned to follow instructions and not made safe.",
     "One training with one seed; another seed gives other numbers.",
@@ -145,16 +145,6 @@ def metric_card(
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
-def pictures(run: Path) -> dict[str, bytes]:
-    """The pictures of a card as PNG by name: losses, and what the measurements give.
-
-    The same data give the same bytes, so that a picture is sent again only when it changed.
-    """
-    from hf_lowrank.hub.pictures import draw
-
-    return draw(run)
-
-
 def last_checkpoint(run: Path) -> Path | None:
     """The folder of the highest step in a run directory."""
     found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
@@ -169,7 +159,7 @@ def step_of(checkpoint: Path | None) -> int:
 
 def one(value: object) -> str:
     """A name: one line of at most 120 characters, without anything private."""
-    return " ".join(without_private(str(value)).split())[:120]
+    return " ".join(CONTROL.sub("", without_private(str(value))).split())[:120]
 
 
 # -- the parts
@@ -289,8 +279,10 @@ def _taken_apart(previous: str | None) -> tuple[dict[str, Any], str]:
             metadata = parsed if isinstance(parsed, dict) else {}
         except yaml.YAMLError:
             metadata = {}
-    if OWN_BEGIN in body and OWN_END in body:
-        return metadata, body.partition(OWN_BEGIN)[2].rpartition(OWN_END)[0].strip("\n")
+    # Whole lines only: a name that holds a mark is no mark.
+    own = re.search(f"^{re.escape(OWN_BEGIN)}\r?$(.*?)^{re.escape(OWN_END)}\r?$", body, re.S | re.M)
+    if own:
+        return metadata, own[1].strip("\n")
     # Somebody's own card, without our marks: all of it is kept.
     return metadata, body.strip("\n")
 

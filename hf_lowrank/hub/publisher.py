@@ -32,6 +32,7 @@ from hf_lowrank.hub.contents import (
     run_files,
     state_files,
 )
+from hf_lowrank.hub.pictures import draw
 from hf_lowrank.hub.privacy import one_line, without_private
 from hf_lowrank.hub.repository import INCOMING, Repository
 
@@ -256,7 +257,7 @@ class Publisher:
     def _card(self, head: str, job: Job | None) -> tuple[PushFile, Files]:
         before = self.repository.read(README, head)
         folder = job.folder if job is not None else None
-        pictures = cards.pictures(self.run) if self.run is not None else {}
+        pictures = draw(self.run) if self.run is not None else {}
         text = cards.model_card(
             self.run,
             self.repository.repo_id,

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -52,7 +53,10 @@ class RemoteFile:
 
 
 def understood(error: Exception, repo_id: str) -> Exception:
-    """The error as the caller needs it: `UnreachedError` to try again, `UserError` to give up with a clear line."""
+    """The error as the caller needs it: `UnreachedError` to try again, `UserError` to give up with a clear line.
+
+    What has nothing to do with the Hub comes back as it is.
+    """
     if isinstance(error, UserError | UnreachedError):
         return error
     if isinstance(error, HFValidationError):
@@ -70,9 +74,11 @@ def understood(error: Exception, repo_id: str) -> Exception:
         return UserError(f"{repo_id}: not writable with this token, or the name belongs to somebody else")
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return UserError(f"{repo_id}: no such repository on the Hub that you can write to")
-    if status == 400 and LOST_UPLOAD not in str(error):
+    if (status == 400 and LOST_UPLOAD not in str(error)) or "Invalid metadata" in str(error):
         return UserError(f"{repo_id}: the Hub refused it: {one_line(error)}")
-    return UnreachedError(one_line(error))
+    if isinstance(error, HTTPError | OSError | ValueError):  # the last: answers that are cut off or make no sense
+        return UnreachedError(one_line(error))
+    return error
 
 
 class Repository:
