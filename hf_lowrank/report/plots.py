@@ -15,7 +15,7 @@ import numpy as np
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.report.catalogue import quantity, quantity_order
 from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
-from hf_lowrank.report.curves import CURVE_METRICS, curves, plane
+from hf_lowrank.report.curves import CURVE_METRICS, Plane, curves, plane
 from hf_lowrank.report.runs import RunRecord, load_runs
 from hf_lowrank.report.statistics import mean_interval
 
@@ -88,10 +88,13 @@ def interpolation_paths(runs: Iterable[Any], *, step: int | None = None, metric:
 
 
 def landscapes(runs: Iterable[Any], *, step: int | None = None) -> Figure:
-    """The loss on a plane of two directions, one picture for each run that has one, all on one scale."""
+    """The loss on a plane of two directions, one picture for each method (its best run), all on one scale."""
     records = _one_evaluation_set(load_runs(runs))
-    found = [(run, plane(run, step)) for run in records]
-    planes = [(run, one) for run, one in found if one is not None]
+    best: dict[str, tuple[RunRecord, Plane]] = {}
+    for run in sorted(records, key=lambda run: (run.final_loss is None, run.final_loss or 0.0), reverse=True):
+        if (one := plane(run, step)) is not None:
+            best[run.method] = (run, one)
+    planes = [best[method] for method in looks(best)]
     if not planes:
         raise UserError("no random_plane was measured in these runs; measure with --metrics random_plane")
     grids = [np.array(one.loss, dtype=float) for _, one in planes]
@@ -103,8 +106,9 @@ def landscapes(runs: Iterable[Any], *, step: int | None = None) -> Figure:
         place.contour(one.x, one.y, rise, levels=levels[1:], colors=_SOFT, linewidths=0.4)
         place.plot(0, 0, marker="+", color=_INK, markersize=7)
         place.set(title=_title(run, records), aspect="equal")
+        place.grid(visible=False)
     figure.colorbar(drawn, ax=list(axes), label="rise of the loss (nats)", shrink=0.8, format="%.2g")
-    return figure
+    return _finished(figure, ())
 
 
 def trends(runs: Iterable[Any], metrics: Sequence[str] | None = None) -> Figure:
@@ -181,8 +185,9 @@ def layer_step_map(runs: Iterable[Any], metric: str = "activation_cka") -> Figur
         place.set_xticks(range(len(steps)), [str(step) for step in steps], rotation=45 if len(steps) > 6 else 0)
         place.set_yticks(range(len(scopes)), [scope.removeprefix("model.") for scope in scopes])
         place.set(title=look.title, xlabel="step")
+        place.grid(visible=False)
     figure.colorbar(drawn, ax=list(axes), label=quantity(metric).title, shrink=0.8)
-    return figure
+    return _finished(figure, ())
 
 
 def barrier_matrix(runs: Iterable[Any], *, step: int | None = None, metric: str = "method_barrier") -> Figure:
@@ -213,8 +218,9 @@ def barrier_matrix(runs: Iterable[Any], *, step: int | None = None, metric: str 
     titles = [look.title for look in chosen.values()]
     axes.set_xticks(range(len(names)), titles, rotation=35, ha="right")
     axes.set_yticks(range(len(names)), titles)
+    axes.grid(visible=False)
     figure.colorbar(drawn, ax=axes, label="barrier (nats)", shrink=0.8)
-    return figure
+    return _finished(figure, ())
 
 
 PLOTS: dict[str, Callable[..., Figure]] = {
@@ -268,8 +274,6 @@ def _figure(count: int, size: tuple[float, float] = (7.2, 4.0)) -> tuple[Figure,
         place.grid(axis="y", color=_RULE, linewidth=0.6)
         place.set_axisbelow(True)
         place.tick_params(colors=_SOFT, labelsize=8, length=0)
-        for text in (place.title, place.xaxis.label, place.yaxis.label):
-            text.set(fontsize=9, color=_INK)
     return figure, axes
 
 
@@ -314,9 +318,12 @@ def _style(look: Look, marks: bool) -> dict[str, Any]:
 
 
 def _finished(figure: Figure, records: Sequence[RunRecord]) -> Figure:
-    """Adds one legend for the whole figure where more than one method is drawn."""
+    """Sets the type, and adds one legend for the whole figure where more than one method is drawn."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set(fontsize=9, color=_INK)
+        axes.tick_params(labelsize=8)
         handles, labels = axes.get_legend_handles_labels()
         for handle, label in zip(handles, labels, strict=True):
             entries.setdefault(str(label), handle)
@@ -325,7 +332,7 @@ def _finished(figure: Figure, records: Sequence[RunRecord]) -> Figure:
             list(entries.values()),
             list(entries),
             loc="outside upper left",
-            ncols=min(len(entries), 8),
+            ncols=min(len(entries), int(figure.get_figwidth() / 1.25)),
             frameon=False,
             fontsize=8.5,
             labelcolor=_INK,
