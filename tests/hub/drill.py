@@ -166,10 +166,10 @@ def half_shown(root: Path) -> list[str]:
 
 
 def plans_of(count: int, sweep: bool) -> list[FaultPlan]:
-    """`count` seeded plans, and with `sweep` a kill before and after each single request."""
+    """`count` seeded plans, and with `sweep` a kill at every single request, before or after it in turn."""
     plans = [FaultPlan.seeded(seed, REQUESTS) for seed in range(count)]
     if sweep:
-        plans += [FaultPlan({at: kind}) for at in range(REQUESTS) for kind in ("kill-before", "kill-after")]
+        plans += [FaultPlan({at: ("kill-before", "kill-after")[at % 2]}) for at in range(REQUESTS)]
     return plans
 
 
@@ -224,12 +224,19 @@ def drill(plans: list[FaultPlan], run: Path, folder: Path, server: ServerProcess
 
 
 def main(count: int, output: Path | None = None, *, sweep: bool = False) -> dict[str, Any]:
+    from hf_lowrank.hub.cards import model_card
+    from hf_lowrank.hub.pictures import draw
+    from hf_lowrank.hub.weights import check_weights
     from tests.hub.runs import make_run
 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         run = make_run(folder / "tiny-run")
+        # What every child would import for itself is here before the first fork.
+        draw(run)
+        model_card(run, REPO)
+        check_weights(run / "checkpoint-10")
         server = ServerProcess(folder / "hub")
         try:
             figures = drill(plans_of(count, sweep), run, folder, server)
