@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -207,7 +208,7 @@ class _Runner:
         where = f"{self.trajectory.where(step)}: {work.name}"
         try:
             with torch.random.fork_rng(devices=[]):
-                results = lm_evaluate(self.lm, work.loaded, limit=self.limit, bootstrap_iters=1, log_samples=True)
+                results = lm_evaluate(self.lm, work.loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
         except FAULTS as error:
             self.say(f"{where}: {_one_line(error)}")
             return
@@ -228,7 +229,7 @@ class _Runner:
             group = work.name if name != work.name else None
             rows.extend(_task_rows(name, task, samples, {**common, "group": group}))
         if work.name in results.get("groups", {}):
-            rows.extend(_group_rows(work.name, results, common))
+            rows.extend(_group_rows(work.name, work.loaded["groups"][work.name], results, rows, common))
         append_scores(self.table, rows)
 
 
@@ -262,35 +263,41 @@ def _task_rows(name: str, task: Any, samples: Sequence[Mapping[str, Any]], commo
         )
 
 
-def _group_rows(name: str, results: Mapping[str, Any], common: dict[str, Any]) -> Iterator[Score]:
-    """The group's own score, as lm-eval aggregates it."""
-    scores = results["groups"][name]
-    members = [row for task in results["samples"].values() for row in task]
-    for key, value in scores.items():
+def _group_rows(
+    name: str, group: Any, results: Mapping[str, Any], members: Sequence[Score], common: dict[str, Any]
+) -> list[Score]:
+    """The group's own scores, as lm-eval aggregates them, with the error that its members' errors make."""
+    by_size = {config.metric: bool(config.weight_by_size) for config in group.aggregate_metric_list or ()}
+    found: list[Score] = []
+    for key, value in results["groups"][name].items():
         metric, _, filter_ = key.partition(",")
         if not filter_ or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        error = scores.get(f"{metric}_stderr,{filter_}")
-        half = 1.96 * error if isinstance(error, int | float) else None
-        yield Score(
-            **common,
-            task=name,
-            metric=metric if filter_ == "none" else f"{metric},{filter_}",
-            value=float(value),
-            stderr=None if half is None else float(error),
-            ci_low=None if half is None else value - half,
-            ci_high=None if half is None else value + half,
-            n=len(members),
-            chance=_group_chance(results, metric),
-            higher_is_better=True,
-            group=None,
-            task_version=str(results.get("versions", {}).get(name)),
+        full = metric if filter_ == "none" else f"{metric},{filter_}"
+        parts = [row for row in members if row.metric == full]
+        weights = [row.n if by_size.get(metric, True) else 1 for row in parts]
+        error = math.hypot(*(w * (row.stderr or 0.0) for w, row in zip(weights, parts, strict=True))) / sum(weights)
+        guesses = [row.chance for row in parts]
+        chance = None
+        if None not in guesses:
+            chance = sum(w * (guess or 0.0) for w, guess in zip(weights, guesses, strict=True)) / sum(weights)
+        found.append(
+            Score(
+                **common,
+                task=name,
+                metric=full,
+                value=float(value),
+                stderr=error,
+                ci_low=value - 1.96 * error,
+                ci_high=value + 1.96 * error,
+                n=sum(row.n for row in parts),
+                chance=chance,
+                higher_is_better=parts[0].higher_is_better,
+                group=None,
+                task_version=str(results.get("versions", {}).get(name)),
+            )
         )
-
-
-def _group_chance(results: Mapping[str, Any], metric: str) -> float | None:
-    counts = [len(sample["arguments"]) for samples in results["samples"].values() for sample in samples]
-    return sum(1 / count for count in counts) / len(counts) if metric in FRACTIONS and counts else None
+    return found
 
 
 def _chance(task: Any, metric: str, doc: Mapping[str, Any]) -> float | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from hf_lowrank.downstream import compare, evaluate, read_scores
+from hf_lowrank.downstream import TASK_FOLDER, catalogue, compare, evaluate, read_scores
 from hf_lowrank.downstream import runner as runner_module
 from hf_lowrank.downstream.catalogue import OFFLINE, units, wanted_tasks
 from hf_lowrank.downstream.figures import score_table
@@ -165,3 +165,27 @@ def test_damaged_tables_are_one_line(tmp_path, scored):
 
 def test_the_terminal_table_has_a_row_for_each_score(scored):
     assert score_table(scored).row_count == len(scored)
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_scored_group_has_one_row_of_its_own(run, tmp_path, monkeypatch, by_size):
+    """As blimp: members' rows name their group, the group's row is lm-eval's mean of them."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "pair.yaml").write_text(
+        "group: pair\ntask: [pylib_copy, pylib_cloze]\n"
+        f"aggregate_metric_list: [{{metric: acc, weight_by_size: {str(by_size).lower()}}}]\n"
+        "metadata: {version: 3.0}\n"
+    )
+    monkeypatch.setattr(catalogue, "_paths", lambda: (str(TASK_FOLDER), str(folder)))
+    monkeypatch.setattr(runner_module, "units", lambda names: (names, []))
+    monkeypatch.setattr(runner_module, "OWN", ("pair",))
+    rows = evaluate(run, tasks=["pair"], steps=5, limit=60, output=tmp_path)
+    members = [row for row in rows if row.group == "pair" and row.metric == "acc"]
+    (whole,) = [row for row in rows if row.task == "pair"]
+    assert {row.task for row in members} == {"pylib_copy", "pylib_cloze"}
+    assert whole.value == pytest.approx(np.mean([row.value for row in members]))
+    assert whole.stderr == pytest.approx(math.hypot(*(row.stderr for row in members)) / 2)
+    assert (whole.chance, whole.n, whole.task_version) == (0.375, 120, "3.0")
+    monkeypatch.setattr(runner_module._Runner, "_score", lambda *_: pytest.fail("scored again"))
+    evaluate(run, tasks=["pair"], steps=5, limit=60, output=tmp_path)
