@@ -292,8 +292,8 @@ def _loss_landscapes() -> dict[str, Any]:
     start = time.perf_counter()
     theirs = loss_landscapes.linear_interpolation(network, other, loss_landscapes.metrics.Loss(criterion, x, y), steps)
     middle = time.perf_counter()
-    # Their grid has `steps` points and stops one step short of the end.
-    positions = [i / steps for i in range(steps)]
+    # Their grid begins one step after the start and holds the end.
+    positions = [(i + 1) / steps for i in range(steps)]
     ours = g.interpolation_curve(network, other, lambda m: float(criterion(m(x), y)), positions=positions)
     end = time.perf_counter()
     return {

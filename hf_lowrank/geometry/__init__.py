@@ -24,6 +24,7 @@ from .landscape import (
 from .losses import TokenLoss
 from .spectra import (
     effective_rank,
+    many_singular_values,
     numerical_rank,
     principal_angles,
     product_singular_values,
@@ -59,6 +60,7 @@ __all__ = [
     "line_curve",
     "linear_cka",
     "loss_barrier",
+    "many_singular_values",
     "match_weights",
     "movable",
     "numerical_rank",

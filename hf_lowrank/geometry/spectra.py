@@ -35,7 +35,7 @@ def singular_values(matrix_MN: Tensor) -> Tensor:
         ValueError: the matrix holds a value that is not finite, or has fewer than two dimensions.
     """
     matrix = _checked(matrix_MN)
-    return gram_eigenvalues_to_singular_values(torch.linalg.eigvalsh(_gram(matrix)))
+    return gram_eigenvalues_to_singular_values(torch.linalg.eigvalsh(_gram(matrix), UPLO="U"))
 
 
 def singular_vectors(matrix_MN: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +46,7 @@ def singular_vectors(matrix_MN: Tensor, count: int) -> tuple[Tensor, Tensor, Ten
     """
     matrix = _checked(matrix_MN).double()
     tall = matrix.shape[0] >= matrix.shape[1]
-    values, vectors = torch.linalg.eigh(_gram(matrix))
+    values, vectors = torch.linalg.eigh(_gram(matrix), UPLO="U")
     sigma = gram_eigenvalues_to_singular_values(values)
     count = min(count, sigma.numel())
     inner = vectors.flip(-1)[:, :count]
@@ -223,8 +223,15 @@ def _checked(matrix: Tensor) -> Tensor:
 
 
 def _gram(matrix: Tensor) -> Tensor:
-    matrix = matrix.double()
-    return matrix.mT @ matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix @ matrix.mT
+    """The smaller Gram matrix in float64, of which only the upper triangle is right: the rest need not be computed."""
+    tall = matrix.double() if matrix.shape[-2] >= matrix.shape[-1] else matrix.double().mT
+    size = tall.shape[-1]
+    gram = tall.new_zeros(*tall.shape[:-2], size, size)
+    step = max(64, -(-size // 4))
+    for start in range(0, size, step):
+        rows = tall[..., start : start + step]
+        gram[..., start : start + step, start:] = rows.mT @ tall[..., start:]
+    return gram
 
 
 def _triangle(tall: Tensor) -> Tensor:
