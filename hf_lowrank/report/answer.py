@@ -193,7 +193,14 @@ def _table(runs: Sequence[RunRecord]) -> tuple[list[Column], list[tuple[Cell, ..
     for metric in sorted(metrics, key=quantity_order):
         about = quantity(metric)
         columns.append(
-            Column(metric, about.short or about.title, about.dimension, "number", about.unit, about.meaning)
+            Column(
+                metric,
+                about.short or about.title,
+                about.dimension,
+                "number",
+                about.unit.replace("share", ""),
+                about.meaning,
+            )
         )
         for run, row in zip(runs, rows, strict=True):
             row.append(_measured_cell(run, metric))
@@ -248,7 +255,9 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
     gap = loss_text(ranked[-1][1].mean - estimate.mean)
     if fewest < SEEDS_FOR_A_VERDICT:
         most = max(len(found) for found in losses.values())
-        seeds = "One seed per method" if most == 1 else f"Some methods have only {plain(fewest, 'seed')}"
+        few = plain(fewest, "seed")
+        seeds = f"Some methods have only {few}" if most > fewest else f"Only {few} per method"
+        seeds = "One seed per method" if most == 1 else seeds
         return (
             f"{title[best]} ended lowest, at {at}",
             f"{seeds}: this says how these runs came out, not which method is better. "

@@ -83,7 +83,9 @@ def test_three_seeds_give_one_when_intervals_allow(make_run):
 
 def test_two_seeds_are_too_few(make_run):
     runs = [make_run(f"{m}{s}", m, s, loss=loss) for m, loss in (("fira", 3.0), ("galore", 4.0)) for s in (0, 1)]
-    assert "only 2 seeds" in verdict(load_runs(runs))[1]
+    assert verdict(load_runs(runs))[1].startswith("Only 2 seeds per method")
+    uneven = [*runs, make_run("fira2", "fira", 2)]
+    assert verdict(load_runs(uneven))[1].startswith("Some methods have only 2 seeds")
 
 
 def test_runs_without_any_loss_or_of_one_method_have_their_own_words(make_run, tmp_path):

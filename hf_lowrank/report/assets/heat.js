@@ -8,19 +8,19 @@
   function heat(host, spec) {
     const width = Math.max(Math.floor(host.clientWidth), 200);
     const left = 8 + 6.2 * Math.min(Math.max(...spec.rows.map((r) => r.length), 2), 16);
-    const cellWidth = Math.min((width - left - 6) / spec.columns.length, spec.square ? 68 : spec.plane ? 13 : 90);
+    const cellWidth = Math.min((width - left - 6) / spec.columns.length, spec.square ? 68 : spec.plane ? 240 / spec.columns.length : 90);
     const cellHeight = spec.plane ? cellWidth : spec.square ? Math.min(cellWidth, 44) : Math.min(Math.max(200 / spec.rows.length, 9), 24);
     const top = 6;
     const height = top + cellHeight * spec.rows.length + 40;
     const span = spec.high - spec.low || 1;
     const root = svg("svg", { class: "plot heat", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     const gap = spec.plane ? 0 : 1;
-    const every = spec.plane ? Math.ceil((spec.rows.length - 1) / 4) || 1 : Math.max(1, Math.ceil(12 / cellHeight));
+    const every = spec.plane ? (spec.rows.length - 1) / 2 || 1 : Math.max(1, Math.ceil(12 / cellHeight));
     spec.rows.forEach((label, i) => {
       if (i % every === 0) root.append(svg("text", { x: left - 6, y: top + cellHeight * (i + 0.5) + 4, "text-anchor": "end" }, label.length > 16 ? label.slice(0, 15) + "…" : label));
     });
     const widest = Math.max(...spec.columns.map((c) => c.length)) * 6.6 + 8;
-    const sparse = spec.plane ? Math.ceil((spec.columns.length - 1) / 4) || 1 : Math.max(1, Math.ceil(widest / cellWidth));
+    const sparse = spec.plane ? (spec.columns.length - 1) / 2 || 1 : Math.max(1, Math.ceil(widest / cellWidth));
     spec.columns.forEach((label, j) => {
       if (j % sparse === 0) root.append(svg("text", { x: left + cellWidth * (j + 0.5), y: height - 22, "text-anchor": "middle" }, label));
     });
