@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from hf_lowrank.hub.privacy import without_private
 
 TEMPLATES = Path(__file__).parent / "templates"
-SPECIAL = re.compile(r"[<>&\"'`|\\*_\[\](){}#!~$@^:]")
+SPECIAL = re.compile(r"[<>&\"'`|\\*_\[\](){}#!~$@^]|:(?=\S)")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
@@ -31,7 +31,7 @@ def escape(value: object) -> str:
         return value
     # Private things go first: escaped, they would no longer be recognised.
     text = " ".join(CONTROL.sub("", without_private(str(value))).split())
-    text = SPECIAL.sub(lambda match: f"&#{ord(match[0])};", text)
+    text = SPECIAL.sub(lambda match: "\\_" if match[0] == "_" else f"&#{ord(match[0])};", text)
     return re.sub(r"(?i)\bwww\.", "www&#46;", text)
 
 
