@@ -8,7 +8,7 @@ METHODS ?= full_rank galore fira
 # torch goes first and exactly pinned: left to the resolver it may bring another build than the tested one.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart test lint format bench wheel clean
+.PHONY: quickstart test drill lint format bench wheel clean
 
 quickstart: $(VENV)/.installed
 	@set -e; for method in $(METHODS); do \
@@ -19,6 +19,9 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	@rm -f .coverage .coverage.*
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+
+drill: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
