@@ -208,7 +208,9 @@ def measure(
         "block_time_over_dense": {kind: seconds / block["dense"] for kind, seconds in block.items()},
     }
     if whole:
-        ids = torch.randint(VOCABULARY, (max(1, tokens // LENGTH), LENGTH), device=device)
+        # A quarter of the layers' tokens: a whole model's step is long enough as it is.
+        ids = torch.randint(VOCABULARY, (max(1, tokens // 4 // LENGTH), LENGTH), device=device)
+        result["model_tokens"] = ids.numel()
         built = {kind: build() for kind, build in models(size, device, dtype).items()}
         entries = {
             kind: (model_step(model, ids), [p for p in model.parameters() if p.requires_grad])
@@ -245,6 +247,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32, on a GPU bfloat16")
     parser.add_argument("--tokens", type=int, help="default: 2048, on a GPU 32768")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help="repeats of each layer; default: 21, quick 5")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, layers only")
     parser.add_argument("--name", help="of the result file")
     options = parser.parse_args()
@@ -262,7 +265,7 @@ def main() -> None:
     tokens = options.tokens or (2048 if on_cpu else 32768)
     results = []
     for shape in shapes:
-        rounds = 5 if options.quick else 21
+        rounds = options.rounds or (5 if options.quick else 21)
         results.append(measure(shape, device, dtype, tokens=tokens, rounds=rounds, whole=not options.quick))
         print(f"\nLLaMA-{shape}, {dtype}, {device}, {tokens} tokens\n\n{table(results[-1])}")
     name = options.name or f"adapters_{device.type}"
