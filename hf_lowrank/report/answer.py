@@ -211,6 +211,8 @@ def _mixed(runs: Sequence[RunRecord], columns: Sequence[Column]) -> tuple[str, .
     """Titles of the metrics whose settings or steps differ between the last rows of `runs`."""
     found = []
     for column in columns:
+        if column.group == "training":
+            continue
         rows = [row for run in runs if (row := run.last(column.id)) is not None and row.value is not None]
         if len({(row.step, json.dumps(row.settings, sort_keys=True, default=str)) for row in rows}) > 1:
             found.append(quantity(column.id).title)

@@ -65,7 +65,7 @@ CURVE_METRICS = {
 }
 PLANE = "random_plane"
 # What is measured point by point; never a column of a table nor a trend of its own.
-SWEEPS = frozenset({*CURVE_METRICS, PLANE})
+SWEEPS = frozenset({*CURVE_METRICS, PLANE, "pca_plane"})
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
     return 1.0 - front * _beta_fraction(b, a, 1.0 - x) / b
 
 
+@cache
 def student_t_quantile(probability: float, degrees: float) -> float:
     """The `probability`-quantile (0.5 ≤ p < 1) of Student's t with `degrees` > 0 degrees of freedom."""
     tail = 1.0 - probability
@@ -57,7 +59,7 @@ def student_t_quantile(probability: float, degrees: float) -> float:
     low, high = 0.0, 1.0
     while upper_tail(high) > tail:
         high *= 2.0
-    for _ in range(200):
+    for _ in range(60):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if upper_tail(middle) > tail else (low, middle)
     return 0.5 * (low + high)

@@ -65,10 +65,17 @@
   /** The steps at which shown runs have a curve of `metric`. */
   const curveSteps = (metric) => [...new Set(shownRuns().flatMap((run) => (run.curves[metric] || []).map((c) => c.step)))].sort((a, b) => a - b);
 
+  /** The place of the last step at which the most runs have a curve: where the picture opens. */
+  function fullestStep(metric) {
+    const all = curveSteps(metric);
+    const count = (step) => shownRuns().filter((run) => (run.curves[metric] || []).some((c) => c.step === step)).length;
+    return all.reduce((best, step, i) => (count(step) >= count(all[best]) ? i : best), 0);
+  }
+
   /** Loss along a line in weight space, at the chosen step. */
   function curveSpec(metric, options) {
     const all = curveSteps(metric);
-    const step = all[Math.min(options.step ?? all.length - 1, all.length - 1)];
+    const step = all[Math.min(options.step ?? fullestStep(metric), all.length - 1)];
     const lines = [];
     let relative = false;
     for (const run of shownRuns()) {
@@ -225,5 +232,5 @@
     return { rows, columns, values, low: Math.min(0, ...all), high: Math.max(...all), xLabel: "to", what: "barrier in nats", square: true };
   }
 
-  Object.assign(LR, { stripSpec, lossSpec, trendSpec, curveSpec, curveSteps, layerMetrics, layerSteps, layerSpecs, heatSpecs, planeSpecs, barrierSpec });
+  Object.assign(LR, { stripSpec, lossSpec, trendSpec, curveSpec, curveSteps, fullestStep, layerMetrics, layerSteps, layerSpecs, heatSpecs, planeSpecs, barrierSpec });
 })();

@@ -203,7 +203,7 @@
       const all = LR.curveSteps(metric);
       slider.max = String(Math.max(all.length - 1, 0));
       slider.disabled = all.length < 2;
-      if (choice.step === null) slider.value = slider.max;
+      if (choice.step === null) slider.value = String(LR.fullestStep(metric));
       const at = all[+slider.value];
       output.textContent = at === undefined ? "–" : `step ${at}`;
       slider.setAttribute("aria-valuetext", output.textContent);
