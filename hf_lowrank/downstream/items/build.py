@@ -24,7 +24,7 @@ from hf_lowrank.downstream.sources import context_length, load_tokenizer
 from hf_lowrank.errors import UserError, nearest
 
 # Raised whenever the same text would give other items.
-VERSION = 2
+VERSION = 3
 SEED = 0
 FEWEST = 500
 

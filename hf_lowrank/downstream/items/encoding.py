@@ -50,3 +50,8 @@ class Encoder:
         if not 1 <= len(places) <= 2:
             return None
         return tuple(sorted(a for a, _ in places)), tuple(sorted(b for _, b in places))
+
+    def token_before(self, context: str, real: str, other: str) -> int:
+        """The last token that two continuations with a `swap` have in common before they differ."""
+        ours, theirs = self.tokens(context + real), self.tokens(context + other)
+        return next(ours[i - 1] for i in range(1, len(ours)) if ours[i] != theirs[i])

@@ -23,6 +23,8 @@ PLAIN_NAME = re.compile(r"[A-Za-z]{3,}")
 LAST_WORD = re.compile(r"\w+\W*$")
 USES_A_NAME = 100
 LINES_OF_COPY = 40
+# Attributes all follow a dot, so fewer would leave too few items.
+COPIES_ALIKE = 40
 MOST_CHUNKS = 4000
 
 
@@ -46,7 +48,7 @@ class Use:
 
 def make_copy(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: int) -> list[Item]:
     """About `count` items: the name that continues a line, against one that was not there before."""
-    pairs = InversePairs(-(-count // 2))
+    pairs = InversePairs(-(-count // 2), COPIES_ALIKE)
     for use, other in _uses(draws.shuffled(list(chunks_of(sources))), encoder, draws):
         if pairs.full:
             break
@@ -63,7 +65,8 @@ def make_copy(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: 
         context, real, wrong = lines_before + "\n" + head, space + use.word.text, space + other
         swap = encoder.swap(context, real, wrong)
         if swap:
-            pairs.add(swap, item_of(use.chunk, use.word.line, "copy", context, real, wrong))
+            before = encoder.token_before(context, real, wrong)
+            pairs.add(swap, before, item_of(use.chunk, use.word.line, "copy", context, real, wrong))
     return two_choices(pairs.pairs)
 
 
@@ -79,7 +82,8 @@ def reused_names(chunks: Sequence[Chunk], encoder: Encoder, draws: Draws, wanted
             continue
         swap = encoder.swap(context, "\n" + line, "\n" + bad)
         if swap:
-            pairs.add(swap, item_of(use.chunk, use.word.line, "name", context, "\n" + line, "\n" + bad))
+            before = encoder.token_before(context, "\n" + line, "\n" + bad)
+            pairs.add(swap, before, item_of(use.chunk, use.word.line, "name", context, "\n" + line, "\n" + bad))
     return pairs
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from hf_lowrank.downstream.items.encoding import Swap
 
 Item = dict[str, Any]
+
+MOST_ALIKE = 2
 
 
 class InversePairs:
@@ -15,10 +17,14 @@ class InversePairs:
 
     In every such pair the token (or tokens) that is right in one item is wrong in the other and the other way round,
     so that a rule that scores a choice by its own tokens, characters or length is right in exactly one of the two.
+
+    A model that sees no more than one token back is a fixed rule for each token before the swap. So that chance does
+    not make such rules look clever, no token is before the same swap in more than `alike` items.
     """
 
-    def __init__(self, pairs: int) -> None:
-        self.wanted = pairs
+    def __init__(self, pairs: int, alike: int = MOST_ALIKE) -> None:
+        self.wanted, self.most_alike = pairs, alike
+        self.alike: Counter[tuple[int, Swap]] = Counter()
         self.waiting: dict[Swap, list[Item]] = defaultdict(list)
         self.pairs: list[tuple[Item, Item]] = []
 
@@ -26,10 +32,11 @@ class InversePairs:
     def full(self) -> bool:
         return len(self.pairs) >= self.wanted
 
-    def add(self, swap: Swap, item: Item) -> None:
-        """Takes an item whose right choice differs from the wrong one by `swap`."""
-        if self.full:
+    def add(self, swap: Swap, token_before: int, item: Item) -> None:
+        """Takes an item whose right choice differs from the wrong one by `swap`, after `token_before`."""
+        if self.full or self.alike[token_before, swap] >= self.most_alike:
             return
+        self.alike[token_before, swap] += 1
         inverse = self.waiting[swap[1], swap[0]]
         for position, other in enumerate(inverse):
             # Both halves from one place would make the pair a single question.

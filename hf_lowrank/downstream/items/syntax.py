@@ -54,9 +54,11 @@ def _collect(
         if not _is_wrong(chunk, line, bad, kind):
             continue
         context = context_before(chunk, line, bad, encoder)
-        swap = context and encoder.swap(context, "\n" + chunk.lines[line], "\n" + bad)
-        if swap:
-            pairs.add(swap, item_of(chunk, line, kind, context or "", "\n" + chunk.lines[line], "\n" + bad))
+        real, other = "\n" + chunk.lines[line], "\n" + bad
+        swap = encoder.swap(context, real, other) if context else None
+        if context and swap:
+            before = encoder.token_before(context, real, other)
+            pairs.add(swap, before, item_of(chunk, line, kind, context, real, other))
 
 
 def _is_wrong(chunk: Chunk, line: int, bad: str, kind: str) -> bool:
