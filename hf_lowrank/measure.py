@@ -21,14 +21,14 @@ import torch
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
-from hf_lowrank.measuring.context import UNDEFINED, Row, RunContext, StepContext, UndefinedError
+from hf_lowrank.measuring.context import Row, RunContext, StepContext, UndefinedError
 from hf_lowrank.measuring.groups import GROUPS
 from hf_lowrank.measuring.metrics import CURVES, METRICS, Metric
 from hf_lowrank.measuring.plan import choose_steps, find_baseline, missing_metrics, rows_file
 from hf_lowrank.measuring.processes import Processes
 from hf_lowrank.measuring.progress import Progress
 from hf_lowrank.measuring.settings import MeasureSettings, resolve_settings
-from hf_lowrank.measuring.table import Measurement, append_measurements, read_measurements
+from hf_lowrank.measuring.table import UNDEFINED, Measurement, append_measurements, read_measurements
 
 __all__ = ["CURVES", "METRICS", "Measurement", "Metric", "append_measurements", "measure", "read_measurements"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from hf_lowrank.geometry import TokenLoss, activation_similarity
-from hf_lowrank.measuring.context import UNDEFINED, Row, StepContext
+from hf_lowrank.measuring.context import Row, StepContext
+from hf_lowrank.measuring.table import UNDEFINED
 
 FIELDS = {
     "activation_l2": "l2",

@@ -19,8 +19,6 @@ from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
 from hf_lowrank.geometry import Estimate, TokenLoss
 from hf_lowrank.measuring.settings import MeasureSettings
 
-UNDEFINED = "undefined: "
-
 
 @dataclass(frozen=True, kw_only=True)
 class Row:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from hf_lowrank.geometry import Layout, interpolation_curve, loss_barrier, match_weights, path_grid, permute
-from hf_lowrank.measuring.context import UNDEFINED, Row, StepContext, UndefinedError, parameters_of
+from hf_lowrank.measuring.context import Row, StepContext, UndefinedError, parameters_of
 from hf_lowrank.measuring.spectra import first_checkpoint
+from hf_lowrank.measuring.table import UNDEFINED
 
 
 def step_rows(at: StepContext, wanted: set[str]) -> list[Row]:

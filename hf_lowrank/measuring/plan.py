@@ -8,9 +8,9 @@ from typing import Any
 
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
-from hf_lowrank.measuring.context import UNDEFINED, size_of
+from hf_lowrank.measuring.context import size_of
 from hf_lowrank.measuring.metrics import METRICS
-from hf_lowrank.measuring.table import FILE_NAME, Measurement
+from hf_lowrank.measuring.table import FILE_NAME, UNDEFINED, Measurement
 
 BASELINE_METHOD = "full_rank"
 
@@ -86,8 +86,7 @@ def missing_metrics(
     for row in rows:
         if row.step != step or row.scope != "model":
             continue
-        finished = row.value == row.value or (row.reason or "").startswith(UNDEFINED)
-        if row.metric not in metrics or not finished:
+        if row.metric not in metrics or row.failed:
             continue
         if any(row.settings.get(key) != value for key, value in request(row.metric).items()):
             continue

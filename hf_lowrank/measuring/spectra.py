@@ -20,7 +20,8 @@ from hf_lowrank.geometry import (
     tail_exponent,
 )
 from hf_lowrank.geometry.spectra import difference_factors, for_threads, singular_vectors
-from hf_lowrank.measuring.context import UNDEFINED, Row, StepContext
+from hf_lowrank.measuring.context import Row, StepContext
+from hf_lowrank.measuring.table import UNDEFINED
 
 WEIGHT: dict[str, Callable[[Tensor], float]] = {
     "weight_effective_rank": lambda sigma: effective_rank(sigma) / sigma.numel(),

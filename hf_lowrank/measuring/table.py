@@ -13,6 +13,8 @@ from typing import Any
 from hf_lowrank.errors import UserError
 
 FILE_NAME = "measurements.jsonl"
+# How reasons begin where the quantity has no meaning, as against one that could not be had.
+UNDEFINED = "undefined: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,11 @@ class Measurement:
         """What a later row must share with an earlier one to replace it."""
         settings = json.dumps(self.settings, sort_keys=True)
         return (self.run, self.method, self.seed, self.step, self.metric, self.scope, self.baseline, settings)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the value could not be had, though it may be another time."""
+        return not math.isfinite(self.value) and not (self.reason or "").startswith(UNDEFINED)
 
     def to_line(self) -> str:
         """The row as a line of JSON, ending in a newline; numbers that are not finite become null."""
@@ -103,7 +110,7 @@ def _end_of_whole_lines(handle: Any) -> int:
 def read_measurements(path: str | os.PathLike[str]) -> list[Measurement]:
     """The rows of a `measurements.jsonl` (or of a run directory's), the last of each key, in file order.
 
-    A missing file has no rows; a torn last line is dropped.
+    A missing file has no rows; a torn last line is dropped, and so are failures that a later row made good.
 
     Raises:
         UserError: a whole line is no measurement; the message names its number.
@@ -127,7 +134,20 @@ def read_measurements(path: str | os.PathLike[str]) -> list[Measurement]:
             raise UserError(f"{file}: line {number} is no measurement: {message}; remove that line") from None
         rows.pop(row.key, None)
         rows[row.key] = row
-    return list(rows.values())
+    return _without_mended(list(rows.values()))
+
+
+def _without_mended(rows: list[Measurement]) -> list[Measurement]:
+    """The rows without those failures after which the same measurement came out."""
+    later: dict[tuple[Any, ...], list[Measurement]] = {}
+    kept = []
+    for row in reversed(rows):
+        place = (row.run, row.method, row.seed, row.step, row.metric, row.scope)
+        after = later.setdefault(place, [])
+        if not (row.failed and any(row.settings.items() <= other.settings.items() for other in after)):
+            kept.append(row)
+            after.append(row)
+    return kept[::-1]
 
 
 def _parse(entry: dict[str, Any]) -> Measurement:

@@ -64,7 +64,7 @@ def test_gradient_and_critical_sharpness_of_a_quadratic(hessian):
 
 def test_a_transformer_against_the_full_hessian():
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=6)
+    config = LlamaConfig(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, vocab_size=6)
     model = LlamaForCausalLM(config).eval()
     loss = g.TokenLoss(torch.randint(0, 6, (4, 5), generator=torch.Generator().manual_seed(0)), batch_tokens=10)
     names = [name for name, _ in model.named_parameters()]

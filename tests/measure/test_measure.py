@@ -99,8 +99,9 @@ def test_a_damaged_checkpoint_is_a_reason_and_the_others_go_on(two_runs):
     assert math.isfinite(value(rows, "loss", 20))
     weights.write_bytes(whole)
     mended = measure(two_runs[0], metrics="loss,weight_stable_rank,update_norm", settings=SMALL)
-    values = [row.value for row in mended if row.step == 10 and row.scope == "model"]
-    assert sum(math.isfinite(v) for v in values) >= 3
+    values = [row.value for row in mended if row.scope == "model" and row.step]
+    assert len(values) == 6
+    assert all(math.isfinite(value) for value in values)
 
 
 def test_steps_and_metrics_are_chosen_or_refused(two_runs):
