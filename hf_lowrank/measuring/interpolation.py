@@ -11,7 +11,6 @@ from torch import Tensor
 from hf_lowrank.geometry import Layout, interpolation_curve, loss_barrier, match_weights, path_grid, permute
 from hf_lowrank.measuring.context import Row, StepContext, UndefinedError, parameters_of
 from hf_lowrank.measuring.spectra import first_checkpoint
-from hf_lowrank.measuring.table import UNDEFINED
 
 
 def step_rows(at: StepContext, wanted: set[str]) -> list[Row]:
@@ -91,6 +90,3 @@ def _barrier_rows(
             )
         )
     return rows
-
-
-__all__ = ["UNDEFINED", "aligned_rows", "method_rows", "step_rows"]
