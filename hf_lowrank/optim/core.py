@@ -7,6 +7,7 @@ update each batch (project, Adam, lift, apply). A method's class says only how i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,8 @@ from hf_lowrank.optim.subspaces import (
     subspace_overlap,
 )
 
+# Subspaces that may be chosen for both sides of a matrix.
+TWO_SIDED = ("svd", "randomized", "random")
 MOMENTS = ("keep", "rotate", "reset")
 # Gradient elements that one batch may hold: bounds the memory of the stacked projections.
 BATCH_ELEMENTS = 2**23
@@ -47,7 +50,7 @@ class ProjectedAdamW(TargetedAdamW):
         target_modules: which linear layers are targets when `params` is a model.
         update_proj_gap: optimizer steps between two choices of the subspace.
         scale: multiplies the lifted update.
-        proj_type: `std` (the longer side stays), `reverse_std`, `right`, `left`, or `full` (both sides; with `svd`).
+        proj_type: `std` (the longer side stays), `reverse_std`, `right`, `left`, or `full` (both sides).
         subspace: `svd` (exact), `randomized` (subspace iteration from the last basis), `random` (orthonormal),
             `columns` (random ones), or `gaussian` (drawn from the seed at every step, never stored).
         stagger: spreads the refreshes of the matrices over the steps, so that no single step stalls.
@@ -87,7 +90,7 @@ class ProjectedAdamW(TargetedAdamW):
         update_proj_gap: int = 200,
         scale: float = 1.0,
         proj_type: str = "std",
-        subspace: str = "svd",
+        subspace: str = "randomized",
         adam_variant: str = "official",
         moments: str = "keep",
         state_dtype: str = "parameter",
@@ -165,8 +168,11 @@ class ProjectedAdamW(TargetedAdamW):
 
     def _check_options(self, options: dict[str, Any], where: str) -> None:
         super()._check_options(options, where)
-        if options["proj_type"] == "full" and options["subspace"] != "svd":
-            raise UserError(f"subspace of {where} must be svd with proj_type='full', got {options['subspace']!r}")
+        if options["proj_type"] == "full" and options["subspace"] not in TWO_SIDED:
+            allowed = ", ".join(TWO_SIDED)
+            raise UserError(
+                f"subspace of {where} must be one of {allowed} with proj_type='full', got {options['subspace']!r}"
+            )
 
     # The step
 
@@ -298,12 +304,23 @@ class ProjectedAdamW(TargetedAdamW):
                 previous=previous[number],
                 key=(entry.group["seed"], layout.index + number, state["refreshes"]),
             )
-            if layout.both:
+            if not layout.both:
+                bases["basis"].append(SUBSPACES[entry.group["subspace"]](request))
+                continue
+            if entry.group["subspace"] == "svd":
                 right, left = exact_bases(request)
-                bases.setdefault("left_basis", []).append(left)
             else:
-                right = SUBSPACES[entry.group["subspace"]](request)
+                before = layout.parts(state["left_basis"])[number] if "left_basis" in state else None
+                other = replace(
+                    request,
+                    grad=matrix.mT,
+                    transposed=not layout.transposed,
+                    previous=before,
+                    key=(*request.key, 1),
+                )
+                right, left = (SUBSPACES[entry.group["subspace"]](side) for side in (request, other))
             bases["basis"].append(right)
+            bases.setdefault("left_basis", []).append(left)
         result = {}
         for key, parts in bases.items():
             basis = torch.stack(parts) if layout.stacked else parts[0]

@@ -96,7 +96,7 @@ def make_layout(param: Tensor, name: str, *, rank: int, proj_type: str, matrix: 
     if param.ndim < 2:
         raise UserError(
             f"{name} of shape {tuple(param.shape)} is no matrix and has no low-rank subspace; "
-            "put it into a group without rank"
+            "put it into a group with rank=None, or pass the model itself"
         )
     stacked = param.ndim == 3 if matrix == "auto" else matrix == "stack"
     if stacked and param.ndim != 3:

@@ -50,13 +50,13 @@ class GaLoreSettings(SubspaceSettings):
     optimizer = GaLoreAdamW
     scale: float = Field(0.25, gt=0)
     proj_type: Literal["std", "reverse_std", "right", "left", "full"] = "std"  # type: ignore[assignment]
-    subspace: Literal["svd", "randomized", "random", "columns", "gaussian"] = "svd"
+    subspace: Literal["svd", "randomized", "random", "columns", "gaussian"] = "randomized"
 
 
 class FiraSettings(SubspaceSettings):
     optimizer = FiraAdamW
     scale: float = Field(0.25, gt=0)
-    subspace: Literal["svd", "randomized", "random", "columns"] = "svd"
+    subspace: Literal["svd", "randomized", "random", "columns"] = "randomized"
     residual: Literal["official", "paper"] = "official"
     norm_growth_limit: float = Field(1.01, ge=1)
 

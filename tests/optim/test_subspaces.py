@@ -146,7 +146,7 @@ def test_what_a_method_cannot_use_is_refused():
     param = nn.Parameter(torch.zeros(8, 5))
     with pytest.raises(UserError, match="subspace of FiraAdamW must be one of svd, randomized, random, columns"):
         FiraAdamW([param], rank=2, subspace="gaussian")
-    with pytest.raises(UserError, match="must be svd with proj_type='full', got 'columns'"):
+    with pytest.raises(UserError, match="must be one of svd, randomized, random with proj_type='full', got 'columns'"):
         GaLoreAdamW([param], rank=2, proj_type="full", subspace="columns")
     with pytest.raises(UserError, match="update_proj_gap of GaLoreAdamW must be a whole number from 1, got 0"):
         GaLoreAdamW([param], rank=2, update_proj_gap=0)
