@@ -70,8 +70,12 @@ class PushRevisionsCallback(TrainerCallback):
         self._worker: QueueWorker | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        try:
             self._start(args)
+        except Exception as error:
+            logger.warning("%s: what waits in the queue is not pushed now: %s", self.repo_id, one_line(error))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -79,13 +83,15 @@ class PushRevisionsCallback(TrainerCallback):
         self._saves += 1
         if (self._saves - 1) % self.every:
             return
-        worker = self._start(args)
+        worker = self._worker
         try:
+            worker = worker or self._start(args)
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             worker.queue.add(checkpoint, state.global_step, optimizer=self.optimizer)
         except Exception as error:  # a full disk, an odd checkpoint: the training goes on
             logger.warning("%s: step %d is not queued: %s", self.repo_id, state.global_step, one_line(error))
-        worker.wake()
+        if worker is not None:
+            worker.wake()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._worker is not None:
@@ -114,6 +120,8 @@ class QueueWorker:
         self._thread = threading.Thread(target=self._work, name="push-revisions", daemon=True)
 
     def start(self) -> None:
+        # Before the first save, so that no entry that is being made is taken for a leftover.
+        self.queue.clean()
         self._thread.start()
         self._wake.set()
 
@@ -166,7 +174,6 @@ class QueueWorker:
 
     def _drain(self) -> None:
         """Publishes the queue, oldest first; `main` follows when it is empty."""
-        self.queue.clean()
         while waiting := [job for job in self.queue.jobs() if self._sound(job)]:
             job = waiting[0]
             self.publisher.publish(job)

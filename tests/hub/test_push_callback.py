@@ -139,3 +139,21 @@ def test_every_second_save_and_wrong_arguments(hub, run):
         PushRevisionsCallback("not a name")
     with pytest.raises(UserError, match="every"):
         PushRevisionsCallback("user/x", every=0)
+
+
+def test_an_entry_in_the_making_is_no_leftover(hub, run, monkeypatch):
+    from hf_lowrank.hub import queue as queue_module
+
+    link = queue_module._link
+
+    def slow_link(source, target):
+        time.sleep(0.02)
+        link(source, target)
+
+    monkeypatch.setattr(queue_module, "_link", slow_link)
+    callback = PushRevisionsCallback("user/trained", first_pause=0.01)
+    args, state, control = TrainingArguments(output_dir=str(run), use_cpu=True), TrainerState(), TrainerControl()
+    for state.global_step in (10, 20, 30):
+        callback.on_save(args, state, control)
+    callback.on_train_end(args, state, control)
+    assert set(branches(hub)) == {"main", "latest", "step-10", "step-20", "step-30"}
