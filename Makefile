@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 RUNS ?= runs/quickstart
-METHODS ?= full_rank galore fira
+METHODS ?= full_rank galore fira relora cola sltrain
 # torch goes first and exactly pinned: left to the resolver it may bring another build than the tested one.
+OFFICIAL := $(shell grep -E '^(galore-torch|fira|apollo-torch)==' constraints.txt)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart test drill lint format bench wheel clean
+.PHONY: quickstart test drill browser-test lint format bench wheel clean
 
 quickstart: $(VENV)/.installed
 	@set -e; for method in $(METHODS); do \
@@ -22,6 +23,11 @@ test: $(VENV)/.installed-dev
 
 drill: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill
+
+# Needs Chromium (on the path, or CHROMIUM=) and npm.
+browser-test: $(VENV)/.installed-dev
+	cd tests/report/browser && npm install --no-audit --no-fund
+	$(BIN)/python -m pytest tests/report/browser/check_page.py -s
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -48,6 +54,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the tools for tests into $(VENV)"
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install --quiet --no-deps $(OFFICIAL)
 	@touch $@
 
 clean:

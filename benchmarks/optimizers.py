@@ -23,6 +23,7 @@ import torch
 from torch.optim import Optimizer
 
 sys.path.insert(0, str(Path(__file__).parent))
+import official as packages
 from _common import SIZES, llama, machine, real_gradients, spread, versions, write_result
 
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW, param_groups
@@ -56,10 +57,7 @@ def opponents(model: torch.nn.Module, rank: int, with_official: bool) -> dict[st
         "AdamW fused": lambda gap: torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True),
     }
     if with_official:
-        import apollo_torch
-        import fira
-        import galore_torch
-
+        apollo_torch, fira, galore_torch = map(packages.official, ("apollo_torch", "fira", "galore_torch"))
         table["galore-torch"] = official(galore_torch.GaLoreAdamW, scale=0.25)
         table["fira"] = official(fira.FiraAdamW, alpha=0.25)
         table["apollo-torch"] = official(apollo_torch.APOLLOAdamW, scale=1.0, scale_type="channel", proj="random")

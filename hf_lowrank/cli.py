@@ -119,6 +119,122 @@ def report(
 
 
 @app.command()
+def evaluate(
+    runs: Runs,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="lm-eval tasks or groups, comma-separated; default: offline ones."),
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="all, last, or numbers as 100,200; default: last.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many items of each task, to try it out.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where models are evaluated.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where scores go; default: each run's directory.")
+    ] = None,
+    revisions: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Which revisions are checkpoints, as 'step*'.")
+    ] = None,
+) -> None:
+    """Score checkpoints with lm-eval: rows of downstream.jsonl. No checkpoint and task is scored twice."""
+    from rich.console import Console
+
+    from hf_lowrank.downstream import evaluate as evaluate_runs
+    from hf_lowrank.downstream.figures import score_table
+
+    scores = evaluate_runs(
+        runs,
+        tasks=tasks,
+        steps=steps,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        output=output,
+        revisions=revisions,
+        say=lambda line: typer.echo(line, err=True),
+        progress=sys.stderr.isatty(),
+    )
+    Console().print(score_table(scores))
+
+
+@app.command()
+def predict(
+    runs: Runs,
+    tasks: Annotated[str | None, typer.Option(metavar="NAMES", help="Tasks whose mean score is predicted.")] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="IDS", help="Metrics that may help; default: all.")] = None,
+    permutations: Annotated[int, typer.Option(help="Of the permutation test.")] = 199,
+    seed: Annotated[int, typer.Option(help="Of bootstrap and permutations.")] = 0,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Writes prediction.json and .png there.")] = None,
+) -> None:
+    """Ask whether geometry adds to perplexity in predicting downstream scores, by leave-one-run-out."""
+    from rich.console import Console
+
+    from hf_lowrank.downstream import predict as predict_scores
+    from hf_lowrank.downstream.figures import prediction_tables
+
+    prediction = predict_scores(
+        runs, tasks=tasks, metrics=metrics, permutations=permutations, seed=seed, output=output
+    )
+    for note in prediction.notes:
+        typer.echo(f"hf-lowrank: {note}", err=True)
+    for table in prediction_tables(prediction):
+        Console().print(table)
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval with this package's models and tasks known to it; every flag is passed on."""
+    from hf_lowrank.downstream import run_lm_eval
+
+    run_lm_eval(context.args)
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/REPO", help="The Hub repository; made if there is none.")],
+    steps: Annotated[str | None, typer.Option(help="Only these checkpoints, as 100,200.")] = None,
+    every: Annotated[int | None, typer.Option(help="Every k-th checkpoint and the last.")] = None,
+    log_spaced: Annotated[int | None, typer.Option(help="So many, evenly spaced in log(step).")] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="beside or instead: the dense export too, or in its place.")
+    ] = None,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="Optimizer states too, on their own branches.")
+    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is public.")] = False,
+    license_: Annotated[str | None, typer.Option("--license", help="The card's licence, as a Hub identifier.")] = None,
+) -> None:
+    """Publish a run's checkpoints as revisions step-N; what is there already is not sent again."""
+    from hf_lowrank.hub import push as push_run
+
+    pushed = push_run(
+        run,
+        repo_id,
+        steps=_numbers(steps),
+        every=every,
+        log_spaced=log_spaced,
+        dense=dense,  # type: ignore[arg-type]
+        optimizer=optimizer,
+        public=public,
+        license=license_,
+    )
+    typer.echo(f"{len(pushed)} revisions of {repo_id} are whole")
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--steps must be numbers as 100,200, got {text!r}") from None
+
+
+@app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(metavar="RUN@STEP", help="A run's checkpoint, or its folder.")],
     output: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet.")],

@@ -3,13 +3,13 @@
 import warnings
 from itertools import pairwise
 
-import apollo_torch
-import fira
-import galore_torch
 import pytest
 import torch
+from official import official
 
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW, core
+
+apollo_torch, fira, galore_torch = map(official, ("apollo_torch", "fira", "galore_torch"))
 
 SHAPES = {"tall": (24, 12), "wide": (12, 24), "square": (16, 16)}
 STEPS, GAP, RANK = 60, 9, 4
