@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from hf_lowrank.optim.base import Bound, Params
+import torch
+
+from hf_lowrank.optim.adam import adamw_, decay_factors
+from hf_lowrank.optim.base import Bound, Entry, Params
 from hf_lowrank.optim.batch import Batch, lift_matrix
 from hf_lowrank.optim.core import ProjectedAdamW
+from hf_lowrank.optim.matrices import Layout
+from hf_lowrank.optim.moments import init_moments, read_moments, write_moments
+from hf_lowrank.optim.subspaces import draw_generator
 
 STATE_FREE_RULES = ("sign", "sgd")
+# The subspace is made of whole parameters: some get all of Adam, the others none.
+BLOCKS = "blocks"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
 
 
 class FrugalAdamW(ProjectedAdamW):
     """FRUGAL: `W ← W − η_t · scale · lift(N) − η · state_free_lr_ratio · rule(G − lift(project(G)))`.
+
+    With `subspace="blocks"` the subspace is made of whole parameters instead: at each refresh a random share of them,
+    rank over the projected dimension, gets Adam with moments that start from zero, the others only the rule.
 
     Args:
         state_free_rule: `sign` (signSGD) or `sgd`, for the part of the gradient outside the subspace.
@@ -23,7 +36,7 @@ class FrugalAdamW(ProjectedAdamW):
     """
 
     # What is left out is computed as for an orthonormal basis.
-    subspaces = ("svd", "randomized", "random", "columns")
+    subspaces = ("svd", "randomized", "random", "columns", BLOCKS)
 
     def __init__(
         self,
@@ -60,3 +73,54 @@ class FrugalAdamW(ProjectedAdamW):
             if group["state_free_rule"] == "sign":
                 residual.sign_()
             weight.add_(residual, alpha=-step * group["state_free_lr_ratio"])
+
+    def _update_targets(self, entries: Sequence[Entry]) -> None:
+        super()._update_targets([entry for entry in entries if entry.group["subspace"] != BLOCKS])
+        for entry in entries:
+            if entry.group["subspace"] == BLOCKS:
+                self._update_block(entry, self._layouts[entry.param])
+
+    def _update_block(self, entry: Entry, layout: Layout) -> None:
+        group, state = entry.group, self.state[entry.param]
+        if not state:
+            state.update(step=0, refreshes=0)
+        if self._is_due(entry, layout, state):
+            for key in _MOMENTS:
+                state.pop(key, None)
+            if self._is_chosen(layout, group["seed"], state["refreshes"]):
+                init_moments(state, tuple(entry.param.shape), group["state_dtype"], entry.param)
+            state["reset_at"] = state["step"]
+            state["refreshes"] += 1
+        state["step"] += 1
+
+        lr = float(group["lr"])
+        if "exp_avg" in state:
+            exp_avg, exp_avg_sq = read_moments(state)
+            dtype = torch.float32 if self._rounds(entry) else exp_avg.dtype
+            exp_avg, exp_avg_sq = exp_avg.to(dtype), exp_avg_sq.to(dtype)
+            wide = entry.param.to(dtype)
+            adamw_(
+                [wide],
+                [entry.grad.to(dtype)],
+                [exp_avg],
+                [exp_avg_sq],
+                age=self._age(entry),
+                lr=lr,
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                variant=group["adam_variant"],
+            )
+            write_moments(state, exp_avg, exp_avg_sq)
+        else:
+            wide = entry.param.float() if self._rounds(entry) else entry.param
+            keep, gain = decay_factors(lr, group["weight_decay"], group["adam_variant"])
+            move = entry.grad.sign() if group["state_free_rule"] == "sign" else entry.grad
+            wide.mul_(keep).add_(move, alpha=-lr * gain * group["state_free_lr_ratio"])
+        self._write_weight(entry, wide)
+
+    def _is_chosen(self, layout: Layout, seed: int, refresh: int) -> bool:
+        """Whether a parameter is among those with moments: the same for all in every process and after a resume."""
+        count = max(1, round(self._matrix_count * layout.rank / layout.columns))
+        order = torch.randperm(self._matrix_count, generator=draw_generator(torch.device("cpu"), seed, refresh))
+        return layout.index in order[:count].tolist()

@@ -76,7 +76,7 @@ class ApolloMiniSettings(ApolloSettings):
 
 class FrugalSettings(SubspaceSettings):
     optimizer = FrugalAdamW
-    subspace: Literal["svd", "randomized", "random", "columns"] = "columns"
+    subspace: Literal["svd", "randomized", "random", "columns", "blocks"] = "columns"
     moments: Literal["keep", "rotate", "reset"] = "reset"
     state_free_rule: Literal["sign", "sgd"] = "sign"
     state_free_lr_ratio: float = Field(1.0, ge=0)
