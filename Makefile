@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 RUNS ?= runs/quickstart
 METHODS ?= full_rank galore fira relora cola sltrain
+# Packages that tests and benchmarks compare with; without what they ask for beside (bitsandbytes, compilers, notebooks).
+WITNESSES := $(shell sed -n '/^# witnesses/,$$p' constraints.txt | grep '==')
 # torch goes first and exactly pinned: left to the resolver it may bring another build than the tested one.
-OFFICIAL := $(shell grep -E '^(galore-torch|fira|apollo-torch)==' constraints.txt)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: quickstart test drill browser-test lint format bench wheel clean
@@ -40,6 +41,8 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/adapters.py
+	$(BIN)/python benchmarks/geometry.py
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --no-isolation --outdir dist .
@@ -54,7 +57,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the tools for tests into $(VENV)"
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
-	@$(PIP) install --quiet --no-deps $(OFFICIAL)
+	@$(PIP) install --quiet --no-deps $(WITNESSES)
 	@touch $@
 
 clean:

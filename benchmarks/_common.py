@@ -18,7 +18,7 @@ from hf_lowrank.training.recipe import DataSettings
 from hf_lowrank.training.sequences import collate
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("hf-lowrank", "torch", "transformers", "galore-torch", "fira", "apollo-torch", "numpy")
+PACKAGES = ("hf-lowrank", "torch", "transformers", "peft", "galore-torch", "fira", "apollo-torch", "numpy")
 # hidden, MLP, layers, heads, rank: the published sizes (vocabulary 32 000, sequences of 256).
 SIZES = {"60m": (512, 1376, 8, 8, 128), "130m": (768, 2048, 12, 12, 256), "350m": (1024, 2736, 24, 16, 256)}
 VOCABULARY, LENGTH = 32_000, 256
