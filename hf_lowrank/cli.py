@@ -97,7 +97,7 @@ def measure(
         evaluation_set=evaluation_set,
         output=output,
         revisions=revisions,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
     without = sum(row.value != row.value for row in rows)
     typer.echo(f"{len(rows)} measurements of {len(runs)} runs" + (f", {without} without a value" if without else ""))
