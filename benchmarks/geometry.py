@@ -9,6 +9,7 @@ was measured; a peer that is not installed is null with the reason.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import geometry as g
 from hf_lowrank.geometry.spectra import difference_factors, for_threads
+from hf_lowrank.measuring.activations import BATCH_TOKENS
 from hf_lowrank.targets import target_modules
 
 SHAPES = {
@@ -151,8 +153,8 @@ def spectra(shape: str, sequences: int) -> dict[str, Any]:
 def activations(shape: str, sequences: int) -> dict[str, Any]:
     """Metrics 14–16 against the two models' forward passes."""
     one, other = make_model(shape), make_model(shape, seed=1)
-    loss = make_loss(shape, sequences, batch_tokens=2048)
-    few = make_loss(shape, min(sequences, 8), batch_tokens=2048)
+    loss = make_loss(shape, sequences, batch_tokens=BATCH_TOKENS)
+    few = make_loss(shape, min(sequences, 8), batch_tokens=BATCH_TOKENS)
 
     @torch.no_grad()
     def forwards() -> None:
@@ -185,7 +187,7 @@ def activations(shape: str, sequences: int) -> dict[str, Any]:
 def activation_memory(shape: str, sequences: int) -> dict[str, Any]:
     """What metrics 14–16 need beyond the two models."""
     one, other = make_model(shape), make_model(shape, seed=1)
-    loss = make_loss(shape, sequences, batch_tokens=2048)
+    loss = make_loss(shape, sequences, batch_tokens=BATCH_TOKENS)
     models = rss_mib()
     with Peak() as peak:
         g.activation_similarity(one, other, loss.batches(one))
@@ -290,7 +292,9 @@ def _loss_landscapes() -> dict[str, Any]:
     criterion = torch.nn.CrossEntropyLoss()
     steps = 20
     start = time.perf_counter()
-    theirs = loss_landscapes.linear_interpolation(network, other, loss_landscapes.metrics.Loss(criterion, x, y), steps)
+    # Theirs walks with the first model itself and leaves it elsewhere.
+    metric = loss_landscapes.metrics.Loss(criterion, x, y)
+    theirs = loss_landscapes.linear_interpolation(copy.deepcopy(network), other, metric, steps)
     middle = time.perf_counter()
     # Their grid begins one step after the start and holds the end.
     positions = [(i + 1) / steps for i in range(steps)]

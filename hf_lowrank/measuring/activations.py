@@ -8,6 +8,8 @@ from hf_lowrank.geometry import TokenLoss, activation_similarity
 from hf_lowrank.measuring.context import Row, StepContext
 from hf_lowrank.measuring.table import UNDEFINED
 
+# All hidden states of both models are held for one batch: so many tokens keep that below 200 MiB at 60M parameters.
+BATCH_TOKENS = 512
 FIELDS = {
     "activation_l2": "l2",
     "activation_cosine": "cosine",
@@ -21,7 +23,7 @@ def activation_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     base = at.baseline_for_comparison()
     chosen = at.run.sequences
     batches = TokenLoss(
-        chosen.input_ids, chosen.attention_mask, batch_tokens=min(at.settings.batch_tokens, 2048)
+        chosen.input_ids, chosen.attention_mask, batch_tokens=min(at.settings.batch_tokens, BATCH_TOKENS)
     ).batches(at.model)
     layers = activation_similarity(at.model, at.plain_baseline_model, batches)
     at.run.tick()
