@@ -59,6 +59,8 @@ def understood(error: Exception, repo_id: str) -> Exception:
     """
     if isinstance(error, UserError | UnreachedError):
         return error
+    if type(error) is RuntimeError and isinstance(error.__cause__, Exception):  # how the client wraps a failed upload
+        return understood(error.__cause__, repo_id)
     if isinstance(error, HFValidationError):
         return UserError(f"{repo_id}: not a repository id; it must be user/name: {one_line(error)}")
     if isinstance(error, LocalTokenNotFoundError):
