@@ -125,7 +125,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="NAMES", help="lm-eval tasks or groups, comma-separated; default: offline ones."),
     ] = None,
-    steps: Annotated[str | None, typer.Option(help="all, last, or numbers as 100,200; default: last.")] = None,
+    steps: Annotated[str | None, typer.Option(help="all, last, or numbers as 100,200; default: all.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many items of each task, to try it out.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
     device: Annotated[str | None, typer.Option(help="Where models are evaluated.")] = None,
