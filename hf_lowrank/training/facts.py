@@ -53,9 +53,9 @@ class FactsRecorder(TrainerCallback):
     """Adds up seconds and tokens; writes them before each checkpoint, so that a resumed run goes on counting.
 
     `training_seconds` counts the optimizer steps with their forward and backward passes, `wall_seconds` everything
-    between start and end of the training: evaluation, saving and reading data too. `tokens_seen` counts positions,
-    fillings included. What was computed and lost to an
-    interruption counts in neither.
+    between start and end of the training: evaluation, saving and reading data too. `cpu_seconds` is the processor time
+    of the optimizer steps over all threads, which other work on the machine hardly changes. `tokens_seen` counts
+    positions, fillings included. What was computed and lost to an interruption counts in none of them.
     """
 
     def __init__(self, run: Path, facts: dict[str, Any], tokens_per_step: int, resumed_step: int) -> None:
@@ -65,14 +65,17 @@ class FactsRecorder(TrainerCallback):
         self._tokens_per_step = tokens_per_step
         self._training = float(before.get("training_seconds", 0.0))
         self._wall = float(before.get("wall_seconds", 0.0))
+        self._cpu = float(before.get("cpu_seconds", 0.0))
         self._peak = before.get("peak_memory_bytes") or 0
         self._began = self._step_began = time.perf_counter()
+        self._cpu_began = time.process_time()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.perf_counter()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step_began = time.perf_counter()
+        self._cpu_began = time.process_time()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,6 +84,7 @@ class FactsRecorder(TrainerCallback):
         if due and torch.accelerator.is_available():
             torch.accelerator.synchronize()
         self._training += time.perf_counter() - self._step_began
+        self._cpu += time.process_time() - self._cpu_began
         if control.should_save and state.is_world_process_zero:
             self._write(state.global_step, kwargs.get("optimizer"))
 
@@ -95,6 +99,7 @@ class FactsRecorder(TrainerCallback):
         costs = {
             "training_seconds": round(self._training, 3),
             "wall_seconds": round(self._wall + time.perf_counter() - self._began, 3),
+            "cpu_seconds": round(self._cpu, 3),
             "peak_memory_bytes": self._peak or None,
             "tokens_seen": step * self._tokens_per_step,
         }

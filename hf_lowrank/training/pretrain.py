@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,7 @@ def _write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedMod
                 "device": str(torch.accelerator.current_accelerator() or "cpu"),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
+                "versions": {name: version(name) for name in ("hf_lowrank", "transformers", "accelerate", "peft")},
             },
         )
 

@@ -95,6 +95,7 @@ def test_the_facts_add_up(write_recipe, tmp_path):
     assert facts["tokens_seen"] == 6 * 4 * 2 * 16
     assert facts["step"] == 6
     assert facts["wall_seconds"] >= facts["training_seconds"] > 0
+    assert facts["cpu_seconds"] > 0
     assert facts["peak_memory_bytes"] > 10**7
     # Two moments a weight in float32, and a step counter a tensor.
     assert facts["optimizer_state_bytes"] == facts["parameters"] * 8 + len(weights) * 4
