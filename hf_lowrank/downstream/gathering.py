@@ -91,7 +91,7 @@ def gather(
             faults.append(str(error))
             continue
         rows = [row for row in read_measurements(file) if row.scope == "model"]
-        scores = _usable(read_scores(file.with_name(FILE_NAME)), tasks)
+        scores = usable_scores(read_scores(file.with_name(FILE_NAME)), tasks)
         if not any(row.metric == "perplexity" and math.isfinite(row.value) for row in rows):
             faults.append(f"{name} has no perplexity (hf-lowrank measure {name})")
         elif not scores:
@@ -104,7 +104,7 @@ def gather(
             f"{len(measured)} of {len(runs)}" + "".join(f"; {fault}" for fault in faults)
         )
     notes = [f"left out: {fault}" for fault in faults]
-    target = _targets(scored, notes)
+    target = above_chance(scored, notes)
     columns = {metric: _column(measured, metric, notes) for metric in ["perplexity", *chosen]}
     steps = _steps(list(measured), target, columns, chosen, notes)
     names = list(measured)
@@ -127,7 +127,7 @@ def _has_tables(folder: Path) -> bool:
     return (folder / FILE_NAME).is_file() or (folder / "measurements.jsonl").is_file()
 
 
-def _usable(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[Score]:
+def usable_scores(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[Score]:
     """The primary score of each task at each checkpoint, where guessing has a known level."""
     wanted = None if tasks is None else set(tasks)
     best: dict[tuple[int, str], Score] = {}
@@ -142,7 +142,7 @@ def _usable(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[Score]
     return list(best.values())
 
 
-def _targets(scored: Mapping[str, Sequence[Score]], notes: list[str]) -> Grid:
+def above_chance(scored: Mapping[str, Sequence[Score]], notes: list[str]) -> Grid:
     """Mean above-chance score `(score − chance)/(1 − chance)` over the tasks that every run has."""
     per_run = {run: {row.task for row in rows} for run, rows in scored.items()}
     shared = set.intersection(*per_run.values())

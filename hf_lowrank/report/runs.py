@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from hf_lowrank.downstream.scores import FILE_NAME as SCORES_FILE
+from hf_lowrank.downstream.scores import Score, read_scores
 from hf_lowrank.errors import UserError
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
@@ -49,6 +51,8 @@ class RunRecord:
         log: Trainer's log history up to the last checkpoint.
         rows: its measurements, the last one of each key.
         fingerprint: of its evaluation sequences, None where nothing says it.
+        scores: its downstream scores, the last of each step, task and metric.
+        size: width and depth of its model as its configuration says them; None where it says nothing.
     """
 
     path: Path
@@ -61,6 +65,8 @@ class RunRecord:
     log: tuple[Mapping[str, Any], ...]
     rows: tuple[Row, ...] = field(repr=False)
     fingerprint: str | None
+    scores: tuple[Score, ...] = field(default=(), repr=False)
+    size: tuple[int, int] | None = None
 
     def logged(self, key: str) -> list[tuple[int, float]]:
         """(step, value) pairs of one key of the log, finite ones, in step order; the last entry of a step counts."""
@@ -227,18 +233,33 @@ def _fingerprint(folder: Path, facts: Mapping[str, Any]) -> str | None:
     return str(said) if said else None
 
 
+_SIZE_KEYS = (("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "num_layers"))
+
+
+def _size(checkpoints: Mapping[int, Path]) -> tuple[int, int] | None:
+    if not checkpoints:
+        return None
+    path = checkpoints[max(checkpoints)] / "config.json"
+    config = _mapping(path, _read_json(path))
+    inner = config.get("base_config")
+    config = inner if isinstance(inner, Mapping) else config
+    found = [next((config[key] for key in keys if isinstance(config.get(key), int)), None) for keys in _SIZE_KEYS]
+    return None if None in found else (found[0], found[1])  # type: ignore[return-value]
+
+
 def load_run(folder: str | os.PathLike[str]) -> RunRecord:
-    """Reads one run directory.
+    """Reads one run directory, or a folder that holds the tables of checkpoints kept elsewhere.
 
     Raises:
-        UserError: it is no folder, holds no checkpoint, or one of its files is damaged.
+        UserError: it is no folder, holds neither checkpoint nor table, or one of its files is damaged.
     """
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder; give the folder that holds checkpoint-N/")
     checkpoints = _checkpoints(path)
     recipe_file, facts_file, rows_file = path / "recipe.yaml", path / "facts.json", path / "measurements.jsonl"
-    if not checkpoints:
+    tables = rows_file.is_file() or (path / SCORES_FILE).is_file()
+    if not checkpoints and (not tables or any(path.glob("checkpoint-*"))):
         what = "has no whole checkpoint-N/ yet; train it first" if recipe_file.is_file() else "is no run folder"
         raise UserError(f"{path}: {what} (a run folder holds checkpoint-N/ folders with a config.json)")
     recipe: Mapping[str, Any] = {}
@@ -256,12 +277,14 @@ def load_run(folder: str | os.PathLike[str]) -> RunRecord:
         name=path.resolve().name,
         method=str(method.get("name", "unknown")) if isinstance(method, Mapping) else "unknown",
         seed=seed if isinstance(seed, int) else None,
-        steps=tuple(checkpoints),
+        steps=tuple(checkpoints) or tuple(sorted({row.step for row in rows})),
         recipe=recipe,
         facts=facts,
         log=_log_history(checkpoints),
         rows=rows,
         fingerprint=_fingerprint(path, facts),
+        scores=tuple(read_scores(path)),
+        size=_size(checkpoints),
     )
 
 
