@@ -1,0 +1,5 @@
+"""Memory told before it is spent: an itemised estimate of a recipe's training, and the measured peak beside it."""
+
+from hf_lowrank.memory.estimate import MemoryEstimate, estimate
+
+__all__ = ["MemoryEstimate", "estimate"]

@@ -1,0 +1,269 @@
+"""What training by a recipe will hold, in bytes, before any of it is spent."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, Peak
+from hf_lowrank.memory.simulation import Simulation, simulate
+from hf_lowrank.training.recipe import Recipe, load_recipe
+
+SHARDINGS = ("ddp", "fsdp2")
+DTYPES = ("float32", "bfloat16", "float16")
+# Phases in which the model computes, so that sharded weights are gathered.
+COMPUTING = ("forward", "backward", "evaluation")
+# What cuBLAS takes from torch's allocator at its first product: by torch's default, on GPUs from sm_90 on and before.
+CUBLAS_LARGE, CUBLAS_SMALL = 32 * 2**20, 4096 * 1024 * 2 + 16 * 1024 * 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """What one process of a training holds, in bytes.
+
+    The items do not add up to the peak: gradients come as activations go. The peak is that of the largest phase.
+
+    Attributes:
+        recipe, method: what is trained.
+        device: where, as `cpu`.
+        world_size, sharding: over how many processes, and how ("ddp", "fsdp2", or None for one).
+        batch_size, sequence_length: of one process's forward pass.
+        gradient_checkpointing: whether the recipe recomputes each block in the backward pass.
+        weights: parameters and buffers; they are `embeddings` (with the head), `dense` (linear layers and norms),
+            `factors`, `sparse` (values and their positions) and `buffers`.
+        frozen: of the weights, what gets no gradient.
+        gradients: all that exist at once; with layerwise updates the largest one.
+        optimizer_state: `moments` (with their scales and counters) and `bases`.
+        activations: what autograd keeps from the forward to the backward pass, the batch included.
+        activations_plain, activations_checkpointed: the same without and with gradient checkpointing, or None where
+            that was not asked for.
+        workspace: temporary tensors at the moment of the peak: logits and their gradient, what is on its way through
+            a layer, the optimizer's batches, the choice of subspaces.
+        communication: what several processes need beside: DDP's buckets, FSDP2's gathered blocks.
+        phases: the peak of each phase: forward (with the loss), backward, optimizer step, refresh of subspaces, first
+            step, evaluation.
+    """
+
+    recipe: str
+    method: str
+    device: str
+    world_size: int
+    sharding: str | None
+    batch_size: int
+    sequence_length: int
+    gradient_checkpointing: bool
+    weights: int
+    embeddings: int
+    dense: int
+    factors: int
+    sparse: int
+    buffers: int
+    frozen: int
+    gradients: int
+    moments: int
+    bases: int
+    activations: int
+    activations_plain: int | None
+    activations_checkpointed: int | None
+    workspace: int
+    communication: int
+    phases: dict[str, int]
+
+    @property
+    def optimizer_state(self) -> int:
+        return self.moments + self.bases
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at any moment."""
+        return max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.phases.__getitem__)
+
+    def plain(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return {**asdict(self), "optimizer_state": self.optimizer_state, "peak": self.peak}
+
+    def facts(self) -> dict[str, int | None]:
+        """What a run's `facts.json` says under `memory`; the measured peak is not known yet."""
+        names = ("weights", "gradients", "optimizer_state", "activations", "workspace")
+        return {**{name: getattr(self, name) for name in names}, "estimated_peak": self.peak, "measured_peak": None}
+
+
+def estimate(
+    recipe: Recipe | str | Path,
+    *,
+    world_size: int = 1,
+    sharding: Literal["ddp", "fsdp2"] | None = None,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    gradient_checkpointing: bool | None = None,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    vocabulary_size: int | None = None,
+    both_activations: bool = False,
+) -> MemoryEstimate:
+    """What training by `recipe` holds in one process, from its steps run on tensors that have no memory.
+
+    The model, loss, backward pass and optimizer are the real ones, so their tensors are counted, not guessed. What
+    the phases of a step hold, and so the peak, is exact up to what kernels allocate inside themselves.
+
+    Args:
+        world_size: processes; `sharding` says how they share ("ddp" when it is not given). With DDP, gradients exist
+            twice (in buckets). With FSDP2, weights, gradients and optimizer state are divided by the processes, and
+            beside them stand what lies outside the blocks, and two blocks, whole.
+        batch_size: sequences in one process's forward pass, in place of the recipe's.
+        sequence_length: tokens a sequence, in place of the recipe's.
+        gradient_checkpointing: in place of the recipe's.
+        dtype: of the weights, in place of the model's: "float32", "bfloat16" or "float16".
+        device: "cpu" or "cuda"; default: the accelerator where there is one.
+        vocabulary_size: of the model, where the recipe leaves it to the tokenizer; default: what the recipe trains.
+        both_activations: fills in `activations_plain` and `activations_checkpointed`, for one more forward pass.
+
+    Raises:
+        UserError: an argument is out of range, or the recipe cannot be built.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    _check(recipe, world_size, sharding, batch_size, sequence_length, dtype)
+    if world_size > 1 and sharding is None:
+        sharding = "ddp"
+    place = torch.device(device) if device is not None else _default_device()
+    changed = _changed(recipe, batch_size, sequence_length, gradient_checkpointing)
+    kind: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
+    vocabulary = _vocabulary(changed) if vocabulary_size is None else vocabulary_size
+    found = simulate(changed, vocabulary=vocabulary, device=place, dtype=kind)
+    args = changed.arguments(changed.path.parent)
+    plain = checkpointed = None
+    if both_activations:
+        other = _changed(changed, None, None, not args.gradient_checkpointing)
+        beside = simulate(other, vocabulary=vocabulary, device=place, dtype=kind, forward_only=True).activations
+        plain, checkpointed = found.activations, beside
+        if args.gradient_checkpointing:
+            plain, checkpointed = checkpointed, plain
+    share = world_size if sharding == "fsdp2" else 1
+    half = share > 1 and (args.bf16 or args.fp16)
+    phases, communication = _phases(found, world_size, sharding, 2 if half else 1)
+    top = max(phases, key=phases.__getitem__)
+    weights = found.weights
+    extra = _library(place)
+    return MemoryEstimate(
+        recipe=recipe.name,
+        method=recipe.method.name,
+        device=place.type,
+        world_size=world_size,
+        sharding=sharding,
+        batch_size=args.per_device_train_batch_size,
+        sequence_length=changed.data.sequence_length,
+        gradient_checkpointing=args.gradient_checkpointing,
+        weights=weights.total // share,
+        embeddings=weights.embeddings // share,
+        dense=weights.dense // share,
+        factors=weights.factors // share,
+        sparse=weights.sparse // share,
+        buffers=weights.buffers // share,
+        frozen=weights.frozen // share,
+        gradients=found.gradients // share,
+        moments=found.moments // share,
+        bases=found.bases // share,
+        activations=found.activations,
+        activations_plain=plain,
+        activations_checkpointed=checkpointed,
+        workspace=_workspace(found, found.phases[top]) + extra,
+        communication=communication,
+        phases={name: size + extra for name, size in phases.items()},
+    )
+
+
+def _workspace(found: Simulation, peak: Peak) -> int:
+    kept = sum(peak.kinds.get(kind, 0) for kind in (WEIGHTS, GRADIENTS, STATE))
+    return peak.total - kept - min(peak.kinds.get(ACTIVATIONS, 0), found.activations)
+
+
+def _phases(found: Simulation, world_size: int, sharding: str | None, narrower: int) -> tuple[dict[str, int], int]:
+    """Each phase's peak in one process, and what communication adds to the largest."""
+    alone = {name: peak.total for name, peak in found.phases.items()}
+    if world_size == 1 or sharding is None:
+        return alone, 0
+    if sharding == "ddp":
+        return {name: size + found.gradients for name, size in alone.items()}, found.gradients
+    weights = found.weights
+    outside = weights.total - weights.blocks
+    gathered = (outside + 2 * weights.largest_block) // narrower
+    # Of the gradients, those outside the blocks and one block's are whole before they are scattered.
+    whole = found.gradients * (outside + weights.largest_block) // max(1, weights.total)
+    phases, beside = {}, {}
+    for name, peak in found.phases.items():
+        kept = sum(peak.kinds.get(kind, 0) for kind in (WEIGHTS, GRADIENTS, STATE))
+        rest = peak.total - kept
+        beside[name] = 0
+        if name in COMPUTING:
+            beside[name] = gathered + (whole if name == "backward" else 0)
+        else:
+            rest //= world_size
+        phases[name] = kept // world_size + rest + beside[name]
+    return phases, beside[max(phases, key=phases.__getitem__)]
+
+
+def _library(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    if not torch.cuda.is_available():
+        return CUBLAS_SMALL
+    return CUBLAS_LARGE if torch.cuda.get_device_capability(device) >= (9, 0) else CUBLAS_SMALL
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _vocabulary(recipe: Recipe) -> int | None:
+    """The model's vocabulary where the recipe trains its tokenizer; else what the model's own configuration says."""
+    if "vocab_size" in recipe.model or recipe.data.tokenizer is not None:
+        return None
+    return recipe.data.vocabulary_size
+
+
+def _changed(recipe: Recipe, batch_size: int | None, length: int | None, checkpointing: bool | None) -> Recipe:
+    training = dict(recipe.training)
+    if batch_size is not None:
+        training["per_device_train_batch_size"] = batch_size
+    if checkpointing is not None:
+        training["gradient_checkpointing"] = checkpointing
+    data = recipe.data if length is None else recipe.data.model_copy(update={"sequence_length": length})
+    return replace(recipe, training=training, data=data)
+
+
+def _check(
+    recipe: Recipe,
+    world_size: int,
+    sharding: str | None,
+    batch_size: int | None,
+    sequence_length: int | None,
+    dtype: str | None,
+) -> None:
+    for name, value in (("world size", world_size), ("batch size", batch_size)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{name} must be a whole number from 1, got {value}")
+    if sharding is not None and sharding not in SHARDINGS:
+        raise UserError(f"sharding must be one of {', '.join(SHARDINGS)}, got {sharding!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if world_size > 1 and getattr(recipe.settings, "layerwise", False):
+        raise UserError(
+            f"{recipe.path}: world size must be 1 with method.layerwise, got {world_size}: gradients would be used "
+            "before they are averaged; leave layerwise out"
+        )
+    if sequence_length is None:
+        return
+    places = getattr(recipe.config(), "max_position_embeddings", None)
+    if sequence_length < 2 or (places is not None and sequence_length > places):
+        raise UserError(
+            f"sequence length must be from 2 to model.max_position_embeddings ({places}), got {sequence_length}"
+        )

@@ -1,0 +1,143 @@
+"""Who holds how many bytes: every storage that torch allocates, from its first tensor to its last.
+
+The ledger sees what any code allocates, real or on fake tensors, which have a size and no memory. What a kernel
+allocates and frees inside itself it does not see.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WEIGHTS, GRADIENTS, STATE, ACTIVATIONS, WORKSPACE = "weights", "gradients", "optimizer_state", "activations", "workspace"
+
+
+@dataclass
+class Peak:
+    """The moment at which most was held: bytes in all, and by kind."""
+
+    total: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+
+
+class Ledger(TorchDispatchMode):
+    """Counts storages while it is entered; each is of the `kind` that was current when it was allocated, or claimed.
+
+    Attributes:
+        kind: of what is allocated from here on.
+        total: bytes held now.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = WORKSPACE
+        self.total = 0
+        self._sizes: dict[int, tuple[int, str]] = {}
+        self._kinds: dict[str, int] = {}
+        self._peak = Peak()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
+            return _stand_in(args[0])
+        if kwargs.get("generator") is not None and _any_fake_mode():
+            # A fake draw has no numbers, and the generator is left as it is.
+            kwargs = {**kwargs, "generator": None}
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            self._enter(tensor, self.kind)
+        return result
+
+    def claim(self, tensors: Iterable[Tensor | None], kind: str) -> int:
+        """Says what the storages of `tensors` are; their bytes, each storage once."""
+        found = {}
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            self._enter(tensor, kind)
+            key = tensor.untyped_storage()._cdata
+            size, before = self._sizes[key]
+            self._kinds[before] -= size
+            self._kinds[kind] = self._kinds.get(kind, 0) + size
+            self._sizes[key] = (size, kind)
+            found[key] = size
+        return sum(found.values())
+
+    def held(self, kind: str) -> int:
+        """Bytes of `kind` held now."""
+        return self._kinds.get(kind, 0)
+
+    @contextmanager
+    def phase(self, kind: str) -> Iterator[Peak]:
+        """Runs the body with new storages being `kind`; the peak that it gives is filled in as the body runs."""
+        self.kind = kind
+        self._peak = peak = Peak(self.total, dict(self._kinds))
+        yield peak
+        self._peak, self.kind = Peak(), WORKSPACE
+
+    def _enter(self, tensor: Tensor, kind: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        size = storage.nbytes()
+        self._sizes[key] = (size, kind)
+        self._kinds[kind] = self._kinds.get(kind, 0) + size
+        self.total += size
+        weakref.finalize(storage, self._leave, key).atexit = False
+        if self.total > self._peak.total:
+            self._peak.total, self._peak.kinds = self.total, dict(self._kinds)
+
+    def _leave(self, key: int) -> None:
+        size, kind = self._sizes.pop(key)
+        self._kinds[kind] -= size
+        self.total -= size
+
+
+class StandIns(TorchFunctionMode):
+    """Lets code that looks at numbers run on fake tensors: every number is 1, every flag True."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.tolist and _is_fake(args[0]):
+            return _nested(_stand_in(args[0]), tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_fake(tensor: Any) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def _any_fake_mode() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def _stand_in(tensor: Tensor) -> Any:
+    if tensor.dtype == torch.bool:
+        return True
+    return 1.0 if tensor.is_floating_point() else 1
+
+
+def _nested(value: Any, shape: tuple[int, ...]) -> Any:
+    return value if not shape else [_nested(value, shape[1:]) for _ in range(shape[0])]
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, (tuple, list)):
+        for part in result:
+            yield from _tensors(part)

@@ -1,0 +1,289 @@
+"""A recipe's training steps on fake tensors: the real model, loss, backward and optimizer, without their memory.
+
+Nothing of a method is written down a second time here: what is counted is what its code allocates. The order is
+Trainer's: forward and loss, backward, clipping, optimizer step, gradients dropped, and now and then an evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from hf_lowrank.adapters.layers import ReplacedLinear
+from hf_lowrank.errors import UserError
+from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, WORKSPACE, Ledger, Peak, StandIns
+from hf_lowrank.optim.groups import decayed_names
+from hf_lowrank.optim.moments import _levels
+from hf_lowrank.training.callbacks import drop_logits
+from hf_lowrank.training.recipe import Recipe, first_line
+
+BASES = ("basis", "left_basis")
+
+
+@dataclass
+class Weights:
+    """Bytes of a model's parameters and buffers by what they are.
+
+    Counted once more: `frozen`, what gets no gradient; `blocks`, the parameters of all blocks; `largest_block`.
+    """
+
+    embeddings: int = 0
+    dense: int = 0
+    factors: int = 0
+    sparse: int = 0
+    buffers: int = 0
+    frozen: int = 0
+    blocks: int = 0
+    largest_block: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.embeddings + self.dense + self.factors + self.sparse + self.buffers
+
+
+@dataclass
+class Simulation:
+    """What a training step holds, in bytes.
+
+    Attributes:
+        weights: of the model.
+        gradients: all that exist at once.
+        moments, bases: of the optimizer's state.
+        activations: what autograd keeps from forward to backward, with the batch.
+        phases: the peak of each phase.
+    """
+
+    weights: Weights
+    gradients: int = 0
+    moments: int = 0
+    bases: int = 0
+    activations: int = 0
+    phases: dict[str, Peak] = field(default_factory=dict)
+
+
+def simulate(
+    recipe: Recipe,
+    *,
+    vocabulary: int | None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    forward_only: bool = False,
+) -> Simulation:
+    """Runs training steps of `recipe` without memory; the phases are those of a step that finds its state there.
+
+    Args:
+        vocabulary: tokens of the tokenizer, for a recipe that leaves its model's vocabulary open.
+        dtype: of the weights, where it is not the recipe's.
+        forward_only: stops after the first forward pass, knowing `activations`.
+    """
+    args = recipe.arguments(recipe.path.parent)
+    defaults = {} if vocabulary is None else {"vocab_size": vocabulary}
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = recipe.method.build_model(recipe.config(**defaults), recipe.settings, recipe.seed)
+    with _apart(), FakeTensorMode(allow_non_fake_inputs=True), StandIns():
+        _place(model, device, dtype)
+        run = _Run(recipe, args, model, device)
+        if forward_only:
+            run.forward()
+        else:
+            run.steps()
+    return run.found
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Keeps the simulation from the rest of the process: no random numbers, no other processes, no cached tensors."""
+    _levels.cache_clear()
+    try:
+        with torch.random.fork_rng(devices=[]), mock.patch("torch.distributed.is_initialized", lambda: False):
+            yield
+    finally:
+        _levels.cache_clear()
+
+
+def _place(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Fake tensors in place of the model's, tied ones staying tied."""
+    fresh: dict[int, Any] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fresh:
+                    kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                    empty = torch.empty(tensor.shape, dtype=kept, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                    fresh[id(tensor)] = empty
+                store[name] = fresh[id(tensor)]
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, device: torch.device) -> None:
+        self._recipe, self._args, self._model, self._device = recipe, args, model, device
+        self._ledger = Ledger()
+        self.found = Simulation(_weigh(model, self._ledger))
+        model.train()
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+        self._call: Any = self._mixed(model)
+
+    def _mixed(self, model: nn.Module) -> Any:
+        """The model's call as accelerate makes it: under autocast, its outputs brought back to float32."""
+        kind = torch.bfloat16 if self._args.bf16 else torch.float16 if self._args.fp16 else None
+        if kind is None:
+            return model
+
+        def call(**batch: Tensor) -> Any:
+            with torch.autocast(self._device.type, dtype=kind):
+                return model(**batch)
+
+        return convert_outputs_to_fp32(call)
+
+    def _batch(self, size: int) -> dict[str, Tensor]:
+        shape = (size, self._recipe.data.sequence_length)
+        names = ["input_ids", "labels"] + ["attention_mask"] * (self._recipe.data.shape == "documents")
+        return {name: torch.zeros(shape, dtype=torch.long, device=self._device) for name in names}
+
+    def forward(self) -> Tensor:
+        """Forward and loss; what it leaves is what autograd keeps."""
+        before = self._ledger.held(ACTIVATIONS)
+        with self._ledger, self._ledger.phase(ACTIVATIONS) as peak:
+            loss: Tensor = self._call(**self._batch(self._args.per_device_train_batch_size)).loss
+        self.found.phases["forward"] = peak
+        self.found.activations = self._ledger.held(ACTIVATIONS) - before
+        return loss
+
+    def _backward(self, optimizer: Optimizer, *, last: bool = True) -> None:
+        loss = self.forward()
+        between = nullcontext() if last else getattr(optimizer, "accumulating", nullcontext)()
+        with between, self._ledger, self._ledger.phase(WORKSPACE) as peak:
+            loss.backward()
+            del loss
+        self.found.phases["backward"] = peak
+
+    def steps(self) -> None:
+        args, model, ledger = self._args, self._model, self._ledger
+        optimizer = self._optimizer()
+        callbacks = self._recipe.method.callbacks(self._recipe.settings, args)
+        around = {"model": model, "optimizer": optimizer}
+        state, control = TrainerState(), TrainerControl()
+        for callback in callbacks:
+            callback.on_train_begin(args, state, control, **around)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.claim([p.grad], GRADIENTS) and None)
+        updates_inside = getattr(optimizer, "_layerwise", None) is not None
+        # The first step makes the state, the second finds it there, the third chooses subspaces anew.
+        for phase in ("first step", "optimizer step", "refresh"):
+            if phase == "refresh":
+                subspaces = [group for group in optimizer.param_groups if "update_proj_gap" in group]
+                if not subspaces:
+                    break
+                for group in subspaces:
+                    group["update_proj_gap"] = 1
+            if phase == "optimizer step" or updates_inside:
+                for part in range(min(args.gradient_accumulation_steps, 2), 0, -1):
+                    self._backward(optimizer, last=part == 1)
+            else:
+                for parameter in trained:
+                    parameter.grad = torch.empty_like(parameter)
+                    ledger.claim([parameter.grad], GRADIENTS)
+            self.found.gradients = max(self.found.gradients, ledger.held(GRADIENTS))
+            for callback in callbacks:
+                callback.on_pre_optimizer_step(args, state, control, **around)
+            with ledger, ledger.phase(WORKSPACE) as peak:
+                if args.max_grad_norm:
+                    nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+            self.found.phases[phase] = peak
+            self._claim_state(optimizer)
+            model.zero_grad()
+        if not self.found.gradients:  # each is used up inside the backward pass
+            self.found.gradients = max(p.numel() * p.element_size() for p in trained)
+        self._evaluate()
+
+    def _claim_state(self, optimizer: Optimizer) -> None:
+        kept: dict[bool, list[Tensor]] = {True: [], False: []}
+        for entries in optimizer.state.values():
+            for name, value in entries.items():
+                if isinstance(value, Tensor):
+                    kept[name in BASES].append(value)
+        self.found.bases = self._ledger.claim(kept[True], STATE)
+        self.found.moments = self._ledger.claim(kept[False], STATE)
+
+    def _evaluate(self) -> None:
+        """Two batches, since Trainer keeps of the first what `drop_logits` leaves."""
+        kept = []
+        with self._ledger, self._ledger.phase(WORKSPACE) as peak, torch.no_grad():
+            self._model.eval()
+            for _ in range(2):
+                batch = self._batch(self._args.per_device_eval_batch_size)
+                output = self._call(**batch)
+                kept.append(drop_logits(output.logits, batch["labels"]))
+        self.found.phases["evaluation"] = peak
+
+    def _optimizer(self) -> Optimizer:
+        recipe, args, model = self._recipe, self._args, self._model
+        if recipe.method.build_optimizer is not None:
+            return recipe.method.build_optimizer(model, recipe.settings, args)
+        decayed = decayed_names(model)
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for name, p in trained if (name in decayed) is decays], "weight_decay": decay}
+            for decays, decay in ((True, args.weight_decay), (False, 0.0))
+        ]
+        try:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            return kind([group for group in groups if group["params"]], **options)
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(f"{recipe.path}: training.optim {args.optim} cannot be built: {first_line(error)}") from None
+
+
+def _weigh(model: PreTrainedModel, ledger: Ledger) -> Weights:
+    """Counts the model's tensors, each storage once, and enters them into `ledger`."""
+    weights = Weights()
+    kinds: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, ReplacedLinear):
+            for name in module.tensor_names():
+                kind = "factors" if name in module.factor_names else "sparse"
+                kinds.update((id(tensor), kind) for tensor in getattr(module, name).values())
+        elif isinstance(module, LoraLayer):
+            for part in (module.lora_A, module.lora_B):
+                kinds.update((id(tensor), "factors") for tensor in part.parameters())
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if embedding is not None:
+            kinds.update((id(tensor), "embeddings") for tensor in embedding.parameters())
+    for tensor in model.parameters():
+        size = ledger.claim([tensor], WEIGHTS)
+        kind = kinds.get(id(tensor), "dense")
+        setattr(weights, kind, getattr(weights, kind) + size)
+        weights.frozen += 0 if tensor.requires_grad else size
+    for tensor in model.buffers():
+        size = ledger.claim([tensor], WEIGHTS)
+        kind = kinds.get(id(tensor), "buffers")
+        setattr(weights, kind, getattr(weights, kind) + size)
+    sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in _blocks(model)]
+    weights.blocks, weights.largest_block = sum(sizes), max(sizes, default=0)
+    return weights
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost lists of modules: a transformer's layers."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _blocks(child)
