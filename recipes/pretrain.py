@@ -1,0 +1,61 @@
+"""A recipe in one or several processes: `accelerate launch recipes/pretrain.py RECIPE`.
+
+What `hf-lowrank train` does, started by accelerate, as
+
+    accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \
+        recipes/pretrain.py recipes/llama_130m/galore.yaml --set training.gradient_accumulation_steps=1 \
+        --set training.per_device_train_batch_size=64 --output runs/galore
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.training import Recipe, load_recipe, pretrain
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pre-train by a recipe under `accelerate launch`.")
+    parser.add_argument("recipe", type=Path, help="a recipe, as recipes/nano/galore.yaml")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="overrides one key"
+    )
+    parser.add_argument("--seed", type=int, help="overrides the recipe's seed")
+    parser.add_argument("--output", type=Path, help="the run directory")
+    return parser.parse_args()
+
+
+def check_sharding(recipe: Recipe) -> None:
+    """Raises a `UserError` where weights come in shards but the method updates whole matrices."""
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if sharded and recipe.method.build_optimizer is not None:
+        raise UserError(
+            f"{recipe.path}: method {recipe.method.name} must see whole matrices, got shards of FSDP; "
+            "use recipes/accelerate/ddp.yaml"
+        )
+
+
+def main() -> None:
+    arguments = parsed()
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hf_lowrank").setLevel(logging.INFO if first else logging.ERROR)
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides, seed=arguments.seed)
+        check_sharding(recipe)
+        run = pretrain(recipe, arguments.output)
+    except UserError as error:
+        if first:
+            print("pretrain.py: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    if first:
+        print(f"run directory: {run}")
+
+
+if __name__ == "__main__":
+    main()
