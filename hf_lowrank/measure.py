@@ -21,6 +21,7 @@ import torch
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.locks import all_locked
 from hf_lowrank.measuring.context import Row, RunContext, StepContext, UndefinedError
 from hf_lowrank.measuring.groups import GROUPS
 from hf_lowrank.measuring.metrics import CURVES, METRICS, Metric
@@ -30,7 +31,16 @@ from hf_lowrank.measuring.progress import Progress
 from hf_lowrank.measuring.settings import MeasureSettings, resolve_settings
 from hf_lowrank.measuring.table import UNDEFINED, Measurement, append_measurements, read_measurements
 
-__all__ = ["CURVES", "METRICS", "Measurement", "Metric", "append_measurements", "measure", "read_measurements"]
+__all__ = [
+    "CURVES",
+    "METRICS",
+    "Measurement",
+    "Metric",
+    "append_measurements",
+    "measure",
+    "read_measurements",
+    "unmeasured",
+]
 
 Run = str | os.PathLike[str] | Trajectory
 FAULTS = (ValueError, RuntimeError, OSError, MemoryError, KeyError, AttributeError, TypeError, ArithmeticError)
@@ -102,8 +112,32 @@ def measure(
         )
     plans = [_plan(context, wanted, steps) for context in contexts]
     files = [rows_file(context.trajectory, None if output is None else Path(output)) for context in contexts]
-    _measure_all(contexts, plans, files, processes, progress)
+    with all_locked([file.parent for file in files], "measure"):
+        _measure_all(contexts, plans, files, processes, progress)
     return [row for file in files for row in read_measurements(file)]
+
+
+def unmeasured(
+    run: Run,
+    *,
+    metrics: str | Iterable[str] | None = None,
+    steps: str | int | Iterable[int] | None = None,
+    baseline: Run | None = None,
+    preset: str = "fast",
+    settings: MeasureSettings | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+) -> list[tuple[int, str]]:
+    """The (step, metric) that `measure` with these arguments would measure in a run; nothing is computed."""
+    chosen = settings if isinstance(settings, MeasureSettings) else resolve_settings(preset, settings)
+    trajectory = run if isinstance(run, Trajectory) else Trajectory(run)
+    other = baseline if isinstance(baseline, Trajectory) or baseline is None else Trajectory(baseline)
+    context = RunContext(trajectory, chosen, torch.device("cpu"), baseline=other)
+    rows = read_measurements(rows_file(trajectory, None))
+    return [
+        (step, metric)
+        for step, groups in _plan(context, METRICS.select(metrics), steps).items()
+        for name, ids in groups.items()
+        for metric in sorted(_missing(context, step, name, ids, rows))
+    ]
 
 
 Plan = dict[int, dict[str, set[str]]]  # step -> group -> metric ids

@@ -33,6 +33,7 @@ from hf_lowrank.downstream.scores import (
 )
 from hf_lowrank.downstream.sources import load_tokenizer
 from hf_lowrank.errors import UserError
+from hf_lowrank.locks import all_locked
 from hf_lowrank.measuring.plan import choose_steps, rows_file
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,8 @@ def evaluate(
     from tqdm.auto import tqdm
 
     total = sum(len(chosen) for _, chosen, _ in plans) * len(names)
-    with _quiet_lm_eval(), tqdm(total=total, unit="task", disable=not progress, delay=2, leave=False) as bar:
+    bar = tqdm(total=total, unit="task", disable=not progress, delay=2, leave=False)
+    with all_locked([table.parent for _, _, table in plans], "evaluate"), _quiet_lm_eval(), bar:
         for trajectory, chosen, table in plans:
             _Runner(trajectory, table, limit, batch_size, device, say, bar.update).run(chosen, names)
     return [row for _, _, table in plans for row in read_scores(table)]

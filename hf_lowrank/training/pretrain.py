@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.files import write_text
+from hf_lowrank.locks import locked
 from hf_lowrank.training.callbacks import FinalCheckpoint, Progress, drop_logits, token_loss
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
 from hf_lowrank.training.facts import FactsRecorder, read_facts, write_facts
@@ -49,11 +51,19 @@ def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Pa
     alone, whatever the method.
 
     Raises:
-        UserError: the corpus or the model cannot be had, or `output` belongs to another recipe; nothing is written.
+        UserError: the corpus or the model cannot be had, or `output` belongs to another recipe or is in use by
+            another process; nothing is written.
     """
     run = Path(output) if output is not None else Path("runs") / f"{recipe.name}-seed{recipe.seed}"
     transformers_logging.disable_progress_bar()
-    started = _check_belongs(run, recipe)
+    with ExitStack() as held:
+        return _pretrain(recipe, run, held)
+
+
+def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
+    started = check_belongs(run, recipe)
+    if started:
+        held.enter_context(locked(run, "train"))
     checkpoint = last_whole_checkpoint(run) if started else None
     if checkpoint is not None and _is_finished(checkpoint):
         logger.info("%s is finished at step %d: nothing to do", run, step_of(checkpoint))
@@ -69,6 +79,10 @@ def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Pa
         args.max_steps = math.ceil(args.num_train_epochs * len(corpus.train) / sequences_per_step)
     model = _initial_model(recipe, corpus)
 
+    if not started:
+        held.enter_context(locked(run, "train"))
+        if args.should_save and is_started(run):
+            raise UserError(f"{run}: another process has begun this run in the meantime; call again to continue it")
     if args.should_save:
         _write_start(run, recipe, corpus, model)
     facts = read_facts(run)
@@ -87,15 +101,30 @@ def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Pa
     return run
 
 
-def _check_belongs(run: Path, recipe: Recipe) -> bool:
-    """Whether `run` was started by this recipe; a `UserError` where it is something else's."""
+def is_started(run: Path) -> bool:
+    """Whether a recipe has claimed the folder."""
+    return (run / RECIPE_FILE).exists()
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run directory's training has come to its last step."""
+    checkpoint = last_whole_checkpoint(run) if is_started(run) else None
+    return checkpoint is not None and _is_finished(checkpoint)
+
+
+def check_belongs(run: Path, recipe: Recipe) -> bool:
+    """Whether `run` was started by `recipe`, False where nothing is there.
+
+    Raises:
+        UserError: it is something else's; names the first difference.
+    """
     if not run.exists():
         return False
     if not run.is_dir():
         raise UserError(f"{run}: --output must be a folder, this is a file")
     file = run / RECIPE_FILE
     if not file.exists():
-        if any(run.iterdir()):
+        if any(not path.name.endswith(".lock") for path in run.iterdir()):
             raise UserError(f"{run}: --output must be a run directory, or empty; there is no {RECIPE_FILE} in it")
         return False
     try:

@@ -117,18 +117,21 @@ class Recipe:
         return arguments.build(self.training, seed=self.seed, output_dir=output_dir)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = (), seed: int | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Iterable[str] = (), seed: int | None = None, *, folder: str | Path = ""
+) -> Recipe:
     """Reads and validates a recipe; nothing is written.
 
     Args:
         path: a YAML file; `extends: other.yaml` in it lays it over another one, key by key.
         overrides: `key=value` with a dotted key and a YAML value, as `method.rank=32`.
         seed: overrides the recipe's seed.
+        folder: where relative paths in `overrides` begin; the current folder unless told.
 
     Raises:
         UserError: one line that names the file, the key and what is allowed.
     """
-    layers = read_layers(path, overrides)
+    layers = read_layers(path, overrides, folder=Path(folder))
     if seed is not None:
         layers.lay({"seed": seed}, "--seed")
     return _resolve(layers)

@@ -74,11 +74,11 @@ class Layers:
             self.origins[key] = source
 
 
-def read_layers(path: str | Path, overrides: Iterable[str] = ()) -> Layers:
+def read_layers(path: str | Path, overrides: Iterable[str] = (), *, folder: Path = Path()) -> Layers:
     """Reads a recipe file, the files it extends below it, and `key=value` overrides above it.
 
-    Paths to files inside `data:` count from the folder of the recipe file that names them; in overrides, from the
-    current folder. They come out absolute.
+    Paths to files inside `data:` count from the folder of the recipe file that names them; in overrides, from
+    `folder`, the current one unless told. They come out absolute.
 
     Raises:
         UserError: a file is missing, unreadable, no YAML mapping, or extends itself; an override is no `key=value`.
@@ -88,7 +88,7 @@ def read_layers(path: str | Path, overrides: Iterable[str] = ()) -> Layers:
         _absolute_paths(data, file.parent)
         layers.lay(data, str(file))
     for override in overrides:
-        layers.lay(_parse_override(override), f"--set {override}")
+        layers.lay(_parse_override(override, folder), f"--set {override}")
     return layers
 
 
@@ -137,7 +137,7 @@ def _one_line(error: yaml.YAMLError) -> str:
     return f"{getattr(error, 'problem', None) or str(error).splitlines()[0]}{place}"
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def _parse_override(override: str, folder: Path) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -149,7 +149,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     data: dict[str, Any] = {parts[-1]: value}
     for part in reversed(parts[:-1]):
         data = {part: data}
-    _absolute_paths(data, Path())
+    _absolute_paths(data, folder)
     return data
 
 
