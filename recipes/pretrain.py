@@ -51,10 +51,10 @@ def main() -> None:
         run = pretrain(recipe, arguments.output)
     except UserError as error:
         if first:
-            print("pretrain.py: " + " ".join(str(error).split()), file=sys.stderr)
+            sys.stderr.write("pretrain.py: " + " ".join(str(error).split()) + "\n")
         sys.exit(2)
     if first:
-        print(f"run directory: {run}")
+        sys.stdout.write(f"run directory: {run}\n")
 
 
 if __name__ == "__main__":
