@@ -1,0 +1,258 @@
+"""Activations drift from full-rank's more in later layers, and more as training goes on; GaLore stays closest."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from hf_lowrank.claims.claim import Claim, Detail, Verdict
+from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT, Tested, paired_test, slope
+from hf_lowrank.claims.study import Common, Study, common, kind_of, null_reasons, paired_differences
+from hf_lowrank.claims.verdicts import all_of, by_method, every_above, on_average, pooled_by_seed
+from hf_lowrank.claims.words import (
+    detail,
+    fewest_seeds,
+    interval,
+    listed,
+    no_baseline,
+    p_text,
+    seeds_and_step,
+    undecided_reason,
+)
+from hf_lowrank.report.formats import plain, significant
+from hf_lowrank.report.runs import RunRecord
+
+# The distance, and what stands in where it was not measured: (metric, distance from its value, name).
+DISTANCES: tuple[tuple[str, Callable[[float], float], str], ...] = (
+    ("activation_l2", lambda value: value, "relative distance"),
+    ("activation_cka", lambda value: 1.0 - value, "1 − CKA"),
+    ("activation_cosine", lambda value: 1.0 - value, "1 − cosine"),
+)
+LAYERS, STEPS, CLOSEST = "over layers", "over training", "GaLore closest"
+CLOSE_METHOD = "galore"
+TEST = (
+    "Distance of hidden states from the baseline's ({name}). Over layers: each run's least-squares slope over depth "
+    "(0 at the embedding, 1 at the last layer) at the last common step. Over training: each run's slope of the "
+    "model's distance over steps (1 is the whole training), without step 0, where equal weights are equal by "
+    "construction. Both are averaged over methods within each seed and tested by Student's t over seeds: reproduced "
+    "above zero with two-sided p < {alpha:g} and no method significantly (Holm) below, contradicted below zero. "
+    "GaLore closest: each other method's distance less GaLore's, paired by seed; reproduced if all lie above zero "
+    "(intersection–union), contradicted if one lies below (Holm). The claim is reproduced if all three parts are, "
+    "contradicted if one is."
+)
+_LAYER = re.compile(r"hidden_states\.(\d+)$")
+
+Layers = tuple[float, ...]
+
+
+def activations(study: Study) -> Claim:
+    """Three parts, each with a verdict among the details; the claim itself has no one effect."""
+    statement = (
+        f"Activations drift from {study.title(study.baseline)}'s more in later layers and more as training goes on; "
+        "GaLore stays closest."
+    )
+    metric, distance, name = _measured(study)
+    test = TEST.format(name=name, alpha=study.alpha)
+    why_not = no_baseline(study)
+    if why_not:
+        return Claim(
+            id="activations", statement=statement, verdict="undecided", test=test, reason=why_not,
+            sentence=f"Not tested: {why_not}.",
+        )  # fmt: skip
+    profiles = common(_entries(study, metric, distance), study.others, null_reasons(study, metric))
+    parts = [
+        _over_layers(study, profiles),
+        _over_training(study, profiles, metric, distance),
+        _closest(study, profiles),
+    ]
+    verdicts = [head.verdict or "undecided" for (head, _), _ in parts]
+    verdict = all_of(verdicts)
+    deciding = [head.reason or "" for (head, _), _ in parts if head.verdict == verdict]
+    missing = "".join(f"; {study.title(method)}: {why}" for method, why in profiles.missing.items())
+    return Claim(
+        id="activations", statement=statement, verdict=verdict, unit=name,
+        n=min((len(values) for values in profiles.values.values()), default=0), test=test,
+        reason="; ".join(dict.fromkeys(deciding)) + (missing if profiles.values else ""),
+        sentence=" ".join(sentence for _, sentence in parts),
+        details=tuple(d for (head, rest), _ in parts for d in (head, *rest)),
+    )  # fmt: skip
+
+
+Part = tuple[tuple[Detail, list[Detail]], str]
+
+
+def _measured(study: Study) -> tuple[str, Callable[[float], float], str]:
+    """The first distance that any run beside the baseline has."""
+    rows = {row.metric for (m, _), run in study.runs.items() if m != study.baseline for row in run.rows}
+    return next((entry for entry in DISTANCES if entry[0] in rows), DISTANCES[0])
+
+
+def _of_run(
+    study: Study, run: RunRecord, metric: str, distance: Callable[[float], float]
+) -> Iterable[tuple[int, str, float, Layers]]:
+    """(step, settings, the model's distance, each layer's) of one run, against runs of the baseline only."""
+    bases = {other.path.resolve().name for (method, _), other in study.runs.items() if method == study.baseline}
+    layers: dict[tuple[int, str], dict[int, float]] = {}
+    whole: dict[tuple[int, str], float] = {}
+    for row in run.rows:
+        if row.metric != metric or row.value is None or row.baseline not in bases:
+            continue
+        key = (row.step, kind_of(row.settings))
+        if match := _LAYER.fullmatch(row.scope):
+            layers.setdefault(key, {})[int(match[1])] = distance(row.value)
+        elif row.scope == "model":
+            whole[key] = distance(row.value)
+    for (step, kind), value in whole.items():
+        by_layer = layers.get((step, kind), {})
+        gapless = sorted(by_layer) == list(range(len(by_layer)))
+        yield step, kind, value, tuple(by_layer[i] for i in sorted(by_layer)) if gapless else ()
+
+
+Profile = tuple[float, Layers]
+
+
+def _entries(
+    study: Study, metric: str, distance: Callable[[float], float]
+) -> Iterable[tuple[str, int, int, str, Profile]]:
+    for (method, seed), run in study.runs.items():
+        if method != study.baseline:
+            for step, kind, value, layers in _of_run(study, run, metric, distance):
+                yield method, seed, step, kind, (value, layers)
+
+
+def _on_average(study: Study, part: str, slopes: Mapping[str, Mapping[int, float]], what: str, step: int) -> Part:
+    """A part that is tested on the mean over methods of each seed."""
+    decision, pooled = on_average(slopes, alpha=study.alpha)
+    missing = {} if slopes else {study.titles[method]: f"no {what}" for method in study.others}
+    reason = f"{part}: " + (undecided_reason(decision, missing, study.title) if missing else "")
+    if pooled is None:
+        reason += "" if missing else "no seed that all methods have"
+        head = Detail(label=part, part=part, verdict="undecided", reason=reason)
+        return (head, []), f"{part.capitalize()}: not tested."
+    against = listed([study.title(method) for method in decision.against])
+    if decision.verdict == "contradicted":
+        reason += "the distance falls"
+    elif decision.verdict == "reproduced":
+        reason += "the distance grows"
+    elif pooled.n < SEEDS_FOR_A_VERDICT:
+        reason += f"too few seeds: {pooled.n}, at least {SEEDS_FOR_A_VERDICT} are needed"
+    elif decision.against:
+        reason += f"it grows on average, but falls for {against}"
+    else:
+        reason += "the interval of the mean over methods includes zero"
+    head = detail(part, pooled, "", part=part, reason=reason)
+    head = Detail(**{**head.__dict__, "verdict": decision.verdict})
+    rest = [detail(f"{study.title(m)}, {part}", t, "", part=part) for m, t in decision.tested.items()]
+    growing = sum(test.effect > 0 for test in decision.tested.values())
+    sentence = (
+        f"{part.capitalize()} the distance changes by {interval(pooled, significant, study.confidence)} on average, "
+        f"{p_text(pooled.p_value)}, upwards for {growing} of {len(slopes)} methods; {seeds_and_step(pooled.n, step)}."
+    )
+    return (head, rest), sentence
+
+
+def _over_layers(study: Study, profiles: Common[str, Profile]) -> Part:
+    chosen = {
+        method: {seed: layers for seed, (_, layers) in values.items() if len(layers) > 1}
+        for method, values in profiles.values.items()
+    }
+    chosen = {method: values for method, values in chosen.items() if values}
+    slopes = {
+        method: {seed: slope([i / (len(y) - 1) for i in range(len(y))], y) for seed, y in values.items()}
+        for method, values in chosen.items()
+    }
+    (head, rest), sentence = _on_average(study, LAYERS, slopes, "distances of layers", profiles.step)
+    depth = min((len(y) for values in chosen.values() for y in values.values()), default=0)
+    for layer in range(depth):
+        pooled = pooled_by_seed({m: {s: y[layer] for s, y in values.items()} for m, values in chosen.items()})
+        rest += _level(study, f"mean distance at hidden_states.{layer}", pooled, LAYERS)
+    return (head, rest), sentence
+
+
+def _over_training(
+    study: Study, profiles: Common[str, Profile], metric: str, distance: Callable[[float], float]
+) -> Part:
+    courses: dict[str, dict[int, dict[int, float]]] = {}
+    for method, values in profiles.values.items():
+        for seed in values:
+            courses.setdefault(method, {})[seed] = {
+                step: value
+                for step, kind, value, _ in _of_run(study, study.runs[method, seed], metric, distance)
+                if kind == profiles.kind and 0 < step <= profiles.step
+            }
+    every = [set(course) for seeds in courses.values() for course in seeds.values()]
+    steps = sorted(set.intersection(*every)) if every else []
+    slopes: dict[str, dict[int, float]] = {}
+    if len(steps) > 1:
+        slopes = {
+            method: {
+                seed: slope([s / profiles.step for s in steps], [c[s] for s in steps]) for seed, c in seeds.items()
+            }
+            for method, seeds in courses.items()
+        }
+    what = f"two steps after 0 that all runs have ({plain(len(steps), 'step')})"
+    (head, rest), sentence = _on_average(study, STEPS, slopes, what, profiles.step)
+    for step in steps if slopes else ():
+        pooled = pooled_by_seed({m: {s: c[step] for s, c in seeds.items()} for m, seeds in courses.items()})
+        rest += _level(study, f"mean distance at step {step}", pooled, STEPS)
+    return (head, rest), sentence
+
+
+def _level(study: Study, label: str, pooled: Mapping[int, float], part: str) -> list[Detail]:
+    """A mean with its interval; that a distance is above zero is no test of anything."""
+    if not pooled:
+        return []
+    test = paired_test(list(pooled.values()), confidence=study.confidence)
+    return [Detail(label=label, effect=test.effect, ci_low=test.low, ci_high=test.high, n=test.n, part=part)]
+
+
+def _close_method(study: Study) -> str | None:
+    """The method that is GaLore: by its own name, else the one that its recipe calls so."""
+    if CLOSE_METHOD in study.others:
+        return CLOSE_METHOD
+    called = {method for (method, _), run in study.runs.items() if run.method == CLOSE_METHOD}
+    return called.pop() if len(called) == 1 else None
+
+
+def _closest(study: Study, profiles: Common[str, Profile]) -> Part:
+    close = _close_method(study)
+    values = {method: {seed: value for seed, (value, _) in seeds.items()} for method, seeds in profiles.values.items()}
+    if close is None or close not in values:
+        why = "GaLore is not among the methods" if close is None else f"GaLore: {profiles.missing.get(close)}"
+        head = Detail(label=CLOSEST, part=CLOSEST, verdict="undecided", reason=f"{CLOSEST}: {why}")
+        return (head, []), f"{CLOSEST}: not tested, {why}."
+    rivals = [method for method in values if method != close]
+    decision = every_above(
+        by_method(lambda method: paired_differences(values[close], values[method]), rivals), alpha=study.alpha
+    )
+    missing = {m: profiles.missing.get(m, "no seed in common with GaLore") for m in study.others if m != close}
+    missing = {method: why for method, why in missing.items() if method not in decision.tested}
+    verdict: Verdict = decision.verdict if decision.verdict == "contradicted" or not missing else "undecided"
+    if not rivals and not missing:
+        reason = "no method beside GaLore"
+    elif verdict == "contradicted":
+        reason = f"{listed([study.title(m) for m in decision.against])} {_are(decision.against)} closer than GaLore"
+    elif verdict == "reproduced":
+        reason = f"all {len(rivals)} others are further away than GaLore"
+    else:
+        reason = undecided_reason(decision, missing, study.title)
+    rest = [detail(f"{study.title(m)} less GaLore", t, "", part=CLOSEST) for m, t in decision.tested.items()]
+    deciding: Tested | None = None if decision.deciding is None else decision.tested[decision.deciding]
+    if deciding is None or decision.deciding is None:
+        head = Detail(label=CLOSEST, part=CLOSEST, verdict=verdict, reason=f"{CLOSEST}: {reason}")
+        return (head, rest), f"{CLOSEST}: not tested, {reason}."
+    shown = detail(CLOSEST, deciding, "", part=CLOSEST, reason=f"{CLOSEST}: {reason}")
+    head = Detail(**{**shown.__dict__, "verdict": verdict, "p_value": decision.p_value})
+    means = {method: math.fsum(v.values()) / len(v) for method, v in values.items()}
+    nearest = min(means, key=lambda method: means[method])
+    sentence = (
+        f"{study.title(nearest)} has the smallest mean distance, {significant(means[nearest])}; "
+        f"{study.title(decision.deciding)} less GaLore is {interval(deciding, significant, study.confidence)}, "
+        f"{plain(fewest_seeds(decision), 'seed')}."
+    )
+    return (head, rest), sentence
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"

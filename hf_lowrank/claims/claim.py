@@ -1,0 +1,138 @@
+"""A claim of the study and what became of it; its file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.files import write_text
+
+Verdict = Literal["reproduced", "contradicted", "undecided"]
+VERDICTS: tuple[Verdict, ...] = ("reproduced", "contradicted", "undecided")
+VERDICT_WORDS: dict[Verdict, str] = {
+    "reproduced": "reproduced",
+    "contradicted": "contradicted",
+    "undecided": "undecided at this scale",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detail:
+    """One comparison of a claim: a method, a pair of methods, a layer, a step.
+
+    Attributes:
+        label: what is compared, readable by itself.
+        effect, ci_low, ci_high: as for the claim; None where there is none.
+        p_value: two-sided, by Student's t, not corrected for the other comparisons; None where nothing is tested.
+        p_sign_flip: the exact two-sided sign-flip p-value of the same differences.
+        n: seeds.
+        unit: of the effect.
+        part: the part of the claim that it belongs to; empty where the claim has one part.
+        verdict: of the whole part; None for a single comparison.
+        reason: why there is no number, or a remark beside one.
+    """
+
+    label: str
+    effect: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    p_value: float | None = None
+    p_sign_flip: float | None = None
+    n: int = 0
+    unit: str = ""
+    part: str = ""
+    verdict: Verdict | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim and its verdict.
+
+    Attributes:
+        id: `random_sharpness`, `pca1_sharpness`, `barriers`, `activations`, `downstream_order`, `prediction`,
+            `rank_structure`.
+        statement: the claim in a sentence.
+        verdict: "undecided" is to be read as "at this scale", see VERDICT_WORDS.
+        effect, ci_low, ci_high: what decides the verdict, with its interval of confidence 1 − α; None for a claim of
+            several parts, which have theirs among the details.
+        unit: of the effect.
+        p_value: that the claim does not hold; of a contradicted claim, that it is not the other way round.
+        n: seeds of the comparison with the fewest; of the prediction, runs.
+        test: how it was tested, and what each verdict means.
+        reason: why this verdict.
+        sentence: what was found, with numbers, in plain words.
+        details: every comparison.
+    """
+
+    id: str
+    statement: str
+    verdict: Verdict
+    effect: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    unit: str = ""
+    p_value: float | None = None
+    n: int = 0
+    test: str = ""
+    reason: str = ""
+    sentence: str = ""
+    details: tuple[Detail, ...] = ()
+
+
+def write_claims(claims: Sequence[Claim], path: str | os.PathLike[str], *, alpha: float = 0.05) -> Path:
+    """Writes `{"claims": [...], "alpha": …}`; a folder gets `claims.json`. Numbers that are not finite become null.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    file = Path(path)
+    file = file / "claims.json" if file.is_dir() else file
+    content = {"claims": [_finite(asdict(claim)) for claim in claims], "alpha": alpha}
+    try:
+        write_text(file, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{file}: claims cannot be written: {error.strerror or error}") from None
+    return file
+
+
+def read_claims(path: str | os.PathLike[str]) -> list[Claim]:
+    """The claims of a file, or of a folder's `claims.json`; keys that are not known are passed over.
+
+    Raises:
+        UserError: the file cannot be read or holds no claims.
+    """
+    file = Path(path)
+    file = file / "claims.json" if file.is_dir() else file
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [_claim(entry) for entry in content["claims"]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file}: holds no readable claims ({said}); examine the runs again") from None
+
+
+def _claim(entry: Mapping[str, Any]) -> Claim:
+    known = {name: value for name, value in entry.items() if name in {field.name for field in fields(Claim)}}
+    if known["verdict"] not in VERDICTS:
+        raise ValueError(f"unknown verdict {known['verdict']!r}")
+    names = {field.name for field in fields(Detail)}
+    known["details"] = tuple(
+        Detail(**{name: value for name, value in detail.items() if name in names})
+        for detail in entry.get("details") or ()
+    )
+    return Claim(**known)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

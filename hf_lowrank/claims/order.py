@@ -1,0 +1,222 @@
+"""The order of the methods by perplexity is not their order downstream."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_lowrank.claims.claim import Claim, Detail, Verdict
+from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT, Tested, holm, kendall_tau, paired_test, tau_interval
+from hf_lowrank.claims.study import Common, Study, common, logged_losses, loss_entries, paired_differences
+from hf_lowrank.claims.words import listed, p_text, seeds_and_step
+from hf_lowrank.report.formats import plain, significant
+
+# Above it the orders are as good as one: of 28 pairs of eight methods at most two stand the other way round.
+SAME_ORDER = 0.8
+TEST = (
+    "Methods are ordered by mean loss and by mean above-chance score over the tasks that all runs have, at the last "
+    "common step. Reproduced if at least one pair of methods is significantly reversed: the one with the lower loss "
+    "scores lower, both differences paired by seed, the larger of the two p-values counting (intersection–union), p "
+    "< {alpha:g} after Holm over all pairs. Contradicted if no pair is and the interval of Kendall's τ between the "
+    "two orders (bootstrap over seeds, widened for their small number) lies above {same:g}; else undecided."
+)
+Values = Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Two orders compared.
+
+    Attributes:
+        verdict: of the claim that they differ.
+        tau, low, high: Kendall's τ of the orders by means and its interval over seeds; NaN where it is not defined.
+        pairs: for each pair the test of its loss (second less first) and of its score.
+        p_values: of each pair's reversal, not corrected: 1 where the two agree.
+        reversed: the pairs that are significantly reversed, by Holm.
+        seeds: that all methods have.
+    """
+
+    verdict: Verdict
+    tau: float
+    low: float
+    high: float
+    pairs: Mapping[tuple[str, str], tuple[Tested, Tested]]
+    p_values: Mapping[tuple[str, str], float]
+    adjusted: Mapping[tuple[str, str], float]
+    reversed: tuple[tuple[str, str], ...]
+    seeds: int
+
+
+def compare_orders(losses: Values, scores: Values, *, alpha: float = 0.05) -> Orders:
+    """Compares the order by loss (low is good) with that by score (high is good), both by method and seed. Pure.
+
+    The false-alarm rate of the reversals is at most α whatever the number of methods; the bootstrap's interval of τ is
+    approximate.
+    """
+    methods = [method for method in losses if method in scores]
+    pairs: dict[tuple[str, str], tuple[Tested, Tested]] = {}
+    p_values: dict[tuple[str, str], float] = {}
+    for first, second in itertools.combinations(methods, 2):
+        by_loss = paired_differences(losses[first], losses[second])
+        by_score = paired_differences(scores[first], scores[second])
+        seeds = sorted(set(by_loss) & set(by_score))
+        if not seeds:
+            continue
+        loss, score = (paired_test([by[seed] for seed in seeds], confidence=1 - alpha) for by in (by_loss, by_score))
+        pairs[first, second] = loss, score
+        if len(seeds) >= SEEDS_FOR_A_VERDICT:
+            reverse = loss.effect * score.effect > 0  # higher loss and higher score
+            p_values[first, second] = max(loss.p_value or 0.0, score.p_value or 0.0) if reverse else 1.0
+    adjusted = _holm(p_values)
+    turned = tuple(pair for pair, p in adjusted.items() if p < alpha)
+    shared = set.intersection(*(set(losses[m]) & set(scores[m]) for m in methods)) if methods else set()
+    tau, low, high = math.nan, math.nan, math.nan
+    if len(methods) > 1 and shared:
+        ours, theirs = (
+            np.array([[values[m][s] for s in sorted(shared)] for m in methods]) for values in (losses, scores)
+        )
+        tau = float(kendall_tau(-ours.mean(1), theirs.mean(1)))
+        if len(shared) > 1:
+            low, high = tau_interval(-ours, theirs, confidence=1 - alpha)
+    verdict: Verdict = "undecided"
+    if turned:
+        verdict = "reproduced"
+    elif len(shared) >= SEEDS_FOR_A_VERDICT and low > SAME_ORDER:
+        verdict = "contradicted"
+    return Orders(verdict, tau, low, high, pairs, p_values, adjusted, turned, len(shared))
+
+
+def _holm(p_values: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    keys = {str(place): pair for place, pair in enumerate(p_values)}
+    return {keys[place]: p for place, p in holm({k: p_values[pair] for k, pair in keys.items()}).items()}
+
+
+def downstream_order(study: Study) -> Claim:
+    """Effect: Kendall's τ between the two orders."""
+    statement = "The order of the methods by perplexity is not their order downstream."
+    test = TEST.format(alpha=study.alpha, same=SAME_ORDER)
+    scores, tasks, problem = above_chance(study)
+    found = _both(study, scores)
+    if problem or len(found.values) < 2:
+        reason = problem or _why_missing(study, found)
+        return Claim(
+            id="downstream_order", statement=statement, verdict="undecided", unit="Kendall's τ", test=test,
+            reason=reason, sentence=f"Not tested: {reason}.",
+        )  # fmt: skip
+    losses, downstream = (
+        {m: {seed: value[side] for seed, value in seeds.items()} for m, seeds in found.values.items()}
+        for side in (0, 1)
+    )
+    orders = compare_orders(losses, downstream, alpha=study.alpha)
+    names = {pair: f"{study.title(pair[0])} – {study.title(pair[1])}" for pair in orders.pairs}
+    details = [
+        Detail(
+            label=f"{names[pair]}, {what}", effect=t.effect, ci_low=t.low, ci_high=t.high, p_value=t.p_value,
+            p_sign_flip=t.p_sign_flip, n=t.n, unit=unit, part=what,
+            reason="reversed" if pair in orders.reversed else None,
+        )
+        for pair, tests in orders.pairs.items()
+        for what, unit, t in zip(("loss", "score"), ("nats", "above chance"), tests, strict=True)
+    ]  # fmt: skip
+    left = "".join(f"; {study.title(m)}: {why}" for m, why in found.missing.items())
+    number = None if math.isnan(orders.tau) else orders.tau
+    bounds = [None if math.isnan(bound) else bound for bound in (orders.low, orders.high)]
+    best_loss = min(losses, key=lambda m: _mean(losses[m]))
+    best_score = max(downstream, key=lambda m: _mean(downstream[m]))
+    interval = f" ({100 * study.confidence:g} % interval {significant(orders.low)} to {significant(orders.high)})"
+    tau = "undefined" if number is None else significant(number) + (interval if bounds[0] is not None else "")
+    sentence = (
+        f"Kendall's τ between the two orders of {len(losses)} methods is {tau}; "
+        f"{plain(len(orders.reversed), 'pair')} of {len(orders.pairs)} "
+        f"{'is' if len(orders.reversed) == 1 else 'are'} significantly reversed. Lowest loss: "
+        f"{study.title(best_loss)}; best downstream: {study.title(best_score)} (mean of {plain(len(tasks), 'task')}, "
+        f"{seeds_and_step(orders.seeds, found.step)})."
+    )
+    return Claim(
+        id="downstream_order", statement=statement, verdict=orders.verdict, effect=number, ci_low=bounds[0],
+        ci_high=bounds[1], unit="Kendall's τ", p_value=min(orders.adjusted.values(), default=None), n=orders.seeds,
+        test=test, reason=_reason(orders, names) + left, sentence=sentence, details=tuple(details),
+    )  # fmt: skip
+
+
+def _mean(values: Mapping[int, float]) -> float:
+    return math.fsum(values.values()) / len(values)
+
+
+def _reason(orders: Orders, names: Mapping[tuple[str, str], str]) -> str:
+    if orders.verdict == "reproduced":
+        p = max(orders.adjusted[pair] for pair in orders.reversed)
+        return f"reversed: {listed([names[pair] for pair in orders.reversed])} ({p_text(p)} after Holm)"
+    if orders.verdict == "contradicted":
+        return f"no pair is reversed and the interval of τ lies above {SAME_ORDER:g}"
+    if orders.seeds < SEEDS_FOR_A_VERDICT:
+        return f"too few seeds that all methods have: {orders.seeds}, at least {SEEDS_FOR_A_VERDICT} are needed"
+    if math.isnan(orders.tau):
+        return "all methods have the same mean loss or score"
+    return f"no pair is significantly reversed, and the interval of τ reaches below {SAME_ORDER:g}"
+
+
+def _why_missing(study: Study, found: Common[str, tuple[float, float]]) -> str:
+    if len(study.titles) < 2:
+        return "fewer than two methods"
+    said = "; ".join(f"{study.title(m)}: {why}" for m, why in found.missing.items())
+    return f"fewer than two methods have a loss and a downstream score at one step ({said})"
+
+
+def _both(study: Study, scores: Iterable[tuple[str, int, int, float]]) -> Common[str, tuple[float, float]]:
+    """Loss and score at the last common step: the loss that training logged if it has it, else the measured one."""
+    table = {(method, seed, step): value for method, seed, step, value in scores}
+    reasons = dict.fromkeys(study.titles, "no loss and downstream score at one step")
+    scored = {method for method, _, _ in table}
+    reasons |= {method: "no downstream scores" for method in study.titles if method not in scored}
+    results = []
+    for source in (logged_losses(study), loss_entries(study)):
+        entries = [
+            (method, seed, step, kind, (loss, table[method, seed, step]))
+            for method, seed, step, kind, loss in source
+            if (method, seed, step) in table
+        ]
+        results.append(common(entries, list(study.titles), reasons))
+    return max(results, key=lambda found: (len(found.values), found.step))
+
+
+def above_chance(study: Study) -> tuple[list[tuple[str, int, int, float]], list[str], str | None]:
+    """(method, seed, step, mean of `(score − chance)/(1 − chance)`), the tasks, and why there is nothing.
+
+    Tasks count that every run with scores has, of equal items and limit; of each the first of acc, mcc and acc_norm.
+    """
+    from hf_lowrank.downstream.gathering import PRIMARY
+    from hf_lowrank.downstream.scores import Score, read_scores
+
+    def usable(rows: Sequence[Score]) -> dict[tuple[str, str, str, int], dict[int, float]]:
+        found: dict[tuple[str, str, str, int], dict[int, float]] = {}
+        for row in rows:
+            chance = row.chance
+            if row.group is None and chance is not None and chance < 1 and row.metric in PRIMARY:
+                if not isinstance(row.value, int | float) or not math.isfinite(row.value):
+                    continue
+                size = row.limit if row.limit is not None else 10**12
+                key = (row.task, row.metric, row.items, size)
+                found.setdefault(key, {})[row.step] = (row.value - chance) / (1 - chance)
+        return found
+
+    tables = {key: usable(read_scores(run.path)) for key, run in study.runs.items()}
+    tables = {key: table for key, table in tables.items() if table}
+    if not tables:
+        return [], [], "no downstream scores above a known level of chance"
+    shared = set.intersection(*(set(table) for table in tables.values()))
+    if not shared:
+        return [], [], "the runs have no task of equal items in common"
+    chosen: dict[str, tuple[str, str, str, int]] = {}
+    for key in sorted(shared, key=lambda k: (k[0], PRIMARY.index(k[1]), -k[3], k[2])):
+        chosen.setdefault(key[0], key)
+    entries = []
+    for (method, seed), table in tables.items():
+        columns = [table[key] for key in chosen.values()]
+        for step in sorted(set.intersection(*map(set, columns))):
+            entries.append((method, seed, step, math.fsum(column[step] for column in columns) / len(columns)))
+    return entries, list(chosen), None

@@ -1,0 +1,94 @@
+"""Adding geometry and spectra to perplexity predicts downstream scores better."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_lowrank.claims.claim import Claim, Detail, Verdict
+from hf_lowrank.claims.words import p_text
+from hf_lowrank.errors import UserError
+from hf_lowrank.report.formats import plain, significant
+
+TEST = (
+    "Two ridge regressions on checkpoints, log-perplexity alone against log-perplexity and the metrics, judged on "
+    "runs left out (`hf-lowrank predict`). The gain in R² has a 95 % bootstrap interval over runs and a permutation "
+    "p-value that exchanges geometry between runs. Reproduced if the interval lies above zero and p < {alpha:g}; "
+    "contradicted if the interval lies below zero: with these metrics the scores of unseen runs are predicted "
+    "worse; else undecided."
+)
+
+
+def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05) -> Claim:
+    """The claim from a `prediction.json` (or the folder that holds it); undecided without one.
+
+    Raises:
+        UserError: the file is there and is no prediction.
+    """
+    statement = "Adding geometry and spectra to perplexity predicts downstream scores better."
+    common: dict[str, Any] = {
+        "id": "prediction", "statement": statement, "unit": "R²", "test": TEST.format(alpha=alpha),
+    }  # fmt: skip
+    file = None if path is None else Path(path)
+    file = file / "prediction.json" if file is not None and file.is_dir() else file
+    if file is None or not file.exists():
+        reason = "nothing was predicted" + ("" if file is None else f": no {file.name}")
+        return Claim(**common, verdict="undecided", reason=reason, sentence=f"Not tested: {reason}.")
+    content = _read(file)
+    gain, low, high, p = (_number(content, key) for key in ("gain", "gain_low", "gain_high", "p_value"))
+    runs = content.get("runs")
+    runs = runs if isinstance(runs, int) else 0
+    verdict: Verdict = "undecided"
+    if gain is None or low is None or high is None or p is None:
+        reason = "the prediction has no gain with interval and p-value"
+    elif low > 0 and p < alpha:
+        verdict, reason = "reproduced", "the gain's interval lies above zero, and permuted geometry does not reach it"
+    elif high < 0:
+        verdict, reason = "contradicted", "the gain's interval lies below zero"
+    elif low > 0:
+        reason = f"the interval lies above zero, but permuted geometry gains as much ({p_text(p)})"
+    else:
+        reason = "the gain's interval includes zero" + (f", though {p_text(p)}" if p < alpha else f" ({p_text(p)})")
+    alone, both = (_number(content, key) for key in ("r2_perplexity", "r2_both"))
+    sentence = f"Not tested: {reason}."
+    if gain is not None:
+        bounds = "" if low is None or high is None else f" (95 % interval {significant(low)} to {significant(high)})"
+        change = "" if alone is None or both is None else f" from {significant(alone)} to {significant(both)}"
+        sentence = (
+            f"With geometry beside perplexity, R² on runs left out goes{change}: {significant(gain)} more{bounds}, "
+            f"{p_text(p)} by permutation, {plain(runs, 'run')}."
+        )
+    ranking = content.get("ranking")
+    details = [
+        Detail(
+            label=str(entry.get("metric")), effect=_number(entry, "gain"), n=runs, unit="R²", reason="single metric"
+        )
+        for entry in (ranking if isinstance(ranking, list) else [])
+        if isinstance(entry, Mapping)
+    ]
+    return Claim(
+        **common, verdict=verdict, effect=gain, ci_low=low, ci_high=high, p_value=p, n=runs, reason=reason,
+        sentence=sentence, details=tuple(details),
+    )  # fmt: skip
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{file}: no readable prediction ({said}); predict again") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{file}: must hold a prediction, got {type(content).__name__}; predict again")
+    return content
+
+
+def _number(content: Mapping[str, Any], key: str) -> float | None:
+    value = content.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)

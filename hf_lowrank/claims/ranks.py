@@ -1,0 +1,123 @@
+"""Per method: the rank structure of weights and of updates differs from full-rank's; which, and by how much."""
+
+from __future__ import annotations
+
+import math
+
+from hf_lowrank.claims.claim import Claim, Detail
+from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT
+from hf_lowrank.claims.study import Study, model_values, paired_differences
+from hf_lowrank.claims.verdicts import all_of, differences
+from hf_lowrank.claims.words import LN_RATIO, detail, listed, no_baseline, percent
+from hf_lowrank.report.formats import plain
+
+# A hundredth: below that, tables of three digits barely show it.
+MARGIN = math.log(1.01)
+PARTS = {
+    "weights": ("weight_effective_rank", "weight_stable_rank"),
+    "updates": ("update_effective_rank", "update_stable_rank"),
+}
+WORDS = {"effective_rank": "effective rank", "stable_rank": "stable rank"}
+TEST = (
+    "For each method the ln ratio to the baseline of effective and of stable rank, of weights and of updates, at "
+    "the last common step, paired by seed, by Student's t. A measure differs if its mean lies outside ± 1 %, "
+    "two-sided p < {alpha:g} after Holm over all methods and both measures. A part is reproduced if every method "
+    "differs in at least one of its two measures; contradicted if for some method the intervals of both (Bonferroni "
+    "over methods) lie inside ± 1 %; else undecided. The claim is reproduced if both parts are, contradicted if one "
+    "is."
+)
+
+
+def rank_structure(study: Study) -> Claim:
+    """Two parts, each with a verdict among the details; the claim itself has no one effect."""
+    statement = (
+        f"Rank structure differs from {study.title(study.baseline)}'s with every method, of weights and of updates."
+    )
+    test = TEST.format(alpha=study.alpha)
+    why_not = no_baseline(study)
+    if why_not:
+        return Claim(
+            id="rank_structure", statement=statement, verdict="undecided", unit=LN_RATIO, test=test, reason=why_not,
+            sentence=f"Not tested: {why_not}.",
+        )  # fmt: skip
+    parts = [_part(study, part, metrics) for part, metrics in PARTS.items()]
+    verdict = all_of([details[0].verdict or "undecided" for details, _, _ in parts])
+    reasons = [details[0].reason or "" for details, _, _ in parts if details[0].verdict == verdict]
+    return Claim(
+        id="rank_structure", statement=statement, verdict=verdict, unit=LN_RATIO, n=min(n for _, _, n in parts),
+        test=test, reason="; ".join(reasons), sentence=" ".join(sentence for _, sentence, _ in parts),
+        details=tuple(entry for details, _, _ in parts for entry in details),
+    )  # fmt: skip
+
+
+def _part(study: Study, part: str, metrics: tuple[str, str]) -> tuple[list[Detail], str, int]:
+    """The part's details, its own verdict first; its sentence; and the fewest seeds."""
+    samples: dict[str, dict[str, list[float]]] = {}
+    missing: dict[tuple[str, str], str] = {}
+    steps = set()
+    for metric in metrics:
+        found = model_values(study, metric)
+        steps.add(found.step)
+        logs = {m: {s: math.log(v) for s, v in values.items() if v > 0} for m, values in found.values.items()}
+        for method in study.others:
+            pairs = paired_differences(logs.get(study.baseline, {}), logs.get(method, {}))
+            if pairs:
+                samples.setdefault(method, {})[metric] = list(pairs.values())
+            else:
+                whose = method if method in found.missing else study.baseline
+                missing[method, metric] = found.missing.get(whose, "no seed in common with the baseline")
+    answers = differences(samples, margin=MARGIN, measures=len(metrics), alpha=study.alpha)
+    differ = [method for method, answer in answers.items() if answer.verdict == "reproduced"]
+    same = [method for method, answer in answers.items() if answer.verdict == "contradicted"]
+    open_ = [method for method in study.others if method not in differ and method not in same]
+    verdict = all_of([answers[m].verdict if m in answers else "undecided" for m in study.others])
+    fewest = min((len(v) for measures in samples.values() for v in measures.values()), default=0)
+    if verdict == "contradicted":
+        reason = f"{listed([study.title(m) for m in same])} within 1 % of the baseline"
+    elif verdict == "reproduced":
+        reason = f"every method differs by more than 1 % ({len(differ)})"
+    elif missing:
+        (method, metric), why = next(iter(missing.items()))
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        reason = f"{metric} of {study.title(method)}: {why}{more}"
+    elif fewest < SEEDS_FOR_A_VERDICT:
+        reason = f"too few seeds: {fewest}, at least {SEEDS_FOR_A_VERDICT} are needed"
+    else:
+        reason = f"{listed([study.title(m) for m in open_])} can neither be told from the baseline nor be called equal"
+    details = [Detail(label=part, n=fewest, unit=LN_RATIO, part=part, verdict=verdict, reason=f"{part}: {reason}")]
+    for method in study.others:
+        for metric in metrics:
+            label = f"{study.title(method)}, {metric.replace('_', ' ')}"
+            if method in answers and metric in answers[method].tested:
+                answer = answers[method]
+                remark = "differs" if metric in answer.outside else _surrogate(study, method, metric)
+                details.append(detail(label, answer.tested[metric], LN_RATIO, part=part, reason=remark))
+            else:
+                details.append(Detail(label=label, unit=LN_RATIO, part=part, reason=missing[method, metric]))
+    return details, _sentence(study, part, answers, differ, fewest, max(steps)), fewest
+
+
+def _surrogate(study: Study, method: str, metric: str) -> str | None:
+    """What measuring remarks on this method's values (CoLA's dense weights stand for its layers)."""
+    for (name, _), run in study.runs.items():
+        row = run.last(metric) if name == method else None
+        if row is not None and row.value is not None and row.reason:
+            return row.reason
+    return None
+
+
+def _sentence(study: Study, part: str, answers: dict, differ: list[str], seeds: int, step: int) -> str:
+    effects = [
+        (abs(test.effect), test.effect, method, metric)
+        for method, answer in answers.items()
+        for metric, test in answer.tested.items()
+    ]
+    if not effects:
+        return f"{part.capitalize()}: not tested."
+    _, effect, method, metric = max(effects)
+    name = WORDS[metric.split("_", 1)[1]]
+    return (
+        f"{part.capitalize()}: {len(differ)} of {len(study.others)} methods differ from "
+        f"{study.title(study.baseline)} by more than 1 %; the largest difference is {study.title(method)}'s {name}, "
+        f"{percent(effect)}; {plain(seeds, 'seed')}, step {step}."
+    )

@@ -1,0 +1,111 @@
+"""Full-rank is sharper than every other method along random directions; along the top PCA direction it is less so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from hf_lowrank.claims.claim import Claim, Detail
+from hf_lowrank.claims.study import Study, model_values, paired_differences
+from hf_lowrank.claims.verdicts import by_method, every_above
+from hf_lowrank.claims.words import (
+    LN_RATIO,
+    detail,
+    fewest_seeds,
+    interval,
+    listed,
+    nats,
+    no_baseline,
+    seeds_and_step,
+    times,
+    undecided_reason,
+)
+
+TEST = (
+    "For each method the difference of {what} of {metric} with the baseline at the last common step, paired by "
+    "seed, by Student's t. Reproduced if every method's difference lies on the claimed side with two-sided p < "
+    "{alpha:g} (an intersection–union test, so no correction); contradicted if at least one lies on the other side, "
+    "p < {alpha:g} after Holm; else undecided. The claim's p-value is that of the comparison which decides. Details "
+    "give the exact sign-flip p-value too, which cannot fall below 2/2ⁿ for n seeds."
+)
+
+
+def random_sharpness(study: Study) -> Claim:
+    """Full-rank is sharper than every low-rank method along random directions; effects: ln (baseline/method)."""
+    statement = f"{study.title(study.baseline)} is sharper than every other method along random directions."
+    return _sharper(study, "random_sharpness", statement, "along random directions", baseline_sharper=True)
+
+
+def pca1_sharpness(study: Study) -> Claim:
+    """Along the top-1 PCA direction every low-rank method is sharper than full-rank; effects: ln (method/baseline)."""
+    statement = (
+        f"Along the top-1 PCA direction the order turns round: every other method is sharper than "
+        f"{study.title(study.baseline)}."
+    )
+    return _sharper(study, "pca1_sharpness", statement, "along the top-1 PCA direction", baseline_sharper=False)
+
+
+def _sharper(study: Study, metric: str, statement: str, where: str, *, baseline_sharper: bool) -> Claim:
+    found = model_values(study, metric)
+    logs = all(value > 0 for values in found.values.values() for value in values.values())
+    unit = LN_RATIO if logs else "nats"
+    test = TEST.format(what="the logarithm" if logs else "the value", metric=metric, alpha=study.alpha)
+    if not logs:
+        test += " Not all values are positive, so differences are in nats instead of ratios."
+    plain_values = {
+        method: {seed: math.log(value) if logs else value for seed, value in values.items()}
+        for method, values in found.values.items()
+    }
+    base: Mapping[int, float] = plain_values.get(study.baseline, {})
+    why_not = no_baseline(study) or (
+        f"{study.title(study.baseline)}: {found.missing[study.baseline]}" if study.baseline in found.missing else None
+    )
+    if why_not:
+        return Claim(
+            id=metric, statement=statement, verdict="undecided", unit=unit, test=test, reason=why_not,
+            sentence=f"Not tested: {why_not}.",
+        )  # fmt: skip
+
+    def differences(method: str) -> dict[int, float]:
+        ours = plain_values.get(method, {})
+        return paired_differences(ours, base) if baseline_sharper else paired_differences(base, ours)
+
+    decision = every_above(by_method(differences, study.others), alpha=study.alpha)
+    missing = {
+        method: found.missing.get(method, "no seed in common with the baseline")
+        for method in study.others
+        if method not in decision.tested
+    }
+    verdict = decision.verdict if decision.verdict == "contradicted" or not missing else "undecided"
+    details = [detail(study.title(method), test_, unit) for method, test_ in decision.tested.items()]
+    details += [Detail(label=study.title(method), unit=unit, reason=why) for method, why in missing.items()]
+    deciding = None if decision.deciding is None else decision.tested[decision.deciding]
+    base_title = study.title(study.baseline)
+    if verdict == "contradicted":
+        names = listed([study.title(method) for method in decision.against])
+        less = f"sharper than {base_title}" if baseline_sharper else f"less sharp than {base_title}"
+        reason = f"{names} {'is' if len(decision.against) == 1 else 'are'} {less}"
+    elif verdict == "reproduced":
+        reason = f"the interval of every method lies on the claimed side ({len(decision.tested)} methods)"
+    else:
+        reason = undecided_reason(decision, missing, study.title)
+    sentence = f"Not tested: {reason}."
+    if deciding is not None and decision.deciding is not None:
+        claimed = sum(test_.effect > 0 for test_ in decision.tested.values())
+        order = f"{base_title} is the sharper one against" if baseline_sharper else f"sharper than {base_title} are"
+        ratio = f"{base_title} to {study.title(decision.deciding)}"
+        ratio = ratio if baseline_sharper else f"{study.title(decision.deciding)} to {base_title}"
+        measure = "ratio" if logs else "difference"
+        which = "strongest against" if verdict == "contradicted" else "weakest"
+        number = interval(deciding, times if logs else nats, study.confidence)
+        sentence = (
+            f"{where[0].upper()}{where[1:]} {order} {claimed} of {len(decision.tested)} methods; the {which} is the "
+            f"{measure} {ratio}, {number}; {seeds_and_step(fewest_seeds(decision), found.step)}."
+        )
+    return Claim(
+        id=metric, statement=statement, verdict=verdict,
+        effect=deciding.effect if deciding else None,
+        ci_low=deciding.low if deciding else None, ci_high=deciding.high if deciding else None,
+        unit=unit, p_value=decision.p_value, n=fewest_seeds(decision), test=test, reason=reason, sentence=sentence,
+        details=tuple(details),
+    )  # fmt: skip

@@ -1,0 +1,76 @@
+"""The claims as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hf_lowrank.claims.claim import VERDICT_WORDS, Claim, Detail
+from hf_lowrank.report.formats import plain, significant
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# From so many columns on, numbers have columns of their own.
+WIDE = 120
+
+
+def claims_table(claims: Sequence[Claim], width: int | None = None) -> Table:
+    """Claim, verdict and what was found; parts of a claim have rows of their own.
+
+    Args:
+        width: characters; None: this terminal's. From 120 on effect, p-value and n have columns.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    room = Console().width if width is None else width
+    wide = room >= WIDE
+    table = Table(box=box.SIMPLE_HEAD, title=_title(claims), title_justify="left", width=room)
+    table.add_column("Claim", ratio=3)
+    table.add_column("Verdict", min_width=12)
+    if wide:
+        for name in ("Effect", "p", "n"):
+            table.add_column(name, justify="right")
+    table.add_column("Found", ratio=5 if wide else 4)
+    styles = {"reproduced": "green", "contradicted": "red", "undecided": "yellow"}
+    for claim in claims:
+        found = claim.sentence
+        if claim.reason and claim.reason not in found:
+            found += f"{' ' if found else ''}({claim.reason})"
+        words = VERDICT_WORDS[claim.verdict].replace(" at", "\nat")
+        cells = [Text(claim.statement), Text(words, style=styles[claim.verdict])]
+        cells += [Text(text) for text in _numbers(claim)] if wide else []
+        table.add_row(*cells, Text(found))
+        for part in (detail for detail in claim.details if detail.verdict is not None):
+            verdict = part.verdict or "undecided"
+            cells = [Text(f"  {part.label}"), Text(verdict, style=styles[verdict])]
+            numbers = _numbers(part)
+            cells += [Text(text) for text in numbers] if wide else []
+            beside = (part.reason or "").removeprefix(f"{part.label}: ")
+            shown = "" if wide or part.effect is None else f"{numbers[0].replace(chr(10), ' ')}; "
+            table.add_row(*cells, Text(shown + beside))
+        table.add_section()
+    return table
+
+
+def _title(claims: Sequence[Claim]) -> str:
+    counts = {
+        verdict: sum(claim.verdict == verdict for claim in claims)
+        for verdict in ("reproduced", "contradicted", "undecided")
+    }
+    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    return f"{plain(len(claims), 'claim')}: {said}"
+
+
+def _numbers(entry: Claim | Detail) -> tuple[str, str, str]:
+    """Effect with interval, p-value and n."""
+    if entry.effect is None:
+        return "—", "—", str(entry.n) if entry.n else "—"
+    effect = significant(entry.effect) + (f" {entry.unit}" if entry.unit else "")
+    if entry.ci_low is not None and entry.ci_high is not None:
+        effect += f"\n{significant(entry.ci_low)} to {significant(entry.ci_high)}"
+    p = "—" if entry.p_value is None else "<0.001" if entry.p_value < 0.001 else f"{entry.p_value:.2g}"
+    return effect, p, str(entry.n)

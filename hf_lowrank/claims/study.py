@@ -1,0 +1,215 @@
+"""The runs of a study by method and seed, and which of their numbers may be compared."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT
+from hf_lowrank.errors import UserError
+from hf_lowrank.report.colours import looks
+from hf_lowrank.report.runs import Row, RunRecord, load_runs
+
+Value = TypeVar("Value")
+Key = TypeVar("Key", bound=Any)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that may be compared.
+
+    Attributes:
+        runs: by method and seed.
+        baseline: the method that the others are compared with.
+        alpha: of every test; intervals have confidence 1 − alpha.
+        titles: how tables spell the methods, in the order that they follow.
+        notes: runs left out, and why.
+    """
+
+    runs: Mapping[tuple[str, int], RunRecord]
+    baseline: str
+    alpha: float
+    titles: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def others(self) -> list[str]:
+        """The methods beside the baseline."""
+        return [method for method in self.titles if method != self.baseline]
+
+    @property
+    def confidence(self) -> float:
+        return 1.0 - self.alpha
+
+    def title(self, method: str) -> str:
+        return self.titles.get(method, method)
+
+
+@dataclass(frozen=True)
+class Common(Generic[Key, Value]):
+    """Numbers at one step, measured alike.
+
+    Attributes:
+        step: 0 where there are none.
+        kind: the settings that they share, as JSON.
+        values: by what is compared (a method, a pair), then by seed.
+        missing: why the others are not there.
+    """
+
+    step: int = 0
+    kind: str = ""
+    values: Mapping[Key, Mapping[int, Value]] = field(default_factory=dict)
+    missing: Mapping[Key, str] = field(default_factory=dict)
+
+
+def load_study(
+    runs: Iterable[Any], *, baseline: str, alpha: float = 0.05, methods: Sequence[str] | None = None
+) -> Study:
+    """Reads run folders.
+
+    Raises:
+        UserError: a folder is no run; two runs have one method and seed; `alpha` is no probability; two runs were
+            evaluated on different sequences.
+    """
+    if not 0.0 < alpha < 1.0:
+        raise UserError(f"alpha must be between 0 and 1, got {alpha}; 0.05 gives 95 % intervals")
+    records = load_runs(runs)
+    if methods is not None and len(methods) != len(records):
+        raise UserError(f"methods must name one for each run, got {len(methods)} for {len(records)} runs")
+    names = [record.method for record in records] if methods is None else list(methods)
+    found: dict[tuple[str, int], RunRecord] = {}
+    notes = []
+    for name, record in zip(names, records, strict=True):
+        if record.seed is None:
+            notes.append(f"{record.name} has no seed to be paired by: left out")
+            continue
+        if (other := found.get((name, record.seed))) is not None:
+            raise UserError(
+                f"runs must differ in method or seed, got {other.name} and {record.name}, both {name} with seed "
+                f"{record.seed}; give the methods names of their own"
+            )
+        found[name, record.seed] = record
+    check_evaluations(records)
+    titles = {name: look.title for name, look in looks(names).items()}
+    return Study(found, baseline, alpha, titles, tuple(notes))
+
+
+def check_evaluations(records: Sequence[RunRecord]) -> None:
+    """Numbers from different evaluation sequences are never compared.
+
+    Raises:
+        UserError: names two runs and their fingerprints.
+    """
+    marked = [
+        (run, {str(row.settings["evaluation"]) for row in run.rows if row.settings.get("evaluation")})
+        for run in records
+    ]
+    for (first, its), (second, marks) in itertools.combinations(marked, 2):
+        if its and marks:
+            one, other = max(its), max(marks)
+            apart = not its & marks
+        else:
+            one, other = first.fingerprint or "", second.fingerprint or ""
+            apart = bool(one and other and one != other)
+        if apart:
+            raise UserError(
+                f"runs must be evaluated on the same sequences to be compared, got {first.name} with fingerprint "
+                f"{one[:16]} and {second.name} with {other[:16]}; measure both on one evaluation set"
+            )
+
+
+def kind_of(settings: Mapping[str, Any]) -> str:
+    """Settings as a key: what must be equal for numbers to be compared."""
+    plain = {name: value for name, value in settings.items() if not isinstance(value, list | dict)}
+    return json.dumps(plain, sort_keys=True, default=str)
+
+
+def common(
+    entries: Iterable[tuple[Key, int, int, str, Value]],
+    wanted: Sequence[Key],
+    reasons: Mapping[Key, str] | None = None,
+) -> Common[Key, Value]:
+    """The numbers at the last step that all have, measured alike.
+
+    A step counts where everything wanted that has numbers at all has those of at least three seeds (of as many as it
+    ever has, if that is fewer): one run that ended early does not take the others back with it. Among several
+    settings at that step those of the most runs are taken, the last measured among equals. Step 0, where nothing has
+    been trained, never counts.
+
+    Args:
+        entries: (what, seed, step, settings as JSON, value).
+        wanted: what is to be compared.
+        reasons: what was said about numbers that are missing.
+    """
+    table: dict[tuple[int, str], dict[Key, dict[int, Value]]] = defaultdict(lambda: defaultdict(dict))
+    best: dict[Key, int] = {}
+    for what, seed, step, kind, value in entries:
+        if step > 0 and what in wanted:
+            cell = table[step, kind][what]
+            cell[seed] = value
+            best[what] = max(best.get(what, 0), len(cell))
+    missing = {what: (reasons or {}).get(what, "not measured") for what in wanted if what not in best}
+    allowed = [
+        (step, sum(map(len, cells.values())), place, kind)
+        for place, ((step, kind), cells) in enumerate(table.items())
+        if all(len(cells.get(what, ())) >= min(SEEDS_FOR_A_VERDICT, count) for what, count in best.items())
+    ]
+    if not allowed:
+        alone = "no step after the first and settings that the others have too"
+        return Common(missing={**missing, **dict.fromkeys(best, alone)})
+    step, _, _, kind = max(allowed)
+    return Common(step, kind, {what: table[step, kind][what] for what in wanted if what in best}, missing)
+
+
+def model_values(study: Study, metric: str, methods: Sequence[str] | None = None) -> Common[str, float]:
+    """A metric of the whole model, by method and seed."""
+    wanted = list(study.titles) if methods is None else list(methods)
+    return common(_model_entries(study, metric), wanted, null_reasons(study, metric))
+
+
+def _model_entries(study: Study, metric: str) -> Iterable[tuple[str, int, int, str, float]]:
+    for (method, seed), run in study.runs.items():
+        for row in run.model_rows(metric):
+            if row.value is not None:
+                yield method, seed, row.step, kind_of(row.settings), row.value
+
+
+def null_reasons(study: Study, metric: str, keep: Callable[[Row], bool] = lambda row: True) -> dict[str, str]:
+    """What the last null row of a metric says, by method."""
+    return {
+        method: row.reason
+        for (method, _), run in study.runs.items()
+        for row in run.model_rows(metric)
+        if row.value is None and row.reason and row.step > 0 and keep(row)
+    }
+
+
+def loss_entries(study: Study, evaluation: str | None = None) -> Iterable[tuple[str, int, int, str, float]]:
+    """Measured losses (ln of perplexities where no loss is there), on the sequences `evaluation` only if given."""
+    for (method, seed), run in study.runs.items():
+        found = {}
+        for metric, plain in (("perplexity", math.log), ("loss", float)):
+            for row in run.model_rows(metric):
+                if row.value is not None and (evaluation is None or row.settings.get("evaluation") == evaluation):
+                    found[row.step, kind_of(row.settings)] = plain(row.value)
+        for (step, kind), value in found.items():
+            yield method, seed, step, kind, value
+
+
+def logged_losses(study: Study) -> Iterable[tuple[str, int, int, str, float]]:
+    """Losses that training wrote down, on the whole evaluation set; none where runs do not all name the same set."""
+    fingerprints = {run.fingerprint for run in study.runs.values()}
+    if len(fingerprints) == 1 and None not in fingerprints:
+        for (method, seed), run in study.runs.items():
+            for step, value in run.logged("eval_loss"):
+                yield method, seed, step, "logged", value
+
+
+def paired_differences(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
+    """`second − first` by the seeds that both have."""
+    return {seed: second[seed] - first[seed] for seed in sorted(set(first) & set(second))}

@@ -1,0 +1,111 @@
+"""Sentences and reasons, with their numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from hf_lowrank.claims.claim import Detail
+from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT, Tested
+from hf_lowrank.claims.study import Study
+from hf_lowrank.claims.verdicts import Decision
+from hf_lowrank.report.formats import plain, significant, words_list
+
+# So many names are listed in a sentence before "and … more".
+NAMED = 4
+LN_RATIO = "ln ratio"
+
+Number = Callable[[float], str]
+
+
+def p_text(p_value: float | None) -> str:
+    """`p = 0.012`, `p < 0.001`."""
+    if p_value is None or not math.isfinite(p_value):
+        return "no p-value"
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+
+def times(log_ratio: float) -> str:
+    """A ln ratio as `1.21 times`."""
+    return f"{significant(math.exp(log_ratio))} times"
+
+
+def percent(log_ratio: float) -> str:
+    """A ln ratio as `+12 %`, `−0.8 %`."""
+    change = 100 * math.expm1(log_ratio)
+    return f"{'+' if change > 0 else ''}{significant(change, 2)} %"
+
+
+def nats(value: float) -> str:
+    return f"{significant(value)} nats"
+
+
+def interval(test: Tested, number: Number, confidence: float) -> str:
+    """`1.21 times (95 % interval 1.10 times to 1.30 times)`; a unit that all three share is said once."""
+    if test.low is None or test.high is None:
+        return number(test.effect)
+    low, unit, _ = number(test.low).partition(" ")
+    unit = f" {unit}" if unit and number(test.high).endswith(f" {unit}") else ""
+    high = number(test.high).removesuffix(unit) if unit else number(test.high)
+    low = low if unit else number(test.low)
+    return f"{number(test.effect)} ({100 * confidence:g} % interval {low} to {high})"
+
+
+def listed(names: Sequence[str]) -> str:
+    """All names, or the first few and how many more."""
+    if len(names) <= NAMED + 1:
+        return words_list(names)
+    return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more"
+
+
+def undecided_reason(
+    decision: Decision, missing: Mapping[str, str], title: Callable[[str], str], *, inside: str = "includes zero"
+) -> str:
+    """Why comparisons do not add up to a verdict; `inside` says what an unsure interval does."""
+    parts = []
+    if missing:
+        said = {why: [title(name) for name, other in missing.items() if other == why] for why in missing.values()}
+        parts += [f"{listed(names)}: {why}" for why, names in said.items()]
+    if decision.few:
+        fewest = min(decision.tested[name].n for name in decision.few)
+        of = "" if len(decision.few) == len(decision.tested) else f" of {listed([title(n) for n in decision.few])}"
+        parts.append(f"too few seeds{of}: {fewest}, at least {SEEDS_FOR_A_VERDICT} are needed")
+    if decision.unsure:
+        several = len(decision.unsure) > 1
+        flat = [name for name in decision.unsure if decision.tested[name].low is None]
+        if flat:
+            parts.append(f"all seeds give the same number for {listed([title(name) for name in flat])}")
+        if rest := [title(name) for name in decision.unsure if name not in flat]:
+            parts.append(f"the interval{'s' if several else ''} of {listed(rest)} {_plural(inside, len(rest))}")
+    return "; ".join(parts) or "nothing to compare"
+
+
+def _plural(inside: str, count: int) -> str:
+    return inside.replace("includes", "include").replace("reaches", "reach") if count > 1 else inside
+
+
+def detail(label: str, test: Tested, unit: str, *, part: str = "", reason: str | None = None) -> Detail:
+    """A comparison as it is shown."""
+    if test.n > 1 and test.low is None and reason is None:
+        reason = "all seeds give the same number"
+    return Detail(
+        label=label, effect=test.effect, ci_low=test.low, ci_high=test.high, p_value=test.p_value,
+        p_sign_flip=test.p_sign_flip, n=test.n, unit=unit, part=part, reason=reason,
+    )  # fmt: skip
+
+
+def seeds_and_step(n: int, step: int) -> str:
+    return f"{plain(n, 'seed')}, step {step}"
+
+
+def fewest_seeds(decision: Decision) -> int:
+    return min((test.n for test in decision.tested.values()), default=0)
+
+
+def no_baseline(study: Study) -> str | None:
+    """Why nothing can be compared with the baseline; None where it can."""
+    if study.baseline not in study.titles:
+        return f"no run of the baseline {study.baseline}"
+    if study.baseline not in {method for method, _ in study.runs}:
+        return f"no run of the baseline {study.baseline} has a seed to be paired by"
+    return None if study.others else "no method beside the baseline"
