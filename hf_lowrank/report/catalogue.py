@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Dimension = Literal["training", "landscape", "interpolation", "spectra", "activations", "extras"]
+Dimension = Literal["training", "landscape", "interpolation", "spectra", "activations", "downstream", "extras"]
 DIMENSIONS: dict[Dimension, str] = {
     "training": "Training",
     "landscape": "Loss landscape",
     "interpolation": "Interpolation",
     "spectra": "Spectra",
     "activations": "Activations",
+    "downstream": "Downstream",
     "extras": "Extras",
 }
 
@@ -175,6 +176,14 @@ _ALL = (
         "How alike the two runs' representations are, whatever their rotation and scale; 1 is the same.",
         "",
         "CKA",
+    ),
+    Quantity(
+        "downstream",
+        "Mean above-chance score",
+        "downstream",
+        "Over the tasks that all scored runs have: 0 is guessing, 1 is every item right; higher is better.",
+        "",
+        "Above chance",
     ),
     Quantity(
         "weight_tail_exponent",

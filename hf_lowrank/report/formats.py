@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 MINUS = "−"
 
@@ -26,6 +26,11 @@ def significant(value: float, digits: int = 3) -> str:
 
 def loss_text(value: float) -> str:
     return _signed(f"{value:.3f}")
+
+
+def signed(value: float, write: Callable[[float], str]) -> str:
+    """`value` by `write`, with a plus where it is positive."""
+    return ("+" if value > 0 else "") + write(value)
 
 
 def big_count(value: float) -> str:

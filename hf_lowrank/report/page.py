@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,34 +15,45 @@ import yaml
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
-from hf_lowrank.report.answer import Group, by_method, groups, losses_by_method
+from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.catalogue import DIMENSIONS
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, Look, looks
 from hf_lowrank.report.curves import CURVE_METRICS
-from hf_lowrank.report.formats import big_count, loss_text, plain, words_list
+from hf_lowrank.report.formats import big_count, plain, words_list
+from hf_lowrank.report.members import told_apart
 from hf_lowrank.report.payload import payload, script_json
 from hf_lowrank.report.runs import RunRecord, load_runs
+from hf_lowrank.report.study import Study, load_study
+from hf_lowrank.report.verdicts import losses_by_method
+from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
 
 FILE_NAME = "report.html"
 # In the order in which they are run; together they are one script.
-SCRIPTS = ("core.js", "chart.js", "strip.js", "heat.js", "table.js", "figures.js", "page.js")
+SCRIPTS = (
+    "core.js", "chart.js", "strip.js", "scatter.js", "heat.js", "table.js", "figures.js", "scores.js", "stage.js",
+    "page.js",
+)  # fmt: skip
 _PACKAGES = ("hf-lowrank", "torch", "transformers", "accelerate", "peft")
 
 
-def write_report(runs: Iterable[Any], output: str | os.PathLike[str]) -> Path:
+def write_report(
+    runs: Iterable[Any], output: str | os.PathLike[str], *, study: str | os.PathLike[str] | None = None
+) -> Path:
     """Writes `report.html` into the folder `output`, whole or not at all, and returns its path.
 
-    The page loads nothing: styles, script, data and pictures are in it. Losses are compared only among runs with
-    the same evaluation fingerprint.
+    The page loads nothing: styles, script, data and pictures are in it. Losses are compared only among runs of one
+    size with the same evaluation fingerprint.
 
     Args:
         runs: run folders, or objects with a `path` to one.
         output: the folder; made if there is none.
+        study: a study's folder; its claims, prediction, sweep and failures are shown where they are there.
 
     Raises:
         UserError: a folder is no run, has no checkpoint, or one of its files is damaged; nothing is written then.
     """
-    page = render(load_runs(runs))
+    folder_of_study = None if study is None else Path(study)
+    page = render(told_apart(load_runs(runs), folder_of_study), load_study(folder_of_study))
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: output must be a folder, got a file")
@@ -54,8 +65,8 @@ def write_report(runs: Iterable[Any], output: str | os.PathLike[str]) -> Path:
     return path
 
 
-def render(runs: list[RunRecord]) -> str:
-    """The page of `runs` as text."""
+def render(runs: Sequence[RunRecord], study: Study) -> str:
+    """The page of `runs`, and of the study they belong to, as text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -65,37 +76,82 @@ def render(runs: list[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["position"] = list.index
     compared = groups(runs)
-    data = payload(compared)
+    chosen = looks([*(run.method for run in runs), *(rate.member for rate in study.sweep)])
+    numbers = {name: number for number, name in enumerate(chosen)}
+    data = payload(compared, study, chosen)
     script = "\n".join(_asset(name) for name in SCRIPTS)
+    metrics = data["metrics"]
+    several_scales = len({group.size for group in compared}) > 1
+    several_sets = len({group.fingerprint for group in compared}) > 1
     return environment.get_template("page.html.j2").render(
-        groups=[_shown(group) for group in compared],
+        groups=[{"group": group, **methods_view(group), **_of_group(group)} for group in compared],
+        group_choice=_group_choice(compared, several_sets, several_scales),
+        several_scales=several_scales,
+        sets=len({group.fingerprint for group in compared}),
         dimensions=DIMENSIONS,
-        looks=looks(run.method for run in runs),
-        style=_asset("page.css") + _colours(looks(run.method for run in runs)),
+        metric_choice=_metric_choice(metrics),
+        looks=chosen,
+        shown_methods=[name for name in chosen if any(run.method == name for run in runs)],
+        numbers=numbers,
+        style=_asset("page.css") + _asset("evidence.css") + _colours(chosen),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=script_json(data),
         measured=any(run.rows for run in runs),
         several_seeds=any(len(losses) > 1 for losses in losses_by_method(runs).values()),
         run_number={run.name: number for number, run in enumerate(runs)},
-        updates={metric for metric in data["metrics"] if metric.startswith("update_")},
-        trends=_trends(runs, data["metrics"]),
+        updates={metric for metric in metrics if metric.startswith("update_")},
+        trends=_trends(data),
         pictures=_pictures(runs),
         heats=[
             (metric, about["title"], about["meaning"])
-            for metric, about in data["metrics"].items()
+            for metric, about in metrics.items()
             if about["dimension"] == "activations" and any("layers" in _of(entry, metric) for entry in data["runs"])
         ],
         planes=any(entry["plane"] for entry in data["runs"]),
         layered=any("layers" in found for entry in data["runs"] for found in entry["metrics"].values()),
         barriers=len({row.baseline for run in runs for row in run.rows if row.metric == "method_barrier"}) > 1,
+        tasks=data["tasks"],
+        scatter=any(entry["above"]["x"] for entry in data["runs"]),
+        study=study,
+        claims=claims_view(study, chosen),
+        prediction=prediction_view(study),
+        sweep=sweep_view(study, chosen),
         summary=_summary(runs),
         runs=[_made(run) for run in runs],
         packages=_versions(),
         ground={"light": LIGHT_GROUND, "dark": DARK_GROUND},
     )
+
+
+def _of_group(group: Group) -> dict[str, Any]:
+    present = {column.group for column in group.columns}
+    return {"dimensions": {key: DIMENSIONS[key] for key in DIMENSIONS if key in present}}
+
+
+def _group_choice(compared: Sequence[Group], sets: bool, scales: bool) -> tuple[str, list[tuple[int, str]]]:
+    """What the choice of a group is called, and its options."""
+    name = "Scale and evaluation set" if sets and scales else "Scale" if scales else "Evaluation set"
+    options = []
+    for group in compared:
+        parts = [group.scale] if scales else []
+        parts += [group.fingerprint[:10] if group.fingerprint else "no set recorded"] if sets else []
+        options.append((group.id, f"{', '.join(parts)} ({plain(len(group.runs), 'run')})"))
+    return name, options
+
+
+def _metric_choice(metrics: dict[str, dict[str, str]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Dimensions with their metrics, for the filter by metric."""
+    return [
+        (
+            dimension,
+            title,
+            [(id_, about["title"]) for id_, about in metrics.items() if about["dimension"] == dimension],
+        )
+        for dimension, title in DIMENSIONS.items()
+        if dimension == "training" or any(about["dimension"] == dimension for about in metrics.values())
+    ]
 
 
 def _asset(name: str) -> str:
@@ -115,51 +171,33 @@ def _colours(chosen: dict[str, Look]) -> str:
     )
 
 
-def _shown(group: Group) -> dict[str, Any]:
-    methods = [
-        {
-            "name": name,
-            "mean": loss_text(estimate.mean),
-            "low": None if estimate.low is None else loss_text(estimate.low),
-            "high": None if estimate.high is None else loss_text(estimate.high),
-            "n": estimate.n,
-        }
-        for name, estimate in by_method(group.runs)
-    ]
-    present = {column.group for column in group.columns}
-    return {
-        "group": group,
-        "methods": methods,
-        "dimensions": {key: DIMENSIONS[key] for key in DIMENSIONS if key in present},
-    }
-
-
 def _of(entry: dict[str, Any], metric: str) -> dict[str, Any]:
     return entry["metrics"].get(metric, {})
 
 
-def _trends(runs: list[RunRecord], metrics: dict[str, dict[str, str]]) -> dict[str, list[tuple[str, ...]]]:
+def _trends(data: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
     """Per dimension the pictures over steps: metric, title, meaning, unit, and why it may be empty."""
     found: dict[str, list[tuple[str, ...]]] = {dimension: [] for dimension in DIMENSIONS}
-    for metric, about in metrics.items():
-        rows = [row for run in runs for row in run.rows if row.metric == metric and row.scope == "model"]
-        if rows and metric not in ("loss", "perplexity"):
-            why = next((row.reason for row in rows if row.value is None and row.reason), "")
+    for metric, about in data["metrics"].items():
+        entries = [_of(entry, metric) for entry in data["runs"]]
+        drawn = [entry for entry in entries if entry.get("x") or entry.get("why")]
+        if drawn and metric not in ("loss", "perplexity"):
+            why = next((entry["why"] for entry in drawn if entry.get("why")), "")
             found[about["dimension"]].append((metric, about["title"], about["meaning"], about["unit"], why))
     return found
 
 
-def _pictures(runs: list[RunRecord]) -> dict[str, list[tuple[str, ...]]]:
-    """Per dimension the curves that were measured: metric, title, how to read it, what its x axis is."""
+def _pictures(runs: Sequence[RunRecord]) -> dict[str, list[tuple[str, ...]]]:
+    """Per dimension the curves that were measured: metric, title, how to read it, what its x axis is, what is told by it."""
     measured = {row.metric for run in runs for row in run.rows}
     found: dict[str, list[tuple[str, ...]]] = {"landscape": [], "interpolation": []}
     for metric, about in CURVE_METRICS.items():
         if metric in measured:
-            found[about.dimension].append((metric, about.title, about.meaning, about.along))
+            found[about.dimension].append((metric, about.title, about.meaning, about.along, " ".join(about.tells)))
     return found
 
 
-def _summary(runs: list[RunRecord]) -> list[str]:
+def _summary(runs: Sequence[RunRecord]) -> list[str]:
     """What was compared, in a few words each."""
     seeds = {run.seed for run in runs if run.seed is not None}
     parts = [plain(len(runs), "run"), plain(len({run.method for run in runs}), "method")]
@@ -172,6 +210,9 @@ def _summary(runs: list[RunRecord]) -> list[str]:
     rows = sum(len(run.rows) for run in runs)
     if rows:
         parts.append(plain(rows, "measurement"))
+    scores = sum(len(run.scores) for run in runs)
+    if scores:
+        parts.append(plain(scores, "downstream score"))
     return parts
 
 

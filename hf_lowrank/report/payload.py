@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_lowrank.report.answer import Group
 from hf_lowrank.report.catalogue import DIMENSIONS, quantity, quantity_order
-from hf_lowrank.report.colours import looks
+from hf_lowrank.report.colours import Look
 from hf_lowrank.report.curves import CURVE_METRICS, SWEEPS, curves, plane
 from hf_lowrank.report.runs import RunRecord
+from hf_lowrank.report.standings import downstream
+from hf_lowrank.report.study import Study
 
 # Beyond this many points a line of a few hundred pixels does not change.
 POINTS_OF_A_LINE = 400
@@ -117,8 +119,80 @@ def _plane(run: RunRecord) -> dict[str, Any] | None:
     return {"step": found.step, "x": shorts(found.x), "y": shorts(found.y), "loss": losses}
 
 
-def payload(groups: Sequence[Group]) -> dict[str, Any]:
-    """Everything the pictures need; see `page.js` for who reads what."""
+def _add_scores(entries: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Gives each run its above-chance means over steps, beside the loss there, and its tasks' last scores; returns
+    the tasks."""
+    runs = {run.name: run for group in groups for run in group.runs}
+    means = {name: steps for group in groups for name, steps in downstream(group.runs)[0].items()}
+    tasks: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        run = runs[entry["name"]]
+        losses = {**dict(run.logged("eval_loss")), **{r.step: r.value for r in run.model_rows("loss") if r.value}}
+        steps = sorted(means.get(run.name, {}).items())
+        if steps:
+            entry["metrics"]["downstream"] = {
+                "x": [step for step, _ in steps],
+                "y": shorts(value for _, value in steps),
+                "why": None,
+                "base": None,
+            }
+        both = [(losses[step], value, step) for step, value in steps if step in losses]
+        entry["above"] = {"x": shorts(x for x, _, _ in both), "y": shorts(y for _, y, _ in both)}
+        entry["above"]["step"] = [step for _, _, step in both]
+        entry["tasks"] = {}
+        for score in sorted(run.scores, key=lambda score: (score.limit is None, score.step)):
+            if score.group is None:
+                key = f"{score.task}:{score.metric}"
+                tasks.setdefault(
+                    key,
+                    {
+                        "id": key,
+                        "task": score.task,
+                        "metric": score.metric,
+                        "chance": short(score.chance),
+                        "higher": score.higher_is_better,
+                    },
+                )
+                entry["tasks"][key] = [short(v) for v in (score.value, score.ci_low, score.ci_high)] + [score.step]
+    return sorted(tasks.values(), key=lambda task: (task["chance"] is None, task["id"]))
+
+
+def _study(study: Study, numbers: dict[str, int]) -> dict[str, Any]:
+    """The sweep, and what was predicted against what was seen, by number of run."""
+    sweep = [
+        {
+            "method": numbers[rate.member],
+            "rate": short(rate.learning_rate),
+            "loss": short(rate.loss, 6),
+            "chosen": rate.chosen,
+            "edge": rate.at_edge,
+        }
+        for rate in study.sweep
+    ]
+    found = study.prediction or {}
+    keys = ("seen", "predicted_perplexity", "predicted_both")
+    sides = [found.get(key) for key in keys]
+    whole = all(isinstance(side, list) for side in sides) and len({len(side) for side in sides if side}) == 1
+    prediction: dict[str, Any] | None = None
+    if whole:
+        prediction = {
+            key: shorts((_finite(v) for v in side), 5) for key, side in zip(keys, sides, strict=True) if side
+        }
+        rows = found.get("rows")
+        rows = rows if isinstance(rows, list) and len(rows) == len(prediction.get("seen", ())) else []
+        prediction["rows"] = [[str(row[0]).rsplit("/", 1)[-1], row[1]] for row in rows]
+    return {"sweep": sweep, "prediction": prediction}
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -> dict[str, Any]:
+    """Everything the pictures need; see `figures.js` and `scores.js` for who reads what.
+
+    `chosen` gives every method's look, and by its order its number.
+    """
     runs = [(group.id, run) for group in groups for run in group.runs]
     columns = {column.id: column for group in groups for column in group.columns if column.kind == "number"}
     columns.pop("seed", None)
@@ -131,7 +205,6 @@ def payload(groups: Sequence[Group]) -> dict[str, Any]:
         for group in groups
         for run, cells in zip(group.runs, group.cells, strict=True)
     }
-    chosen = looks(run.method for _, run in runs)
     numbers = {name: position for position, name in enumerate(chosen)}
     scopes = _Scopes()
     entries: list[dict[str, Any]] = [
@@ -152,6 +225,7 @@ def payload(groups: Sequence[Group]) -> dict[str, Any]:
         }
         for group, run in runs
     ]
+    tasks = _add_scores(entries, groups)
     metrics = sorted({metric for entry in entries for metric in entry["metrics"]}, key=quantity_order)
     return {
         "methods": [
@@ -160,6 +234,8 @@ def payload(groups: Sequence[Group]) -> dict[str, Any]:
         ],
         "runs": entries,
         "scopes": list(scopes.numbers),
+        "tasks": tasks,
+        **_study(study, numbers),
         "quantities": {
             column.id: {
                 "title": quantity(column.id).title if column.id in metrics else column.title,

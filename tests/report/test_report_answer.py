@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from hf_lowrank.report import terminal_table
-from hf_lowrank.report.answer import groups, verdict
+from hf_lowrank.report.answer import groups
+from hf_lowrank.report.verdicts import verdict
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, looks
 from hf_lowrank.report.formats import big_count, duration, loss_text, memory, significant, words_list
 from hf_lowrank.report.runs import load_runs

@@ -173,7 +173,7 @@ await does("theme", async () => {
 });
 await does("print", async () => {
   await page.emulateMedia({ media: "print" });
-  const bar = await page.isVisible("nav.bar");
+  const bar = await page.isVisible(".bar");
   await page.emulateMedia({ media: "screen" });
   return !bar;
 });

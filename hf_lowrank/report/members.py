@@ -1,0 +1,81 @@
+"""Which runs are repetitions of one another: the same method with the same settings, by other seeds.
+
+Runs of one method with different settings (a sweep, two ranks) are no seeds of each other: each setting becomes a
+method of its own, named by the study's member or by what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hf_lowrank.report.colours import looks
+from hf_lowrank.report.runs import RunRecord
+
+_MEMBER = re.compile(r"(.+)-seed-?\d+$")
+# What changes nothing of what is learnt.
+_INDIFFERENT = re.compile(
+    r"(method\.(name|seed|diagnostics)|training\.(seed|data_seed|output_dir|run_name|logging_.*|save_.*|eval_.*|report_to"
+    r"|hub_.*|push_to_hub|dataloader_.*|disable_tqdm|per_device_eval_batch_size|use_cpu|log_level.*))$"
+)
+_MOST_DIFFERENCES = 3
+
+
+def member_of(run: RunRecord, study: Path | None) -> str | None:
+    """The member of the study that `run` is a seed of; None for a run from elsewhere."""
+    if study is None or run.path.resolve().parent != (study / "runs").resolve():
+        return None
+    found = _MEMBER.match(run.path.resolve().name)
+    return found[1] if found else None
+
+
+def told_apart(runs: Sequence[RunRecord], study: Path | None = None) -> list[RunRecord]:
+    """The runs, those of one method and size with different settings under names of their own."""
+    kinds: dict[tuple[Any, ...], list[RunRecord]] = {}
+    for run in runs:
+        method = (member_of(run, study) or run.method) if run.method == "unknown" else run.method
+        kinds.setdefault((run.fingerprint, run.size, method), []).append(replace(run, method=method))
+    renamed = {run.name: one for members in kinds.values() for run, one in _renamed(members, study)}
+    return [renamed[run.name] for run in runs]
+
+
+def _renamed(runs: Sequence[RunRecord], study: Path | None) -> Iterator[tuple[RunRecord, RunRecord]]:
+    settings = [_settings(run) for run in runs]
+    variants = list(dict.fromkeys(json.dumps(found, sort_keys=True, default=str) for found in settings))
+    if len(variants) == 1:
+        yield from zip(runs, runs, strict=True)
+        return
+    members = [member_of(run, study) for run in runs]
+    keys = dict.fromkeys(key for found in settings for key in found)
+    differing = [key for key in keys if len({_text(found.get(key)) for found in settings}) > 1]
+    title = looks([runs[0].method])[runs[0].method].title
+    names: dict[str, str] = {}
+    for run, found, member in zip(runs, settings, members, strict=True):
+        said = ", ".join(
+            f"{key.partition('.')[2].replace('_', ' ')} {_text(found.get(key))}"
+            for key in differing[:_MOST_DIFFERENCES]
+        )
+        name = member or f"{title}, {said}"
+        variant = json.dumps(found, sort_keys=True, default=str)
+        while names.setdefault(name, variant) != variant:
+            name += "′"
+        yield run, replace(run, method=name)
+
+
+def _settings(run: RunRecord) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for section in ("method", "training"):
+        part = run.recipe.get(section)
+        for key, value in part.items() if isinstance(part, Mapping) else ():
+            path = f"{section}.{key}"
+            if not _INDIFFERENT.match(path):
+                found[path] = value
+    return found
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

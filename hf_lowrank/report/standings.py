@@ -1,0 +1,339 @@
+"""The answer's table: methods by what is wanted of them, each with its interval over seeds and its rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hf_lowrank.downstream.gathering import above_chance, usable_scores
+from hf_lowrank.errors import UserError
+from hf_lowrank.report.colours import looks, method_order
+from hf_lowrank.report.formats import loss_text, memory, signed, significant
+from hf_lowrank.report.runs import RunRecord
+from hf_lowrank.report.statistics import Estimate, mean_difference, mean_interval
+
+# Claims about methods need at least this many seeds of each.
+SEEDS_FOR_A_VERDICT = 3
+BASELINE = "full_rank"
+Values = dict[str, dict[int, float]]  # method -> seed -> value
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One column of the table of methods.
+
+    Attributes:
+        id, title, unit, help: as shown; `help` says where the value comes from.
+        better: which way is better.
+        values: per run, what was read.
+        text: a value as read.
+        against: how a method stands beside full-rank: as a ratio, as a difference, or not at all.
+        shown: maps mean and interval for showing, as the exponential for perplexity, whose mean is taken in nats.
+    """
+
+    id: str
+    title: str
+    unit: str
+    help: str
+    better: Literal["lower", "higher"]
+    values: Mapping[str, float]
+    text: Callable[[float], str]
+    against: Literal["ratio", "log", "difference", "none"] = "ratio"
+    shown: Callable[[float], float] = float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One cell: `value` with `low`/`high`, the rank among methods, and why there is none.
+
+    `tied`: it cannot be told from the best one. `certain`: there are seeds enough for ranks to be more than the order
+    of these runs.
+    """
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    text: str = "—"
+    interval: str = ""
+    rank: int | None = None
+    tied: bool = False
+    certain: bool = False
+    note: str = ""
+    beside: str = ""
+    beside_interval: str = ""
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    method: str
+    title: str
+    seeds: int
+    standings: tuple[Standing, ...]
+
+
+@dataclass(frozen=True)
+class Standings:
+    """The table: criteria in columns, methods in rows, best loss first."""
+
+    criteria: tuple[Criterion, ...]
+    rows: tuple[MethodRow, ...]
+    notes: tuple[str, ...]
+
+
+def by_seed(runs: Sequence[RunRecord], values: Mapping[str, float]) -> Values:
+    """Values by method and seed, repetitions of a seed averaged; a run without a seed counts as one (negative)."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for position, run in enumerate(runs):
+        if run.name in values:
+            seed = run.seed if run.seed is not None else -1 - position
+            found.setdefault(run.method, {}).setdefault(seed, []).append(values[run.name])
+    return {
+        method: {seed: math.fsum(several) / len(several) for seed, several in seeds.items()}
+        for method, seeds in found.items()
+    }
+
+
+def read(runs: Sequence[RunRecord], reader: Callable[[RunRecord], float | None]) -> dict[str, float]:
+    return {run.name: value for run in runs if (value := reader(run)) is not None}
+
+
+def downstream(runs: Sequence[RunRecord]) -> tuple[dict[str, dict[int, float]], list[str]]:
+    """Per run and step the mean above-chance score over the tasks that all scored runs have; and what to say of it."""
+    notes: list[str] = []
+    scored = {run.name: usable for run in runs if (usable := usable_scores(run.scores, None))}
+    if not scored:
+        tried = any(run.scores for run in runs)
+        return {}, ["Downstream: no score with a known chance level over all of a task's items."] if tried else []
+    try:
+        return dict(above_chance(scored, notes)), [f"Downstream: {note}." for note in notes]
+    except UserError as error:
+        return {}, [f"Downstream: {error}."]
+
+
+def shared_tasks(runs: Sequence[RunRecord]) -> list[str]:
+    """The tasks with a known level of guessing that every scored run has, by name."""
+    sets = [{row.task for row in rows} for run in runs if (rows := usable_scores(run.scores, None))]
+    return sorted(set.intersection(*sets)) if sets else []
+
+
+def _downstream(runs: Sequence[RunRecord], notes: list[str]) -> Criterion:
+    means, said = downstream(runs)
+    notes.extend(said)
+    last = {name: steps[max(steps)] for name, steps in means.items() if steps}
+    if len({max(steps) for steps in means.values() if steps}) > 1:
+        notes.append("Downstream: the runs were last scored at different steps.")
+    tasks = shared_tasks(runs)
+    help_ = (
+        "Mean above-chance score over "
+        + (", ".join(tasks) if tasks else "the tasks")
+        + ": 0 is guessing, 1 is every item right; at the last checkpoint. Higher is better."
+    )
+    return Criterion("downstream", "Downstream", "above chance", help_, "higher", last, _plain, "difference")
+
+
+_MEMORY_KINDS = {
+    "measured_peak": "Peak of weights, gradients, optimizer state and activations as measured in training.",
+    "estimated_peak": "Peak of weights, gradients, optimizer state and activations as estimated; it was not measured "
+    "in all of these runs.",
+}
+
+
+def _memory(runs: Sequence[RunRecord]) -> Criterion:
+    """One kind for all rows: what can be said of every run, the most telling first."""
+
+    def itemised(kind: str) -> Callable[[RunRecord], float | None]:
+        def reader(run: RunRecord) -> float | None:
+            items = run.facts.get("memory")
+            value = items.get(kind) if isinstance(items, Mapping) else None
+            return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+        return reader
+
+    for kind, help_ in _MEMORY_KINDS.items():
+        values = read(runs, itemised(kind))
+        if values and len(values) == len(runs):
+            unit = "measured" if kind == "measured_peak" else "estimated"
+            return Criterion("memory", "Memory", unit, help_ + " Lower is better.", "lower", values, memory)
+
+    def parts(run: RunRecord) -> float | None:
+        state, parameters = run.fact("optimizer_state_bytes"), run.fact("parameters")
+        return None if state is None or parameters is None else state + 4 * parameters
+
+    help_ = "Weights, at four bytes each, and optimizer state; gradients and activations come on top. Lower is better."
+    return Criterion("memory", "Memory", "weights + state", help_, "lower", read(runs, parts), memory)
+
+
+def _speed(runs: Sequence[RunRecord]) -> Criterion:
+    def per(key: str) -> Callable[[RunRecord], float | None]:
+        def reader(run: RunRecord) -> float | None:
+            tokens, seconds = run.fact("tokens_seen"), run.fact(key)
+            return tokens / seconds if tokens and seconds else None
+
+        return reader
+
+    cpu = read(runs, per("cpu_seconds"))
+    if len(cpu) == len(runs) and all(run.facts.get("device") == "cpu" for run in runs):
+        help_ = "Training tokens per second of processor time, which other work on the machine hardly changes."
+        return Criterion("speed", "Speed", "tokens / CPU s", help_ + " Higher is better.", "higher", cpu, _plain)
+    help_ = "Training tokens per second of the optimizer steps, on the machine that each run had. Higher is better."
+    values = read(runs, per("training_seconds"))
+    return Criterion("speed", "Speed", "tokens / s", help_, "higher", values, _plain)
+
+
+def _distance(runs: Sequence[RunRecord]) -> tuple[Criterion, dict[str, float]]:
+    def last(metric: str) -> Callable[[RunRecord], float | None]:
+        def reader(run: RunRecord) -> float | None:
+            row = run.last(metric)
+            return row.value if row else None
+
+        return reader
+
+    help_ = (
+        "How far the hidden states lie from the baseline's on the same tokens, relative to the baseline's size, mean "
+        "over layers, at the last checkpoint. Lower is closer, not better in itself."
+    )
+    cka = {name: 1 - value for name, value in read(runs, last("activation_cka")).items()}
+    values = read(runs, last("activation_l2"))
+    return Criterion("distance", "Distance", "from full-rank", help_, "lower", values, _plain, "none"), cka
+
+
+def _plain(value: float) -> str:
+    return significant(value)
+
+
+def standings(runs: Sequence[RunRecord]) -> Standings:
+    """The table of methods for runs that may be compared: one evaluation set, one size."""
+    notes: list[str] = []
+    losses = read(runs, lambda run: run.final_loss)
+    distance, cka = _distance(runs)
+    perplexity = Criterion(
+        "perplexity", "Perplexity", "", "The exponential of the mean validation loss over seeds. Lower is better.",
+        "lower", losses, _plain, "log", _exp,
+    )  # fmt: skip
+    loss = Criterion(
+        "loss", "Loss", "nats", "Final validation loss per token, mean over seeds. Lower is better.",
+        "lower", losses, loss_text, "difference",
+    )  # fmt: skip
+    all_of_them = (perplexity, loss, _downstream(runs, notes), _memory(runs), _speed(runs), distance)
+    criteria = tuple(criterion for criterion in all_of_them if criterion.values)
+    titles = {name: look.title for name, look in looks(run.method for run in runs).items()}
+    seeds = {name: len({run.seed if run.seed is not None else run.name for run in runs if run.method == name})
+             for name in titles}  # fmt: skip
+    cells = {criterion.id: _column(criterion, runs, titles) for criterion in criteria}
+    if "distance" in cells:
+        _with_cka(cells["distance"], runs, cka)
+    order = {name: found.mean for name, values in by_seed(runs, losses).items()
+             for found in (mean_interval(list(values.values())),)}  # fmt: skip
+    names = sorted(titles, key=lambda name: (name not in order, order.get(name, 0.0), method_order(name)))
+    rows = tuple(
+        MethodRow(name, titles[name], seeds[name], tuple(cells[criterion.id][name] for criterion in criteria))
+        for name in names
+    )
+    return Standings(criteria, rows, tuple(notes))
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))
+
+
+def _column(criterion: Criterion, runs: Sequence[RunRecord], methods: Mapping[str, str]) -> dict[str, Standing]:
+    values = by_seed(runs, criterion.values)
+    estimates = {name: mean_interval(list(seeds.values())) for name, seeds in values.items()}
+    sign = 1.0 if criterion.better == "lower" else -1.0
+    order = sorted(estimates, key=lambda name: (sign * estimates[name].mean, method_order(name)))
+    certain = len(order) > 1 and min(len(values[name]) for name in order) >= SEEDS_FOR_A_VERDICT
+    found: dict[str, Standing] = {}
+    for name in methods:
+        if name not in estimates:
+            baselines = {row.baseline for run in runs for row in run.rows if row.baseline}
+            is_baseline = criterion.id == "distance" and (name == BASELINE or name in baselines)
+            found[name] = Standing(note="the others are compared with it" if is_baseline else "not recorded")
+            continue
+        tied = certain and name != order[0] and not beaten(values, order[0], name, sign, len(order) - 1)
+        one = _standing(criterion, estimates[name], 1 + order.index(name), tied, certain)
+        found[name] = _beside(one, criterion, values, name)
+    if certain and any(standing.tied for standing in found.values()):
+        found = {name: _shared_first(standing) for name, standing in found.items()}
+    return found
+
+
+def beaten(values: Values, best: str, other: str, sign: float, rivals: int) -> bool:
+    """Whether `other` is told from `best`: the interval of their difference, paired by seed and widened for the number
+    of rivals (Bonferroni), leaves out zero."""
+    ours, theirs = ({seed: sign * value for seed, value in values[name].items()} for name in (best, other))
+    difference = mean_difference(ours, theirs, confidence=1 - 0.05 / max(rivals, 1))
+    return difference is not None and difference.low is not None and difference.low > 0
+
+
+def _shared_first(standing: Standing) -> Standing:
+    if standing.rank == 1:
+        return replace(standing, tied=True)
+    return replace(standing, rank=1) if standing.tied else standing
+
+
+def _standing(criterion: Criterion, estimate: Estimate, rank: int, tied: bool, certain: bool) -> Standing:
+    value = criterion.shown(estimate.mean)
+    one = Standing(value=value, n=estimate.n, text=criterion.text(value), rank=rank, tied=tied, certain=certain)
+    if estimate.low is None or estimate.high is None:
+        return replace(one, note="one seed, no interval")
+    low, high = criterion.shown(estimate.low), criterion.shown(estimate.high)
+    spread = high - low > abs(value) * 1e-6
+    interval = f"{criterion.text(low)} – {criterion.text(high)}" if spread else "no spread"
+    return replace(one, low=low, high=high, interval=interval)
+
+
+def _beside(standing: Standing, criterion: Criterion, values: Values, name: str) -> Standing:
+    """`standing` with how `name` stands beside full-rank training: a share or a difference, with its interval."""
+    if criterion.against == "none" or BASELINE not in values:
+        return standing
+    if name == BASELINE:
+        return replace(standing, beside="baseline")
+    found = versus(criterion, values, name)
+    if found is None:
+        return standing
+    write = signed_share if criterion.against != "difference" else lambda v: signed(v, criterion.text)
+    interval = ""
+    if found.low is not None and found.high is not None:
+        interval = f"{write(found.low)} to {write(found.high)}" if found.high - found.low > 1e-9 else "no spread"
+    return replace(standing, beside=write(found.mean), beside_interval=interval)
+
+
+def versus(criterion: Criterion, values: Values, name: str) -> Estimate | None:
+    """`name` against full-rank: a share (0.04 is 4 % more) or a difference; the interval is paired by seed."""
+    as_log = criterion.against == "ratio"
+
+    def turned(method: str) -> dict[int, float]:
+        return {seed: math.log(v) if as_log else v for seed, v in values[method].items() if not as_log or v > 0}
+
+    ours, base = turned(name), turned(BASELINE)
+    if not ours or not base:
+        return None
+    found = mean_difference(base, ours)
+    if found is None:
+        common = sorted(set(ours) & set(base))
+        pairs = [(ours[s], base[s]) for s in common] or [(_mean(ours), _mean(base))]
+        found = Estimate(math.fsum(a - b for a, b in pairs) / len(pairs), None, None, 1)
+    if criterion.against == "difference":
+        return found
+    low, high = (None if bound is None else math.expm1(bound) for bound in (found.low, found.high))
+    return Estimate(math.expm1(found.mean), low, high, found.n)
+
+
+def _mean(values: Mapping[int, float]) -> float:
+    return math.fsum(values.values()) / len(values)
+
+
+def signed_share(value: float) -> str:
+    """+4.1 %, −38 %."""
+    return signed(100 * value, lambda v: significant(v, 2)) + " %"
+
+
+def _with_cka(cells: dict[str, Standing], runs: Sequence[RunRecord], cka: Mapping[str, float]) -> None:
+    for name, values in by_seed(runs, cka).items():
+        if name in cells and cells[name].value is not None:
+            mean = mean_interval(list(values.values())).mean
+            said = f"1 − CKA {significant(mean)}"
+            cells[name] = replace(cells[name], note=", ".join(filter(None, [said, cells[name].note])))

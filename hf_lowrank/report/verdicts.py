@@ -1,0 +1,121 @@
+"""The answer in sentences: who came out best, and what is lost and saved beside full-rank training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from hf_lowrank.report.colours import looks, method_order
+from hf_lowrank.report.formats import loss_text, plain, significant, words_list
+from hf_lowrank.report.runs import RunRecord
+from hf_lowrank.report.standings import BASELINE, SEEDS_FOR_A_VERDICT, Standings, beaten, by_seed, read, versus
+from hf_lowrank.report.statistics import Estimate, mean_interval
+
+
+def losses_by_method(runs: Sequence[RunRecord]) -> dict[str, dict[int, float]]:
+    """Final loss by method and seed; a run without a seed counts as a seed of its own (negative)."""
+    return by_seed(runs, read(runs, lambda run: run.final_loss))
+
+
+def by_method(runs: Sequence[RunRecord]) -> list[tuple[str, Estimate]]:
+    """Mean final loss per method over its seeds, best first."""
+    means = [(name, mean_interval(list(losses.values()))) for name, losses in losses_by_method(runs).items()]
+    return sorted(means, key=lambda pair: (pair[1].mean, method_order(pair[0])))
+
+
+def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
+    """The headline and the sentence under it.
+
+    A method is called better only when both have at least three seeds and the interval of their difference, widened
+    for the number of rivals (Bonferroni), leaves out zero.
+    """
+    ranked = by_method(runs)
+    losses = losses_by_method(runs)
+    title = {name: look.title for name, look in looks(losses).items()}
+    if not ranked:
+        return "No loss was recorded", "These runs carry no validation loss; what was measured on them follows below."
+    best, estimate = ranked[0]
+    at = f"perplexity {_perplexity(estimate.mean)}"
+    if len(ranked) == 1:
+        return f"{title[best]} reaches {at}", f"One method, {plain(estimate.n, 'seed')}{_interval_words(estimate)}."
+    fewest, most = (choose(len(found) for found in losses.values()) for choose in (min, max))
+    others = len(ranked) - 1
+    if fewest < SEEDS_FOR_A_VERDICT:
+        few = plain(fewest, "seed")
+        seeds = f"Some methods have only {few}" if most > fewest else f"Only {few} per method"
+        seeds = "One seed per method" if most == 1 else seeds
+        gap = loss_text(ranked[-1][1].mean - estimate.mean)
+        return (
+            f"{title[best]} ended lowest, at {at}",
+            f"{seeds}: this says how these runs came out, not which method is better. "
+            f"From the lowest to the highest loss are {gap} nats.",
+        )
+    rivals = [name for name, _ in ranked[1:]]
+    behind = [title[name] for name in rivals if beaten(losses, best, name, 1.0, others)]
+    tied = [title[name] for name in rivals if title[name] not in behind]
+    seeds = f"{fewest} seeds" if fewest == most else f"{fewest} or more seeds"
+    basis = f"Over {seeds} per method, paired where seeds are common, 95 % intervals widened for {others} comparisons."
+    if not tied:
+        all_others = "every other method" if others > 1 else title[rivals[0]]
+        return f"{title[best]} ends lower than {all_others}, at {at}", basis
+    headline = f"{title[best]} ends lowest on average, at {at}, but cannot be told from {words_list(tied)}"
+    return headline, basis + (f" It does end lower than {words_list(behind)}." if behind else "")
+
+
+def _perplexity(loss: float) -> str:
+    return significant(math.exp(min(loss, 700.0)))
+
+
+def _interval_words(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f", 95 % interval {_perplexity(estimate.low)} to {_perplexity(estimate.high)}"
+
+
+def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
+    """What the best of the other methods, and the one with least memory, lose and save beside full-rank training."""
+    criteria = {criterion.id: criterion for criterion in table.criteria}
+    if "perplexity" not in criteria or len(table.rows) < 2 or BASELINE not in {row.method for row in table.rows}:
+        return ""
+    title = {row.method: row.title for row in table.rows}
+    values = {name: by_seed(runs, criterion.values) for name, criterion in criteria.items()}
+
+    def beside(name: str, method: str) -> Estimate | None:
+        there = values.get(name, {})
+        return versus(criteria[name], there, method) if method in there and BASELINE in there else None
+
+    found = {row.method: lost for row in table.rows if row.method != BASELINE
+             and (lost := beside("perplexity", row.method)) is not None}  # fmt: skip
+    if not found:
+        return ""
+    nearest = min(found, key=lambda name: found[name].mean)
+    parts = [f"{title[nearest]} is the best of the others: {_lost(found[nearest])}"]
+    saved = beside("memory", nearest)
+    quicker = beside("speed", nearest)
+    if saved is not None:
+        parts[0] += f", with {_more_or_less(saved.mean)} memory"
+    if quicker is not None:
+        parts[0] += f" {'and' if saved is not None else 'with'} {significant(1 + quicker.mean, 2)} times the speed"
+    sizes = {name: share.mean for name in found if (share := beside("memory", name)) is not None}
+    lightest = min(sizes, key=lambda name: (sizes[name], found[name].mean), default=nearest)
+    if lightest != nearest and sizes[lightest] < min(sizes.get(nearest, 0.0), 0.0) - 0.005:
+        parts.append(
+            f"{title[lightest]} needs the least memory, {_more_or_less(sizes[lightest])} than full-rank: "
+            f"{_lost(found[lightest])}"
+        )
+    fewest = min(len(seeds) for seeds in values["perplexity"].values())
+    return ("" if fewest >= SEEDS_FOR_A_VERDICT else "In these runs: ") + ". ".join(parts) + "."
+
+
+def _lost(share: Estimate) -> str:
+    """`perplexity 4.1 % above full-rank's (1.0 to 7.2 %)`."""
+    sign = 1 if share.mean >= 0 else -1
+    text = f"perplexity {significant(100 * abs(share.mean), 2)} % {'above' if sign > 0 else 'below'} full-rank's"
+    if share.low is None or share.high is None:
+        return text
+    ends = sorted(100 * sign * bound for bound in (share.low, share.high))
+    return f"{text} (95 % interval {significant(ends[0], 2)} to {significant(ends[1], 2)} %)"
+
+
+def _more_or_less(share: float) -> str:
+    return f"{significant(100 * abs(share), 2)} % {'more' if share > 0 else 'less'}"

@@ -1,0 +1,240 @@
+"""What the templates show of the answer and of a study, as positions and text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_lowrank.report.answer import Group
+from hf_lowrank.report.formats import loss_text, plain, signed, significant
+from hf_lowrank.report.standings import SEEDS_FOR_A_VERDICT, Criterion, Standing
+from hf_lowrank.report.study import VERDICTS, Claim, Effect, Study
+
+MARKS = {"reproduced": "✓", "contradicted": "✕", "undecided": "?"}
+VERDICT_MEANING = {
+    "reproduced": "the interval of the effect lies on the claim's side",
+    "contradicted": "it lies on the other side",
+    "undecided": "these runs allow neither",
+}
+
+
+@dataclass(frozen=True)
+class Track:
+    """A value and its interval on a line from 0 to 100; `zero` where a reference stands."""
+
+    at: float | None
+    low: float | None
+    high: float | None
+    zero: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+
+
+class Ruler:
+    """Positions of values on one common line with some air at its ends."""
+
+    def __init__(self, values: Iterable[float | None], *, zero: bool = False) -> None:
+        found = [value for value in values if value is not None and math.isfinite(value)]
+        found += [0.0] if zero else []
+        self.low, self.high = (min(found), max(found)) if found else (0.0, 1.0)
+        air = 0.06 * (self.high - self.low) or 0.5
+        self.low, self.high = self.low - air, self.high + air
+
+    def place(self, value: float | None) -> float | None:
+        if value is None or not math.isfinite(value):
+            return None
+        return round(100 * (value - self.low) / (self.high - self.low), 2)
+
+    def track(self, value: float | None, low: float | None, high: float | None, *, zero: bool = False) -> Track:
+        return Track(self.place(value), self.place(low), self.place(high), self.place(0.0) if zero else None)
+
+
+def methods_view(group: Group) -> dict[str, Any]:
+    """The table of methods with every cell's place on its column's line."""
+    table = group.standings
+    rulers = []
+    for column in range(len(table.criteria)):
+        cells = [row.standings[column] for row in table.rows]
+        rulers.append(Ruler(value for cell in cells for value in (cell.value, cell.low, cell.high)))
+    rows = [
+        {
+            "row": row,
+            "cells": [
+                {
+                    "criterion": criterion,
+                    "standing": standing,
+                    "track": ruler.track(standing.value, standing.low, standing.high),
+                    "said": _said(criterion, standing),
+                    "rank": _rank(standing),
+                }
+                for criterion, standing, ruler in zip(table.criteria, row.standings, rulers, strict=True)
+            ],
+        }
+        for row in table.rows
+    ]
+    return {
+        "criteria": table.criteria,
+        "rows": rows,
+        "notes": table.notes,
+        "against": any(cell.beside_interval or cell.beside not in ("", "baseline")
+                       for row in table.rows for cell in row.standings),
+        "seeds": _seeds(group),
+        "ties": any(cell.tied for row in table.rows for cell in row.standings),
+    }  # fmt: skip
+
+
+def _rank(standing: Standing) -> str:
+    return "" if standing.rank is None else f"{standing.rank}{'=' if standing.tied else ''}"
+
+
+def _said(criterion: Criterion, standing: Standing) -> str:
+    """The tooltip of a cell."""
+    if standing.value is None:
+        return standing.note
+    parts = [f"{criterion.title} {standing.text}"]
+    if standing.low is not None:
+        parts.append(f"95 % interval {standing.interval} over {plain(standing.n, 'seed')}")
+    if standing.note:
+        parts.append(standing.note)
+    if standing.rank is not None and standing.certain:
+        parts.append("cannot be told from the best" if standing.tied else f"rank {standing.rank}")
+    elif standing.rank is not None:
+        parts.append(f"place {standing.rank} in these runs, no verdict")
+    return "; ".join(parts)
+
+
+def _seeds(group: Group) -> str:
+    """What the intervals and ranks rest on, said plainly."""
+    counts = {row.seeds for row in group.standings.rows}
+    if max(counts) == 1:
+        return (
+            "One seed per method, so there are no intervals, and the numbers beside the values only order these "
+            "runs: another seed may order them otherwise."
+        )
+    text = (
+        "Below each value its 95 % interval over seeds, drawn on a line that is common to the column; the small number "
+        "is the rank."
+    )
+    if min(counts) < SEEDS_FOR_A_VERDICT:
+        few = "one has" if min(counts) == 1 else f"some have only {min(counts)}"
+        return f"{text} Ranks are no verdict here: of the methods, {few} too few seeds (three are needed)."
+    return text
+
+
+def claims_view(study: Study, looks: Mapping[str, Any]) -> dict[str, Any]:
+    """Claims with their effects placed on lines, and how many came to each verdict."""
+    counts = {verdict: sum(claim.verdict == verdict for claim in study.claims) for verdict in VERDICTS}
+    return {
+        "claims": [_claim_view(claim, looks) for claim in study.claims],
+        "counts": [(verdict, MARKS[verdict], counts[verdict], VERDICT_MEANING[verdict]) for verdict in VERDICTS],
+        "alpha": study.alpha,
+        "marks": MARKS,
+    }
+
+
+def _claim_view(claim: Claim, looks: Mapping[str, Any]) -> dict[str, Any]:
+    parts: Sequence[Effect] = (claim.whole, *claim.details)
+    ruler = Ruler((value for part in parts for value in (part.effect, part.low, part.high)), zero=True)
+    own = Ruler((claim.whole.effect, claim.whole.low, claim.whole.high), zero=True)
+    titles = {name: look.title for name, look in looks.items()}
+    return {
+        "claim": claim,
+        "mark": MARKS[claim.verdict],
+        "whole": _effect_view(claim.whole, claim.unit, own),
+        "details": [
+            {"label": titles.get(part.label, part.label), **_effect_view(part, claim.unit, ruler)}
+            for part in claim.details
+        ],
+    }
+
+
+def _effect_view(part: Effect, unit: str, ruler: Ruler) -> dict[str, Any]:
+    text = "—" if part.effect is None else signed(part.effect, significant)
+    interval = ""
+    if part.low is not None and part.high is not None:
+        interval = f"{signed(part.low, significant)} to {signed(part.high, significant)}"
+    return {
+        "text": f"{text} {unit}".strip() if part.effect is not None else text,
+        "interval": interval,
+        "p": "" if part.p_value is None else p_text(part.p_value),
+        "n": "" if part.n is None else str(part.n),
+        "track": None if part.effect is None else ruler.track(part.effect, part.low, part.high, zero=True),
+    }
+
+
+def p_text(value: float) -> str:
+    return "< 0.001" if value < 0.001 else significant(value, 2)
+
+
+def prediction_view(study: Study) -> dict[str, Any] | None:
+    """The prediction in words and its gain on a line; None without one."""
+    found = study.prediction
+    if found is None:
+        return None
+
+    def number(key: str) -> float | None:
+        value = found.get(key)
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+    gain, low, high, p = (number(key) for key in ("gain", "gain_low", "gain_high", "p_value"))
+    ruler = Ruler((gain, low, high), zero=True)
+    interval = (
+        f" (95 % interval {signed(low, significant)} to {signed(high, significant)})"
+        if low is not None and high is not None
+        else ""
+    )
+    sure = p is not None and p < 0.05 and low is not None and low > 0
+    answer = (
+        "Geometry and spectra add to perplexity: scores of runs left out are predicted better with them"
+        if sure
+        else "It is not shown that geometry and spectra add to perplexity"
+    )
+
+    def table(key: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+        rows = found.get(key)
+        shown = [row for row in rows if isinstance(row, Mapping)][:8] if isinstance(rows, list) else []
+        return [(str(row.get(names[0], "")), *(_or_dash(row.get(name)) for name in names[1:])) for row in shown]
+
+    return {
+        "answer": answer,
+        "gain": "—" if gain is None else signed(gain, significant),
+        "interval": interval,
+        "p": "" if p is None else p_text(p),
+        "track": ruler.track(gain, low, high, zero=True),
+        "runs": found.get("runs"),
+        "checkpoints": found.get("checkpoints"),
+        "fits": [
+            (label, _or_dash(number(f"r2_{key}")), _or_dash(number(f"spearman_{key}")))
+            for label, key in (("Perplexity alone", "perplexity"), ("Perplexity and geometry", "both"))
+        ],
+        "coefficients": table("coefficients", ("name", "mean", "spread")),
+        "ranking": table("ranking", ("metric", "r2_alone", "gain", "spearman")),
+        "notes": [str(note) for note in found.get("notes") or []],
+    }
+
+
+def _or_dash(value: Any) -> str:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return significant(value) if good else "—"
+
+
+def sweep_view(study: Study, looks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line for each member of the sweep: its rates, which was chosen and whether it lies at the edge."""
+    members = list(dict.fromkeys(rate.member for rate in study.sweep))
+    found = []
+    for member in members:
+        rates = sorted((rate for rate in study.sweep if rate.member == member), key=lambda rate: rate.learning_rate)
+        chosen = next((rate for rate in rates if rate.chosen), None)
+        found.append(
+            {
+                "title": looks[member].title if member in looks else member,
+                "number": list(looks).index(member) if member in looks else None,
+                "rates": ", ".join(f"{rate.learning_rate:g}" for rate in rates),
+                "chosen": f"{chosen.learning_rate:g}" if chosen else "none",
+                "loss": loss_text(chosen.loss) if chosen and chosen.loss is not None else "—",
+                "edge": bool(chosen and chosen.at_edge),
+            }
+        )
+    return found
