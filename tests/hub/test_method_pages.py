@@ -1,5 +1,7 @@
 """Each method has its page, and the page says what the method really takes."""
 
+import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,25 @@ def test_the_page_has_every_setting_with_its_default(name):
 def test_the_list_names_all_pages():
     listed = (PAGES / "README.md").read_text(encoding="utf-8")
     assert all(f"({name}.md)" in listed for name in METHODS)
+
+
+def options(annotation):
+    """The words that a setting allows; empty where it is no choice of words."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return set(typing.get_args(annotation))
+    return {word for inner in typing.get_args(annotation) for word in options(inner)}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_page_names_the_options_of_this_method_and_no_others(name):
+    everywhere: dict[str, set[str]] = {}
+    for method in METHODS.values():
+        for setting, field in method.settings.model_fields.items():
+            everywhere.setdefault(setting, set()).update(options(field.annotation))
+    page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    for setting, field in METHODS[name].settings.model_fields.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{setting}` |")]
+        meaning = row.split("|")[3]
+        named = set(re.findall(r"`([^`]+)`", meaning)) & everywhere[setting]
+        if options(field.annotation):
+            assert named == options(field.annotation), setting
