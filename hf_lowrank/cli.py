@@ -107,13 +107,16 @@ def measure(
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the page goes.")],
+    study: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A study's folder, whose claims and prediction are shown too.")
+    ] = None,
 ) -> None:
     """Show runs side by side: a table here, and one self-contained page in DIR."""
     from rich.console import Console
 
     from hf_lowrank.report import terminal_table, write_report
 
-    page = write_report(runs, output)
+    page = write_report(runs, output, study=study)
     Console().print(terminal_table(runs))
     typer.echo(f"page: {page}")
 

@@ -188,7 +188,7 @@ def _trends(data: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
 
 
 def _pictures(runs: Sequence[RunRecord]) -> dict[str, list[tuple[str, ...]]]:
-    """Per dimension the curves that were measured: metric, title, how to read it, what its x axis is, what is told by it."""
+    """Per dimension the measured curves: metric, title, how to read it, its x axis, and the metrics it tells of."""
     measured = {row.metric for run in runs for row in run.rows}
     found: dict[str, list[tuple[str, ...]]] = {"landscape": [], "interpolation": []}
     for metric, about in CURVE_METRICS.items():

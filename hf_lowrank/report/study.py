@@ -122,8 +122,8 @@ def _number(value: Any) -> float | None:
 
 def _effect(entry: Mapping[str, Any], label: str) -> Effect:
     n = entry.get("n")
-    numbers = (_number(entry.get(key)) for key in ("effect", "ci_low", "ci_high", "p_value"))
-    return Effect(label, *numbers, n if isinstance(n, int) and not isinstance(n, bool) else None)
+    effect, low, high, p_value = (_number(entry.get(key)) for key in ("effect", "ci_low", "ci_high", "p_value"))
+    return Effect(label, effect, low, high, p_value, n if isinstance(n, int) and not isinstance(n, bool) else None)
 
 
 def _claim(entry: Mapping[str, Any]) -> Claim:

@@ -114,8 +114,8 @@ def _seeds(group: Group) -> str:
             "runs: another seed may order them otherwise."
         )
     text = (
-        "Below each value its 95 % interval over seeds, drawn on a line that is common to the column; the small number "
-        "is the rank."
+        "Below each value is its 95 % interval over seeds, drawn on a line that is common to the column; the small "
+        "number is the rank."
     )
     if min(counts) < SEEDS_FOR_A_VERDICT:
         few = "one has" if min(counts) == 1 else f"some have only {min(counts)}"

@@ -62,7 +62,7 @@ def test_pairs_see_through_what_seeds_share():
 
 def test_one_seed_gives_no_verdict(make_run):
     headline, standfirst = verdict(load_runs([make_run("a", "full_rank", loss=3.3), make_run("b", "fira", loss=3.2)]))
-    assert headline == "Fira ended lowest, at 3.200 nats per token"
+    assert headline == "Fira ended lowest, at perplexity 24.5"
     assert standfirst.startswith("One seed per method")
     assert "0.100 nats" in standfirst
 
@@ -72,12 +72,12 @@ def test_three_seeds_give_one_when_intervals_allow(make_run):
         return [make_run(f"{method}{loss}", method, seed, loss=loss) for seed, loss in enumerate(losses)]
 
     clear = load_runs(runs("fira", (3.20, 3.21, 3.22)) + runs("galore", (3.40, 3.415, 3.42)))
-    assert verdict(clear)[0] == "Fira ends lower than GaLore, at 3.210 nats per token"
+    assert verdict(clear)[0] == "Fira ends lower than GaLore, at perplexity 24.8"
     close = load_runs(
         runs("cola", (3.0, 3.3, 3.1)) + runs("sltrain", (3.1, 3.2, 3.15)) + runs("relora", (5.0, 5.3, 5.1))
     )
     headline, basis = verdict(close)
-    assert headline == "CoLA has the lowest mean, 3.133 nats per token, but cannot be told from SLTrain"
+    assert headline == "CoLA ends lowest on average, at perplexity 23.0, but cannot be told from SLTrain"
     assert "It does end lower than ReLoRA." in basis
     assert "2 comparisons" in basis
 

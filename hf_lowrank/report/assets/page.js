@@ -41,7 +41,7 @@
     radio.checked = radio.value === state.seeds;
     radio.addEventListener("change", () => { state.seeds = radio.value; changed(); });
   }
-  document.getElementById("evaluation")?.addEventListener("change", (event) => { state.group = +event.target.value; changed(); });
+  document.getElementById("group")?.addEventListener("change", (event) => { state.group = +event.target.value; changed(); });
   listeners.push(() => {
     const present = new Set(DATA.runs.filter((run) => run.group === state.group).map((run) => run.method));
     for (const chip of document.querySelectorAll("button.chip")) {
