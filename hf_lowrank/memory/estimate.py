@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import TrainingArguments
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, Peak
-from hf_lowrank.memory.simulation import Simulation, simulate
+from hf_lowrank.memory.simulation import Simulation, arguments_of, checkpoints, simulate
 from hf_lowrank.training.recipe import Recipe, load_recipe
 
 SHARDINGS = ("ddp", "fsdp2")
 DTYPES = ("float32", "bfloat16", "float16")
+# The second is the name that transformers is leaving.
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 # Phases in which the model computes, so that sharded weights are gathered.
 COMPUTING = ("forward", "backward", "evaluation")
 # What cuBLAS takes from torch's allocator at its first product: by torch's default, on GPUs from sm_90 on and before.
@@ -139,13 +142,13 @@ def estimate(
     kind: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
     vocabulary = _vocabulary(changed) if vocabulary_size is None else vocabulary_size
     found = simulate(changed, vocabulary=vocabulary, device=place, dtype=kind)
-    args = changed.arguments(changed.path.parent)
+    args = arguments_of(changed)
     plain = checkpointed = None
     if both_activations:
-        other = _changed(changed, None, None, not args.gradient_checkpointing)
+        other = _changed(changed, None, None, not checkpoints(args))
         beside = simulate(other, vocabulary=vocabulary, device=place, dtype=kind, forward_only=True).activations
         plain, checkpointed = found.activations, beside
-        if args.gradient_checkpointing:
+        if checkpoints(args):
             plain, checkpointed = checkpointed, plain
     share = world_size if sharding == "fsdp2" else 1
     half = share > 1 and (args.bf16 or args.fp16)
@@ -161,7 +164,7 @@ def estimate(
         sharding=sharding,
         batch_size=args.per_device_train_batch_size,
         sequence_length=changed.data.sequence_length,
-        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing=checkpoints(args),
         weights=weights.total // share,
         embeddings=weights.embeddings // share,
         dense=weights.dense // share,
@@ -235,7 +238,9 @@ def _changed(recipe: Recipe, batch_size: int | None, length: int | None, checkpo
     if batch_size is not None:
         training["per_device_train_batch_size"] = batch_size
     if checkpointing is not None:
-        training["gradient_checkpointing"] = checkpointing
+        for name in CHECKPOINTING:
+            training.pop(name, None)
+        training[next(name for name in CHECKPOINTING if hasattr(TrainingArguments, name))] = checkpointing
     data = recipe.data if length is None else recipe.data.model_copy(update={"sequence_length": length})
     return replace(recipe, training=training, data=data)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WEIGHTS, GRADIENTS, STATE, ACTIVATIONS, WORKSPACE = "weights", "gradients", "optimizer_state", "activations", "workspace"
+WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer_state"
+ACTIVATIONS, WORKSPACE = "activations", "workspace"
 
 
 @dataclass

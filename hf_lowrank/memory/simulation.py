@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import import_utils
 
 from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.errors import UserError
@@ -87,11 +89,12 @@ def simulate(
         dtype: of the weights, where it is not the recipe's.
         forward_only: stops after the first forward pass, knowing `activations`.
     """
-    args = recipe.arguments(recipe.path.parent)
+    args = arguments_of(recipe)
     defaults = {} if vocabulary is None else {"vocab_size": vocabulary}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = recipe.method.build_model(recipe.config(**defaults), recipe.settings, recipe.seed)
-    with _apart(), FakeTensorMode(allow_non_fake_inputs=True), StandIns():
+    packed = recipe.data.shape == "packed"
+    with _apart(packed), FakeTensorMode(allow_non_fake_inputs=True), StandIns():
         _place(model, device, dtype)
         run = _Run(recipe, args, model, device)
         if forward_only:
@@ -101,15 +104,43 @@ def simulate(
     return run.found
 
 
+def arguments_of(recipe: Recipe) -> TrainingArguments:
+    """The recipe's `TrainingArguments`; making them resets accelerate's state, which a Trainer may be using."""
+    before = dict(AcceleratorState._shared_state)
+    try:
+        return recipe.arguments(recipe.path.parent)
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(before)
+
+
 @contextmanager
-def _apart() -> Iterator[None]:
-    """Keeps the simulation from the rest of the process: no random numbers, no other processes, no cached tensors."""
+def _apart(packed: bool) -> Iterator[None]:
+    """Keeps the simulation from the rest of the process: no random numbers, no other processes, no cached tensors.
+
+    transformers makes a mask of every fake batch, of a real one only where there are fillings.
+    """
+    maskless = replaced(import_utils, "is_fake_tensor", lambda tensor: False) if packed else nullcontext()
     _levels.cache_clear()
     try:
-        with torch.random.fork_rng(devices=[]), mock.patch("torch.distributed.is_initialized", lambda: False):
+        with torch.random.fork_rng(devices=[]), replaced(torch.distributed, "is_initialized", lambda: False), maskless:
             yield
     finally:
         _levels.cache_clear()
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, function: Any) -> Iterator[None]:
+    """Another function under a module's name for it, for a while; nothing where the module has none of that name."""
+    known = getattr(module, name, None)
+    if known is None:
+        yield
+        return
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        setattr(module, name, known)
 
 
 def _place(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -135,8 +166,7 @@ class _Run:
         self._ledger = Ledger()
         self.found = Simulation(_weigh(model, self._ledger))
         model.train()
-        if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+        _set_checkpointing(model, args)
         self._call: Any = self._mixed(model)
 
     def _mixed(self, model: nn.Module) -> Any:
@@ -201,11 +231,11 @@ class _Run:
                     parameter.grad = torch.empty_like(parameter)
                     ledger.claim([parameter.grad], GRADIENTS)
             self.found.gradients = max(self.found.gradients, ledger.held(GRADIENTS))
-            for callback in callbacks:
-                callback.on_pre_optimizer_step(args, state, control, **around)
             with ledger, ledger.phase(WORKSPACE) as peak:
                 if args.max_grad_norm:
                     nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                for callback in callbacks:
+                    callback.on_pre_optimizer_step(args, state, control, **around)
                 optimizer.step()
             self.found.phases[phase] = peak
             self._claim_state(optimizer)
@@ -248,7 +278,26 @@ class _Run:
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
             return kind([group for group in groups if group["params"]], **options)
         except (ValueError, TypeError, ImportError) as error:
-            raise UserError(f"{recipe.path}: training.optim {args.optim} cannot be built: {first_line(error)}") from None
+            raise UserError(
+                f"{recipe.path}: training.optim {args.optim} cannot be built: {first_line(error)}"
+            ) from None
+
+
+def checkpoints(args: TrainingArguments) -> bool:
+    """Whether blocks are recomputed in the backward pass; transformers is about to rename it."""
+    return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+
+
+def _set_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None:
+    if not checkpoints(args):
+        return
+    if hasattr(model, "activation_checkpointing_enable"):
+        given: Any = args.activation_checkpointing_kwargs
+        options = dict(given or {})
+        apart = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **apart)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
 
 
 def _weigh(model: PreTrainedModel, ledger: Ledger) -> Weights:
@@ -271,9 +320,9 @@ def _weigh(model: PreTrainedModel, ledger: Ledger) -> Weights:
         kind = kinds.get(id(tensor), "dense")
         setattr(weights, kind, getattr(weights, kind) + size)
         weights.frozen += 0 if tensor.requires_grad else size
-    for tensor in model.buffers():
-        size = ledger.claim([tensor], WEIGHTS)
-        kind = kinds.get(id(tensor), "buffers")
+    for buffer in model.buffers():
+        size = ledger.claim([buffer], WEIGHTS)
+        kind = kinds.get(id(buffer), "buffers")
         setattr(weights, kind, getattr(weights, kind) + size)
     sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in _blocks(model)]
     weights.blocks, weights.largest_block = sum(sizes), max(sizes, default=0)

@@ -29,6 +29,7 @@ from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.files import write_text
 from hf_lowrank.locks import locked
+from hf_lowrank.memory.recorder import memory_recorder
 from hf_lowrank.training.callbacks import FinalCheckpoint, Progress, drop_logits, token_loss
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
 from hf_lowrank.training.facts import FactsRecorder, read_facts, write_facts
@@ -86,7 +87,10 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
     if args.should_save:
         _write_start(run, recipe, corpus, model)
     facts = read_facts(run)
+    memory = memory_recorder(recipe, args, model, facts)
+    held.callback(memory.close)
     trainer = _trainer(recipe, args, model, corpus, sequences_per_step)
+    trainer.add_callback(memory)
     trainer.add_callback(
         FactsRecorder(
             run,
