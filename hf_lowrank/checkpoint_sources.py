@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -105,10 +106,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): folder / str(file) for name, file in names.items()}
-    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
         raise UserError(f"{index}: not a readable weight index: {_one_line(error)}") from None
     for file in sorted(set(files.values())):
-        if not file.is_file():
+        if file.parent != folder:
+            raise UserError(f"{index}: must name files beside itself, got {file.name} elsewhere")
+        if not os.path.isfile(file):  # a name too long for a file is that of none
             raise UserError(f"{file}: missing, though {index.name} names it")
         tensor_names(file)
     return files

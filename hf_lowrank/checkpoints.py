@@ -18,11 +18,12 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.checkpoint_sources import open_source, weight_files
+from hf_lowrank.checkpoint_weights import check_weights, read_config, skeleton
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
 from hf_lowrank.targets import target_modules
@@ -96,12 +97,7 @@ class Trajectory:
 
     def config_at(self, step: int) -> PreTrainedConfig:
         """The configuration of one checkpoint."""
-        _register_adapters()
-        folder = self._source.folder(self._known(step), weights=False)
-        try:
-            return AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder}/config.json: not a readable configuration: {_one_line(error)}") from None
+        return read_config(self._source.folder(self._known(step), weights=False))
 
     def where(self, step: int) -> str:
         """The checkpoint's folder, or `user/repo@revision`."""
@@ -122,14 +118,18 @@ class Trajectory:
         Raises:
             UserError: no such step, or its files are damaged; the message names the file.
         """
-        _register_adapters()
         folder = self._source.folder(self._known(step), weights=True)
-        weight_files(folder)
+        check_weights(folder, exact=False)
         try:
             with _quiet_transformers():
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                )
+        except Exception as error:  # transformers raises whatever a broken file leads it to
             raise UserError(f"{self.where(step)}: cannot be loaded: {_one_line(error)}") from None
+        model, missing = loaded[0], loaded[1]["missing_keys"]
+        if missing:  # transformers would go on with random weights in their place
+            raise UserError(f"{self.where(step)}: {min(missing)} is not among its weights")
         return model.eval()
 
     def dense_model(self, step: int) -> PreTrainedModel:
@@ -145,9 +145,11 @@ class Trajectory:
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
         """The architecture without any weights."""
-        config = self.config
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        where = self._source.folder(self.steps[0], weights=False)
+        model = skeleton(where, self.config)
+        if model is None:
+            raise UserError(f"{where}/config.json: {self.config.model_type} is no causal language model known here")
+        return model
 
     @cached_property
     def _targets(self) -> dict[str, Any]:
@@ -279,11 +281,6 @@ class Trajectory:
         if step not in cache:
             cache[step] = weight_files(self._source.folder(self._known(step), weights=True))
         return cache[step]
-
-
-def _register_adapters() -> None:
-    """Lets AutoConfig know this package's own model type."""
-    import hf_lowrank.adapters  # noqa: F401
 
 
 @contextmanager

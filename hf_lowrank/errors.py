@@ -6,8 +6,20 @@ import difflib
 from collections.abc import Iterable
 
 
+# What a user gave may be quoted in a message, and may be of any length.
+LONGEST = 1500
+
+
 class UserError(ValueError):
-    """Wrong input. The message is one line, complete without a traceback; the command line prints it and exits 2."""
+    """Wrong input. The message is one line, complete without a traceback; the command line prints it and exits 2.
+
+    Line breaks in it become spaces, and of an overlong one the middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        half = LONGEST // 2
+        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}")
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +22,17 @@ def _check_pattern(method: str, key: str, pattern: object) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"{method}: {key} must be a regular expression, got {pattern!r}: {error}") from None
+
+
+def _check_names(method: str, key: str, names: object) -> None:
+    if names is None or isinstance(names, str):
+        return
+    if not isinstance(names, list | set | tuple) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{method}: {key} must be a name or a list of names, got {names!r:.80}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _help(text: str) -> dict[str, str]:
@@ -62,6 +74,12 @@ class ReplacingConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         method = type(self).__name__
+        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+            _check_names(method, key, getattr(self, key))
+        if not isinstance(self.rank_pattern or {}, dict):
+            raise UserError(f"{method}: rank_pattern must map names to ranks, got {self.rank_pattern!r:.80}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise UserError(f"{method}: seed must be a whole number, got {self.seed!r:.80}")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -106,6 +124,8 @@ class CoLAConfig(ReplacingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.COLA  # type: ignore[attr-defined]
+        if not isinstance(self.bottleneck_act, str):
+            raise UserError(f"CoLAConfig: bottleneck_act must be a name, got {self.bottleneck_act!r:.80}")
         if self.bottleneck_act not in ACT2FN:
             raise UserError(
                 f"CoLAConfig: unknown bottleneck_act {self.bottleneck_act!r}; {nearest(self.bottleneck_act, ACT2FN)}"
@@ -129,9 +149,9 @@ class SLTrainConfig(ReplacingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SLTRAIN  # type: ignore[attr-defined]
-        if isinstance(self.sparsity, bool) or not 0 < self.sparsity < 1:
+        if not _is_number(self.sparsity) or not 0 < self.sparsity < 1:
             raise UserError(f"SLTrainConfig: sparsity must lie between 0 and 1, both excluded, got {self.sparsity!r}")
-        if not self.lora_alpha > 0:
+        if not _is_number(self.lora_alpha) or not self.lora_alpha > 0:
             raise UserError(f"SLTrainConfig: lora_alpha must be positive, got {self.lora_alpha!r}")
 
     @property

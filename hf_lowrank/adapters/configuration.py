@@ -35,7 +35,7 @@ def adapter_to_dict(config: PeftConfig | dict[str, Any]) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in (*PROVENANCE, "peft_type", "inference_mode") and value != getattr(default, field.name):
-            kept[field.name] = sorted(value) if isinstance(value, set) else value
+            kept[field.name] = sorted(value, key=str) if isinstance(value, set) else value
     return kept
 
 
@@ -46,14 +46,17 @@ def adapter_from_dict(entries: dict[str, Any]) -> PeftConfig:
         UserError: the type is unknown, a key is no field of it, or a value is not allowed.
     """
     entries = dict(entries)
-    peft_type = str(entries.pop("peft_type", None)).upper()
+    peft_type = str(entries.pop("peft_type", None)).upper()[:40]
     if peft_type not in ADAPTERS:
         raise UserError(f"adapter_config: peft_type must be one of {', '.join(ADAPTERS)}, got {peft_type!r}")
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
     unknown = sorted(set(entries) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
         raise UserError(f"adapter_config: {unknown[0]!r} is no option of {cls.__name__}")
-    return cls(**entries)
+    try:
+        return cls(**entries)
+    except (TypeError, AttributeError, KeyError) as error:  # PEFT's own configs take the types on trust
+        raise UserError(f"adapter_config: {' '.join(str(error).split())}") from None
 
 
 class LowRankConfig(PreTrainedConfig):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
+from hf_lowrank.rows import row_of
 
 FILE_NAME = "downstream.jsonl"
 ITEM_FOLDER = "downstream"
@@ -64,9 +65,6 @@ class Score:
     limit: int | None = None
 
 
-COLUMNS = {field.name for field in fields(Score)}
-
-
 def read_scores(path: str | os.PathLike[str]) -> list[Score]:
     """The rows of a file or of a run directory, the last one for each step, task and metric; a torn last line is
     dropped.
@@ -83,13 +81,19 @@ def read_scores(path: str | os.PathLike[str]) -> list[Score]:
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            row = Score(**{name: value for name, value in entry.items() if name in COLUMNS})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: line {number} is no score: {error}; remove that line") from None
+            # A score that is not a number is null in the file.
+            unknown = isinstance(entry, dict) and "value" in entry and entry["value"] is None
+            row = row_of(Score, {**entry, "value": math.nan} if unknown else entry)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}: line {number} is no score: {_one_line(error)}; remove that line") from None
         key = (row.run, row.step, row.task, row.metric, row.limit)
         rows.pop(key, None)
         rows[key] = row
     return list(rows.values())
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def append_scores(path: Path, rows: Sequence[Score]) -> None:

@@ -15,7 +15,7 @@ from hf_lowrank.hub.publisher import Dense, Job, Publisher
 from hf_lowrank.hub.push import check_repo_id
 from hf_lowrank.hub.queue import Queue
 from hf_lowrank.hub.repository import Repository, UnreachedError, understood
-from hf_lowrank.hub.weights import check_weights
+from hf_lowrank.checkpoint_weights import check_weights
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from hf_lowrank.hub.privacy import one_line
 from hf_lowrank.hub.publisher import MAIN, Dense, Job, Publisher
 from hf_lowrank.hub.queue import Queue
 from hf_lowrank.hub.repository import Repository, UnreachedError, understood
-from hf_lowrank.hub.weights import check_weights
+from hf_lowrank.checkpoint_weights import check_weights
 
 logger = logging.getLogger(__name__)
 

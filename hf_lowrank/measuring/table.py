@@ -6,11 +6,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.rows import row_of
 
 FILE_NAME = "measurements.jsonl"
 # How reasons begin where the quantity has no meaning, as against one that could not be had.
@@ -62,13 +63,14 @@ class Measurement:
     def to_line(self) -> str:
         """The row as a line of JSON, ending in a newline; numbers that are not finite become null."""
         row = asdict(self)
-        for name in ("value", "ci_low", "ci_high"):
+        for name in NUMBERS:
             if not math.isfinite(row[name]):
                 row[name] = None
         return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-COLUMNS = tuple(f.name for f in fields(Measurement))
+# Null in the file where they are not a number here.
+NUMBERS = ("value", "ci_low", "ci_high")
 
 
 def append_measurements(path: str | os.PathLike[str], rows: Iterable[Measurement]) -> None:
@@ -151,9 +153,7 @@ def _without_mended(rows: list[Measurement]) -> list[Measurement]:
 
 
 def _parse(entry: dict[str, Any]) -> Measurement:
-    known = {name: entry[name] for name in COLUMNS if name in entry}
-    for name in ("value", "ci_low", "ci_high"):
-        known[name] = math.nan if known.get(name) is None else float(known[name])
-    if not isinstance(known.get("metric"), str) or not isinstance(known.get("step"), int):
-        raise ValueError("it needs a metric and a whole step")
-    return Measurement(**known)
+    row = row_of(Measurement, {k: v for k, v in entry.items() if not (k in NUMBERS and v is None)})
+    if row.step < 0:
+        raise ValueError(f"step must not be negative, got {row.step}")
+    return row

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_lowrank.checkpoint_weights import MOST_LAYERS
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.training.yaml_files import Layers
 
@@ -32,7 +33,7 @@ def checked(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
             known = nearest(str(key), {"architecture", *allowed})
             raise UserError(f"{layers.origin(f'model.{key}')}: unknown key {f'model.{key}'!r}; {known}")
     try:
-        build(section)
+        blocks = getattr(build(section), "num_hidden_layers", 1)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         # The last line of a strict dataclass's complaint carries what was expected and what was given.
         reason = str(error).strip().splitlines()[-1].strip()
@@ -40,6 +41,8 @@ def checked(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
         if field is None:
             raise UserError(f"{layers.path}: model: {reason}") from None
         raise UserError(f"{layers.origin(f'model.{field}')}: model.{field}: {reason}") from None
+    if not isinstance(blocks, int) or not 0 <= blocks <= MOST_LAYERS:
+        raise UserError(f"{layers.path}: model.num_hidden_layers must be at most {MOST_LAYERS}, got {blocks!r}")
     return section
 
 
