@@ -58,16 +58,20 @@ def loss_at(checkpoint: Path, step: int) -> float | None:
 
 
 def measured(run: Path) -> tuple[int, list[Any]] | None:
-    """The last measured step and its rows of the whole model, the last row of each metric; None without any."""
+    """The last measured step and its rows of the whole model, the last of each metric and baseline, or None."""
     from hf_lowrank.measuring.table import FILE_NAME, read_measurements
 
     if not (run / FILE_NAME).is_file():
         return None
-    rows = [row for row in read_measurements(run / FILE_NAME) if row.scope == "model" and "t" not in row.settings]
+    rows = [
+        row
+        for row in read_measurements(run / FILE_NAME)
+        if row.scope == "model" and not {"t", "x"} & row.settings.keys()
+    ]
     if not rows:
         return None
     step = max(row.step for row in rows)
-    return step, list({row.metric: row for row in rows if row.step == step}.values())
+    return step, list({(row.metric, row.baseline): row for row in rows if row.step == step}.values())
 
 
 def scores(run: Path) -> list[dict[str, Any]]:
@@ -115,6 +119,7 @@ def costs(run: Path) -> list[dict[str, str]]:
     ways = (
         ("Tokens seen", "tokens_seen", big_count),
         ("Time in training steps", "training_seconds", duration),
+        ("Processor time of these", "cpu_seconds", duration),
         ("Time in all", "wall_seconds", duration),
         ("Peak memory of the process", "peak_memory_bytes", memory),
         ("Optimizer state", "optimizer_state_bytes", memory),

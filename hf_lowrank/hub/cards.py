@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
@@ -17,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from hf_lowrank.hub import card_facts
 from hf_lowrank.hub.card_facts import log_history, loss_at, read_json, read_yaml, section
 from hf_lowrank.hub.markdown import CONTROL, Markdown, fenced, render
+from hf_lowrank.hub.pictures import PICTURES
 from hf_lowrank.hub.privacy import without_private
 
 __all__ = ["log_history", "loss_at", "metric_card", "model_card", "read_yaml", "step_card"]
@@ -25,7 +27,6 @@ OWN_BEGIN = "<!-- Your own words: what stands from here … -->"
 OWN_END = "<!-- … to here is kept when the card is written anew. -->"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TAG = re.compile(r"[^\w.+-]+")
-TITLES = {"losses": "Loss over the training", "landscape": "Loss along random directions"}
 LIMITS = (
     "It continues text and does nothing else: it was not tuned to follow instructions and not made safe.",
     "One training with one seed; another seed gives other numbers.",
@@ -35,23 +36,25 @@ LIMITS = (
 
 def model_card(
     run: Path | None,
-    repo_id: str,
+    repo_id: str | None,
     *,
     checkpoint: Path | None = None,
     previous: str | None = None,
     license: str | None = None,
     pictures: Sequence[str] = (),
+    picture_folder: str = "pictures",
     name: str | None = None,
 ) -> str:
     """The page of a repository, metadata and text.
 
     Args:
         run: the run directory; None where a Trainer has none.
-        repo_id: `user/name`.
+        repo_id: `user/name`; None where the weights are published nowhere.
         checkpoint: the folder that `main` holds; None: the last one of the run.
         previous: the card that is there: its own words and metadata that are not ours are kept.
         license: a Hub identifier; None: the previous card's, else "unknown".
-        pictures: names of the pictures that lie in `pictures/`.
+        pictures: names of the pictures that lie in `picture_folder`, as `draw` gives them.
+        picture_folder: relative to the card.
         name: the run's name; None: the recipe's.
     """
     recipe = read_yaml(run / "recipe.yaml") if run is not None else {}
@@ -63,7 +66,7 @@ def model_card(
     scores = card_facts.scores(run) if run is not None else []
     loss = loss_at(checkpoint, step) if checkpoint is not None else None
     facts = read_json(run / "facts.json") if run is not None else {}
-    name = one(name or recipe.get("name") or repo_id.rpartition("/")[2])
+    name = one(name or recipe.get("name") or (repo_id or "").rpartition("/")[2] or "unnamed")
     metadata = _metadata(recipe, config, before, license, name, measured, scores)
     rows, notes = _metric_rows(measured[1]) if measured else ([], [])
     sequences = next((row.settings.get("sequences") for row in measured[1]), None) if measured else None
@@ -78,8 +81,8 @@ def model_card(
         own_begin=Markdown(OWN_BEGIN),
         own_words=Markdown(own),
         own_end=Markdown(OWN_END),
-        loading=_loading(repo_id, config, None),
-        revisions_note=None,
+        published=repo_id is not None,
+        loading=_loading(repo_id, config, None) if repo_id is not None else "",
         metrics=rows,
         metric_notes=notes,
         metrics_step=measured[0] if measured else None,
@@ -88,7 +91,7 @@ def model_card(
         scores=[_score_row(row) for row in scores],
         scores_step=scores[0]["step"] if scores else None,
         harness=scores[0].get("lm_eval_version") if scores else None,
-        pictures=[{"file": Markdown(p), "title": TITLES.get(p, p)} for p in pictures if re.fullmatch(r"[\w-]+", p)],
+        pictures=_shown(pictures, picture_folder),
         corpus=card_facts.corpus(section(recipe, "data")),
         costs=card_facts.costs(run) if run is not None else [],
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
@@ -252,6 +255,18 @@ def _metric_rows(rows: Sequence[Any]) -> tuple[list[dict[str, str]], list[dict[s
         if row.reason:
             notes.append({"title": title, "reason": row.reason})
     return shown, notes
+
+
+def _shown(pictures: Sequence[str], folder: str) -> list[dict[str, str]]:
+    return [
+        {
+            "file": Markdown(f"{quote(folder)}/{name}.png"),
+            "title": PICTURES[name].title if name in PICTURES else name,
+            "meaning": PICTURES[name].meaning if name in PICTURES else "",
+        }
+        for name in pictures
+        if re.fullmatch(r"[\w-]+", name)
+    ]
 
 
 def _score_row(row: Mapping[str, Any]) -> dict[str, str]:

@@ -4,14 +4,75 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_lowrank.errors import UserError
 from hf_lowrank.hub.card_facts import log_history, read_yaml, section
 
 
+@dataclass(frozen=True)
+class Picture:
+    """What a card says about a picture.
+
+    Attributes:
+        title: its heading, and what a screen reader says.
+        meaning: a sentence on how to read it.
+        plot: the function of `hf_lowrank.report.plots` that draws it; "" for those drawn here.
+        options: keywords of that function.
+    """
+
+    title: str
+    meaning: str
+    plot: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+PICTURES = {
+    "losses": Picture("Loss over the training", "Training batches pale, held-out sequences with marks."),
+    "landscape": Picture(
+        "Loss along random directions", "The mean over random directions and its 95 % interval; zero is this model."
+    ),
+    "pca_line": Picture(
+        "Loss along the top PCA direction",
+        "One step in the strongest singular direction of every matrix at once; zero is this model.",
+        "line_curves",
+        {"metric": "pca1_curve"},
+    ),
+    "plane": Picture("Loss on a plane", "Two random directions; the cross is this model.", "landscapes"),
+    "step_path": Picture(
+        "Path from the checkpoint before",
+        "From the weights of the checkpoint before (0) straight to these (1), above the mean of both ends: a hill "
+        "between them is a barrier.",
+        "interpolation_paths",
+        {"metric": "step_path"},
+    ),
+    "baseline_path": Picture(
+        "Path to the baseline",
+        "From these weights straight to the baseline's, above the mean of both ends: a hill means two basins.",
+        "interpolation_paths",
+    ),
+    "spectra": Picture(
+        "Spectra over the training",
+        "Means over the matrices at each checkpoint; the axes are the metrics' own.",
+        "trends",
+    ),
+    "layers": Picture(
+        "Effective rank of the weights by depth",
+        "Each kind of matrix over the blocks, at the last step.",
+        "layer_profiles",
+    ),
+    "activations": Picture(
+        "Likeness to the baseline's activations",
+        "Linear CKA of each layer at each step: 1 is the same up to rotation and scale.",
+        "layer_step_map",
+    ),
+}
+
+
 def draw(run: Path) -> dict[str, bytes]:
-    """Pictures by name: the losses over the training, the loss along random directions; none without data."""
+    """The run's pictures by their name in PICTURES, those for which something was measured."""
     pictures = {}
     method = str(section(read_yaml(run / "recipe.yaml"), "method").get("name") or "")
     losses = _losses(run)
@@ -20,6 +81,20 @@ def draw(run: Path) -> dict[str, bytes]:
     line = _random_line(run)
     if len(line) > 2:
         pictures["landscape"] = _line_picture(line, method)
+    return {**pictures, **_report_pictures(run)}
+
+
+def _report_pictures(run: Path) -> dict[str, bytes]:
+    """The report's figures of this one run."""
+    from hf_lowrank.report.plots import PLOTS
+
+    pictures = {}
+    for name, picture in PICTURES.items():
+        if picture.plot:
+            try:
+                pictures[name] = _png(PLOTS[picture.plot]([run], **picture.options), dpi=100)
+            except UserError:  # nothing of it was measured
+                continue
     return pictures
 
 
@@ -93,9 +168,16 @@ def _axes(x: str, y: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+def _png(figure: Any, dpi: float | None = None) -> bytes:
+    """The figure with a palette of its own: a third of the bytes, and no difference to see."""
+    from matplotlib.text import Text
+    from PIL import Image
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar in a name is a dollar
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", **({"dpi": dpi} if dpi else {}))
+    Image.open(drawn).convert("RGB").quantize(256).save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 

@@ -1,0 +1,73 @@
+"""Cards of runs whose weights stay where they are: a page for each, with its pictures beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_lowrank.checkpoint_sources import open_source
+from hf_lowrank.errors import UserError
+from hf_lowrank.files import whole_file, write_text
+from hf_lowrank.hub.card_facts import read_yaml, section
+from hf_lowrank.hub.cards import model_card
+from hf_lowrank.hub.pictures import PICTURES, draw
+
+
+def render_cards(
+    runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str], *, license: str | None = None
+) -> list[Path]:
+    """Writes `folder/METHOD.md` for each run, its pictures into `folder/METHOD/`; the pages, in the runs' order.
+
+    Where several runs share a method, the pages are called as the runs' folders. A page that is there is written
+    anew; its own words, between the two marks, stay.
+
+    Args:
+        runs: run directories.
+        folder: made if there is none.
+        license: of the weights, as a Hub identifier; None: that of the page that is there, else "unknown".
+
+    Raises:
+        UserError: there is no run, one is no run directory or is named twice; nothing is written.
+    """
+    folders = [Path(run) for run in runs]
+    if not folders:
+        raise UserError("runs must name at least one run directory, got none")
+    names = _names(folders)
+    pictures = {run: draw(run) for run in folders}
+    pages = []
+    for run, name in zip(folders, names, strict=True):
+        page = Path(folder) / f"{name}.md"
+        beside = Path(folder) / name
+        beside.mkdir(parents=True, exist_ok=True)
+        for left in PICTURES.keys() - pictures[run].keys():
+            (beside / f"{left}.png").unlink(missing_ok=True)
+        for title, data in pictures[run].items():
+            with whole_file(beside / f"{title}.png") as temporary:
+                temporary.write_bytes(data)
+        previous = page.read_text(encoding="utf-8") if page.is_file() else None
+        card = model_card(
+            run, None, previous=previous, license=license, pictures=tuple(pictures[run]), picture_folder=name
+        )
+        write_text(page, card)
+        pages.append(page)
+    return pages
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """A file name for each run: its method, or its folder where that would be another's too."""
+    methods = []
+    for run in runs:
+        if not run.is_dir():
+            raise UserError(f"{run}: no such run directory")
+        open_source(run)
+        recipe = read_yaml(run / "recipe.yaml")
+        methods.append(str(section(recipe, "method").get("name") or run.resolve().name))
+    names = [
+        method if methods.count(method) == 1 and Path(method).name == method else run.resolve().name
+        for run, method in zip(runs, methods, strict=True)
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"runs must be of different methods or folder names, got {name} twice; name each run once")
+    return names
