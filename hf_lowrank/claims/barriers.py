@@ -127,7 +127,7 @@ def _without_dense_weights(study: Study) -> dict[str, str]:
         return why != (row.reason or "") and not why.startswith(("the baseline", "the run is its own baseline"))
 
     found = null_reasons(study, "method_barrier", about_itself)
-    return {method: why.removeprefix(UNDEFINED) for method, why in found.items()}
+    return {method: why.removeprefix(UNDEFINED) for method, why in found.items() if why.startswith(UNDEFINED)}
 
 
 def _losses(study: Study, step: int, kind: str) -> dict[tuple[str, int], float]:

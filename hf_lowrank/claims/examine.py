@@ -23,6 +23,7 @@ def examine(
     prediction: str | os.PathLike[str] | None = None,
     alpha: float = 0.05,
     methods: Sequence[str] | None = None,
+    seeds: Sequence[int | None] | None = None,
 ) -> list[Claim]:
     """The seven claims of arXiv 2605.13652, each tested over the seeds of these runs.
 
@@ -37,12 +38,13 @@ def examine(
             is not there, leaves that claim undecided.
         alpha: of every test; intervals have confidence 1 − alpha.
         methods: a name for each run, in place of its recipe's method: for studies with several members of one method.
+        seeds: a seed for each run, in place of its recipe's: for runs that came without a recipe.
 
     Raises:
         UserError: a folder is no run or damaged; two runs have the same method and seed, or were evaluated on
             different sequences (both are named); `prediction` is no prediction.
     """
-    study = load_study(runs, baseline=baseline, alpha=alpha, methods=methods)
+    study = load_study(runs, baseline=baseline, alpha=alpha, methods=methods, seeds=seeds)
     return [
         random_sharpness(study),
         pca1_sharpness(study),

@@ -127,8 +127,9 @@ def downstream_order(study: Study) -> Claim:
     bounds = [None if math.isnan(bound) else bound for bound in (orders.low, orders.high)]
     best_loss = min(losses, key=lambda m: _mean(losses[m]))
     best_score = max(downstream, key=lambda m: _mean(downstream[m]))
-    interval = f" ({100 * study.confidence:g} % interval {significant(orders.low)} to {significant(orders.high)})"
-    tau = "undefined" if number is None else significant(number) + (interval if bounds[0] is not None else "")
+    tau = "undefined" if number is None else significant(number)
+    if number is not None and not math.isnan(orders.low):
+        tau += f" ({100 * study.confidence:g} % interval {significant(orders.low)} to {significant(orders.high)})"
     sentence = (
         f"Kendall's τ between the two orders of {len(losses)} methods is {tau}; "
         f"{plain(len(orders.reversed), 'pair')} of {len(orders.pairs)} "
@@ -173,6 +174,7 @@ def _both(study: Study, scores: Iterable[tuple[str, int, int, float]]) -> Common
     reasons = dict.fromkeys(study.titles, "no loss and downstream score at one step")
     scored = {method for method, _, _ in table}
     reasons |= {method: "no downstream scores" for method in study.titles if method not in scored}
+    reasons |= study.notes
     results = []
     for source in (logged_losses(study), loss_entries(study)):
         entries = [
@@ -190,21 +192,20 @@ def above_chance(study: Study) -> tuple[list[tuple[str, int, int, float]], list[
     Tasks count that every run with scores has, of equal items and limit; of each the first of acc, mcc and acc_norm.
     """
     from hf_lowrank.downstream.gathering import PRIMARY
-    from hf_lowrank.downstream.scores import Score, read_scores
+    from hf_lowrank.downstream.scores import Score
 
     def usable(rows: Sequence[Score]) -> dict[tuple[str, str, str, int], dict[int, float]]:
         found: dict[tuple[str, str, str, int], dict[int, float]] = {}
         for row in rows:
             chance = row.chance
-            if row.group is None and chance is not None and chance < 1 and row.metric in PRIMARY:
-                if not isinstance(row.value, int | float) or not math.isfinite(row.value):
-                    continue
+            known = chance is not None and chance < 1 and math.isfinite(row.value)
+            if known and row.group is None and row.metric in PRIMARY and chance is not None:
                 size = row.limit if row.limit is not None else 10**12
                 key = (row.task, row.metric, row.items, size)
                 found.setdefault(key, {})[row.step] = (row.value - chance) / (1 - chance)
         return found
 
-    tables = {key: usable(read_scores(run.path)) for key, run in study.runs.items()}
+    tables = {key: usable(run.scores) for key, run in study.runs.items()}
     tables = {key: table for key, table in tables.items() if table}
     if not tables:
         return [], [], "no downstream scores above a known level of chance"

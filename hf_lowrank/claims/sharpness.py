@@ -92,15 +92,19 @@ def _sharper(study: Study, metric: str, statement: str, where: str, *, baseline_
     sentence = f"Not tested: {reason}."
     if deciding is not None and decision.deciding is not None:
         claimed = sum(test_.effect > 0 for test_ in decision.tested.values())
-        order = f"{base_title} is the sharper one against" if baseline_sharper else f"sharper than {base_title} are"
-        ratio = f"{base_title} to {study.title(decision.deciding)}"
-        ratio = ratio if baseline_sharper else f"{study.title(decision.deciding)} to {base_title}"
-        measure = "ratio" if logs else "difference"
-        which = "strongest against" if verdict == "contradicted" else "weakest"
+        title = study.title(decision.deciding)
+        sharp, other = (base_title, title) if baseline_sharper else (title, base_title)
+        found_in = (
+            f"{base_title} is sharper than {claimed} of {len(decision.tested)} methods"
+            if baseline_sharper
+            else f"{claimed} of {len(decision.tested)} methods are sharper than {base_title}"
+        )
         number = interval(deciding, times if logs else nats, study.confidence)
+        weakest = "most against it" if verdict == "contradicted" else "weakest for it"
         sentence = (
-            f"{where[0].upper()}{where[1:]} {order} {claimed} of {len(decision.tested)} methods; the {which} is the "
-            f"{measure} {ratio}, {number}; {seeds_and_step(fewest_seeds(decision), found.step)}."
+            f"{where[0].upper()}{where[1:]} {found_in}; {weakest}, {sharp} {'has' if logs else 'less'} "
+            f"{f'{number} the sharpness of {other}' if logs else f'{other} is {number}'}; "
+            f"{seeds_and_step(fewest_seeds(decision), found.step)}."
         )
     return Claim(
         id=metric, statement=statement, verdict=verdict,

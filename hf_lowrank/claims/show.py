@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_lowrank.claims.claim import VERDICT_WORDS, Claim, Detail
+from hf_lowrank.claims.claim import VERDICT_WORDS, VERDICTS, Claim, Detail
 from hf_lowrank.report.formats import plain, significant
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # From so many columns on, numbers have columns of their own.
 WIDE = 120
+STYLES = {"reproduced": "green", "contradicted": "red", "undecided": "yellow"}
 
 
 def claims_table(claims: Sequence[Claim], width: int | None = None) -> Table:
@@ -35,32 +36,23 @@ def claims_table(claims: Sequence[Claim], width: int | None = None) -> Table:
         for name in ("Effect", "p", "n"):
             table.add_column(name, justify="right")
     table.add_column("Found", ratio=5 if wide else 4)
-    styles = {"reproduced": "green", "contradicted": "red", "undecided": "yellow"}
     for claim in claims:
         found = claim.sentence
-        if claim.reason and claim.reason not in found:
-            found += f"{' ' if found else ''}({claim.reason})"
+        if claim.verdict != "reproduced" and claim.reason not in found:
+            found += f"{' ' if found else ''}{claim.reason[:1].upper()}{claim.reason[1:]}."
         words = VERDICT_WORDS[claim.verdict].replace(" at", "\nat")
-        cells = [Text(claim.statement), Text(words, style=styles[claim.verdict])]
-        cells += [Text(text) for text in _numbers(claim)] if wide else []
-        table.add_row(*cells, Text(found))
-        for part in (detail for detail in claim.details if detail.verdict is not None):
-            verdict = part.verdict or "undecided"
-            cells = [Text(f"  {part.label}"), Text(verdict, style=styles[verdict])]
-            numbers = _numbers(part)
-            cells += [Text(text) for text in numbers] if wide else []
-            beside = (part.reason or "").removeprefix(f"{part.label}: ")
-            shown = "" if wide or part.effect is None else f"{numbers[0].replace(chr(10), ' ')}; "
-            table.add_row(*cells, Text(shown + beside))
+        cells = [Text(claim.statement), Text(words, style=STYLES[claim.verdict])]
+        table.add_row(*cells, *(_numbers(claim) if wide else ()), Text(found))
+        for part in claim.details:
+            if part.verdict is not None:
+                cells = [Text(f"  {part.label}"), Text(part.verdict, style=STYLES[part.verdict])]
+                table.add_row(*cells, *(_numbers(part) if wide else ()), Text(""))
         table.add_section()
     return table
 
 
 def _title(claims: Sequence[Claim]) -> str:
-    counts = {
-        verdict: sum(claim.verdict == verdict for claim in claims)
-        for verdict in ("reproduced", "contradicted", "undecided")
-    }
+    counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     return f"{plain(len(claims), 'claim')}: {said}"
 

@@ -28,14 +28,14 @@ class Study:
         baseline: the method that the others are compared with.
         alpha: of every test; intervals have confidence 1 − alpha.
         titles: how tables spell the methods, in the order that they follow.
-        notes: runs left out, and why.
+        notes: of the methods with a run left out, why.
     """
 
     runs: Mapping[tuple[str, int], RunRecord]
     baseline: str
     alpha: float
     titles: Mapping[str, str]
-    notes: tuple[str, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def others(self) -> list[str]:
@@ -68,7 +68,12 @@ class Common(Generic[Key, Value]):
 
 
 def load_study(
-    runs: Iterable[Any], *, baseline: str, alpha: float = 0.05, methods: Sequence[str] | None = None
+    runs: Iterable[Any],
+    *,
+    baseline: str,
+    alpha: float = 0.05,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int | None] | None = None,
 ) -> Study:
     """Reads run folders.
 
@@ -79,24 +84,26 @@ def load_study(
     if not 0.0 < alpha < 1.0:
         raise UserError(f"alpha must be between 0 and 1, got {alpha}; 0.05 gives 95 % intervals")
     records = load_runs(runs)
-    if methods is not None and len(methods) != len(records):
-        raise UserError(f"methods must name one for each run, got {len(methods)} for {len(records)} runs")
+    for what, given in (("methods", methods), ("seeds", seeds)):
+        if given is not None and len(given) != len(records):
+            raise UserError(f"{what} must be one for each run, got {len(given)} for {len(records)} runs")
     names = [record.method for record in records] if methods is None else list(methods)
+    pairing = [record.seed for record in records] if seeds is None else list(seeds)
     found: dict[tuple[str, int], RunRecord] = {}
-    notes = []
-    for name, record in zip(names, records, strict=True):
-        if record.seed is None:
-            notes.append(f"{record.name} has no seed to be paired by: left out")
+    notes: dict[str, str] = {}
+    for name, seed, record in zip(names, pairing, records, strict=True):
+        if seed is None:
+            notes[name] = f"{record.name} has no seed to be paired by"
             continue
-        if (other := found.get((name, record.seed))) is not None:
+        if (other := found.get((name, seed))) is not None:
             raise UserError(
                 f"runs must differ in method or seed, got {other.name} and {record.name}, both {name} with seed "
-                f"{record.seed}; give the methods names of their own"
+                f"{seed}; give the methods names of their own"
             )
-        found[name, record.seed] = record
+        found[name, seed] = record
     check_evaluations(records)
     titles = {name: look.title for name, look in looks(names).items()}
-    return Study(found, baseline, alpha, titles, tuple(notes))
+    return Study(found, baseline, alpha, titles, notes)
 
 
 def check_evaluations(records: Sequence[RunRecord]) -> None:
@@ -180,13 +187,14 @@ def _model_entries(study: Study, metric: str) -> Iterable[tuple[str, int, int, s
 
 
 def null_reasons(study: Study, metric: str, keep: Callable[[Row], bool] = lambda row: True) -> dict[str, str]:
-    """What the last null row of a metric says, by method."""
-    return {
+    """Why a metric is not there, by method: what its last null row says, or that a run was left out."""
+    found = {
         method: row.reason
         for (method, _), run in study.runs.items()
         for row in run.model_rows(metric)
         if row.value is None and row.reason and row.step > 0 and keep(row)
     }
+    return {**study.notes, **found}
 
 
 def loss_entries(study: Study, evaluation: str | None = None) -> Iterable[tuple[str, int, int, str, float]]:

@@ -41,20 +41,18 @@ def nats(value: float) -> str:
 
 
 def interval(test: Tested, number: Number, confidence: float) -> str:
-    """`1.21 times (95 % interval 1.10 times to 1.30 times)`; a unit that all three share is said once."""
+    """`1.21 times (95 % interval 1.10 to 1.30)`: a unit is said once."""
     if test.low is None or test.high is None:
         return number(test.effect)
-    low, unit, _ = number(test.low).partition(" ")
-    unit = f" {unit}" if unit and number(test.high).endswith(f" {unit}") else ""
-    high = number(test.high).removesuffix(unit) if unit else number(test.high)
-    low = low if unit else number(test.low)
-    return f"{number(test.effect)} ({100 * confidence:g} % interval {low} to {high})"
+    whole, low, high = number(test.effect), number(test.low), number(test.high)
+    unit = next((f" {word}" for word in ("times", "nats") if whole.endswith(f" {word}")), "")
+    return f"{whole} ({100 * confidence:g} % interval {low.removesuffix(unit)} to {high.removesuffix(unit)})"
 
 
 def listed(names: Sequence[str]) -> str:
     """All names, or the first few and how many more."""
     if len(names) <= NAMED + 1:
-        return words_list(names)
+        return words_list(names) if names else "none"
     return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more"
 
 
