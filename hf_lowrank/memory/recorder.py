@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.memory.estimate import MemoryEstimate, estimate
 from hf_lowrank.memory.measured import AllocatorPeak
 from hf_lowrank.memory.units import size_text
-from hf_lowrank.training.recipe import Recipe, first_line
+
+if TYPE_CHECKING:
+    from hf_lowrank.memory.estimate import MemoryEstimate
+    from hf_lowrank.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,10 @@ def memory_recorder(
     recipe: Recipe, args: TrainingArguments, model: nn.Module, facts: dict[str, Any]
 ) -> MemoryRecorder:
     """The recorder of a run by `recipe`; what cannot be estimated is trained and measured all the same."""
+    # Training, which estimates are made of, imports this module.
+    from hf_lowrank.memory.estimate import estimate
+    from hf_lowrank.training.recipe import first_line
+
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         sharding = "fsdp2"
