@@ -125,7 +125,7 @@ def _on_average(study: Study, part: str, slopes: Mapping[str, Mapping[int, float
     """A part that is tested on the mean over methods of each seed."""
     decision, pooled = on_average(slopes, alpha=study.alpha)
     missing = {} if slopes else {study.titles[method]: f"no {what}" for method in study.others}
-    reason = f"{part}: " + (undecided_reason(decision, missing, study.title) if missing else "")
+    reason = f"{part}: " + (undecided_reason(decision, missing, study) if missing else "")
     if pooled is None:
         reason += "" if missing else "no seed that all methods have"
         head = Detail(label=part, part=part, verdict="undecided", reason=reason)
@@ -236,7 +236,7 @@ def _closest(study: Study, profiles: Common[str, Profile]) -> Part:
     elif verdict == "reproduced":
         reason = f"all {len(rivals)} others are further away than GaLore"
     else:
-        reason = undecided_reason(decision, missing, study.title)
+        reason = undecided_reason(decision, missing, study)
     rest = [detail(f"{study.title(m)} less GaLore", t, "", part=CLOSEST) for m, t in decision.tested.items()]
     deciding: Tested | None = None if decision.deciding is None else decision.tested[decision.deciding]
     if deciding is None or decision.deciding is None:

@@ -75,8 +75,9 @@ def barriers(study: Study) -> Claim:
     elif not rises and not missing:
         reason = "no two methods have dense weights to interpolate"
     else:
+        below = (f"reaches below {MARGIN:g} nats", f"reach below {MARGIN:g} nats")
         known = f"{len(rises)} of {len(rises) + len(missing)} pairs were measured; " if missing and rises else ""
-        reason = known + undecided_reason(decision, missing, str, inside=f"reaches below {MARGIN:g} nats")
+        reason = known + undecided_reason(decision, missing, study, inside=below, title=str)
     sentence = f"Not tested: {reason}."
     deciding = None if decision.deciding is None else decision.tested[decision.deciding]
     if deciding is not None:

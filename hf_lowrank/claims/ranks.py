@@ -117,7 +117,7 @@ def _sentence(study: Study, part: str, answers: dict, differ: list[str], seeds: 
     _, effect, method, metric = max(effects)
     name = WORDS[metric.split("_", 1)[1]]
     return (
-        f"{part.capitalize()}: {len(differ)} of {len(study.others)} methods differ from "
+        f"{part.capitalize()}: {len(differ)} of {len(study.others)} methods are shown to differ from "
         f"{study.title(study.baseline)} by more than 1 %; the largest difference is {study.title(method)}'s {name}, "
         f"{percent(effect)}; {plain(seeds, 'seed')}, step {step}."
     )

@@ -88,16 +88,16 @@ def _sharper(study: Study, metric: str, statement: str, where: str, *, baseline_
     elif verdict == "reproduced":
         reason = f"the interval of every method lies on the claimed side ({len(decision.tested)} methods)"
     else:
-        reason = undecided_reason(decision, missing, study.title)
+        reason = undecided_reason(decision, missing, study)
     sentence = f"Not tested: {reason}."
     if deciding is not None and decision.deciding is not None:
         claimed = sum(test_.effect > 0 for test_ in decision.tested.values())
         title = study.title(decision.deciding)
         sharp, other = (base_title, title) if baseline_sharper else (title, base_title)
         found_in = (
-            f"{base_title} is sharper than {claimed} of {len(decision.tested)} methods"
+            f"{base_title} is on average sharper than {claimed} of {len(decision.tested)} methods"
             if baseline_sharper
-            else f"{claimed} of {len(decision.tested)} methods are sharper than {base_title}"
+            else f"{claimed} of {len(decision.tested)} methods are on average sharper than {base_title}"
         )
         number = interval(deciding, times if logs else nats, study.confidence)
         weakest = "most against it" if verdict == "contradicted" else "weakest for it"

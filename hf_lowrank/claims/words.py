@@ -57,29 +57,43 @@ def listed(names: Sequence[str]) -> str:
 
 
 def undecided_reason(
-    decision: Decision, missing: Mapping[str, str], title: Callable[[str], str], *, inside: str = "includes zero"
+    decision: Decision,
+    missing: Mapping[str, str],
+    study: Study,
+    *,
+    inside: tuple[str, str] = ("includes no difference", "include no difference"),
+    title: Callable[[str], str] | None = None,
 ) -> str:
-    """Why comparisons do not add up to a verdict; `inside` says what an unsure interval does."""
+    """Why comparisons do not add up to a verdict.
+
+    Args:
+        missing: comparisons that are not there, and why.
+        inside: what an unsure interval does, and what several do.
+        title: how a comparison is spelled; None: as a method.
+    """
+    spell = title or study.title
     parts = []
-    if missing:
-        said = {why: [title(name) for name, other in missing.items() if other == why] for why in missing.values()}
-        parts += [f"{listed(names)}: {why}" for why, names in said.items()]
+    for why in dict.fromkeys(missing.values()):
+        parts.append(f"{listed([spell(name) for name, other in missing.items() if other == why])}: {why}")
     if decision.few:
         fewest = min(decision.tested[name].n for name in decision.few)
-        of = "" if len(decision.few) == len(decision.tested) else f" of {listed([title(n) for n in decision.few])}"
-        parts.append(f"too few seeds{of}: {fewest}, at least {SEEDS_FOR_A_VERDICT} are needed")
-    if decision.unsure:
-        several = len(decision.unsure) > 1
-        flat = [name for name in decision.unsure if decision.tested[name].low is None]
-        if flat:
-            parts.append(f"all seeds give the same number for {listed([title(name) for name in flat])}")
-        if rest := [title(name) for name in decision.unsure if name not in flat]:
-            parts.append(f"the interval{'s' if several else ''} of {listed(rest)} {_plural(inside, len(rest))}")
+        whose = "" if len(decision.few) == len(decision.tested) else f" of {listed([spell(n) for n in decision.few])}"
+        parts.append(f"too few seeds{whose}: {fewest}, at least {SEEDS_FOR_A_VERDICT} are needed")
+    tested = {name: decision.tested[name] for name in decision.unsure}
+    flat = [name for name, test in tested.items() if test.low is None]
+    other_way = [n for n, t in tested.items() if n not in flat and t.p_below is not None and t.p_below < study.alpha]
+    if flat:
+        parts.append(f"all seeds give the same number for {listed([spell(name) for name in flat])}")
+    if other_way:
+        goes = "goes" if len(other_way) == 1 else "go"
+        names = listed([spell(name) for name in other_way])
+        parts.append(
+            f"{names} {goes} the other way, but not significantly so among {len(decision.tested)} comparisons"
+        )
+    if rest := [spell(name) for name in tested if name not in flat and name not in other_way]:
+        several = len(rest) > 1
+        parts.append(f"the interval{'s' if several else ''} of {listed(rest)} {inside[several]}")
     return "; ".join(parts) or "nothing to compare"
-
-
-def _plural(inside: str, count: int) -> str:
-    return inside.replace("includes", "include").replace("reaches", "reach") if count > 1 else inside
 
 
 def detail(label: str, test: Tested, unit: str, *, part: str = "", reason: str | None = None) -> Detail:

@@ -56,6 +56,18 @@ def test_nothing_planted_is_left_open(simulation, tmp_path):
     assert verdicts(simulation.write(tmp_path)) == dict.fromkeys(IDS, "undecided")
 
 
+def test_a_reverse_that_correction_takes_away_is_not_said_to_include_zero(simulation, tmp_path):
+    """0.02 < p < 0.05 on the wrong side: no verdict after correction, and no interval that includes zero."""
+    simulation.random["cola"] = 0.316
+    simulation.noise = 0.03
+    claim = claim_of(simulation.write(tmp_path), "random_sharpness")
+    cola = claim.details[-1]
+    assert cola.ci_high < 0
+    assert 0.05 / 3 < cola.p_value < 0.05
+    assert claim.verdict == "undecided"
+    assert claim.reason == "CoLA goes the other way, but not significantly so among 3 comparisons"
+
+
 def test_numbers_are_those_of_the_rows(simulation, tmp_path):
     claim = claim_of(simulation.write(tmp_path), "random_sharpness", alpha=0.1)
     sharp = {
