@@ -249,6 +249,91 @@ def export(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study file, as recipes/studies/nano.yaml.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The study's directory; default: runs/NAME.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would run, and what it takes.")] = False,
+    stages: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Some of sweep,train,measure,evaluate,predict,claims,report."),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Units of work side by side; default: the study's.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each; default: the study's.")] = None,
+) -> None:
+    """Do all that a study file asks for and is not done yet; a killed study is continued. Status 1: some of it failed.
+
+    Recipes by seeds are trained, measured against the baseline, evaluated, and reported.
+    """
+    from rich.console import Console
+
+    from hf_lowrank.study import run_study
+    from hf_lowrank.study.show import print_plan, print_result
+
+    console = Console()
+    result = run_study(
+        file,
+        output=output,
+        stages=stages,
+        dry_run=dry_run,
+        jobs=jobs,
+        threads=threads,
+        say=lambda line: typer.echo(line, err=True),
+        show_plan=lambda plan: print_plan(plan, console),
+        stream=sys.stderr if sys.stderr.isatty() else None,
+    )
+    if not dry_run:
+        print_result(result, console)
+        if result.failures:
+            raise typer.Exit(1)
+
+
+@app.command()
+def memory(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes, as recipes/nano/galore.yaml.")],
+    all_methods: Annotated[
+        bool, typer.Option("--all-methods", help="Every method's recipe in RECIPE's folder beside it.")
+    ] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a device; default: the recipe's.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence; default: the recipe's.")] = None,
+    checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Default: the recipe's."),
+    ] = None,
+    world_size: Annotated[int, typer.Option(help="Devices.")] = 1,
+    sharding: Annotated[str | None, typer.Option(help="ddp or fsdp2; default with several devices: ddp.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is here.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key of every recipe.")
+    ] = None,
+) -> None:
+    """Tell how much memory training by a recipe takes, item by item, beside full-rank training; nothing is trained."""
+    from rich.console import Console
+
+    from hf_lowrank.memory.compare import beside, compare
+    from hf_lowrank.memory.show import comparison_table, item_table
+
+    paths = dict.fromkeys(path for recipe in recipes for path in (beside(recipe) if all_methods else [recipe]))
+    comparisons = compare(
+        paths,
+        overrides=overrides or (),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        gradient_checkpointing=checkpointing,
+        world_size=world_size,
+        sharding=sharding,
+        dtype=dtype,
+        device=device,
+    )
+    table = item_table(comparisons[0]) if len(comparisons) == 1 else comparison_table(comparisons)
+    Console().print(table)
+    for comparison in comparisons:
+        typer.echo(comparison.verdict)
+
+
+@app.command()
 def methods() -> None:
     """List the methods that a recipe can name, with their settings."""
     from hf_lowrank.methods import METHODS

@@ -125,12 +125,14 @@ def unmeasured(
     baseline: Run | None = None,
     preset: str = "fast",
     settings: MeasureSettings | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    evaluation_set: EvaluationSet | str | os.PathLike[str] | None = None,
 ) -> list[tuple[int, str]]:
     """The (step, metric) that `measure` with these arguments would measure in a run; nothing is computed."""
     chosen = settings if isinstance(settings, MeasureSettings) else resolve_settings(preset, settings)
     trajectory = run if isinstance(run, Trajectory) else Trajectory(run)
     other = baseline if isinstance(baseline, Trajectory) or baseline is None else Trajectory(baseline)
-    context = RunContext(trajectory, chosen, torch.device("cpu"), baseline=other)
+    evaluation = _evaluation(evaluation_set, trajectory)
+    context = RunContext(trajectory, chosen, torch.device("cpu"), evaluation=evaluation, baseline=other)
     rows = read_measurements(rows_file(trajectory, None))
     return [
         (step, metric)

@@ -116,6 +116,15 @@ def evaluate(
     return [row for _, _, table in plans for row in read_scores(table)]
 
 
+def unscored(run: Run, *, tasks: Any = None, steps: Any = None, limit: int | None = None) -> list[tuple[int, str]]:
+    """The (step, task) that `evaluate` with these arguments would score in a run; no model is loaded."""
+    trajectory = run if isinstance(run, Trajectory) else Trajectory(run)
+    table = rows_file(trajectory, None).with_name(FILE_NAME)
+    runner = _Runner(trajectory, table, limit, None, None, logger.warning, lambda _: None)
+    names, chosen = units(wanted_tasks(tasks))[0], choose_steps(trajectory.steps, steps, "all")
+    return [(step, name) for step in chosen for name in names if not runner._is_done(step, name)]
+
+
 class _Runner:
     """One run's checkpoints; its tokenizer, tasks and encodings are made once."""
 

@@ -131,6 +131,17 @@ def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None
     )
 
 
+def corpus_tokenizer(data: DataSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer that a training on `data` uses; it is trained where the cache does not have it.
+
+    Raises:
+        UserError: it cannot be had; the message names file or key.
+    """
+    if data.tokenizer is not None:
+        return load_tokenizer(data.tokenizer)
+    return _trained_tokenizer(_documents(data), data)
+
+
 def _documents(data: DataSettings) -> Documents:
     if data.source == "python-library":
         return python_library(data.held_out_share)

@@ -1,0 +1,85 @@
+"""Which learning rate a member gets: the one whose run ended with the lowest loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.files import write_text
+from hf_lowrank.study.layout import Study, is_swept
+from hf_lowrank.study.spec import StudyFile
+from hf_lowrank.training.pretrain import is_finished
+from hf_lowrank.training.resume import last_whole_checkpoint
+
+FILE_NAME = "sweep.json"
+
+
+def final_loss(run: Path) -> float:
+    """The held-out loss at the end of a finished run, nats per token; NaN for a run that did not get there."""
+    checkpoint = last_whole_checkpoint(run) if is_finished(run) else None
+    if checkpoint is None:
+        return math.nan
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    loss = float(losses[-1]) if losses else math.nan
+    return loss if math.isfinite(loss) else math.nan
+
+
+def choose(study: Study) -> list[dict[str, Any]]:
+    """The rows of sweep.json: every attempt, the chosen one of each member marked; of equal ones the smaller rate."""
+    rows: list[dict[str, Any]] = []
+    for member in dict.fromkeys(attempt.member for attempt in study.attempts):
+        attempts = sorted((a for a in study.attempts if a.member == member), key=lambda a: a.learning_rate)
+        losses = [final_loss(attempt.folder) for attempt in attempts]
+        finite = [loss for loss in losses if not math.isnan(loss)]
+        best = losses.index(min(finite)) if finite else None
+        for place, (attempt, loss) in enumerate(zip(attempts, losses, strict=True)):
+            chosen = place == best
+            rows.append(
+                {
+                    "member": member,
+                    "learning_rate": attempt.learning_rate,
+                    "loss": None if math.isnan(loss) else loss,
+                    "chosen": chosen,
+                    "at_edge": chosen and len(attempts) > 1 and place in (0, len(attempts) - 1),
+                    "run": attempt.folder.relative_to(study.directory).as_posix(),
+                }
+            )
+    return rows
+
+
+def write_sweep(study: Study) -> list[dict[str, Any]]:
+    """Chooses and writes sweep.json; returns its rows."""
+    rows = choose(study)
+    write_text(study.directory / FILE_NAME, json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def chosen_rates(file: StudyFile, directory: Path) -> dict[str, float]:
+    """The rates that sweep.json says were chosen among those that the study asks for; none without it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = directory / FILE_NAME
+    if file.settings.sweep is None or not path.is_file():
+        return {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        chosen = {row["member"]: float(row["learning_rate"]) for row in rows if row["chosen"]}
+        tried: dict[str, set[float]] = {}
+        for row in rows:
+            tried.setdefault(row["member"], set()).add(float(row["learning_rate"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a readable sweep ({' '.join(str(error).split())}); remove it") from None
+    # Another grid may choose another rate: what was chosen from it does not count.
+    grid = set(file.settings.sweep.learning_rate)
+    members = file.settings.members
+    return {
+        name: rate
+        for name, rate in chosen.items()
+        if name in members and is_swept(members[name]) and tried[name] == grid
+    }

@@ -1,0 +1,134 @@
+"""A study small enough for seconds: a corpus of random words, a model of a few thousand parameters."""
+
+import random
+
+import pytest
+import yaml
+
+from hf_lowrank.study import run_study
+
+MODEL = {
+    "architecture": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+TRAINING = {
+    "learning_rate": 0.003,
+    "max_steps": 12,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 4,
+    "save_steps": 6,
+    "logging_steps": 4,
+}
+METHODS = {
+    "full_rank": {"name": "full_rank"},
+    "galore": {"name": "galore", "rank": 4, "update_proj_gap": 3},
+}
+MEASURE = {"metrics": ["loss", "weight_stable_rank", "method_barrier"], "settings": {"sequences": 4}}
+EVALUATE = {"tasks": "pylib_bits_per_byte", "limit": 8, "steps": "last"}
+
+
+def make_text(seed, lines=700):
+    """Lines of words that mostly follow each other in one order."""
+    generator = random.Random(seed)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+    place, text = 0, []
+    for _ in range(lines):
+        line = []
+        for _ in range(generator.randint(4, 9)):
+            place = (place + 1) % len(words) if generator.random() < 0.8 else generator.randrange(len(words))
+            line.append(words[place])
+        text.append(" ".join(line) + ".")
+    return "\n".join(text)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """A cache of the session's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_LOWRANK_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with a text to train on and one to evaluate on."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "train.txt").write_text(make_text(0))
+    (folder / "held.txt").write_text(make_text(1))
+    return folder
+
+
+def write_recipe(folder, corpus, method, file=None, **changes):
+    """A tiny recipe; changes by dotted key with __, None takes a key out."""
+    recipe = {
+        "method": dict(METHODS[method]),
+        "model": dict(MODEL),
+        "data": {
+            "source": "files",
+            "train_files": [str(corpus / "train.txt")],
+            "held_out_files": [str(corpus / "held.txt")],
+            "sequence_length": 24,
+            "vocabulary_size": 300,
+            "evaluation_sequences": 8,
+        },
+        "training": dict(TRAINING),
+    }
+    for key, value in changes.items():
+        *parts, last = key.split("__")
+        section = recipe
+        for part in parts:
+            section = section.setdefault(part, {})
+        if value is None:
+            section.pop(last)
+        else:
+            section[last] = value
+    path = folder / (file or f"{method}.yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def study_data(**changes):
+    """A study of two methods as plain data."""
+    data = {
+        "name": "tiny",
+        "baseline": "full_rank",
+        "members": {"full_rank": "full_rank.yaml", "galore": "galore.yaml"},
+        "seeds": [0, 1],
+        "measure": dict(MEASURE),
+        "evaluate": dict(EVALUATE),
+        "threads": 1,
+    }
+    data.update(changes)
+    return {key: value for key, value in data.items() if value is not None}
+
+
+@pytest.fixture
+def write_study(tmp_path, corpus):
+    """Writes recipes and a study with changes by top-level key; returns the study file."""
+
+    def write(file="study.yaml", **changes):
+        for method in METHODS:
+            if not (tmp_path / f"{method}.yaml").exists():
+                write_recipe(tmp_path, corpus, method)
+        path = tmp_path / file
+        path.write_text(yaml.safe_dump(study_data(**changes), sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run():
+    """`run_study` with units forked from the test's own process; what it says is in `.said`."""
+
+    def run_here(path, **options):
+        said = []
+        result = run_study(path, fork_here=True, say=said.append, **options)
+        return result, said
+
+    return run_here
