@@ -60,7 +60,11 @@ def activations(study: Study) -> Claim:
             id="activations", statement=statement, verdict="undecided", test=test, reason=why_not,
             sentence=f"Not tested: {why_not}.",
         )  # fmt: skip
-    profiles = common(_entries(study, metric, distance), study.others, null_reasons(study, metric))
+    profiles = common(
+        _entries(study, metric, distance),
+        study.others,
+        {**null_reasons(study, metric), **_other_baselines(study, metric)},
+    )
     parts = [
         _over_layers(study, profiles),
         _over_training(study, profiles, metric, distance),
@@ -88,11 +92,25 @@ def _measured(study: Study) -> tuple[str, Callable[[float], float], str]:
     return next((entry for entry in DISTANCES if entry[0] in rows), DISTANCES[0])
 
 
+def _baseline_runs(study: Study) -> set[str]:
+    return {run.path.resolve().name for (method, _), run in study.runs.items() if method == study.baseline}
+
+
+def _other_baselines(study: Study, metric: str) -> dict[str, str]:
+    """Of methods that were compared with runs that are not the baseline's: with which."""
+    return {
+        method: f"measured against {row.baseline}, which is no run of the baseline here"
+        for (method, _), run in study.runs.items()
+        for row in run.model_rows(metric)
+        if row.value is not None and row.baseline not in _baseline_runs(study)
+    }
+
+
 def _of_run(
     study: Study, run: RunRecord, metric: str, distance: Callable[[float], float]
 ) -> Iterable[tuple[int, str, float, Layers]]:
     """(step, settings, the model's distance, each layer's) of one run, against runs of the baseline only."""
-    bases = {other.path.resolve().name for (method, _), other in study.runs.items() if method == study.baseline}
+    bases = _baseline_runs(study)
     layers: dict[tuple[int, str], dict[int, float]] = {}
     whole: dict[tuple[int, str], float] = {}
     for row in run.rows:

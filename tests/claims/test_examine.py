@@ -147,6 +147,16 @@ def test_slopes_are_over_depth_and_over_training_without_step_0(simulation, tmp_
     assert details["Fira less GaLore"].effect == pytest.approx(0.2, abs=0.05)
 
 
+def test_activations_against_other_runs_are_not_distances_from_the_baseline(simulation, tmp_path):
+    runs = simulation.write(tmp_path)
+    for run in runs:
+        file = run / "measurements.jsonl"
+        file.write_text(file.read_text().replace('"baseline": "full_rank', '"baseline": "elsewhere/full_rank'))
+    claim = claim_of(runs, "activations")
+    assert claim.verdict == "undecided"
+    assert "GaLore: measured against elsewhere/full_rank-seed4, which is no run of the baseline" in claim.reason
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_seeds_decide_nothing(simulation, tmp_path, seeds):
     simulation.seeds = range(seeds)
