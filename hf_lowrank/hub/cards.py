@@ -27,6 +27,8 @@ OWN_BEGIN = "<!-- Your own words: what stands from here … -->"
 OWN_END = "<!-- … to here is kept when the card is written anew. -->"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TAG = re.compile(r"[^\w.+-]+")
+# Metadata that is ours to write even when we have none, and what ModelCardData takes as something else than metadata.
+NOT_KEPT = ("model-index", "model_name", "eval_results", "ignore_metadata_errors", "self")
 LIMITS = (
     "It continues text and does nothing else: it was not tuned to follow instructions and not made safe.",
     "One training with one seed; another seed gives other numbers.",
@@ -198,7 +200,7 @@ def _metadata(
         ours["datasets"] = [dataset]
     if isinstance(base, str) and "/" in base and HUB_ID.fullmatch(base):
         ours["base_model"] = base
-    others = {key: value for key, value in before.items() if key not in (*ours, "model-index", "model_name")}
+    others = {key: value for key, value in before.items() if isinstance(key, str) and key not in (*ours, *NOT_KEPT)}
     if results:
         ours |= {"model_name": name, "eval_results": results}
     return ModelCardData(**ours, **others).to_yaml()

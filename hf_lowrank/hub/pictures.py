@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,22 @@ def _report_pictures(run: Path) -> dict[str, bytes]:
     pictures = {}
     for name, picture in PICTURES.items():
         if picture.plot:
+            options = {**picture.options, "baseline": _baseline(run)} if name == "baseline_path" else picture.options
             try:
-                pictures[name] = _png(PLOTS[picture.plot]([run], **picture.options), dpi=100)
+                pictures[name] = _png(PLOTS[picture.plot]([run], **options), dpi=100)
             except UserError:  # nothing of it was measured
                 continue
     return pictures
+
+
+def _baseline(run: Path) -> str | None:
+    """The run that most metrics were compared with; barriers may be to many others too."""
+    from hf_lowrank.measuring.table import FILE_NAME, read_measurements
+
+    rows = read_measurements(run / FILE_NAME) if (run / FILE_NAME).is_file() else []
+    compared = {(row.metric, row.baseline) for row in rows if row.baseline is not None}
+    count = Counter(baseline for _, baseline in sorted(compared))
+    return count.most_common(1)[0][0] if count else None
 
 
 Points = list[tuple[float, float]]

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_lowrank.checkpoint_sources import open_source
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import whole_file, write_text
 from hf_lowrank.hub.card_facts import read_yaml, section
@@ -58,9 +57,8 @@ def _names(runs: Sequence[Path]) -> list[str]:
     """A file name for each run: its method, or its folder where that would be another's too."""
     methods = []
     for run in runs:
-        if not run.is_dir():
-            raise UserError(f"{run}: no such run directory")
-        open_source(run)
+        if not (run / "recipe.yaml").is_file():
+            raise UserError(f"{run}: must be a run directory, there is no recipe.yaml in it")
         recipe = read_yaml(run / "recipe.yaml")
         methods.append(str(section(recipe, "method").get("name") or run.resolve().name))
     names = [

@@ -44,7 +44,12 @@ def loss_curves(runs: Iterable[Any], *, train: bool = False) -> Figure:
 
 
 def line_curves(
-    runs: Iterable[Any], metric: str = "random_curve", *, step: int | None = None, rise: bool = True
+    runs: Iterable[Any],
+    metric: str = "random_curve",
+    *,
+    step: int | None = None,
+    rise: bool = True,
+    baseline: str | None = None,
 ) -> Figure:
     """Loss along a line in weight space with its band: random or PCA directions, or the path between two models.
 
@@ -53,6 +58,7 @@ def line_curves(
         metric: `random_curve`, `pca1_curve`, `pcak_curve`, `step_path`, `method_path` or `aligned_method_path`.
         step: the checkpoint; None for each run's last measured one.
         rise: draw the rise above the trained model (above the mean of both ends for a path), not the loss itself.
+        baseline: draw only paths to the run of this name; None for each run's last measured one.
     """
     if metric not in CURVE_METRICS:
         raise UserError(f"metric {metric!r} is no curve; {nearest(metric, CURVE_METRICS)}")
@@ -62,6 +68,7 @@ def line_curves(
     along = CURVE_METRICS[metric].along
     for run in records:
         found = [curve for curve in curves(run, metric) if step is None or curve.step == step]
+        found = [curve for curve in found if baseline is None or curve.baseline == baseline]
         if not found:
             continue
         curve = found[-1]
@@ -82,9 +89,11 @@ def line_curves(
     return _finished(figure, records)
 
 
-def interpolation_paths(runs: Iterable[Any], *, step: int | None = None, metric: str = "method_path") -> Figure:
+def interpolation_paths(
+    runs: Iterable[Any], *, step: int | None = None, metric: str = "method_path", baseline: str | None = None
+) -> Figure:
     """Loss above the mean of both ends on the straight line from each run to its baseline, by position."""
-    return line_curves(runs, metric, step=step)
+    return line_curves(runs, metric, step=step, baseline=baseline)
 
 
 def landscapes(runs: Iterable[Any], *, step: int | None = None) -> Figure:
