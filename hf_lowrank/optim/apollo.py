@@ -10,7 +10,7 @@ import torch
 from hf_lowrank.optim.base import Bound, Params
 from hf_lowrank.optim.batch import Batch
 from hf_lowrank.optim.core import ProjectedAdamW
-from hf_lowrank.optim.limiter import channel_scales, limit_growth_
+from hf_lowrank.optim.limiter import channel_scales, limit_growth_, row_norm
 
 SCALE_TYPES = ("channel", "tensor")
 
@@ -54,14 +54,17 @@ class ApolloAdamW(ProjectedAdamW):
     def _update_batch(self, batch: Batch) -> None:
         group = batch.group
         lows, moves = batch.project(), batch.moves()
-        if group["scale_type"] == "tensor":
+        of_tensor = group["scale_type"] == "tensor"
+        if of_tensor:
             lows, moves = lows.flatten(1)[:, None], moves.flatten(1)[:, None]
-        scales = channel_scales(lows, moves, batch.bias_gain) * math.sqrt(group["scale"])
+        norm = batch.place.norms if of_tensor else row_norm
+        scales = channel_scales(lows, moves, batch.bias_gain, norm) * math.sqrt(group["scale"])
 
-        norms = torch.linalg.vector_norm(scales * batch.grad_norms(scales.dtype), dim=-1)
+        norms = batch.place.norms(scales * batch.grad_norms(scales.dtype))
         scales /= limit_growth_(norms, batch.limits, group["norm_growth_limit"])[:, None]
 
         keep, step = batch.factors
         if keep != 1:
             torch._foreach_mul_(batch.weights, keep)
-        batch.add_scaled_gradients_(scales, alpha=-step * batch.bias_gain)
+        apply_ = batch.add_scaled_gradients_ if of_tensor else batch.scale_rows_
+        apply_(scales, alpha=-step * batch.bias_gain)

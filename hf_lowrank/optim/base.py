@@ -5,17 +5,22 @@ Some groups are *targets* of a method; all other parameters get plain AdamW.
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.optim.adam import ADAM_VARIANTS, adamw_
+from hf_lowrank.optim.engines import flattened, flattened_by
 from hf_lowrank.optim.layerwise import Layerwise
 from hf_lowrank.optim.moments import (
     STATE_DTYPES,
@@ -25,8 +30,13 @@ from hf_lowrank.optim.moments import (
     read_moments,
     round_stochastically_,
     write_moments,
+    zero_moment,
 )
+from hf_lowrank.optim.sharding import agree_all, local_part, sharding_of
 from hf_lowrank.optim.subspaces import draw_generator
+from hf_lowrank.optim.table import parameter_table
+
+logger = logging.getLogger(__name__)
 
 # What torch, its schedulers and Trainer put into groups beside an optimizer's own options.
 FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "max_lr", "min_lr", "name"})
@@ -36,11 +46,27 @@ Bound = tuple[Callable[[Any], bool], str]
 
 
 class Entry(NamedTuple):
-    """A parameter that is to be stepped."""
+    """A parameter that is to be stepped.
+
+    Attributes:
+        group: its group.
+        param: the parameter, whose state this is.
+        weight, grad: what this process holds of it and of its gradient.
+    """
 
     group: dict[str, Any]
     param: Tensor
+    weight: Tensor
     grad: Tensor
+
+
+def entry_of(group: dict[str, Any], param: Tensor) -> Entry:
+    """The entry of a parameter that has a gradient."""
+    grad = param.grad
+    if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    assert grad is not None
+    return Entry(group, param, local_part(param), local_part(grad))
 
 
 def is_count(value: Any) -> bool:
@@ -52,8 +78,9 @@ class TargetedAdamW(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, layerwise: bool = False) -> None:
         self._forget()
-        self._names: dict[Tensor, str] = {}
-        self._warned: set[Tensor] = set()
+        self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
+        self._warned: set[str] = set()
+        self._settled = False
         self._layerwise = Layerwise(self) if layerwise else None
         self._check_options(defaults, type(self).__name__)
         super().__init__(params, defaults)
@@ -68,6 +95,10 @@ class TargetedAdamW(Optimizer):
 
     def _adopt(self, group: dict[str, Any], param: Tensor) -> None:
         """Checks a target and decides how it is handled."""
+
+    def _how(self, group: dict[str, Any], param: Tensor) -> str:
+        """What the table of parameters says of a target."""
+        raise NotImplementedError
 
     def _forget(self) -> None:
         """Drops what `_adopt` decided."""
@@ -110,18 +141,69 @@ class TargetedAdamW(Optimizer):
         group = self.param_groups[number]
         try:
             self._check_options(group, f"parameter group {number}")
-            names = group.get("param_names") or [
-                f"parameter {i} of group {number}" for i in range(len(group["params"]))
-            ]
-            for name, param in zip(names, group["params"], strict=True):
-                self._names[param] = name
-                if self._is_target(group):
-                    self._adopt(group, param)
+            self._take_in(number)
         except UserError:
             del self.param_groups[number]
             raise
         if self._layerwise is not None:
             self._layerwise.attach(number, group["params"])
+
+    def _take_in(self, number: int) -> None:
+        """Takes note of a group's parameters as they are now."""
+        group = self.param_groups[number]
+        params = group["params"]
+        names = group.get("param_names") or [f"parameter {i} of group {number}" for i in range(len(params))]
+        if len(names) != len(params):
+            raise flattened(type(self).__name__, f"parameter group {number}", "an engine such as DeepSpeed ZeRO")
+        for name, param in zip(names, params, strict=True):
+            engine = flattened_by(param)
+            if engine is not None:
+                raise flattened(type(self).__name__, name, engine)
+            if isinstance(param, DTensor) and group["state_dtype"] == "8bit":
+                raise UserError(
+                    f"state_dtype must be parameter or float32 for sharded parameters, got '8bit' for {name}; "
+                    "the shards of a block of 256 values could lie on two processes"
+                )
+            if isinstance(param, DTensor) and self._layerwise is not None:
+                raise UserError(f"layerwise must be off for sharded parameters such as {name}; leave it out")
+            self._names[param] = name
+            if self._is_target(group):
+                self._adopt(group, param)
+
+    def _take_in_all(self) -> None:
+        self._forget()
+        for number in range(len(self.param_groups)):
+            self._take_in(number)
+
+    def _settle(self) -> None:
+        """Takes in the parameters that sharding has put in the place of those given, as accelerate's FSDP2 does."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if any(param not in self._names or flattened_by(param) for param in params):
+            known = set(map(id, params))
+            if any(id(param) not in known for param in self.state):
+                raise UserError(
+                    f"{type(self).__name__} made steps before its parameters were sharded, and their state is lost; "
+                    "shard first, or load the state afterwards"
+                )
+            for number, group in enumerate(self.param_groups):
+                if self._is_target(group) and any(param.ndim < 2 for param in group["params"]):
+                    raise flattened(type(self).__name__, f"parameter group {number}", "FSDP1 or DeepSpeed ZeRO")
+            self._take_in_all()
+        if not self._settled:
+            self._settled = True
+            if not any(group["params"] for group in self.param_groups if self._is_target(group)):
+                raise UserError(f"{type(self).__name__} has no target matrix among its parameters; name some")
+            if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+                logger.info("%s", self.parameter_table())
+
+    def parameter_table(self) -> str:
+        """Which parameters the method acts on and which it leaves to AdamW, a line for all that are alike."""
+        rows = [
+            (self.name_of(param), param, self._how(group, param) if self._is_target(group) else "AdamW")
+            for group in self.param_groups
+            for param in group["params"]
+        ]
+        return parameter_table(type(self).__name__, rows)
 
     def name_of(self, param: Tensor) -> str:
         """The parameter's name, or its place where it was given without one."""
@@ -136,16 +218,17 @@ class TargetedAdamW(Optimizer):
         With `layerwise` the backward pass has made the step already, and this is only where Trainer expects it.
 
         Raises:
-            UserError: a sparse gradient, naming its parameter.
+            UserError: a sparse gradient, naming its parameter, or parameters that an engine has flattened.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._settle()
         if self._layerwise is None:
             self._update(
                 [
-                    Entry(group, param, param.grad)
+                    entry_of(group, param)
                     for group in self.param_groups
                     for param in group["params"]
                     if param.grad is not None
@@ -164,37 +247,39 @@ class TargetedAdamW(Optimizer):
 
     def _update_one(self, group: dict[str, Any], param: Tensor) -> None:
         """One parameter's step inside the backward pass."""
-        assert param.grad is not None
-        self._update([Entry(group, param, param.grad)])
+        self._update([entry_of(group, param)])
 
     def accumulating(self) -> AbstractContextManager[None]:
         """With `layerwise` and without accelerate: backward passes in this context end no optimizer step."""
         return nullcontext() if self._layerwise is None else self._layerwise.accumulating()
 
     def _finite(self, entries: Sequence[Entry]) -> list[Entry]:
-        by_kind: dict[tuple[torch.device, torch.dtype], list[Entry]] = {}
+        by_kind: dict[tuple[Any, ...], list[Entry]] = {}
         for entry in entries:
             if entry.grad.layout != torch.strided:
                 raise UserError(
                     f"the gradient of {self.name_of(entry.param)} must be dense, got a sparse one; "
                     "use nn.Embedding(sparse=False) or another optimizer for it"
                 )
-            by_kind.setdefault((entry.grad.device, entry.grad.dtype), []).append(entry)
+            mesh = entry.param.device_mesh if isinstance(entry.param, DTensor) else None
+            by_kind.setdefault((entry.grad.device, entry.grad.dtype, mesh), []).append(entry)
         good: set[Tensor] = set()
-        for group in by_kind.values():
+        for (*_, mesh), group in by_kind.items():
             # A norm that overflows counts too: Adam's second moment would overflow with it.
             norms = torch._foreach_norm([entry.grad for entry in group], dtype=_accumulation_dtype(group[0].grad))
-            flags = torch.isfinite(torch.stack(norms)).tolist()
-            good.update(entry.param for entry, finite in zip(group, flags, strict=True) if finite)
+            flags = torch.isfinite(torch.stack(norms))
+            if mesh is not None:
+                flags = agree_all(flags, mesh)
+            good.update(entry.param for entry, finite in zip(group, flags.tolist(), strict=True) if finite)
         if len(good) < len(entries):
             self._warn_of_skipped([entry.param for entry in entries if entry.param not in good])
         return [entry for entry in entries if entry.param in good]
 
     def _warn_of_skipped(self, params: Sequence[Tensor]) -> None:
-        new = [param for param in params if param not in self._warned]
+        new = [name for name in map(self.name_of, params) if name not in self._warned]
         self._warned.update(new)
         if new:
-            names = ", ".join(map(self.name_of, new[:3])) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+            names = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
             warnings.warn(f"the gradient of {names} is not finite; such steps are skipped", stacklevel=5)
 
     # The rest
@@ -205,7 +290,7 @@ class TargetedAdamW(Optimizer):
             state = self.state[entry.param]
             if not state:
                 state["step"] = 0
-                init_moments(state, tuple(entry.param.shape), entry.group["state_dtype"], entry.param)
+                init_moments(state, zero_moment(entry.group["state_dtype"], entry.param), entry.group["state_dtype"])
             state["step"] += 1
             in_place = state["exp_avg"].dtype == entry.param.dtype and not self._rounds(entry)
             # What needs a wide copy goes one at a time.
@@ -215,7 +300,7 @@ class TargetedAdamW(Optimizer):
         for (_, age, *_, alone), members in alike.items():
             group = members[0].group
             dtype = members[0].param.dtype if alone is None else self._wide_dtype(members[0])
-            weights = [entry.param.to(dtype) for entry in members]
+            weights = [entry.weight.to(dtype) for entry in members]
             moments = [read_moments(self.state[entry.param]) for entry in members]
             exp_avgs, exp_avg_sqs = ([moment.to(dtype) for moment in kind] for kind in zip(*moments, strict=True))
             adamw_(
@@ -244,13 +329,15 @@ class TargetedAdamW(Optimizer):
 
     def _write_weight(self, entry: Entry, wide: Tensor) -> None:
         """Brings an updated wide copy back into the parameter; to be called after its step is counted."""
-        if wide is entry.param:
+        if wide is entry.weight:
             return
         if not self._rounds(entry):
-            entry.param.copy_(wide)
+            entry.weight.copy_(wide)
             return
         key = (entry.group["seed"], self._places()[entry.param], self.state[entry.param]["step"])
-        round_stochastically_(entry.param, wide, draw_generator(wide.device, *key))
+        sharding = sharding_of(entry.param)
+        rows = None if sharding is None else (sharding, entry.param.shape[0])
+        round_stochastically_(entry.weight, wide, draw_generator(wide.device, *key), rows)
 
     def _places(self) -> dict[Tensor, int]:
         return {param: i for i, param in enumerate(p for group in self.param_groups for p in group["params"])}
@@ -272,10 +359,7 @@ class TargetedAdamW(Optimizer):
                     dtype = self._kept_dtype(key, value, group, param)
                     loaded = value.to(device=param.device, dtype=dtype)
                     self.state[param][key] = loaded.clone() if loaded is value else loaded
-        self._forget()
-        for group, param in params:
-            if self._is_target(group):
-                self._adopt(group, param)
+        self._take_in_all()
 
     def _kept_dtype(self, key: str, value: Tensor, group: dict[str, Any], param: Tensor) -> torch.dtype:
         if key in ("exp_avg", "exp_avg_sq") and value.is_floating_point():
@@ -285,12 +369,8 @@ class TargetedAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_names" not in self.__dict__:  # unpickled, not loaded
-            self._forget()
-            self._names, self._warned, self._layerwise = {}, set(), None
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if self._is_target(group):
-                        self._adopt(group, param)
+            self._names, self._warned, self._settled, self._layerwise = WeakTensorKeyDictionary(), set(), False, None
+            self._take_in_all()
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,10 +1,12 @@
 """Target matrices of equal shape and age, taken through one step together.
 
+Where they are divided among processes, `rows` of a projection are those of this process, see `places`.
 A basis is a (columns, rank) matrix, or for random columns the (rank,) indices of the columns themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.optim.adam import adam_moves, bias_gain, decay_factors
+from hf_lowrank.optim.places import ALONE, Alone
 
 # Copying small matrices into one stack costs less than a kernel for each; above this size the copy costs more.
 STACK_BELOW = 2**16
@@ -54,12 +57,13 @@ class Batch:
     Attributes:
         group: the options of their parameter group.
         age: which Adam step this is, from 1.
-        weights, grads: oriented views, (rows, columns) each.
-        bases: one for each matrix; see the module.
+        weights, grads: oriented views of what this process holds, (rows, columns) each.
+        bases: one for each matrix, as this process multiplies by them; see the module.
         left_bases: (rows, rank) each, or None.
         exp_avgs, exp_avg_sqs: the moments, of the projected shape.
         limits: 0-dimensional tensors with the residual's last norm, or empty.
         earlier: (k, rows, rank) projections of this step's earlier backward passes, or None.
+        place: where the parts of each matrix lie.
     """
 
     group: dict[str, Any]
@@ -72,6 +76,7 @@ class Batch:
     exp_avg_sqs: list[Tensor]
     limits: list[Tensor]
     earlier: Tensor | None = None
+    place: Alone = ALONE
     lows: Tensor | None = None
 
     @property
@@ -97,10 +102,12 @@ class Batch:
                 lows = torch.bmm(torch.stack(self.grads), torch.stack(self.bases))
             else:
                 lefts: list[Any] = self.left_bases or [None] * len(self.grads)
-                lows = self.grads[0].new_empty(len(self.grads), *self.exp_avgs[0].shape)
+                rank = self.exp_avgs[0].shape[-1]
+                rows = rank if self.left_bases else self.grads[0].shape[0]
+                lows = self.grads[0].new_empty(len(self.grads), rows, rank)
                 for low, grad, basis, left in zip(lows.unbind(), self.grads, self.bases, lefts, strict=True):
                     project_matrix(grad, basis, left, out=low)
-            self.lows = lows.to(self.exp_avgs[0].dtype)
+            self.lows = self.place.projected(lows.to(self.exp_avgs[0].dtype))
             if self.earlier is not None:
                 self.lows += self.earlier
         return self.lows
@@ -119,7 +126,7 @@ class Batch:
 
     def apply_lifted_(self, lows: Tensor, *, keep: float, alpha: float) -> None:
         """`W ← keep · W + alpha · lift(lows)`, without a dense temporary for large matrices."""
-        lows = lows.to(self.weights[0].dtype)
+        lows = self.place.for_lifting(lows.to(self.weights[0].dtype))
         if self.stackable:
             bases = torch.stack(self.bases).to(lows.dtype)
             if keep != 1:
@@ -134,11 +141,25 @@ class Batch:
                 low = self.left_bases[index].to(low.dtype) @ low  # noqa: PLW2901
             weight.addmm_(low, basis.to(low.dtype).mT, beta=keep, alpha=alpha)
 
+    def residuals(self) -> Iterator[Tensor]:
+        """`G − lift(project(G))` of one matrix after the other, (rows, columns)."""
+        lows = self.place.for_lifting(self.project())
+        lefts: list[Any] = self.left_bases or [None] * len(self.grads)
+        for grad, low, basis, left in zip(self.grads, lows.unbind(), self.bases, lefts, strict=True):
+            if basis.is_floating_point():
+                yield grad - lift_matrix(low.to(grad.dtype), basis, grad.shape[-1], left)
+            else:
+                yield grad.index_fill(-1, basis, 0)
+
     def grad_norms(self, dtype: torch.dtype) -> Tensor:
         """The norms of the gradients' rows, (k, rows)."""
-        return torch.stack([row_norms(grad, dtype) for grad in self.grads])
+        return self.place.row_norms(torch.stack([row_norms(grad, dtype) for grad in self.grads]))
+
+    def scale_rows_(self, scales: Tensor, *, alpha: float) -> None:
+        """`W ← W + alpha · diag(scales) G` with scales (k, rows)."""
+        self.add_scaled_gradients_(self.place.for_lifting(scales), alpha=alpha)
 
     def add_scaled_gradients_(self, scales: Tensor, *, alpha: float) -> None:
-        """`W ← W + alpha · diag(scales) G` with scales (k, rows), or (k, 1) for one number each."""
+        """`scale_rows_` with the scales of all rows that this process holds of each matrix, or with (k, 1)."""
         for weight, grad, scale in zip(self.weights, self.grads, scales.unbind(), strict=True):
             weight.addcmul_(grad, scale[:, None].to(grad.dtype), value=alpha)

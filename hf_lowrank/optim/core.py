@@ -6,26 +6,25 @@ update each batch (project, Adam, lift, apply). A method's class says only how i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.optim.base import Bound, Entry, Params, TargetedAdamW, is_count
+from hf_lowrank.optim.base import Bound, Entry, Params, TargetedAdamW, entry_of, is_count
 from hf_lowrank.optim.batch import Batch, project_matrix
 from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.matrices import Layout, make_layout
 from hf_lowrank.optim.moments import init_moments, moment_dtype, read_moments, write_moments
+from hf_lowrank.optim.refresh import Due, choose_bases
+from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.subspaces import (
     SUBSPACES,
     UNSTORED,
-    Request,
     captured_energy,
-    exact_bases,
     gaussian_matrix,
     subspace_overlap,
 )
@@ -141,7 +140,8 @@ class ProjectedAdamW(TargetedAdamW):
         return group["rank"] is not None
 
     def _forget(self) -> None:
-        self._layouts: dict[Tensor, Layout] = {}
+        # Weak: a parameter that sharding puts another in the place of is not kept alive.
+        self._layouts: MutableMapping[Tensor, Layout] = WeakTensorKeyDictionary()
         self._matrix_count = 0
         self._parts: dict[Tensor, list[Tensor]] = {}
 
@@ -155,6 +155,11 @@ class ProjectedAdamW(TargetedAdamW):
             index=self._matrix_count,
         )
         self._matrix_count += self._layouts[param].count
+
+    def _how(self, group: dict[str, Any], param: Tensor) -> str:
+        layout = self._layouts[param]
+        side = "both sides" if layout.both else "left" if layout.transposed else "right"
+        return f"rank {layout.rank}, {side}, {group['subspace']}"
 
     def _choices(self) -> dict[str, tuple[str, ...]]:
         own = {"moments": MOMENTS, "subspace": self.subspaces, "proj_type": self.proj_types}
@@ -186,7 +191,7 @@ class ProjectedAdamW(TargetedAdamW):
 
     def _step_members(self, members: Sequence[Member]) -> None:
         entries = [entry for entry, _ in members]
-        wide = [entry.param.float() if self._rounds(entry) else entry.param for entry in entries]
+        wide = [entry.weight.float() if self._rounds(entry) else entry.weight for entry in entries]
         moments = [read_moments(self.state[entry.param]) for entry in entries]
         self._update_batch(self._batch(members, wide, moments))
         for entry, weight, kinds in zip(entries, wide, moments, strict=True):
@@ -198,11 +203,15 @@ class ProjectedAdamW(TargetedAdamW):
         if not state:
             state["step"] = 0
             state["refreshes"] = 0
+            if entry.group["moments"] == "reset":
+                state["reset_at"] = 0
+            kind = entry.group["state_dtype"]
             shape = layout.state_shape(*layout.low_shape)
-            init_moments(state, shape, entry.group["state_dtype"], entry.param)
+            init_moments(state, layout.zeros(shape, entry.weight, moment_dtype(kind, entry.param)), kind)
             if self.limits_norm:
+                state["residual_norm"] = layout.zeros(layout.state_shape(), entry.weight, torch.float32)
                 # Infinite: the first step only records.
-                state["residual_norm"] = torch.full(layout.state_shape(), torch.inf, device=entry.param.device)
+                local_part(state["residual_norm"]).fill_(torch.inf)
         return state
 
     def _alike(self, entries: Sequence[Entry]) -> Iterator[list[Member]]:
@@ -211,8 +220,11 @@ class ProjectedAdamW(TargetedAdamW):
         for entry in entries:
             layout = self._layouts[entry.param]
             self.state[entry.param]["step"] += 1
+            if not layout.numbers:  # of a stack that has fewer matrices than there are processes
+                continue
             shape = (layout.rows, layout.columns, layout.transposed, layout.both, layout.rank)
-            key = (id(entry.group), self._age(entry), *shape, entry.param.dtype, entry.param.device)
+            where = (entry.param.dtype, entry.param.device, layout.sharding and layout.sharding.key)
+            key = (id(entry.group), self._age(entry), *shape, *where)
             alike.setdefault(key, []).append((entry, layout))
         for members in alike.values():
             each = max(1, BATCH_ELEMENTS // members[0][1].param_elements)
@@ -227,11 +239,8 @@ class ProjectedAdamW(TargetedAdamW):
     def _batch(
         self, members: Sequence[Member], weights: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor]]
     ) -> Batch:
-        def parts(key: str) -> list[Tensor]:
-            return [part for entry, layout in members for part in layout.parts(self.state[entry.param][key])]
-
         layouts = [layout for _, layout in members]
-        grads = [view for entry, layout in members for view in layout.matrices(entry.grad)]
+        place = layouts[0].place
         earlier = [part for entry, _ in members for part in self._parts.pop(entry.param, ())]
         return Batch(
             group=members[0][0].group,
@@ -239,27 +248,40 @@ class ProjectedAdamW(TargetedAdamW):
             weights=[
                 view for weight, layout in zip(weights, layouts, strict=True) for view in layout.matrices(weight)
             ],
-            grads=grads,
-            bases=[basis for entry, layout in members for basis in self._bases(entry, layout)],
-            left_bases=parts("left_basis") if layouts[0].both else None,
+            grads=[view for entry, layout in members for view in layout.matrices(entry.grad)],
+            bases=self._bases(members),
+            left_bases=place.left_bases(self._parts_of(members, "left_basis")) if layouts[0].both else None,
             exp_avgs=[p for (m, _), layout in zip(moments, layouts, strict=True) for p in layout.parts(m)],
             exp_avg_sqs=[p for (_, v), layout in zip(moments, layouts, strict=True) for p in layout.parts(v)],
-            limits=parts("residual_norm") if self.limits_norm else [],
+            limits=self._parts_of(members, "residual_norm") if self.limits_norm else [],
             earlier=torch.stack(earlier) if earlier else None,
+            place=place,
         )
 
     # Subspaces
 
-    def _bases(self, entry: Entry, layout: Layout) -> list[Tensor]:
-        """The bases in use, one for each matrix."""
-        state = self.state[entry.param]
-        if "basis" in state:
-            return layout.parts(state["basis"])
-        grads = layout.matrices(entry.grad)
-        return [
-            gaussian_matrix(grad, layout.rank, (entry.group["seed"], layout.index + number, state["refreshes"] - 1))
-            for number, grad in enumerate(grads)
-        ]
+    def _bases(self, members: Sequence[Member]) -> list[Tensor]:
+        """The bases in use, one for each matrix, as this process multiplies by them."""
+        place = members[0][1].place
+        if "basis" in self.state[members[0][0].param]:
+            return place.bases(self._parts_of(members, "basis"))
+        return place.of_whole([basis for entry, layout in members for basis in self._drawn(entry, layout)])
+
+    def _basis_rows(self, entry: Entry, layout: Layout) -> list[Tensor]:
+        """This process's rows of the bases in use, as matrices in at least float32."""
+        if "basis" in self.state[entry.param]:
+            parts = layout.place.basis_rows(layout.parts(self.state[entry.param]["basis"]), layout.columns)
+        else:
+            parts = list(map(layout.place.own_rows, self._drawn(entry, layout)))
+        return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+
+    def _drawn(self, entry: Entry, layout: Layout) -> list[Tensor]:
+        """The whole bases of a subspace that is never stored."""
+        like, refresh = entry.grad.new_empty(0, layout.columns), self.state[entry.param]["refreshes"] - 1
+        return [gaussian_matrix(like, layout.rank, (entry.group["seed"], n, refresh)) for n in layout.numbers]
+
+    def _parts_of(self, members: Sequence[Member], key: str) -> list[Tensor]:
+        return [part for entry, layout in members for part in layout.parts(self.state[entry.param][key])]
 
     def _is_due(self, entry: Entry, layout: Layout, state: dict[str, Any]) -> bool:
         gap = entry.group["update_proj_gap"]
@@ -267,22 +289,17 @@ class ProjectedAdamW(TargetedAdamW):
         return state["refreshes"] == 0 or (state["step"] + offset) % gap == 0
 
     def _refresh(self, entries: Sequence[Entry]) -> None:
-        fresh: list[tuple[Entry, Layout, dict[str, Tensor]]] = []
+        due = []
         for entry in entries:
             layout = self._layouts[entry.param]
             state = self._target_state(entry, layout)
             if self._is_due(entry, layout, state):
-                fresh.append((entry, layout, self._choose(entry, layout, state)))
-        if fresh and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for _, _, bases in fresh:
-                for basis in bases.values():  # decompositions may differ in their last bits between machines
-                    dist.broadcast(basis, src=0)
-        for entry, layout, bases in fresh:
-            state = self.state[entry.param]
+                due.append(Due(entry, layout, state))
+        for (entry, layout, state), bases in zip(due, choose_bases(due), strict=True):
             wanted = self.diagnostics is not None or entry.group["moments"] == "rotate"
             first = state["refreshes"] == 0
-            before = self._bases(entry, layout) if wanted and not first else None
-            left_before = state.get("left_basis")
+            before = self._basis_rows(entry, layout) if wanted and not first else None
+            left_before = layout.parts(state["left_basis"]) if "left_basis" in state else None
             state.update(bases)
             state["refreshes"] += 1
             if self.diagnostics is not None:
@@ -290,46 +307,8 @@ class ProjectedAdamW(TargetedAdamW):
             if not first:
                 self._carry_moments(entry, layout, before or (), left_before)
 
-    def _choose(self, entry: Entry, layout: Layout, state: dict[str, Any]) -> dict[str, Tensor]:
-        """The new basis, and the left one where both sides are projected, in the parameter's type."""
-        if entry.group["subspace"] == UNSTORED:
-            return {}
-        bases: dict[str, list[Tensor]] = {"basis": []}
-        previous = layout.parts(state["basis"]) if "basis" in state else [None] * layout.count
-        for number, matrix in enumerate(layout.matrices(entry.grad)):
-            request = Request(
-                grad=matrix,
-                rank=layout.rank,
-                transposed=layout.transposed,
-                previous=previous[number],
-                key=(entry.group["seed"], layout.index + number, state["refreshes"]),
-            )
-            if not layout.both:
-                bases["basis"].append(SUBSPACES[entry.group["subspace"]](request))
-                continue
-            if entry.group["subspace"] == "svd":
-                right, left = exact_bases(request)
-            else:
-                before = layout.parts(state["left_basis"])[number] if "left_basis" in state else None
-                other = replace(
-                    request,
-                    grad=matrix.mT,
-                    transposed=not layout.transposed,
-                    previous=before,
-                    key=(*request.key, 1),
-                )
-                right, left = (SUBSPACES[entry.group["subspace"]](side) for side in (request, other))
-            bases["basis"].append(right)
-            bases.setdefault("left_basis", []).append(left)
-        result = {}
-        for key, parts in bases.items():
-            basis = torch.stack(parts) if layout.stacked else parts[0]
-            dtype = entry.param.dtype if basis.is_floating_point() else basis.dtype
-            result[key] = basis.to(dtype).clone(memory_format=torch.contiguous_format)
-        return result
-
     def _carry_moments(
-        self, entry: Entry, layout: Layout, before: Sequence[Tensor], left_before: Tensor | None
+        self, entry: Entry, layout: Layout, before: Sequence[Tensor], left_before: Sequence[Tensor] | None
     ) -> None:
         state, moments = self.state[entry.param], entry.group["moments"]
         if moments == "keep":
@@ -340,28 +319,30 @@ class ProjectedAdamW(TargetedAdamW):
             exp_avg_sq.zero_()
             state["reset_at"] = state["step"]
         else:
-            for number, (old, new) in enumerate(zip(before, self._bases(entry, layout), strict=True)):
-                turn = _dense(old, layout).mT @ _dense(new, layout)
+            place = layout.place
+            for number, (old, new) in enumerate(zip(before, self._basis_rows(entry, layout), strict=True)):
+                turn = place.sum(old.mT @ new)
                 for moment, power in ((exp_avg, 1), (exp_avg_sq, 2)):
                     part = layout.parts(moment)[number]
-                    turned = part.to(turn.dtype) @ turn.pow(power)
+                    turned = place.for_lifting(part[None])[0].to(turn.dtype) @ turn.pow(power)
                     if left_before is not None:
-                        new_left, old_left = (
-                            layout.parts(side)[number] for side in (state["left_basis"], left_before)
-                        )
-                        turned = (new_left.mT @ old_left).to(turn.dtype).pow(power) @ turned
-                    part.copy_(turned)
+                        new_left = layout.parts(state["left_basis"])[number]
+                        left_turn = place.sum(new_left.mT @ left_before[number])
+                        turned = left_turn.to(turn.dtype).pow(power) @ turned
+                    part.copy_(place.kept(turned))
         write_moments(state, exp_avg, exp_avg_sq)
 
     def _diagnose(self, entry: Entry, layout: Layout, before: Sequence[Tensor] | None) -> None:
         assert self.diagnostics is not None
-        bases = [_dense(basis, layout) for basis in self._bases(entry, layout)]
-        energies = map(captured_energy, layout.matrices(entry.grad), bases)
+        bases = [_dense(basis, layout) for basis in self._bases([(entry, layout)])]
+        grads = layout.matrices(entry.grad)
+        energies = [captured_energy(*pair, layout.place) for pair in zip(grads, bases, strict=True)]
         found = {"step": float(self.state[entry.param]["step"])}
-        found["captured_energy"] = float(torch.stack(list(energies)).mean())
+        found["captured_energy"] = float(torch.stack(energies).mean())
         if before is not None:
-            olds = [_dense(basis, layout) for basis in before]
-            found["subspace_overlap"] = float(torch.stack(list(map(subspace_overlap, olds, bases))).mean())
+            now = self._basis_rows(entry, layout)
+            overlaps = [subspace_overlap(*pair, layout.place) for pair in zip(before, now, strict=True)]
+            found["subspace_overlap"] = float(torch.stack(overlaps).mean())
         self.diagnostics[self.name_of(entry.param)] = found
 
     # Inside the backward pass
@@ -370,7 +351,7 @@ class ProjectedAdamW(TargetedAdamW):
         """Adds a backward pass's projected gradient to those before; whether the gradient itself can go."""
         if not (self._is_target(group) and self.stays_low) or param.grad is None:
             return False
-        entry, layout = Entry(group, param, param.grad), self._layouts[param]
+        entry, layout = entry_of(group, param), self._layouts[param]
         if param not in self._parts and self._finite([entry]):
             self._refresh([entry])
         state = self._target_state(entry, layout)
@@ -378,7 +359,7 @@ class ProjectedAdamW(TargetedAdamW):
             return False
         lefts = layout.parts(state["left_basis"]) if layout.both else [None] * layout.count
         dtype = moment_dtype(group["state_dtype"], param)
-        lows = list(map(project_matrix, layout.matrices(entry.grad), self._bases(entry, layout), lefts))
+        lows = list(map(project_matrix, layout.matrices(entry.grad), self._bases([(entry, layout)]), lefts))
         for number, low in enumerate(lows):
             lows[number] = low.to(dtype) + (self._parts[param][number] if param in self._parts else 0)
         self._parts[param] = lows
@@ -391,8 +372,7 @@ class ProjectedAdamW(TargetedAdamW):
             del self._parts[param]
             self._warn_of_skipped([param])
             return
-        assert param.grad is not None
-        self._update([Entry(group, param, param.grad)])
+        self._update([entry_of(group, param)])
         self._parts.pop(param, None)
 
     def _kept_dtype(self, key: str, value: Tensor, group: dict[str, Any], param: Tensor) -> torch.dtype:

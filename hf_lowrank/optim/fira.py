@@ -62,7 +62,7 @@ class FiraAdamW(ProjectedAdamW):
         grad_squares = batch.grad_norms(wide).square()
         low_squares = torch.linalg.vector_norm(lows, dim=-1, dtype=wide).square()
         outside = torch.clamp(grad_squares - (2 * share - share**2) * low_squares, min=0)
-        norms = (scales.square() * outside).sum(-1).sqrt()
+        norms = batch.place.sum((scales.square() * outside).sum(-1)).sqrt()
         divisors = limit_growth_(norms, batch.limits, group["norm_growth_limit"])
 
         # scale · lift(N) − S = lift(scale · N + share · φ R) − φ G: one product and one pass over G.
@@ -72,4 +72,4 @@ class FiraAdamW(ProjectedAdamW):
         batch.apply_lifted_(
             moves.mul_(group["scale"]).add_(inside, alpha=share * batch.bias_gain), keep=keep, alpha=step
         )
-        batch.add_scaled_gradients_(scales, alpha=-step * batch.bias_gain)
+        batch.scale_rows_(scales, alpha=-step * batch.bias_gain)

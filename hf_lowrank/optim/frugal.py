@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from hf_lowrank.optim.adam import adamw_, decay_factors
 from hf_lowrank.optim.base import Bound, Entry, Params
-from hf_lowrank.optim.batch import Batch, lift_matrix
+from hf_lowrank.optim.batch import Batch
 from hf_lowrank.optim.core import ProjectedAdamW
 from hf_lowrank.optim.matrices import Layout
-from hf_lowrank.optim.moments import init_moments, read_moments, write_moments
+from hf_lowrank.optim.moments import init_moments, read_moments, write_moments, zero_moment
 from hf_lowrank.optim.subspaces import draw_generator
 
 STATE_FREE_RULES = ("sign", "sgd")
@@ -61,15 +62,8 @@ class FrugalAdamW(ProjectedAdamW):
     def _update_batch(self, batch: Batch) -> None:
         group = batch.group
         keep, step = batch.factors
-        lows = batch.project()
         batch.apply_lifted_(batch.moves(), keep=keep, alpha=step * group["scale"])
-        for number, (weight, grad, basis) in enumerate(zip(batch.weights, batch.grads, batch.bases, strict=True)):
-            left = batch.left_bases[number] if batch.left_bases is not None else None
-            low = lows[number].to(grad.dtype)
-            if basis.is_floating_point():
-                residual = grad - lift_matrix(low, basis, grad.shape[-1], left)
-            else:
-                residual = grad.index_fill(-1, basis, 0)
+        for weight, residual in zip(batch.weights, batch.residuals(), strict=True):
             if group["state_free_rule"] == "sign":
                 residual.sign_()
             weight.add_(residual, alpha=-step * group["state_free_lr_ratio"])
@@ -88,7 +82,7 @@ class FrugalAdamW(ProjectedAdamW):
             for key in _MOMENTS:
                 state.pop(key, None)
             if self._is_chosen(layout, group["seed"], state["refreshes"]):
-                init_moments(state, tuple(entry.param.shape), group["state_dtype"], entry.param)
+                init_moments(state, zero_moment(group["state_dtype"], entry.param), group["state_dtype"])
             state["reset_at"] = state["step"]
             state["refreshes"] += 1
         state["step"] += 1
@@ -98,7 +92,7 @@ class FrugalAdamW(ProjectedAdamW):
             exp_avg, exp_avg_sq = read_moments(state)
             dtype = torch.float32 if self._rounds(entry) else exp_avg.dtype
             exp_avg, exp_avg_sq = exp_avg.to(dtype), exp_avg_sq.to(dtype)
-            wide = entry.param.to(dtype)
+            wide = entry.weight.to(dtype)
             adamw_(
                 [wide],
                 [entry.grad.to(dtype)],
@@ -113,11 +107,42 @@ class FrugalAdamW(ProjectedAdamW):
             )
             write_moments(state, exp_avg, exp_avg_sq)
         else:
-            wide = entry.param.float() if self._rounds(entry) else entry.param
+            wide = entry.weight.float() if self._rounds(entry) else entry.weight
             keep, gain = decay_factors(lr, group["weight_decay"], group["adam_variant"])
             move = entry.grad.sign() if group["state_free_rule"] == "sign" else entry.grad
             wide.mul_(keep).add_(move, alpha=-lr * gain * group["state_free_lr_ratio"])
         self._write_weight(entry, wide)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's. Of sharded blocks, those without moments have some of zeros in it.
+
+        torch.distributed.checkpoint loads into the tensors that are there, and which blocks have moments changes.
+        """
+        saved = super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, state in saved["state"].items():
+            if isinstance(params[number], DTensor) and "reset_at" in state and "exp_avg" not in state:
+                kind = saved["param_groups"][self._group_of(number)]["state_dtype"]
+                saved["state"][number] = dict(state)
+                init_moments(saved["state"][number], zero_moment(kind, params[number]), kind)
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for param in group["params"] if group["subspace"] == BLOCKS and self._is_target(group) else ():
+                state = self.state.get(param, {})
+                if state and not self._is_chosen(self._layouts[param], group["seed"], state["refreshes"] - 1):
+                    for key in _MOMENTS:
+                        state.pop(key, None)
+
+    def _group_of(self, number: int) -> int:
+        """The group of parameter `number` of a state dict."""
+        for place, group in enumerate(self.param_groups):
+            number -= len(group["params"])
+            if number < 0:
+                return place
+        raise IndexError(number)
 
     def _is_chosen(self, layout: Layout, seed: int, refresh: int) -> bool:
         """Whether a parameter is among those with moments: the same for all in every process and after a resume."""

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.optim.engines import refuse_flattened_model
 from hf_lowrank.targets import target_modules as select_target_modules
 
 # Trainer's own exemptions from weight decay (`Trainer.get_decay_parameter_names`): biases and norms.
@@ -36,8 +37,10 @@ def param_groups(
     Empty groups are left out.
 
     Raises:
-        UserError: `target_modules` matches nothing, or nothing trainable; or `rank` is too large for a target.
+        UserError: `target_modules` matches nothing, or nothing trainable; `rank` is too large for a target; or an
+            engine has flattened the parameters (FSDP1, DeepSpeed ZeRO-3).
     """
+    refuse_flattened_model(model)
     modules = select_target_modules(model, target_modules)
     targets = {id(module.weight) for module in modules.values()}
     decayed = decayed_names(model)

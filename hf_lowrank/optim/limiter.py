@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def channel_scales(lows: Tensor, moves: Tensor, gain: float) -> Tensor:
+def row_norm(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Euclidean norms over the last dimension."""
+    return torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
+
+
+def channel_scales(
+    lows: Tensor, moves: Tensor, gain: float, norm: Callable[[Tensor, torch.dtype], Tensor] = row_norm
+) -> Tensor:
     """`φ_i = ‖N_i‖ / (‖R_i‖ + 1e-8)` of stacked (k, rows, rank) by row: (k, rows), in at least float32.
 
-    `moves` are bias-corrected; dividing by `gain` undoes that.
+    `moves` are bias-corrected; dividing by `gain` undoes that. `norm` is of a row.
     """
     wide = torch.promote_types(lows.dtype, torch.float32)
-    outcome = torch.linalg.vector_norm(moves, dim=-1, dtype=wide) / gain
-    return outcome / (torch.linalg.vector_norm(lows, dim=-1, dtype=wide) + 1e-8)
+    return norm(moves, wide) / gain / (norm(lows, wide) + 1e-8)
 
 
 def limit_growth_(norms: Tensor, kept: list[Tensor], limit: float) -> Tensor:

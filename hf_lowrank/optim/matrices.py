@@ -6,12 +6,15 @@ projection of W is a right projection of its transpose, so that one set of formu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.optim.places import ALONE, Alone, Cut
+from hf_lowrank.optim.sharding import Sharding, check_divided_by_rows, local_part, sharding_of
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 MATRIX_VIEWS = ("auto", "stack", "flatten")
@@ -29,6 +32,8 @@ class Layout:
         stacked: whether the first dimension counts matrices.
         rank: the rank of the subspace.
         index: the number of the first matrix among all of the optimizer's; keys its random draws.
+        sharding: how the parameter's rows are divided among processes, None where they are not.
+        place: where the parts of each matrix lie. A stack is divided into whole matrices.
     """
 
     count: int
@@ -39,6 +44,15 @@ class Layout:
     stacked: bool
     rank: int
     index: int
+    sharding: Sharding | None = None
+    place: Alone = ALONE
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of the matrices of which this process holds something, among all of the optimizer's."""
+        if self.sharding is None or not self.stacked:
+            return range(self.index, self.index + self.count)
+        return range(*(self.index + bound for bound in self.sharding.bounds(self.count)))
 
     @property
     def low_shape(self) -> tuple[int, int]:
@@ -53,13 +67,20 @@ class Layout:
         """`shape`, with the number of matrices in front where the parameter holds several."""
         return (self.count, *shape) if self.stacked else shape
 
+    def zeros(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A state tensor of zeros, divided as the parameter `like` is."""
+        if self.sharding is None or not shape:
+            return torch.zeros(shape, dtype=dtype, device=like.device)
+        return self.sharding.zeros(shape, like, dtype)
+
     def matrices(self, tensor: Tensor) -> list[Tensor]:
-        """Oriented 2-D views of a weight or gradient of this layout's parameter."""
+        """Oriented 2-D views of what this process holds of a weight or gradient of this layout's parameter."""
         views = tensor.unbind(0) if self.stacked else (_as_matrix(tensor),)
         return [view.mT if self.transposed else view for view in views]
 
     def parts(self, state_tensor: Tensor) -> list[Tensor]:
-        """A state tensor's part for each matrix, as views."""
+        """What this process holds of a state tensor for each matrix, as views."""
+        state_tensor = local_part(state_tensor)
         return list(state_tensor.unbind(0)) if self.stacked else [state_tensor]
 
 
@@ -101,10 +122,12 @@ def make_layout(param: Tensor, name: str, *, rank: int, proj_type: str, matrix: 
     stacked = param.ndim == 3 if matrix == "auto" else matrix == "stack"
     if stacked and param.ndim != 3:
         raise UserError(f"matrix='stack' needs three dimensions, {name} has shape {tuple(param.shape)}")
-    if not stacked and param.ndim > 2 and _as_matrix(param).data_ptr() != param.data_ptr():
+    check_divided_by_rows(param, name)
+    held = local_part(param.detach())
+    if not stacked and held.ndim > 2 and _as_matrix(held).data_ptr() != held.data_ptr():
         raise UserError(f"{name} of shape {tuple(param.shape)} must be contiguous to be seen as a matrix")
     count = param.shape[0] if stacked else 1
-    rows, columns = param.shape[-2:] if stacked or param.ndim == 2 else _as_matrix(param).shape
+    rows, columns = param.shape[-2:] if stacked else (param.shape[0], math.prod(param.shape[1:]))
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(rows, columns):
         raise UserError(
             f"rank must be from 1 to {min(rows, columns)} for {name} of shape {tuple(param.shape)}, got {rank!r}"
@@ -112,13 +135,28 @@ def make_layout(param: Tensor, name: str, *, rank: int, proj_type: str, matrix: 
     transposed = is_transposed(rows, columns, proj_type)
     if transposed:
         rows, columns = columns, rows
+    both, sharding = proj_type == "full", sharding_of(param)
+    place: Alone = ALONE
+    if sharding is not None and not stacked:
+        place = Cut(
+            sharding,
+            rows=rows,
+            columns=columns,
+            low_rows=rank if both else rows,
+            rank=rank,
+            dtype=param.dtype,
+            along_rows=not transposed,
+            both=both,
+        )
     return Layout(
         count=count,
         rows=rows,
         columns=columns,
         transposed=transposed,
-        both=proj_type == "full",
+        both=both,
         stacked=stacked,
         rank=rank,
         index=index,
+        sharding=sharding,
+        place=place,
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.optim.sharding import Sharding, local_part
 
 STATE_DTYPES = ("parameter", "float32", "8bit")
 # torchao's own choice: values that share a scale, and the size below which eight bits are not worth it.
@@ -60,13 +61,14 @@ def moment_dtype(state_dtype: str, param: Tensor) -> torch.dtype:
     return param.dtype if state_dtype == "parameter" or param.dtype == torch.float64 else torch.float32
 
 
-def init_moments(state: dict[str, Any], shape: tuple[int, ...], state_dtype: str, param: Tensor) -> None:
-    """Puts zero moments into `state`; those of a whole parameter lie in memory as it does."""
+def zero_moment(state_dtype: str, param: Tensor) -> Tensor:
+    """A moment of a whole parameter, which lies in memory, and on processes, as it does."""
     dtype = moment_dtype(state_dtype, param)
-    if shape == tuple(param.shape):
-        zeros = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    else:
-        zeros = torch.zeros(shape, dtype=dtype, device=param.device)
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def init_moments(state: dict[str, Any], zeros: Tensor, state_dtype: str) -> None:
+    """Puts two moments into `state` that begin as `zeros`."""
     in_codes = state_dtype == "8bit" and zeros.numel() >= SMALLEST and zeros.numel() % BLOCK == 0
     for key in ("exp_avg", "exp_avg_sq"):
         if in_codes:
@@ -76,9 +78,9 @@ def init_moments(state: dict[str, Any], shape: tuple[int, ...], state_dtype: str
 
 
 def read_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Both moments to compute with: the held tensors themselves, or what eight bits stand for."""
+    """Both moments to compute with: what this process holds of them, itself, or what eight bits stand for."""
     if "exp_avg_scale" not in state:
-        return state["exp_avg"], state["exp_avg_sq"]
+        return local_part(state["exp_avg"]), local_part(state["exp_avg_sq"])
     return (
         dequantize(state["exp_avg"], state["exp_avg_scale"], signed=True),
         dequantize(state["exp_avg_sq"], state["exp_avg_sq_scale"], signed=False),
@@ -90,17 +92,25 @@ def write_moments(state: dict[str, Any], exp_avg: Tensor, exp_avg_sq: Tensor) ->
     if "exp_avg_scale" in state:
         state["exp_avg"], state["exp_avg_scale"] = quantize(exp_avg, signed=True)
         state["exp_avg_sq"], state["exp_avg_sq_scale"] = quantize(exp_avg_sq, signed=False)
-    elif exp_avg is not state["exp_avg"]:
-        state["exp_avg"].copy_(exp_avg)
-        state["exp_avg_sq"].copy_(exp_avg_sq)
+    elif exp_avg is not local_part(state["exp_avg"]):
+        local_part(state["exp_avg"]).copy_(exp_avg)
+        local_part(state["exp_avg_sq"]).copy_(exp_avg_sq)
 
 
-def round_stochastically_(target: Tensor, values: Tensor, generator: torch.Generator) -> None:
+def round_stochastically_(
+    target: Tensor, values: Tensor, generator: torch.Generator, rows: tuple[Sharding, int] | None = None
+) -> None:
     """Writes float32 `values` into bfloat16 `target`, up or down at random such that the mean is exact.
+
+    Where `values` are a process's part of several rows, `rows` says how those are divided, and how many there are: the
+    draws are those of the whole.
 
     A bfloat16 is the upper half of a float32: adding 16 random bits below it and cutting them off rounds up with
     just the probability of the part that is cut.
     """
     bits = values.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
+    shape = bits.shape if rows is None else (rows[1], *bits.shape[1:])
+    noise = torch.randint(0, 1 << 16, shape, generator=generator, device=bits.device, dtype=torch.int32)
+    if rows is not None:
+        noise = rows[0].part(noise)
     target.copy_(noise.add_(bits).bitwise_and_(-65536).view(torch.float32))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim._muon import muon
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim.base import Bound, Entry, Params, TargetedAdamW, is_count
 from hf_lowrank.optim.groups import param_groups
+from hf_lowrank.optim.sharding import Sharding, check_divided_by_rows, local_part, sharding_of
 
 ADJUST_LR = ("original", "match_rms_adamw")
+
+
+def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
+    """torch's Newton–Schulz iteration, which computes in bfloat16 and returns that."""
+    return _zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), steps, 1e-7)
 
 
 class MuonAdamW(TargetedAdamW):
@@ -74,6 +81,14 @@ class MuonAdamW(TargetedAdamW):
             raise UserError(
                 f"{self.name_of(param)} of shape {tuple(param.shape)} is no matrix; put it into a group without muon"
             )
+        check_divided_by_rows(param, self.name_of(param))
+        self._shardings[param] = sharding_of(param)
+
+    def _forget(self) -> None:
+        self._shardings: MutableMapping[Tensor, Sharding | None] = WeakTensorKeyDictionary()
+
+    def _how(self, group: dict[str, Any], param: Tensor) -> str:
+        return "Muon"
 
     def _choices(self) -> dict[str, tuple[str, ...]]:
         return super()._choices() | {"adjust_lr_fn": ADJUST_LR}
@@ -85,28 +100,52 @@ class MuonAdamW(TargetedAdamW):
         }
 
     def _update_targets(self, entries: Sequence[Entry]) -> None:
+        for turn in self._turns(entries):
+            updates = [self._momentum(entry) for entry in turn]
+            for entry, update in zip(turn, self._orthogonalised(turn, updates), strict=True):
+                lr = float(entry.group["lr"])
+                wide = entry.weight.float() if self._rounds(entry) else entry.weight
+                wide.mul_(1 - lr * entry.group["weight_decay"])
+                wide.add_(update, alpha=-_adjust_lr(lr, entry.group["adjust_lr_fn"], entry.param.shape))
+                self._write_weight(entry, wide)
+
+    def _momentum(self, entry: Entry) -> Tensor:
+        """The gradient's running mean, with Nesterov's look ahead: this process's rows of it."""
+        state, momentum = self.state[entry.param], entry.group["momentum"]
+        if not state:
+            state["step"] = 0
+            state["momentum_buffer"] = torch.zeros_like(entry.param, memory_format=torch.preserve_format)
+        state["step"] += 1
+        mean = local_part(state["momentum_buffer"])
+        mean.lerp_(entry.grad, 1 - momentum)
+        return entry.grad.lerp(mean, momentum) if entry.group["nesterov"] else mean
+
+    def _turns(self, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+        """Sharded matrices together, as many as there are processes; others one at a time."""
+        alike: dict[Any, list[Entry]] = {}
         for entry in entries:
-            state = self.state[entry.param]
-            if not state:
-                state["step"] = 0
-                state["momentum_buffer"] = torch.zeros_like(entry.param, memory_format=torch.preserve_format)
-            state["step"] += 1
-            wide = entry.param.float() if self._rounds(entry) else entry.param
-            muon(
-                [wide],
-                [entry.grad],
-                [state["momentum_buffer"]],
-                lr=float(entry.group["lr"]),
-                weight_decay=entry.group["weight_decay"],
-                momentum=entry.group["momentum"],
-                nesterov=entry.group["nesterov"],
-                ns_coefficients=(3.4445, -4.7750, 2.0315),
-                eps=1e-7,
-                ns_steps=entry.group["ns_steps"],
-                adjust_lr_fn=entry.group["adjust_lr_fn"],
-                has_complex=False,
-            )
-            self._write_weight(entry, wide)
+            sharding = self._shardings[entry.param]
+            key = id(entry.param) if sharding is None else (sharding.key, entry.weight.dtype, entry.weight.device)
+            alike.setdefault(key, []).append(entry)
+        for members in alike.values():
+            sharding = self._shardings[members[0].param]
+            size = 1 if sharding is None else sharding.size
+            for start in range(0, len(members), size):
+                yield members[start : start + size]
+
+    def _orthogonalised(self, turn: Sequence[Entry], updates: list[Tensor]) -> list[Tensor]:
+        """Newton–Schulz of whole matrices, each by one process; every process gets its rows."""
+        sharding = self._shardings[turn[0].param]
+        if sharding is None:
+            return [
+                orthogonalise(update, entry.group["ns_steps"]) for entry, update in zip(turn, updates, strict=True)
+            ]
+        owners = list(range(len(turn)))
+        shapes = [tuple(entry.param.shape) for entry in turn]
+        wholes = sharding.to_owners(updates, owners, [rows for rows, _ in shapes])
+        done = {i: orthogonalise(whole, turn[i].group["ns_steps"]).contiguous() for i, whole in wholes.items()}
+        like = updates[0].new_empty(0, dtype=torch.bfloat16)
+        return sharding.from_owners(done, owners, shapes, like)
 
     def _kept_dtype(self, key: str, value: Tensor, group: dict[str, Any], param: Tensor) -> torch.dtype:
         return param.dtype if key == "momentum_buffer" else super()._kept_dtype(key, value, group, param)

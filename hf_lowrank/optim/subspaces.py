@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_lowrank.optim.places import ALONE, Alone
+
 
 def draw_generator(device: torch.device, *key: int) -> torch.Generator:
     """A generator on `device` seeded by `key` alone, so that any draw can be repeated after a resume or elsewhere."""
@@ -122,16 +124,16 @@ def random_columns(request: Request) -> Tensor:
     return chosen.sort().values.to(request.grad.device)
 
 
-def captured_energy(grad: Tensor, basis: Tensor) -> Tensor:
+def captured_energy(grad: Tensor, basis: Tensor, place: Alone = ALONE) -> Tensor:
     """Share of the gradient's squared norm inside the span of an orthonormal `basis`, 0 to 1 (1 for zero)."""
     work = grad.to(basis.dtype)
-    total = work.square().sum()
-    return torch.where(total > 0, (work @ basis).square().sum() / total, torch.ones_like(total))
+    total = place.sum(work.square().sum())
+    return torch.where(total > 0, place.energy(work @ basis) / total, torch.ones_like(total))
 
 
-def subspace_overlap(basis: Tensor, other: Tensor) -> Tensor:
+def subspace_overlap(basis: Tensor, other: Tensor, place: Alone = ALONE) -> Tensor:
     """`‖UᵀV‖_F² / k` of two orthonormal bases (columns, k): 1 for one span, k / columns for random ones."""
-    return (basis.mT @ other).square().sum() / basis.shape[-1]
+    return place.sum(basis.mT @ other).square().sum() / basis.shape[-1]
 
 
 # What a group's `subspace` may be. "gaussian" is drawn anew at each step from its seed and never stored.
@@ -142,3 +144,6 @@ SUBSPACES: dict[str, Callable[[Request], Tensor]] = {
     "columns": random_columns,
 }
 UNSTORED = "gaussian"
+# Those whose basis is the indices of columns, and those that begin from the last basis.
+OF_INDICES = ("columns",)
+FROM_THE_LAST = ("randomized",)
