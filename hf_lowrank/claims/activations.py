@@ -92,17 +92,13 @@ def _measured(study: Study) -> tuple[str, Callable[[float], float], str]:
     return next((entry for entry in DISTANCES if entry[0] in rows), DISTANCES[0])
 
 
-def _baseline_runs(study: Study) -> set[str]:
-    return {run.path.resolve().name for (method, _), run in study.runs.items() if method == study.baseline}
-
-
 def _other_baselines(study: Study, metric: str) -> dict[str, str]:
     """Of methods that were compared with runs that are not the baseline's: with which."""
     return {
         method: f"measured against {row.baseline}, which is no run of the baseline here"
         for (method, _), run in study.runs.items()
         for row in run.model_rows(metric)
-        if row.value is not None and row.baseline not in _baseline_runs(study)
+        if row.value is not None and row.baseline not in study.baseline_names
     }
 
 
@@ -110,11 +106,10 @@ def _of_run(
     study: Study, run: RunRecord, metric: str, distance: Callable[[float], float]
 ) -> Iterable[tuple[int, str, float, Layers]]:
     """(step, settings, the model's distance, each layer's) of one run, against runs of the baseline only."""
-    bases = _baseline_runs(study)
     layers: dict[tuple[int, str], dict[int, float]] = {}
     whole: dict[tuple[int, str], float] = {}
     for row in run.rows:
-        if row.metric != metric or row.value is None or row.baseline not in bases:
+        if row.metric != metric or row.value is None or row.baseline not in study.baseline_names:
             continue
         key = (row.step, kind_of(row.settings))
         if match := _LAYER.fullmatch(row.scope):

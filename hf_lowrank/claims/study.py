@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT
@@ -45,6 +46,11 @@ class Study:
     @property
     def confidence(self) -> float:
         return 1.0 - self.alpha
+
+    @cached_property
+    def baseline_names(self) -> frozenset[str]:
+        """What rows that compare with the baseline call its runs."""
+        return frozenset(run.path.resolve().name for (m, _), run in self.runs.items() if m == self.baseline)
 
     def title(self, method: str) -> str:
         return self.titles.get(method, method)
