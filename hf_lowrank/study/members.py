@@ -102,6 +102,7 @@ def _compare_strangers(
     baseline = file.settings.baseline
     # Where the baseline is a stranger, it is compared with what is trained here, and so is every other stranger.
     reference = baseline if baseline in recipes or not recipes else next(iter(recipes))
+    tokenizer: PreTrainedTokenizerBase | None
     if reference in recipes:
         shape, tokenizer = _shape_of_recipe(recipes[reference])
     else:

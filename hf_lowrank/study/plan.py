@@ -172,7 +172,8 @@ class _Costs:
         """The member's costs."""
         if member not in self._costs:
             study = self._study
-            folders = [run.folder for run in [*study.of(member), *study.attempts] if run.member == member]
+            folders = [run.folder for run in study.of(member)]
+            folders += [attempt.folder for attempt in study.attempts if attempt.member == member]
             facts = [fact for folder in folders if (fact := read_facts(folder)).get("wall_seconds")]
             self._costs[member] = _recorded(facts) if facts else probe(self.recipe(member), self._threads)
         return self._costs[member]
@@ -195,7 +196,8 @@ def _recorded(facts: list[dict[str, Any]]) -> Costs:
 def _seconds(study: Study, stage: str, unit: units.Unit, timings: Mapping[str, float], costs: _Costs) -> float | None:
     """What a unit will take: of training from the step's cost, of the rest from units like it that have run."""
     if stage in ("sweep", "train"):
-        run: Any = next(run for run in [*study.attempts, *study.runs] if run.name == unit.name)
+        every: list[Any] = [*study.attempts, *study.runs]
+        run = next(run for run in every if run.name == unit.name)
         recipe = study.recipe(run)
         step = costs.of(run.member).step_seconds
         steps = recipe.training.get("max_steps")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 Say = Callable[[str], None]
@@ -20,7 +20,9 @@ class Progress:
         stream: a terminal for the line that changes; None: plain lines only.
     """
 
-    def __init__(self, estimates: dict[str, float | None], jobs: int, say: Say, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, estimates: Mapping[str, float | None], jobs: int, say: Say, stream: TextIO | None = None
+    ) -> None:
         self._left, self._jobs, self._say, self._stream = dict(estimates), jobs, say, stream
         self.known = set(estimates)
         self._total, self._done = len(estimates), 0
@@ -29,7 +31,7 @@ class Progress:
         self._taken: dict[str, list[float]] = {}
         self.seconds: dict[str, float] = {}
 
-    def more(self, estimates: dict[str, float | None]) -> None:
+    def more(self, estimates: Mapping[str, float | None]) -> None:
         """Units that were not known of before."""
         self._left |= estimates
         self.known |= set(estimates)

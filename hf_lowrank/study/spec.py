@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,18 @@ class _Block(BaseModel):
 class MemberSettings(_Block):
     """One of `members:`: a recipe to train by, or checkpoints that others trained."""
 
-    recipe: str | None = Field(None, description="a recipe file")
-    learning_rate: float | None = Field(None, gt=0, description="of the recipe; a member with one is not swept")
+    recipe: str | None = Field(default=None, description="a recipe file")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="of the recipe; a member with one is not swept"
+    )
     overrides: list[str] = Field(default_factory=list, alias="set", description="overrides, as `train --set`")
-    runs: list[str] | None = Field(None, min_length=1, description="folders of checkpoints, or Hub repositories")
-    revisions: str | None = Field(None, description="runs: which revisions are checkpoints, as 'step*'")
-    method: str | None = Field(None, description="runs: what tables call the method; the member's name unless told")
+    runs: list[str] | None = Field(
+        default=None, min_length=1, description="folders of checkpoints, or Hub repositories"
+    )
+    revisions: str | None = Field(default=None, description="runs: which revisions are checkpoints, as 'step*'")
+    method: str | None = Field(
+        default=None, description="runs: what tables call the method; the member's name unless told"
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> MemberSettings:
@@ -49,7 +56,7 @@ class SweepSettings(_Block):
     """`sweep:`: each member's learning rate is the one of the lowest final loss."""
 
     learning_rate: list[float] = Field(min_length=1, description="the rates to try")
-    seed: int = Field(1000, ge=0, lt=2**32, description="of every run of the sweep")
+    seed: int = Field(default=1000, ge=0, lt=2**32, description="of every run of the sweep")
     overrides: list[str] = Field(default_factory=list, alias="set", description="overrides of every run of the sweep")
 
     @field_validator("learning_rate")
@@ -64,32 +71,36 @@ class SweepSettings(_Block):
 class MeasureSettings(_Block):
     """`measure:`: keywords of `hf_lowrank.measure.measure`, and `pairs`."""
 
-    metrics: Names = Field(None, description="ids, dimensions or groups")
-    steps: Steps = Field(None, description="all, last, or numbers")
-    preset: str = Field("fast", description="fast or paper")
-    settings: dict[str, Any] | str | None = Field(None, description="over the preset's, as a mapping or a YAML file")
-    device: str | None = Field(None, description="where models are evaluated")
-    evaluation_set: str | None = Field(None, description="sequences or a text for all runs; None: each run's own")
-    pairs: Steps = Field(None, description="steps of method_barrier between every two members of equal seed")
+    metrics: Names = Field(default=None, description="ids, dimensions or groups")
+    steps: Steps = Field(default=None, description="all, last, or numbers")
+    preset: str = Field(default="fast", description="fast or paper")
+    settings: dict[str, Any] | str | None = Field(
+        default=None, description="over the preset's, as a mapping or a YAML file"
+    )
+    device: str | None = Field(default=None, description="where models are evaluated")
+    evaluation_set: str | None = Field(
+        default=None, description="sequences or a text for all runs; None: each run's own"
+    )
+    pairs: Steps = Field(default=None, description="steps of method_barrier between every two members of equal seed")
 
 
 class EvaluateSettings(_Block):
     """`evaluate:`: keywords of `hf_lowrank.downstream.evaluate`."""
 
-    tasks: Names = Field(None, description="lm-eval tasks or groups")
-    steps: Steps = Field(None, description="all, last, or numbers")
-    limit: int | None = Field(None, ge=1, description="items of each task")
-    batch_size: int | None = Field(None, ge=1, description="requests at once")
-    device: str | None = Field(None, description="where models are evaluated")
+    tasks: Names = Field(default=None, description="lm-eval tasks or groups")
+    steps: Steps = Field(default=None, description="all, last, or numbers")
+    limit: int | None = Field(default=None, ge=1, description="items of each task")
+    batch_size: int | None = Field(default=None, ge=1, description="requests at once")
+    device: str | None = Field(default=None, description="where models are evaluated")
 
 
 class PredictSettings(_Block):
     """`predict:`: keywords of `hf_lowrank.downstream.predict`."""
 
-    tasks: Names = Field(None, description="tasks whose mean score is predicted")
-    metrics: Names = Field(None, description="metrics that may help")
-    permutations: int = Field(199, ge=1, description="of the permutation test")
-    seed: int = Field(0, ge=0, description="of bootstrap and permutations")
+    tasks: Names = Field(default=None, description="tasks whose mean score is predicted")
+    metrics: Names = Field(default=None, description="metrics that may help")
+    permutations: int = Field(default=199, ge=1, description="of the permutation test")
+    seed: int = Field(default=0, ge=0, description="of bootstrap and permutations")
 
 
 class StudySettings(_Block):
@@ -101,15 +112,15 @@ class StudySettings(_Block):
     seeds: list[int] = Field(default=[0], min_length=1, description="one run of each recipe for each")
     overrides: list[str] = Field(default_factory=list, alias="set", description="overrides of every recipe")
     sweep: SweepSettings | None = None
-    measure: MeasureSettings = Field(default_factory=MeasureSettings)
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
-    predict: PredictSettings = Field(default_factory=PredictSettings)
+    measure: MeasureSettings = MeasureSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    predict: PredictSettings = PredictSettings()
     evaluation_text: str | None = Field(
         None, description="a text for the losses, where no member is trained here and none brings sequences"
     )
-    stages: list[Literal[STAGES]] | None = Field(None, description="what runs unless --stages")  # type: ignore[valid-type]
-    jobs: int | None = Field(None, ge=1, description="units side by side; None: one an accelerator, else one")
-    threads: int | None = Field(None, ge=1, description="CPU threads of each; None: the cores, shared out")
+    stages: list[Literal[STAGES]] | None = Field(default=None, description="what runs unless --stages")  # type: ignore[valid-type]
+    jobs: int | None = Field(default=None, ge=1, description="units side by side; None: one an accelerator, else one")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of each; None: the cores, shared out")
 
     @field_validator("members", mode="before")
     @classmethod
@@ -154,7 +165,7 @@ class StudyFile:
         return UserError(f"{self.layers.origin(key)}: {key} {message}" if key else f"{self.path}: {message}")
 
 
-def load_study(path: str | Path) -> StudyFile:
+def load_study(path: str | os.PathLike[str]) -> StudyFile:
     """Reads and validates a study file by itself; what it names is looked at by `checks.prepare`.
 
     `extends: other.yaml` lays it over another study, key by key; paths count from the file that names them.
@@ -190,7 +201,8 @@ def _with_absolute_paths(study: StudyFile) -> StudySettings:
 
     members = {}
     for name, member in settings.members.items():
-        key, changes = f"members.{name}", {}
+        key = f"members.{name}"
+        changes: dict[str, Any] = {}
         if member.recipe is not None:
             changes["recipe"] = absolute(f"{key}.recipe", member.recipe)
         if member.runs is not None:
@@ -213,11 +225,12 @@ def _with_absolute_paths(study: StudyFile) -> StudySettings:
 def _translated(error: ValidationError, layers: Layers) -> UserError:
     """The first of pydantic's complaints as one line of ours."""
     first = error.errors(include_url=False)[0]
-    path, model = [], StudySettings
+    path: list[str] = []
+    model: type[BaseModel] | None = StudySettings
     # A union's branches follow the field's own name; the fields are what the user wrote.
     for part in first["loc"]:
-        names = {field.alias or name for name, field in model.model_fields.items()} if model else set()
-        inner = _inner(model, str(part)) if model else None
+        names = _names(model)
+        inner = _inner(model, str(part))
         if model is None and not (path and path[0] == "members" and len(path) == 1):
             break
         path.append(str(part))
@@ -226,7 +239,7 @@ def _translated(error: ValidationError, layers: Layers) -> UserError:
             continue
         if part not in names:
             break
-        model = inner  # type: ignore[assignment]
+        model = inner
     key = ".".join(path)
     where = layers.origin(key) if key else str(layers.path)
     message = first["msg"].removeprefix("Value error, ")
@@ -240,16 +253,24 @@ def _translated(error: ValidationError, layers: Layers) -> UserError:
     return UserError(f"{where}: {key}: {message[:1].lower()}{message[1:]}, got {first['input']!r}")
 
 
-def _inner(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    blocks = {"sweep": SweepSettings, "measure": MeasureSettings, "evaluate": EvaluateSettings}
-    blocks["predict"] = PredictSettings
+def _inner(model: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
+    """The block that a key of the study opens."""
+    blocks: dict[str, type[BaseModel]] = {
+        "sweep": SweepSettings,
+        "measure": MeasureSettings,
+        "evaluate": EvaluateSettings,
+        "predict": PredictSettings,
+    }
     return blocks.get(name) if model is StudySettings else None
 
 
+def _names(model: type[BaseModel] | None) -> set[str]:
+    """The keys of a block, as they are written."""
+    return set() if model is None else {field.alias or name for name, field in model.model_fields.items()}
+
+
 def _allowed(path: list[str]) -> set[str]:
-    model: type[BaseModel] | None = StudySettings
+    """The keys that may stand below `path`."""
     if path[:1] == ["members"]:
-        model = MemberSettings
-    elif path:
-        model = _inner(StudySettings, path[0])
-    return {field.alias or name for name, field in (model or StudySettings).model_fields.items()}
+        return _names(MemberSettings)
+    return _names(_inner(StudySettings, path[0]) if path else StudySettings)

@@ -79,7 +79,8 @@ def make_view(work: dict[str, Any]) -> None:
     recipe = dict(work["recipe"])
     own = theirs.run.recipe
     if own is not None:
-        method = own.get("method") if isinstance(own.get("method"), dict) else {}
+        said = own.get("method")
+        method: dict[str, Any] = said if isinstance(said, dict) else {}
         name = recipe["method"]["name"] if work["renamed"] else method.get("name", recipe["method"]["name"])
         recipe = {**recipe, **own, "name": recipe["name"], "method": {**method, "name": name}}
     # With its recipe the view is whole.

@@ -301,4 +301,4 @@ PERFORM: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "predict": _stamped(_predict),
     "claims": _stamped(_claims),
     "report": _report,
-}  # type: ignore[dict-item]
+}

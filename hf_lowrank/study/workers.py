@@ -190,9 +190,11 @@ class Processes:
             environ["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
         process = subprocess.Popen(
             [sys.executable, "-m", "hf_lowrank.study.worker", str(os.getpid()), "once"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ,
-            **({"pass_fds": self._keep} if os.name == "posix" else {}),
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environ,
+            pass_fds=self._keep if os.name == "posix" else (),
+        )
         line = json.dumps({"key": key, "work": work, "log": str(log)}) + "\n"
         with suppress(BrokenPipeError):
             process.stdin.write(line.encode())  # type: ignore[union-attr]

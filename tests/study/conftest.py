@@ -1,5 +1,6 @@
 """A study small enough for seconds: a corpus of random words, a model of a few thousand parameters."""
 
+import json
 import random
 
 import pytest
@@ -31,18 +32,25 @@ MEASURE = {"metrics": ["loss", "weight_stable_rank", "method_barrier"], "setting
 EVALUATE = {"tasks": "pylib_bits_per_byte", "limit": 8, "steps": "last"}
 
 
-def make_text(seed, lines=700):
+def make_text(seed, lines=700, words=6):
     """Lines of words that mostly follow each other in one order."""
     generator = random.Random(seed)
-    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+    known = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     place, text = 0, []
     for _ in range(lines):
         line = []
-        for _ in range(generator.randint(4, 9)):
-            place = (place + 1) % len(words) if generator.random() < 0.8 else generator.randrange(len(words))
-            line.append(words[place])
+        for _ in range(generator.randint(1, 2 * words - 1)):
+            place = (place + 1) % len(known) if generator.random() < 0.8 else generator.randrange(len(known))
+            line.append(known[place])
         text.append(" ".join(line) + ".")
     return "\n".join(text)
+
+
+def write_corpus(folder):
+    """A text to train on, and enough documents to evaluate on that downstream items can be made of them."""
+    (folder / "train.txt").write_text(make_text(0))
+    documents = [json.dumps({"text": make_text(seed, lines=85, words=2)}) for seed in range(1, 180)]
+    (folder / "held.jsonl").write_text("\n".join(documents))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -58,8 +66,7 @@ def cache(tmp_path_factory):
 def corpus(tmp_path_factory):
     """A folder with a text to train on and one to evaluate on."""
     folder = tmp_path_factory.mktemp("corpus")
-    (folder / "train.txt").write_text(make_text(0))
-    (folder / "held.txt").write_text(make_text(1))
+    write_corpus(folder)
     return folder
 
 
@@ -71,7 +78,7 @@ def write_recipe(folder, corpus, method, file=None, **changes):
         "data": {
             "source": "files",
             "train_files": [str(corpus / "train.txt")],
-            "held_out_files": [str(corpus / "held.txt")],
+            "held_out_files": [str(corpus / "held.jsonl")],
             "sequence_length": 24,
             "vocabulary_size": 300,
             "evaluation_sequences": 8,
