@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from hf_lowrank.methods import METHODS
+from hf_lowrank.study.spec import load_study
 from hf_lowrank.training import load_recipe
 from hf_lowrank.training.yaml_files import parse_yaml
 
@@ -275,35 +276,36 @@ def test_no_study_is_forgotten():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_studies_name_recipes_that_are_there(name):
-    file = RECIPES / "studies" / f"{name}.yaml"
     tree, members, seeds = STUDIES[name]
-    study = parse_yaml(file.read_text())
-    assert list(study["members"]) == members
-    for member, path in study["members"].items():
-        assert (file.parent / path).resolve() == (RECIPES / tree / f"{member}.yaml").resolve()
-    assert (study["name"], study["baseline"]) == (name, "full_rank")
-    assert study["seeds"] == list(range(seeds))
+    study = load_study(RECIPES / "studies" / f"{name}.yaml").settings
+    assert list(study.members) == members
+    for member, settings in study.members.items():
+        assert Path(settings.recipe).resolve() == (RECIPES / tree / f"{member}.yaml").resolve()
+    assert (study.name, study.baseline, study.stages) == (name, "full_rank", None)
+    assert study.seeds == list(range(seeds))
     every = recipe(tree, "full_rank").training["save_steps"]
-    steps = study["evaluate"].get("steps", [])
-    assert steps == "last" or all(step % every == 0 for step in steps)
-    assert set(study) <= {"name", "baseline", "members", "seeds", "sweep", "measure", "evaluate", "jobs", "threads"}
+    steps = study.evaluate.steps
+    assert steps in (None, "last") or all(step % every == 0 for step in steps)
+    assert study.measure.preset == ("paper" if name.startswith("paper") else "fast")
+    assert (study.jobs, study.threads) == ((1, None) if name.startswith("paper") else (2, 1))
 
 
 def test_the_sweep_of_the_nano_study():
-    study = parse_yaml((RECIPES / "studies/nano.yaml").read_text())
-    assert study["sweep"] == {
-        "learning_rate": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
-        "seed": 1000,
-        "set": ["training.save_steps=400", "training.eval_steps=100"],
-    }
-    assert study["evaluate"]["steps"] == [100, 200, 300, 400]
-    assert study["measure"] == {"pairs": "last"}
+    study = load_study(RECIPES / "studies/nano.yaml").settings
+    assert study.sweep.learning_rate == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+    assert (study.sweep.seed, study.overrides) == (1000, [])
+    assert study.sweep.overrides == ["training.save_steps=400", "training.eval_steps=100"]
+    assert study.evaluate.steps == [100, 200, 300, 400]
+    assert study.measure.pairs == "last"
+    assert all(
+        load_study(RECIPES / f"studies/{name}.yaml").settings.sweep is None for name in STUDIES if name != "nano"
+    )
 
 
 def test_strangers_are_measured_without_training():
-    study = parse_yaml((RECIPES / "studies/pythia.yaml").read_text())
-    assert study["baseline"] in study["members"]
-    for member in study["members"].values():
-        assert member["revisions"] == "step*"
-        assert all(run.startswith("EleutherAI/pythia-70m") for run in member["runs"])
-    assert (RECIPES / "studies" / study["measure"]["evaluation_set"]).is_file()
+    study = load_study(RECIPES / "studies/pythia.yaml").settings
+    assert not {"sweep", "train"} & set(study.stages)
+    for member in study.members.values():
+        assert (member.recipe, member.revisions) == (None, "step*")
+        assert all(run.startswith("EleutherAI/pythia-70m") for run in member.runs)
+    assert Path(study.evaluation_text).is_file()
