@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from typing import Any
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.card_facts import log_history, read_yaml, section
+from hf_lowrank.hub.privacy import one_line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,13 @@ def draw(run: Path) -> dict[str, bytes]:
 def _report_pictures(run: Path) -> dict[str, bytes]:
     """The report's figures of this one run."""
     from hf_lowrank.report.plots import PLOTS
+    from hf_lowrank.report.runs import load_run
 
+    try:
+        load_run(run)
+    except UserError as error:
+        logger.warning("no pictures of the measurements: %s", one_line(error))
+        return {}
     pictures = {}
     for name, picture in PICTURES.items():
         if picture.plot:

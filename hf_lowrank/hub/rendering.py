@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from hf_lowrank.files import whole_file, write_text
 from hf_lowrank.hub.card_facts import read_yaml, section
 from hf_lowrank.hub.cards import model_card
 from hf_lowrank.hub.pictures import PICTURES, draw
+
+NAME = re.compile(r"\w[\w-]*", re.ASCII)
 
 
 def render_cards(
@@ -62,7 +65,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
         recipe = read_yaml(run / "recipe.yaml")
         methods.append(str(section(recipe, "method").get("name") or run.resolve().name))
     names = [
-        method if methods.count(method) == 1 and Path(method).name == method else run.resolve().name
+        method if methods.count(method) == 1 and NAME.fullmatch(method) else run.resolve().name
         for run, method in zip(runs, methods, strict=True)
     ]
     for name in names:
