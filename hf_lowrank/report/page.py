@@ -31,7 +31,7 @@ FILE_NAME = "report.html"
 # In the order in which they are run; together they are one script.
 SCRIPTS = (
     "core.js", "chart.js", "strip.js", "scatter.js", "heat.js", "table.js", "figures.js", "scores.js", "stage.js",
-    "page.js",
+    "boards.js", "page.js",
 )  # fmt: skip
 _PACKAGES = ("hf-lowrank", "torch", "transformers", "accelerate", "peft")
 

@@ -181,7 +181,15 @@ def _study(study: Study, numbers: dict[str, int]) -> dict[str, Any]:
         rows = found.get("rows")
         rows = rows if isinstance(rows, list) and len(rows) == len(prediction.get("seen", ())) else []
         prediction["rows"] = [[str(row[0]).rsplit("/", 1)[-1], row[1]] for row in rows]
-    return {"sweep": sweep, "prediction": prediction}
+    claims = [
+        [
+            *(claim.id, claim.statement, claim.verdict, part.part, part.label),
+            *(part.effect, part.low, part.high, part.unit or claim.whole.unit, part.p_value, part.n),
+        ]
+        for claim in study.claims
+        for part in (claim.whole, *claim.details)
+    ]
+    return {"sweep": sweep, "prediction": prediction, "claims": claims}
 
 
 def _finite(value: Any) -> float | None:

@@ -131,7 +131,7 @@ def _downstream(runs: Sequence[RunRecord], notes: list[str]) -> Criterion:
         + (", ".join(tasks) if tasks else "the tasks")
         + ": 0 is guessing, 1 is every item right; at the last checkpoint. Higher is better."
     )
-    return Criterion("downstream", "Downstream", "above chance", help_, "higher", last, _plain, "difference")
+    return Criterion("downstream", "Downstream", "above chance", help_, "higher", last, loss_text, "difference")
 
 
 _MEMORY_KINDS = {
@@ -281,7 +281,7 @@ def _standing(criterion: Criterion, estimate: Estimate, rank: int, tied: bool, c
         return replace(one, note="one seed, no interval")
     low, high = criterion.shown(estimate.low), criterion.shown(estimate.high)
     spread = high - low > abs(value) * 1e-6
-    interval = f"{criterion.text(low)} – {criterion.text(high)}" if spread else "no spread"
+    interval = f"{criterion.text(low)} – {criterion.text(high)}" if spread else "equal for all seeds"
     return replace(one, low=low, high=high, interval=interval)
 
 
@@ -297,7 +297,9 @@ def _beside(standing: Standing, criterion: Criterion, values: Values, name: str)
     write = signed_share if criterion.against != "difference" else lambda v: signed(v, criterion.text)
     interval = ""
     if found.low is not None and found.high is not None:
-        interval = f"{write(found.low)} to {write(found.high)}" if found.high - found.low > 1e-9 else "no spread"
+        interval = (
+            f"{write(found.low)} to {write(found.high)}" if found.high - found.low > 1e-9 else "equal for all seeds"
+        )
     return replace(standing, beside=write(found.mean), beside_interval=interval)
 
 

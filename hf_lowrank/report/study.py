@@ -17,7 +17,7 @@ VERDICTS: tuple[Verdict, ...] = ("reproduced", "contradicted", "undecided")
 
 @dataclass(frozen=True)
 class Effect:
-    """An effect with its 95 % interval; None where there is none."""
+    """An effect with its interval, None where there is none; `part` and `verdict` as in `hf_lowrank.claims.Detail`."""
 
     label: str
     effect: float | None
@@ -25,6 +25,10 @@ class Effect:
     high: float | None
     p_value: float | None
     n: int | None
+    unit: str = ""
+    part: str = ""
+    verdict: Verdict | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,9 @@ class Claim:
     statement: str
     verdict: Verdict
     whole: Effect
-    unit: str
     test: str
     reason: str
+    sentence: str
     details: tuple[Effect, ...]
 
 
@@ -123,7 +127,19 @@ def _number(value: Any) -> float | None:
 def _effect(entry: Mapping[str, Any], label: str) -> Effect:
     n = entry.get("n")
     effect, low, high, p_value = (_number(entry.get(key)) for key in ("effect", "ci_low", "ci_high", "p_value"))
-    return Effect(label, effect, low, high, p_value, n if isinstance(n, int) and not isinstance(n, bool) else None)
+    verdict = entry.get("verdict")
+    return Effect(
+        label=label,
+        effect=effect,
+        low=low,
+        high=high,
+        p_value=p_value,
+        n=n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else None,
+        unit=str(entry.get("unit") or ""),
+        part=str(entry.get("part") or ""),
+        verdict=verdict if verdict in VERDICTS else None,
+        reason=str(entry.get("reason") or ""),
+    )
 
 
 def _claim(entry: Mapping[str, Any]) -> Claim:
@@ -134,9 +150,9 @@ def _claim(entry: Mapping[str, Any]) -> Claim:
         statement=str(entry["statement"]),
         verdict=entry["verdict"],
         whole=_effect(entry, "Overall"),
-        unit=str(entry.get("unit") or ""),
         test=str(entry.get("test") or ""),
         reason=str(entry.get("reason") or ""),
+        sentence=str(entry.get("sentence") or ""),
         details=tuple(_effect(detail, str(detail["label"])) for detail in entry.get("details") or []),
     )
 

@@ -11,6 +11,9 @@ from hf_lowrank.report.runs import RunRecord
 from hf_lowrank.report.standings import BASELINE, SEEDS_FOR_A_VERDICT, Standings, beaten, by_seed, read, versus
 from hf_lowrank.report.statistics import Estimate, mean_interval
 
+# Shares of memory and speed below this are called the same.
+SAME = 0.02
+
 
 def losses_by_method(runs: Sequence[RunRecord]) -> dict[str, dict[int, float]]:
     """Final loss by method and seed; a run without a seed counts as a seed of its own (negative)."""
@@ -89,28 +92,28 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
     if not found:
         return ""
     nearest = min(found, key=lambda name: found[name].mean)
-    parts = [f"{title[nearest]} is the best of the others: {_lost(found[nearest])}"]
+    parts = [f"Beside full-rank training, {title[nearest]} ends {_lost(found[nearest])}"]
     saved = beside("memory", nearest)
     quicker = beside("speed", nearest)
     if saved is not None:
         parts[0] += f", with {_more_or_less(saved.mean)} memory"
     if quicker is not None:
-        parts[0] += f" {'and' if saved is not None else 'with'} {significant(1 + quicker.mean, 2)} times the speed"
+        much = f"{significant(1 + quicker.mean, 2)} times" if abs(quicker.mean) >= SAME else "about"
+        parts[0] += f"{' and' if saved is not None else ', with'} {much} the speed"
     sizes = {name: share.mean for name in found if (share := beside("memory", name)) is not None}
     lightest = min(sizes, key=lambda name: (sizes[name], found[name].mean), default=nearest)
     if lightest != nearest and sizes[lightest] < min(sizes.get(nearest, 0.0), 0.0) - 0.005:
-        parts.append(
-            f"{title[lightest]} needs the least memory, {_more_or_less(sizes[lightest])} than full-rank: "
-            f"{_lost(found[lightest])}"
-        )
+        less = significant(100 * abs(sizes[lightest]), 2)
+        parts.append(f"{title[lightest]} needs the least memory, {less} % less, and ends {_lost(found[lightest])}")
     fewest = min(len(seeds) for seeds in values["perplexity"].values())
-    return ("" if fewest >= SEEDS_FOR_A_VERDICT else "In these runs: ") + ". ".join(parts) + "."
+    text = ". ".join(parts) + "."
+    return text if fewest >= SEEDS_FOR_A_VERDICT else f"In these runs: {text[0].lower()}{text[1:]}"
 
 
 def _lost(share: Estimate) -> str:
-    """`perplexity 4.1 % above full-rank's (1.0 to 7.2 %)`."""
+    """`at a perplexity 4.1 % higher (95 % interval 1.0 to 7.2 %)`."""
     sign = 1 if share.mean >= 0 else -1
-    text = f"perplexity {significant(100 * abs(share.mean), 2)} % {'above' if sign > 0 else 'below'} full-rank's"
+    text = f"at a perplexity {significant(100 * abs(share.mean), 2)} % {'higher' if sign > 0 else 'lower'}"
     if share.low is None or share.high is None:
         return text
     ends = sorted(100 * sign * bound for bound in (share.low, share.high))
@@ -118,4 +121,6 @@ def _lost(share: Estimate) -> str:
 
 
 def _more_or_less(share: float) -> str:
+    if abs(share) < SAME:
+        return "about the same"
     return f"{significant(100 * abs(share), 2)} % {'more' if share > 0 else 'less'}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,18 +135,35 @@ def claims_view(study: Study, looks: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _claim_view(claim: Claim, looks: Mapping[str, Any]) -> dict[str, Any]:
-    parts: Sequence[Effect] = (claim.whole, *claim.details)
-    ruler = Ruler((value for part in parts for value in (part.effect, part.low, part.high)), zero=True)
-    own = Ruler((claim.whole.effect, claim.whole.low, claim.whole.high), zero=True)
     titles = {name: look.title for name, look in looks.items()}
+    kinds: dict[tuple[str, str], list[Effect]] = {}
+    for part in claim.details:
+        kinds.setdefault((part.part, part.unit or claim.whole.unit), []).append(part)
+    tables = []
+    for (name, unit), parts in kinds.items():
+        ruler = Ruler((value for part in parts for value in (part.effect, part.low, part.high)), zero=True)
+        tables.append(
+            {
+                "name": name,
+                "unit": unit,
+                "rows": [
+                    {
+                        "label": titles.get(part.label, part.label),
+                        "verdict": part.verdict,
+                        "mark": MARKS.get(part.verdict or "", ""),
+                        "reason": part.reason,
+                        **_effect_view(part, "", ruler),
+                    }
+                    for part in parts
+                ],
+            }
+        )
+    own = Ruler((claim.whole.effect, claim.whole.low, claim.whole.high), zero=True)
     return {
         "claim": claim,
         "mark": MARKS[claim.verdict],
-        "whole": _effect_view(claim.whole, claim.unit, own),
-        "details": [
-            {"label": titles.get(part.label, part.label), **_effect_view(part, claim.unit, ruler)}
-            for part in claim.details
-        ],
+        "whole": _effect_view(claim.whole, claim.whole.unit, own),
+        "tables": tables,
     }
 
 
@@ -165,7 +182,8 @@ def _effect_view(part: Effect, unit: str, ruler: Ruler) -> dict[str, Any]:
 
 
 def p_text(value: float) -> str:
-    return "< 0.001" if value < 0.001 else significant(value, 2)
+    """`p = 0.03`, `p < 0.001`."""
+    return "p < 0.001" if value < 0.001 else f"p = {significant(value, 2)}"
 
 
 def prediction_view(study: Study) -> dict[str, Any] | None:

@@ -41,15 +41,19 @@ def fake_run(
     measured=True,
     activations=False,
     barriers=(),
+    tasks=(),
+    width=128,
+    memory=None,
+    rate=0.01,
 ):
-    """One run folder; `barriers` names the runs that `method_barrier` is measured against."""
+    """One run folder; `barriers` names the runs that `method_barrier` is measured against, `tasks` what was scored."""
     folder = Path(folder)
     draw = random.Random(f"{method} {seed}")
     last = steps[-1]
     for step in steps:
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "config.json").write_text("{}")
+        (checkpoint / "config.json").write_text(json.dumps({"hidden_size": width, "num_hidden_layers": blocks}))
     log = []
     for step in range(5, last + 1, 5):
         down = loss + 4.2 * math.exp(-5 * step / last)
@@ -60,12 +64,12 @@ def fake_run(
     recipe = {
         "method": {"name": method, "rank": 32},
         "seed": seed,
-        "model": {"architecture": "llama", "hidden_size": 128},
-        "training": {"learning_rate": 0.01, "max_steps": last},
+        "model": {"architecture": "llama", "hidden_size": width},
+        "training": {"learning_rate": rate, "max_steps": last},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     facts = {
-        "parameters": 1_312_000,
+        "parameters": 1_312_000 * width // 128,
         "unigram_loss": 6.45,
         "evaluation_fingerprint": fingerprint,
         "training_seconds": 61.0 + 10 * draw.random(),
@@ -75,11 +79,88 @@ def fake_run(
         "optimizer_state_bytes": 2_228_792 + draw.randrange(2**20),
         "torch": "2.13.0",
         "progress": {"50": {}},
+        "device": "cpu",
+        "cpu_seconds": 58.0 + 5 * draw.random(),
     }
+    if memory:
+        facts["memory"] = memory
     (folder / "facts.json").write_text(json.dumps(facts))
     if measured:
         rows = measured_rows(folder.name, method, seed, steps, blocks, draw, loss, activations, barriers)
         (folder / "measurements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if tasks:
+        scores = scored_rows(folder.name, method, seed, steps, draw, loss, tasks)
+        (folder / "downstream.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    return folder
+
+
+def scored_rows(run, method, seed, steps, draw, loss, tasks):
+    """Rows of `downstream.jsonl`; guessing is right half of the time in the first task, one time in four elsewhere."""
+    for step in steps:
+        age = step / steps[-1]
+        for number, task in enumerate(tasks):
+            chance = 0.5 if number == 0 else 0.25
+            value = chance + (1 - chance) * age * (0.55 - 0.08 * number - 0.1 * (loss - 3)) + 0.02 * draw.gauss(0, 1)
+            yield {
+                "run": run, "method": method, "seed": seed, "step": step, "task": task, "metric": "acc",
+                "value": value, "stderr": 0.02, "ci_low": value - 0.04, "ci_high": value + 0.04, "n": 200,
+                "chance": chance, "higher_is_better": True, "group": None, "task_version": "1",
+                "lm_eval_version": "0.4", "items": "abc", "cut": 0, "limit": None,
+            }  # fmt: skip
+        yield {
+            "run": run, "method": method, "seed": seed, "step": step, "task": "bits", "metric": "bits_per_byte",
+            "value": 3.0 - age, "stderr": None, "ci_low": None, "ci_high": None, "n": 50, "chance": None,
+            "higher_is_better": False, "group": None, "task_version": "1", "lm_eval_version": "0.4", "items": "b",
+            "cut": 0, "limit": None,
+        }  # fmt: skip
+
+
+def fake_study(folder, methods, *, word="plain"):
+    """What a study writes beside its runs; `word` is put wherever text from outside may stand."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+
+    def detail(label, centre):
+        return {"label": label, "effect": centre, "ci_low": centre - 0.05, "ci_high": centre + 0.06,
+                "p_value": 0.0123, "n": 5, "unit": "nats", "part": ""}  # fmt: skip
+
+    claims = [
+        {"id": "random_sharpness", "statement": f"Full-rank is sharper along random directions ({word})",
+         "verdict": verdict, "effect": centre, "ci_low": centre - 0.02, "ci_high": centre + 0.02, "unit": "nats",
+         "p_value": p, "n": 5, "test": f"Paired by seed ({word}).", "reason": f"All comparisons say so ({word}).",
+         "sentence": f"It rises by so much ({word}).", "details": [detail(m, centre + 0.02 * i)
+                                                                     for i, m in enumerate([*methods[1:], word])]}
+        for verdict, centre, p in (
+            ("reproduced", 0.12, 0.0004), ("contradicted", -0.2, 0.01), ("undecided", 0.01, 0.4),
+        )
+    ]  # fmt: skip
+    claims.append({"id": "rank_structure", "statement": "Ranks differ", "verdict": "undecided", "effect": None,
+                   "ci_low": None, "ci_high": None, "unit": "", "p_value": None, "n": 0, "details": [
+                       detail("whole", 0.1) | {"part": word, "verdict": "reproduced", "reason": word}]})  # fmt: skip
+    (folder / "claims.json").write_text(json.dumps({"claims": claims, "alpha": 0.05}))
+    seen = [0.2 + 0.02 * i + 0.02 * draw.gauss(0, 1) for i in range(40)]
+    prediction = {
+        "runs": 8, "checkpoints": 40, "r2_perplexity": 0.61, "r2_both": 0.7, "spearman_perplexity": 0.8,
+        "spearman_both": 0.84, "gain": 0.09, "gain_low": -0.02, "gain_high": 0.2, "p_value": 0.07,
+        "coefficients": [{"name": word, "mean": 0.02, "spread": 0.01}],
+        "ranking": [{"metric": word, "r2_alone": 0.4, "gain": 0.03, "spearman": None}],
+        "seen": seen, "predicted_perplexity": [v + 0.05 * draw.gauss(0, 1) for v in seen],
+        "predicted_both": [v + 0.03 * draw.gauss(0, 1) for v in seen],
+        "rows": [[f"runs/{methods[i // 5 % len(methods)]}-seed0", 50 * (i % 5)] for i in range(40)],
+        "notes": [f"left out: {word}"],
+    }  # fmt: skip
+    (folder / "prediction.json").write_text(json.dumps(prediction))
+    rates = (1e-3, 3e-3, 1e-2, 3e-2)
+    sweep = [
+        {"member": method, "learning_rate": rate, "loss": 3.4 + 0.2 * (i - place % 4) ** 2, "chosen": i == place % 4,
+         "at_edge": place % 4 in (0, 3), "run": "x"}
+        for place, method in enumerate([*methods, word]) for i, rate in enumerate(rates)
+    ]  # fmt: skip
+    (folder / "sweep.json").write_text(json.dumps(sweep))
+    (folder / "failures.json").write_text(
+        json.dumps([{"what": word, "stage": "train", "reason": f"no memory {word}"}])
+    )
     return folder
 
 
@@ -156,3 +237,8 @@ def make_run(tmp_path):
         return fake_run(tmp_path / name, method, seed, **how)
 
     return make
+
+
+@pytest.fixture
+def make_study():
+    return fake_study

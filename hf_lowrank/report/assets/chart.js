@@ -1,7 +1,8 @@
 /* One line chart with bands, for every picture that has an x axis.
 
-   spec = { x: {label, write?}, y: {label, write?, zero?}, series: [{label, method, x, y, lo?, hi?, points?, faint?}],
-            refs: [{y, label}], height?, ends?: label the lines' ends }                                            */
+   spec = { x: {label, write?, ticks?, log?}, y: {label, write?, zero?}, refs: [{y, label}], height?,
+            series: [{label, method, x, y, lo?, hi?, points?, faint?, rings?: places marked by a ring}],
+            ends?: label the lines' ends }                                                                         */
 (() => {
   const { svg, html, number, ticks, DATA, csvText, download } = LR;
   const WIDTH = 1.9;
@@ -73,7 +74,7 @@
   /** Draws `spec` into `host`, replacing what was there. */
   function draw(host, spec) {
     const previous = host.querySelector(".plot");
-    const width = Math.max(Math.floor(host.clientWidth), 240);
+    const width = Math.max(LR.widthOf(host), 240);
     const height = spec.height || Math.round(Math.min(Math.max(width * 0.46, 240), 430));
     const series = spec.series.filter((s) => s.y.some(finite));
     const refs = spec.refs || [];
@@ -92,8 +93,9 @@
     const top = spec.y.title ? 34 : 14, bottom = height - 32;
     let x0 = Infinity, x1 = -Infinity;
     for (const s of series) s.x.forEach((v, i) => { if (finite(s.y[i])) { x0 = Math.min(x0, v); x1 = Math.max(x1, v); } });
-    if (x0 === x1) { x0 -= 0.5; x1 += 0.5; }
-    const X = (v) => left + ((v - x0) / (x1 - x0)) * (width - left - right);
+    if (x0 === x1) [x0, x1] = spec.x.log ? [x0 / 2, x1 * 2] : [x0 - 0.5, x1 + 0.5];
+    const along = spec.x.log ? (v) => Math.log(v / x0) / Math.log(x1 / x0) : (v) => (v - x0) / (x1 - x0);
+    const X = (v) => left + along(v) * (width - left - right);
     const Y = (v) => bottom - ((v - low) / (high - low)) * (bottom - top);
 
     const root = svg("svg", { class: "plot", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
@@ -152,6 +154,7 @@
       if (!s.faint) {
         lines.append(svg("path", { d: dots.map((i) => marker(look.marker, X(s.x[i]), Y(s.y[i]), 3.1)).join(""), fill: colour, class: "dots", "data-i": index }));
       }
+      for (const i of s.rings || []) lines.append(svg("circle", { cx: X(s.x[i]), cy: Y(s.y[i]), r: 7.5, fill: "none", stroke: colour, "stroke-width": 1.6, "data-i": index }));
       const last = drawn[drawn.length - 1];
       marks.push({ index, label: s.label, method: s.method, x: X(s.x[last]), y: Y(s.y[last]), at: Y(s.y[last]) });
     });
@@ -192,7 +195,7 @@
 
   function show(host, x, pointerY, say) {
     const p = host.plot;
-    const reach = ((p.x1 - p.x0) / Math.max(p.width - p.left - p.right, 1)) * 14 + 1e-12;
+    const reach = p.spec.x.log ? x * 1e-6 : ((p.x1 - p.x0) / Math.max(p.width - p.left - p.right, 1)) * 14 + 1e-12;
     const found = p.series.map((s, index) => ({ s, index, i: at(s, x, reach) })).filter((f) => f.i >= 0);
     if (!found.length) return hide(host);
     found.sort((a, b) => b.s.y[b.i] - a.s.y[a.i]);
@@ -248,8 +251,8 @@
       const p = host.plot;
       if (!p || !p.root.isConnected) return;
       const box = p.root.getBoundingClientRect();
-      const wanted = p.x0 + ((event.clientX - box.left - p.left) / (p.width - p.left - p.right)) * (p.x1 - p.x0);
-      const x = p.xs.reduce((a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a));
+      const wanted = event.clientX - box.left;
+      const x = p.xs.reduce((a, b) => (Math.abs(p.X(b) - wanted) < Math.abs(p.X(a) - wanted) ? b : a));
       p.place = p.xs.indexOf(x);
       show(host, x, event.clientY - box.top, false);
     });

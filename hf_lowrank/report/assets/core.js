@@ -93,6 +93,19 @@
     return rows.map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
   }
 
+  /* Widths of plots, read once and again after the window has changed: reading one between two drawings would lay the
+     whole page out for each of them. */
+  const widths = new WeakMap();
+  let epoch = 0;
+  function widthOf(host) {
+    const known = widths.get(host);
+    if (known && known.epoch === epoch && known.width) return known.width;
+    const width = Math.floor(host.clientWidth);
+    widths.set(host, { width, epoch });
+    return width;
+  }
+  const forgetWidths = () => { epoch++; };
+
   function download(name, text) {
     const link = html("a", { download: name, href: URL.createObjectURL(new Blob([text], { type: "text/csv;charset=utf-8" })) });
     document.body.append(link);
@@ -120,5 +133,5 @@
     return seedTells ? `${methodTitle(run)}, seed ${run.seed}` : `${methodTitle(run)}, ${run.name}`;
   };
 
-  window.LR = { DATA, svg, html, number, ticks, padded, meanInterval, csvText, download, state, listeners, changed, visible, shownRuns, methodTitle, runTitle };
+  window.LR = { DATA, svg, html, number, ticks, padded, meanInterval, csvText, download, widthOf, forgetWidths, state, listeners, changed, visible, shownRuns, methodTitle, runTitle };
 })();

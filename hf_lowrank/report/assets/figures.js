@@ -156,10 +156,20 @@
     });
   }
 
-  /** Layer × step heat maps, one for each method (means over its shown runs). */
-  function heatSpecs(metric) {
+  /* Pictures whose scale is that of all methods of the group: made once, and shown or not. */
+  const made = new Map();
+  const once = (key, make) => {
+    if (!made.has(key)) made.set(key, make());
+    return made.get(key);
+  };
+  const ofGroup = () => DATA.runs.filter((run) => run.group === state.group);
+  const visibleOnly = (found) => ({ ...found, specs: found.specs.filter(({ method }) => !state.hidden.has(method)) });
+
+  /** Layer × step heat maps, one for each method (means over its runs). */
+  const heatSpecs = (metric) => visibleOnly(once(`${state.group} ${metric}`, () => makeHeats(metric)));
+  function makeHeats(metric) {
     const byMethod = new Map();
-    for (const run of layered(metric)) {
+    for (const run of ofGroup().filter((run) => run.metrics[metric] && run.metrics[metric].layers)) {
       if (!byMethod.has(run.method)) byMethod.set(run.method, []);
       byMethod.get(run.method).push(run.metrics[metric].layers);
     }
@@ -181,16 +191,17 @@
     return { specs, low, high };
   }
 
-  /** Loss planes: one for each shown run, or for the first of each method, all on one scale of the rise. */
-  function planeSpecs() {
-    const runs = shownRuns().filter((run) => run.plane);
+  /** Loss planes: one for each run, or for the first of each method, all on one scale of the rise. */
+  const planeSpecs = () => visibleOnly(once(`${state.group} ${state.seeds} plane`, makePlanes));
+  function makePlanes() {
+    const runs = ofGroup().filter((run) => run.plane);
     const chosen = state.seeds === "mean" ? runs.filter((run, i) => runs.findIndex((o) => o.method === run.method) === i) : runs;
     const specs = chosen.map((run) => {
       const { x, y, loss, step } = run.plane;
       const least = Math.min(...loss.flat().filter(finite));
       const rise = loss.map((row) => row.map((v) => (finite(v) ? v - least : null))).reverse();
       const label = (v) => number(v, 2);
-      return { run, spec: { rows: y.map(label).reverse(), columns: x.map(label), values: rise, xLabel: "first direction", what: `rise at step ${step}`, plane: true } };
+      return { run, method: run.method, spec: { rows: y.map(label).reverse(), columns: x.map(label), values: rise, xLabel: "first direction", what: `rise at step ${step}`, plane: true } };
     });
     const high = Math.max(...specs.flatMap((s) => s.spec.values.flat()).filter(finite));
     for (const { spec } of specs) Object.assign(spec, { low: 0, high });

@@ -4,9 +4,13 @@
 (() => {
   const { svg, html, number, finite, tip } = LR;
 
-  /** Draws a heat map into `host`; `cell(value, row, column)` gives the tooltip's text. */
+  const LEVELS = 32;
+
+  /** Draws a heat map into `host`; a picture that is there already stays. */
   function heat(host, spec) {
-    const width = Math.max(Math.floor(host.clientWidth), 200);
+    const width = Math.max(LR.widthOf(host), 200);
+    if (host.heat && host.heat.spec === spec && host.heat.width === width) return;
+    host.heat = { spec, width };
     const left = 8 + 6.2 * Math.min(Math.max(...spec.rows.map((r) => r.length), 2), 16);
     const cellWidth = Math.min((width - left - 6) / spec.columns.length, spec.square ? 68 : spec.plane ? 240 / spec.columns.length : 90);
     const cellHeight = spec.plane ? cellWidth : spec.square ? Math.min(cellWidth, 44) : Math.min(Math.max(200 / spec.rows.length, 9), 24);
@@ -25,22 +29,28 @@
       if (j % sparse === 0) root.append(svg("text", { x: left + cellWidth * (j + 0.5), y: height - 22, "text-anchor": "middle" }, label));
     });
     root.append(svg("text", { x: left + cellWidth * spec.columns.length, y: height - 4, "text-anchor": "end", class: "title" }, spec.xLabel));
+    // One path for each shade: a node for every cell would be slow to lay out.
+    const shades = new Map();
+    const texts = [];
     spec.values.forEach((row, i) => row.forEach((value, j) => {
       const share = finite(value) ? Math.min(Math.max((value - spec.low) / span, 0), 1) ** (spec.plane ? 0.5 : 1) : null;
-      const box = svg("rect", {
-        x: left + cellWidth * j + 0.5, y: top + cellHeight * i + 0.5, width: cellWidth - gap, height: cellHeight - gap,
-        class: share === null ? "hole" : "heatcell", "fill-opacity": share === null ? null : (0.05 + 0.95 * share).toFixed(3), "data-r": i, "data-c": j,
-      });
-      root.append(box);
+      const shade = share === null ? -1 : Math.round(share * LEVELS);
+      const x = left + cellWidth * j + 0.5, y = top + cellHeight * i + 0.5, w = (cellWidth - gap).toFixed(2);
+      if (!shades.has(shade)) shades.set(shade, []);
+      shades.get(shade).push(`M${x.toFixed(2)} ${y.toFixed(2)}h${w}v${(cellHeight - gap).toFixed(2)}h-${w}z`);
       if (spec.square && share !== null && cellWidth >= 40) {
-        root.append(svg("text", { x: left + cellWidth * (j + 0.5), y: top + cellHeight * (i + 0.5) + 4, "text-anchor": "middle", class: share > 0.55 ? "onheat" : "" }, number(value, 2)));
+        texts.push(svg("text", { x: left + cellWidth * (j + 0.5), y: top + cellHeight * (i + 0.5) + 4, "text-anchor": "middle", class: share > 0.55 ? "onheat" : "" }, number(value, 2)));
       }
     }));
+    for (const [shade, cells] of shades) {
+      root.append(svg("path", { d: cells.join(""), class: shade < 0 ? "hole" : "heatcell", "fill-opacity": shade < 0 ? null : (0.05 + (0.95 * shade) / LEVELS).toFixed(3) }));
+    }
+    root.append(...texts);
     host.replaceChildren(root);
     host.onpointermove = (event) => {
-      const box = event.target.closest("rect[data-r]");
-      if (!box) { tip.hidden = true; return; }
-      const [i, j] = [+box.dataset.r, +box.dataset.c];
+      const at = root.getBoundingClientRect();
+      const i = Math.floor((event.clientY - at.top - top) / cellHeight), j = Math.floor((event.clientX - at.left - left) / cellWidth);
+      if (!spec.values[i] || j < 0 || j >= spec.columns.length) { tip.hidden = true; return; }
       tip.replaceChildren(html("b", {}, `${spec.rows[i]} · ${spec.xLabel} ${spec.columns[j]}`), html("div", {}, `${spec.what}: ${number(spec.values[i][j], 4)}`));
       tip.hidden = false;
       tip.style.left = `${Math.min(event.pageX + 14, window.scrollX + document.documentElement.clientWidth - tip.offsetWidth - 6)}px`;

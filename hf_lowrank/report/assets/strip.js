@@ -1,18 +1,18 @@
 /* One row for each method: every run a mark, the mean over seeds a line with its interval, the value at the end.
 
-   spec = { rows: [{label, method, values: [{name, value}], mean, lo, hi, n}], label }                             */
+   spec = { rows: [{label, method, values: [{name, value}], mean, lo, hi, n}], label, value, ref?: {at, label} }   */
 (() => {
   const { svg, html, number, ticks, padded, finite, marker, DATA, tip } = LR;
 
   function strip(host, spec) {
-    const width = Math.max(Math.floor(host.clientWidth), 260);
+    const width = Math.max(LR.widthOf(host), 240);
     const narrow = width < 560;
     const rowHeight = narrow ? 46 : 34;
     const left = narrow ? 0 : 30 + 7.4 * Math.max(...spec.rows.map((r) => r.label.length), 4);
     const right = narrow ? 12 : 92;
     const top = 8, bottom = top + rowHeight * spec.rows.length;
     const height = bottom + 42;
-    const all = spec.rows.flatMap((r) => [...r.values.map((v) => v.value), r.lo, r.hi]).filter(finite);
+    const all = spec.rows.flatMap((r) => [...r.values.map((v) => v.value), r.lo, r.hi]).concat(spec.ref ? spec.ref.at : []).filter(finite);
     if (!all.length) {
       host.replaceChildren(html("p", { className: "empty" }, "No value of these runs."));
       return;
@@ -30,6 +30,10 @@
     }
     root.append(svg("line", { x1: left, x2: width - right, y1: bottom, y2: bottom, class: "base" }));
     root.append(svg("text", { x: width - right, y: height - 3, "text-anchor": "end", class: "title" }, spec.label));
+    if (spec.ref && finite(spec.ref.at)) {
+      root.append(svg("line", { x1: X(spec.ref.at), x2: X(spec.ref.at), y1: top, y2: bottom, class: "ref" }));
+      root.append(svg("text", { x: left, y: height - 3, class: "reftext" }, `┊ ${spec.ref.label}`));
+    }
     spec.rows.forEach((row, i) => {
       const colour = `var(--c${row.method})`;
       const y = top + rowHeight * (i + 0.5) + (narrow ? 9 : 0);
@@ -43,15 +47,15 @@
       }
       root.append(svg("line", { x1: left, x2: width - right, y1: y, y2: y, class: "grid" }));
       if (finite(row.lo)) root.append(svg("line", { x1: X(row.lo), x2: X(row.hi), y1: y, y2: y, stroke: colour, "stroke-width": 7, "stroke-linecap": "round", opacity: 0.28 }));
-      for (const v of row.values) root.append(svg("path", { d: marker(DATA.methods[row.method].marker, X(v.value), y, row.values.length > 1 ? 3.2 : 5), fill: colour, class: "dots", opacity: row.values.length > 1 ? 0.75 : 1 }));
+      const several = row.values.length > 1;
+      const marks = row.values.map((v) => marker(DATA.methods[row.method].marker, X(v.value), y, several ? 3.2 : 5)).join("");
+      root.append(svg("path", { d: marks, fill: colour, class: "dots", opacity: several ? 0.75 : 1 }));
       if (row.n > 1) root.append(svg("line", { x1: X(row.mean), x2: X(row.mean), y1: y - 9, y2: y + 9, stroke: colour, "stroke-width": 2.4 }));
-      root.append(svg("rect", { x: 0, y: y - rowHeight / 2, width, height: rowHeight, fill: "transparent", "data-row": i }));
     });
     host.replaceChildren(root);
     host.onpointermove = (event) => {
-      const box = event.target.closest("rect[data-row]");
-      if (!box) { tip.hidden = true; return; }
-      const row = spec.rows[+box.dataset.row];
+      const row = spec.rows[Math.floor((event.clientY - root.getBoundingClientRect().top - top) / rowHeight)];
+      if (!row) { tip.hidden = true; return; }
       const lines = row.values.slice(0, 12).map((v) => html("tr", {}, html("td", {}, v.name), html("td", {}, spec.value(v.value))));
       const interval = finite(row.lo) ? `mean ${spec.value(row.mean)}, 95 % ${spec.value(row.lo)} – ${spec.value(row.hi)}` : row.n > 1 ? "" : "one run, no interval";
       tip.replaceChildren(html("b", {}, row.label), html("table", {}, ...lines), html("small", {}, interval));

@@ -1,7 +1,7 @@
-/* The tables of runs: sorting by any column, choosing columns by dimension, hiding methods, CSV of what is shown. */
+/* The tables of methods and of runs: sorting by any column, choosing columns, hiding methods, CSV of what is shown. */
 (() => {
   const { state, listeners, csvText, download } = LR;
-  const tables = [...document.querySelectorAll("table.runs")];
+  const tables = [...document.querySelectorAll("table.sortable")];
 
   const raw = (cell) => {
     const value = cell.dataset.v;
@@ -33,25 +33,51 @@
     });
   }
 
+  const rowsOfMethods = [...document.querySelectorAll("tr[data-method]")];
+  const blocks = [...document.querySelectorAll("[data-group]")];
   function filter() {
-    for (const table of tables) {
-      for (const row of table.tBodies[0].rows) row.hidden = state.hidden.has(+row.dataset.method);
+    for (const row of rowsOfMethods) {
+      const hidden = state.hidden.has(+row.dataset.method);
+      if (row.hidden !== hidden) row.hidden = hidden;
     }
-    for (const block of document.querySelectorAll("[data-group]")) block.hidden = +block.dataset.group !== state.group;
-    for (const row of document.querySelectorAll(".methods [data-method]")) row.hidden = state.hidden.has(+row.dataset.method);
+    for (const block of blocks) block.hidden = +block.dataset.group !== state.group;
   }
   listeners.push(filter);
 
-  for (const choice of document.querySelectorAll("select.columns")) {
-    const block = choice.closest("[data-group]");
-    const choose = () => {
-      block.querySelector("table.runs").dataset.shows = choice.value;
-      for (const cell of block.querySelectorAll("table.runs [data-d]")) {
-        cell.classList.toggle("away", !["all", cell.dataset.d].includes(choice.value) && cell.dataset.d !== "id");
-      }
-    };
+  /* Values, or how each method stands beside full-rank training. */
+  for (const radio of document.querySelectorAll("input[name^=against-]")) {
+    radio.checked = radio.value === "values";
+    radio.addEventListener("change", () => radio.closest("[data-group]").querySelector("table.methods").classList.toggle("versus", radio.value === "beside"));
+  }
+
+  function show(table, wanted) {
+    for (const cell of table.querySelectorAll("[data-d]")) cell.classList.toggle("away", cell.dataset.d !== "id" && !wanted(cell.dataset));
+  }
+  const choices = [...document.querySelectorAll("select.columns")];
+  for (const choice of choices) {
+    const choose = () => show(choice.closest("[data-group]").querySelector("table.runs"), (cell) => ["all", cell.d].includes(choice.value));
     choice.addEventListener("change", choose);
     choose();
+  }
+  /** The columns of one metric or of one dimension in the tables of runs; all that were chosen there without either. */
+  LR.chooseColumns = (metric, dimension) => {
+    for (const choice of choices) {
+      if (dimension && [...choice.options].some((option) => option.value === dimension)) choice.value = dimension;
+      choice.dispatchEvent(new Event("change"));
+      const table = choice.closest("[data-group]").querySelector("table.runs");
+      const id = metric === "loss" ? "validation_loss" : metric;
+      if (metric && [...table.tHead.rows[0].cells].some((cell) => cell.dataset.id === id)) show(table, (cell) => cell.id === id);
+    }
+  };
+
+  for (const button of document.querySelectorAll("button.savemethods")) {
+    button.addEventListener("click", () => {
+      const table = button.closest("[data-group]").querySelector("table.methods");
+      const ids = [...table.tHead.rows[0].cells].map((cell) => cell.dataset.id);
+      const head = ids.flatMap((id, i) => (i === 0 ? [id] : [id, `${id}_ci_low`, `${id}_ci_high`, `${id}_rank`]));
+      const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => [...row.cells].flatMap((cell, i) => (i === 0 ? [raw(cell)] : [raw(cell), cell.dataset.lo ?? null, cell.dataset.hi ?? null, cell.dataset.rank ?? null])));
+      download("methods.csv", csvText([head, ...rows]));
+    });
   }
 
   for (const button of document.querySelectorAll("button.savetable")) {
