@@ -312,7 +312,7 @@ def memory(
     """Tell how much memory training by a recipe takes, item by item, beside full-rank training; nothing is trained."""
     from rich.console import Console
 
-    from hf_lowrank.memory.compare import beside, compare
+    from hf_lowrank.memory.compare import beside, compare, verdicts
     from hf_lowrank.memory.show import comparison_table, item_table
 
     paths = dict.fromkeys(path for recipe in recipes for path in (beside(recipe) if all_methods else [recipe]))
@@ -329,8 +329,8 @@ def memory(
     )
     table = item_table(comparisons[0]) if len(comparisons) == 1 else comparison_table(comparisons)
     Console().print(table)
-    for comparison in comparisons:
-        typer.echo(comparison.verdict)
+    for line in verdicts(comparisons):
+        typer.echo(line)
 
 
 @app.command()

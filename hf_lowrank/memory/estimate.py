@@ -121,7 +121,7 @@ def estimate(
         world_size: processes; `sharding` says how they share ("ddp" when it is not given). With DDP, gradients exist
             twice (in buckets). With FSDP2, weights, gradients and optimizer state are divided by the processes, and
             beside them stand what lies outside the blocks, and two blocks, whole.
-        batch_size: sequences in one process's forward pass, in place of the recipe's.
+        batch_size: sequences in one process's forward pass, in place of the recipe's; an evaluation has no more.
         sequence_length: tokens a sequence, in place of the recipe's.
         gradient_checkpointing: in place of the recipe's.
         dtype: of the weights, in place of the model's: "float32", "bfloat16" or "float16".
@@ -137,7 +137,7 @@ def estimate(
     _check(recipe, world_size, sharding, batch_size, sequence_length, dtype)
     if world_size > 1 and sharding is None:
         sharding = "ddp"
-    place = torch.device(device) if device is not None else _default_device()
+    place = _device(device)
     changed = _changed(recipe, batch_size, sequence_length, gradient_checkpointing)
     kind: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
     vocabulary = _vocabulary(changed) if vocabulary_size is None else vocabulary_size
@@ -222,8 +222,12 @@ def _library(device: torch.device) -> int:
     return CUBLAS_LARGE if torch.cuda.get_device_capability(device) >= (9, 0) else CUBLAS_SMALL
 
 
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device(device: str | torch.device | None) -> torch.device:
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    kind = here[-1] if device is None else str(device).partition(":")[0]
+    if kind not in here:
+        raise UserError(f"device must be {' or '.join(here)} on this machine, got {str(device)!r}")
+    return torch.device(kind)
 
 
 def _vocabulary(recipe: Recipe) -> int | None:
@@ -237,6 +241,7 @@ def _changed(recipe: Recipe, batch_size: int | None, length: int | None, checkpo
     training = dict(recipe.training)
     if batch_size is not None:
         training["per_device_train_batch_size"] = batch_size
+        training["per_device_eval_batch_size"] = min(batch_size, arguments_of(recipe).per_device_eval_batch_size)
     if checkpointing is not None:
         for name in CHECKPOINTING:
             training.pop(name, None)

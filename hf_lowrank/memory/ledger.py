@@ -45,6 +45,11 @@ class Ledger(TorchDispatchMode):
         self._kinds: dict[str, int] = {}
         self._peak = Peak()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here; keeping dynamo out would import it.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

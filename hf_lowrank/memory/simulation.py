@@ -6,6 +6,7 @@ Trainer's: forward and loss, backward, clipping, optimizer step, gradients dropp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -116,17 +117,22 @@ def arguments_of(recipe: Recipe) -> TrainingArguments:
 
 @contextmanager
 def _apart(packed: bool) -> Iterator[None]:
-    """Keeps the simulation from the rest of the process: no random numbers, no other processes, no cached tensors.
+    """Keeps the simulation from the rest of the process: no random numbers, no other processes, no cached tensors, no
+    log lines of what is only tried out.
 
     transformers makes a mask of every fake batch, of a real one only where there are fillings.
     """
     maskless = replaced(import_utils, "is_fake_tensor", lambda tensor: False) if packed else nullcontext()
     _levels.cache_clear()
+    package = logging.getLogger("hf_lowrank")
+    level = package.level
+    package.setLevel(logging.WARNING)
     try:
         with torch.random.fork_rng(devices=[]), replaced(torch.distributed, "is_initialized", lambda: False), maskless:
             yield
     finally:
         _levels.cache_clear()
+        package.setLevel(level)
 
 
 @contextmanager
