@@ -1,0 +1,119 @@
+"""A study that is killed at random moments, process group and all, comes to the results of an undisturbed one."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import yaml
+
+from hf_lowrank.study import run_study
+from hf_lowrank.training import load_recipe
+from hf_lowrank.training.corpus import prepare_corpus
+from tests.study.tiny import METHODS, study_data, write_recipe
+
+
+def begin(study, directory, stages):
+    """Starts the study in a process group of its own; returns its process id, which is the group's."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setsid()
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(nothing, stream)
+            result = run_study(study, output=directory, stages=stages, fork_here=True, say=lambda line: None)
+            status = 3 if result.failures else 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def finish(pid, within):
+    """Waits; returns the exit status, or None when the process was killed at the end of `within` seconds."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def results(directory):
+    """What must be equal to the last bit, by file; rows of tables as sets."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.name in ("model.safetensors", "evaluation.safetensors", "recipe.yaml", "prediction.json"):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.name in ("claims.json", "sweep.json"):
+            found[name] = json.loads(path.read_text())
+        elif path.name in ("measurements.jsonl", "downstream.jsonl") or "downstream" in path.parent.parent.name:
+            lines = path.read_text().splitlines()
+            assert len(lines) == len(set(lines)), f"{name} holds a row twice"
+            found[name] = set(lines)
+        elif path.name == "trainer_state.json":
+            log = json.loads(path.read_text())["log_history"]
+            found[name] = [
+                {k: v for k, v in entry.items() if "runtime" not in k and "second" not in k} for entry in log
+            ]
+    return found
+
+
+def differences(ours, theirs):
+    names = sorted({*ours, *theirs})
+    return [name for name in names if ours.get(name) != theirs.get(name)]
+
+
+def drill(tmp_path, corpus, kills, seed, stages=None, **changes):
+    for method in METHODS:
+        prepare_corpus(load_recipe(write_recipe(tmp_path, corpus, method)).data)
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(study_data(**changes)))
+
+    began = time.monotonic()
+    assert finish(begin(study, tmp_path / "undisturbed", stages), 600) == 0
+    takes = time.monotonic() - began
+    expected = results(tmp_path / "undisturbed")
+
+    generator, done, studies = random.Random(seed), 0, 0
+    while done < kills:
+        directory = tmp_path / f"killed{studies}"
+        studies += 1
+        while True:
+            last = done >= kills
+            status = finish(begin(study, directory, stages), 600 if last else generator.uniform(0, 0.5 * takes))
+            if status is not None:
+                assert status == 0
+                break
+            done += 1
+        assert differences(results(directory), expected) == []
+    return expected
+
+
+def test_a_killed_study_ends_as_an_undisturbed_one(tmp_path, corpus):
+    expected = drill(tmp_path, corpus, kills=3, seed=0, stages="train,measure,evaluate,claims")
+    names = {name.rpartition("/")[2] for name in expected}
+    assert {"model.safetensors", "measurements.jsonl", "downstream.jsonl", "claims.json"} <= names
+    assert sum(name.endswith("model.safetensors") for name in expected) == 2 * 2 * 3
+
+
+@pytest.mark.drill
+def test_twenty_kills_of_a_study_with_all_its_stages(tmp_path, corpus):
+    changes = {
+        "seeds": [0, 1, 2, 3],
+        "sweep": {"learning_rate": [0.001, 0.004], "seed": 9, "set": ["training.save_steps=12"]},
+        "measure": {"settings": {"sequences": 4}, "pairs": "last"},
+        "evaluate": {"tasks": "pylib_copy,pylib_bits_per_byte"},
+        "predict": {"permutations": 19},
+        "jobs": 2,
+    }
+    expected = drill(tmp_path, corpus, kills=20, seed=1, **changes)
+    assert "sweep.json" in expected
