@@ -55,7 +55,7 @@ PICTURES = {
     ),
     "baseline_path": Picture(
         "Path to the baseline",
-        "From these weights straight to the baseline's, above the mean of both ends: a hill means two basins.",
+        "From these weights (0) straight to the baseline's (1), above the mean of both ends: a hill means two basins.",
         "interpolation_paths",
     ),
     "spectra": Picture(
