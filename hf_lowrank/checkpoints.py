@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.checkpoint_sources import open_source, weight_files
 from hf_lowrank.checkpoint_weights import check_weights, read_config, skeleton
+from hf_lowrank.checksums import check_checksums
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
 from hf_lowrank.targets import target_modules
@@ -120,6 +121,7 @@ class Trajectory:
         """
         folder = self._source.folder(self._known(step), weights=True)
         check_weights(folder, exact=False)
+        check_checksums(folder, ["config.json", *{file.name for file in weight_files(folder).values()}])
         try:
             with _quiet_transformers():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -279,7 +281,10 @@ class Trajectory:
     def _files(self, step: int) -> dict[str, Any]:
         cache = self.__dict__.setdefault("_file_cache", {})
         if step not in cache:
-            cache[step] = weight_files(self._source.folder(self._known(step), weights=True))
+            folder = self._source.folder(self._known(step), weights=True)
+            files = weight_files(folder)
+            check_checksums(folder, {file.name for file in files.values()})
+            cache[step] = files
         return cache[step]
 
 

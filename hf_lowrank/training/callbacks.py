@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_lowrank.checksums import write_checksums
 from hf_lowrank.training.sequences import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,15 @@ class FinalCheckpoint(TrainerCallback):
             control.should_log = True
             control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
         return control
+
+
+class Checksums(TrainerCallback):
+    """Every checkpoint carries the checksums of its files, written last."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            write_checksums(folder)
 
 
 def drop_logits(logits: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.files import write_text
 from hf_lowrank.locks import locked
 from hf_lowrank.memory.recorder import memory_recorder
-from hf_lowrank.training.callbacks import FinalCheckpoint, Progress, drop_logits, token_loss
+from hf_lowrank.training.callbacks import Checksums, FinalCheckpoint, Progress, drop_logits, token_loss
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
 from hf_lowrank.training.facts import FactsRecorder, read_facts, write_facts
 from hf_lowrank.training.recipe import Recipe, first_line
@@ -260,7 +260,7 @@ def _trainer(
         # The optimizer holds the very parameters that are trained, so they are on their device before.
         torch.nn.Module.to(model, args.device)
         optimizer = method.build_optimizer(model, settings, args)
-    callbacks: list[TrainerCallback] = [FinalCheckpoint(), Progress(), *method.callbacks(settings, args)]
+    callbacks: list[TrainerCallback] = [FinalCheckpoint(), Checksums(), Progress(), *method.callbacks(settings, args)]
     trainer = Trainer(
         model=model,
         args=args,

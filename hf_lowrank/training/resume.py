@@ -9,6 +9,8 @@ import struct
 import zipfile
 from pathlib import Path
 
+from hf_lowrank.checksums import damage_by_checksums
+
 logger = logging.getLogger(__name__)
 
 STATE_FILES = ("optimizer.pt", "scheduler.pt")
@@ -50,11 +52,11 @@ def damage_of(checkpoint: Path) -> str | None:
             return "rng_state.pth is missing"
         for file in [*(checkpoint / name for name in STATE_FILES), *random_states]:
             _check_archive(file)
+        return damage_by_checksums(checkpoint)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         return " ".join(str(error).split()) or type(error).__name__
-    return None
 
 
 def _weight_files(checkpoint: Path) -> list[Path]:

@@ -1,0 +1,142 @@
+"""Damaged checkpoints: named, passed over by a resumed run, which ends with the bits of an undisturbed one."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.checksums import FILE_NAME, damage_by_checksums
+from hf_lowrank.errors import UserError
+from hf_lowrank.training import load_recipe, pretrain
+
+FILES = [
+    "config.json",
+    "model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "training_args.bin",
+    FILE_NAME,
+]
+DAMAGES = ["truncated", "emptied", "zeroed", "flipped", "removed"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run of GaLore with checkpoints at 2, 4 and 6, and its recipe."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("whole")
+    for name in ("train", "held"):
+        (folder / f"{name}.txt").write_text(f"to be or not to be, that is the {name} of it. " * 300)
+    recipe = {
+        "method": {"name": "galore", "rank": 4, "update_proj_gap": 3},
+        "model": {
+            "architecture": "llama",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 32,
+        },
+        "data": {
+            "source": "files",
+            "train_files": ["train.txt"],
+            "held_out_files": ["held.txt"],
+            "sequence_length": 16,
+            "vocabulary_size": 300,
+            "evaluation_sequences": 4,
+        },
+        "training": {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_LOWRANK_CACHE", str(folder / "cache"))
+        loaded = load_recipe(folder / "recipe.yaml")
+        yield loaded, pretrain(loaded, folder / "run")
+
+
+def damage(file, how, generator):
+    content = bytearray(file.read_bytes())
+    place = generator.randrange(len(content))
+    if how == "removed":
+        file.unlink()
+        return
+    if how == "truncated":
+        content = content[:place]
+    elif how == "emptied":
+        content = bytearray()
+    elif how == "zeroed":
+        content[place : place + 16] = bytes(len(content[place : place + 16]))
+        content[-1] ^= 1
+    else:
+        content[place] ^= 1 << generator.randrange(8)
+    file.write_bytes(content)
+
+
+def same_weights(one, other):
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items()) and one.keys() == other.keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_damage_is_seen(whole, tmp_path, name):
+    from hf_lowrank.training.resume import damage_of
+
+    for how in DAMAGES:
+        if (name, how) == (FILE_NAME, "removed"):
+            continue  # checkpoints of other programs have none
+        copy = tmp_path / how / "checkpoint-4"
+        shutil.copytree(whole[1] / "checkpoint-4", copy)
+        assert damage_of(copy) is None
+        damage(copy / name, how, random.Random(f"{name} {how}"))
+        fault = damage_of(copy)
+        assert fault, f"{name} {how}"
+        assert "\n" not in fault
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", FILE_NAME])
+def test_a_run_goes_on_from_the_checkpoint_before(whole, tmp_path, name, caplog):
+    recipe, run = whole
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    damage(copy / "checkpoint-6" / name, "flipped", random.Random(name))
+    shutil.rmtree(copy / "checkpoint-4")
+    with caplog.at_level("WARNING", logger="hf_lowrank"):
+        pretrain(recipe, copy)
+    assert any("checkpoint-6 is skipped" in record.getMessage() for record in caplog.records)
+    for step in (4, 6):
+        file = f"checkpoint-{step}/model.safetensors"
+        assert same_weights(load_file(copy / file), load_file(run / file))
+
+
+def test_damaged_weights_are_not_measured(whole, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(whole[1], copy)
+    weights = copy / "checkpoint-6" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 64  # within the last tensor: the file itself still reads
+    weights.write_bytes(content)
+    load_file(weights)
+    trajectory = Trajectory(copy)
+    trajectory.model(4)
+    with pytest.raises(UserError, match=r"checkpoint-6: damaged: model\.safetensors is not what was written"):
+        trajectory.model(6)
+    with pytest.raises(UserError, match="damaged"):
+        trajectory.dense_weight(6, trajectory.targets[0])
+
+
+def test_the_checksums_are_those_of_the_files(whole):
+    import hashlib
+
+    folder = whole[1] / "checkpoint-6"
+    entries = json.loads((folder / FILE_NAME).read_text())
+    assert entries.keys() == {file.name for file in folder.iterdir()} - {FILE_NAME}
+    for name, entry in entries.items():
+        content = (folder / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert damage_by_checksums(folder) is None
