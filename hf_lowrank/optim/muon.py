@@ -143,9 +143,11 @@ class MuonAdamW(TargetedAdamW):
         owners = list(range(len(turn)))
         shapes = [tuple(entry.param.shape) for entry in turn]
         wholes = sharding.to_owners(updates, owners, [rows for rows, _ in shapes])
-        done = {i: orthogonalise(whole, turn[i].group["ns_steps"]).contiguous() for i, whole in wholes.items()}
-        like = updates[0].new_empty(0, dtype=torch.bfloat16)
-        return sharding.from_owners(done, owners, shapes, like)
+        done = {
+            i: orthogonalise(whole, turn[i].group["ns_steps"]).to(whole.dtype).contiguous()
+            for i, whole in wholes.items()
+        }
+        return sharding.from_owners(done, owners, shapes, updates[0])
 
     def _kept_dtype(self, key: str, value: Tensor, group: dict[str, Any], param: Tensor) -> torch.dtype:
         return param.dtype if key == "momentum_buffer" else super()._kept_dtype(key, value, group, param)

@@ -1,0 +1,174 @@
+"""DDP and FSDP2 against one process at the same global batch, and checkpoints that change the number of processes."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+
+from hf_lowrank.optim import muon
+from hf_lowrank.optim.sharding import local_part
+from hf_lowrank.optim.subspaces import SUBSPACES
+from tests.distributed.processes import in_processes
+from tests.distributed.training import METHODS, net, optimizer_of, state_bytes, train, whole_weights, wrapped
+
+EVERY = ["full-rank", *METHODS]
+# Both ways of storing a basis, both sides, channel scales, a limiter, whole blocks, a handed-round matrix.
+SOME = ["galore-randomized", "galore-full", "fira", "apollo-mini", "frugal", "frugal-blocks", "muon"]
+LOSS, WEIGHT = 1e-4, 2e-4
+
+
+@pytest.fixture(autouse=True)
+def float32_muon(monkeypatch):
+    """torch's Newton–Schulz computes in bfloat16, which makes 1e-2 of a last-digit difference in the momentum."""
+    monkeypatch.setattr(muon, "orthogonalise", newton_schulz)
+
+
+def newton_schulz(matrix, steps):
+    """The iteration of torch.optim.Muon, in the matrix's own type."""
+    work = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    work = work / work.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = work @ work.T
+        work = 3.4445 * work + (-4.7750 * gram + 2.0315 * gram @ gram) @ work
+    return work.T if matrix.shape[0] > matrix.shape[1] else work
+
+
+def trained(names, way, steps, rank=0, world=1):
+    """Every method for `steps`; what tests compare."""
+    found = {}
+    for name in names:
+        model = wrapped(net(torch.float32), way, world)
+        optimizer = make(name, model)
+        losses = train(model, optimizer, steps, rank, world)
+        found[name] = {"losses": losses, "weights": whole_weights(model), "bytes": state_bytes(optimizer)}
+    return found
+
+
+def make(name, model, **options):
+    return optimizer_of(name, getattr(model, "module", model), **options)
+
+
+def check_same(alone, ranks, name):
+    for found in ranks:
+        assert found[name]["losses"] == pytest.approx(alone[name]["losses"], abs=LOSS), name
+        for key, weight in alone[name]["weights"].items():
+            assert torch.allclose(found[name]["weights"][key], weight, atol=WEIGHT, rtol=0), (name, key)
+            assert torch.equal(found[name]["weights"][key], ranks[0][name]["weights"][key]), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("names", "worlds", "ways", "steps"),
+    [
+        pytest.param(SOME, (4,), ("fsdp",), 8, id="short"),
+        pytest.param(EVERY, (1, 2, 4), ("fsdp", "ddp"), 30, id="long", marks=pytest.mark.drill),
+    ],
+)
+@pytest.mark.timeout(1800)
+def test_several_processes_are_one(tmp_path, names, worlds, ways, steps):
+    alone = trained(names, "alone", steps)
+    for way in ways:
+        for world in worlds:
+            job = partial(trained, names, way, steps)
+            ranks = in_processes(world, lambda rank, world, job=job: job(rank, world), tmp_path / f"{way}{world}")
+            for name in names:
+                check_same(alone, ranks, name)
+                shares = [found[name]["bytes"] / alone[name]["bytes"] for found in ranks]
+                assert max(shares) <= (0.3 if way == "fsdp" and world == 4 else 1), (name, shares)
+
+
+def saved_and_resumed(names, folder, stop, steps, how, rank, world):
+    """At world 2 trains, saves after `stop` steps and goes on; elsewhere goes on from that checkpoint."""
+    full = how == "full"
+    options = StateDictOptions(full_state_dict=full, cpu_offload=full, broadcast_from_rank0=full)
+    found = {}
+    for name in names:
+        model = wrapped(net(torch.float32), "fsdp", world)
+        if world == 2:
+            optimizer = make(name, model)
+            train(model, optimizer, stop, rank, world)
+        else:
+            with torch.no_grad():
+                for param in model.parameters():
+                    param.fill_(7.0)
+            optimizer = make(name, model)
+        places = folder / name / "model", folder / name / "optimizer"
+        if world == 2:
+            states = (
+                get_model_state_dict(model, options=options),
+                get_optimizer_state_dict(model, optimizer, options=options),
+            )
+            for place, state in zip(places, states, strict=True):
+                if full and rank == 0:
+                    place.parent.mkdir(exist_ok=True, parents=True)
+                    torch.save(state, f"{place}.pt")
+                elif not full:
+                    dcp.save(state, checkpoint_id=place)
+        elif full:
+            states = [torch.load(f"{place}.pt", weights_only=True) if rank == 0 else {} for place in places]
+            set_model_state_dict(model, states[0], options=options)
+            set_optimizer_state_dict(model, optimizer, states[1], options=options)
+        else:
+            state = get_model_state_dict(model)
+            dcp.load(state, checkpoint_id=places[0])
+            set_model_state_dict(model, state)
+            state = get_optimizer_state_dict(model, optimizer)
+            dcp.load(state, checkpoint_id=places[1])
+            set_optimizer_state_dict(model, optimizer, state)
+        losses = train(model, optimizer, steps - stop, rank, world, start=stop)
+        found[name] = {"losses": losses, "weights": whole_weights(model)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("names", "hows"),
+    [
+        pytest.param(SOME, ("sharded",), id="short"),
+        pytest.param(EVERY, ("sharded", "full"), id="long", marks=pytest.mark.drill),
+    ],
+)
+@pytest.mark.timeout(1800)
+def test_saved_in_two_processes_resumed_in_one_and_in_four(tmp_path, names, hows):
+    for how in hows:
+        job = partial(saved_and_resumed, names, tmp_path / how, 7, 14, how)
+        whole = in_processes(2, job, tmp_path / how)
+        for world in (1, 4):
+            ranks = in_processes(world, job, tmp_path / how)
+            for name in names:
+                check_same(whole[0], ranks, name)
+
+
+def hybrid(names, steps, rank, world):
+    """Two replicas of two shards each; the second replica's decompositions come out with other signs."""
+    found = {}
+    if rank >= 2:
+        for key, choose in SUBSPACES.items():
+            if key != "columns":
+                SUBSPACES[key] = lambda request, choose=choose: -choose(request)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for name in names:
+        model = wrapped(net(torch.float32), "fsdp", world, mesh)
+        optimizer = make(name, model)
+        losses = train(model, optimizer, steps, rank, world)
+        parts = [local_part(param.detach()).clone() for param in model.parameters()]
+        found[name] = {"losses": losses, "weights": whole_weights(model), "parts": parts}
+    return found
+
+
+def test_replicas_of_shards(tmp_path):
+    names = ["galore-randomized", "fira", "frugal"]
+    alone = trained(names, "alone", 7)
+    ranks = in_processes(4, partial(hybrid, names, 7), tmp_path)
+    for name in names:
+        check_same(alone, ranks, name)
+        for first, second in ((0, 2), (1, 3)):
+            pairs = zip(ranks[first][name]["parts"], ranks[second][name]["parts"], strict=True)
+            assert all(torch.equal(*pair) for pair in pairs), name

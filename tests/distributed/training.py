@@ -1,0 +1,110 @@
+"""A small training that comes out the same in one process and in several."""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_lowrank.optim import FrugalAdamW, param_groups
+from hf_lowrank.optim.muon import muon_groups
+from hf_lowrank.optim.sharding import local_part
+from tests.optim.test_conformance import METHOD_CASES
+
+METHODS = {**METHOD_CASES, "frugal-blocks": partial(FrugalAdamW, subspace="blocks")}
+BATCH = 16
+
+
+class Net(nn.Module):
+    """Matrices that are higher, wider, and square, and a stack of experts.
+
+    No number of rows is divisible by four; the six rows of the last layer leave one process of four with nothing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(22, 30), nn.Linear(30, 22), nn.Linear(22, 30), nn.Linear(30, 30)])
+        self.layers.append(nn.Linear(30, 6))
+        self.experts = nn.Parameter(torch.randn(7, 6, 5) / 3)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        experts = torch.tanh(torch.einsum("bi,eio->beo", x, self.experts)).mean(1)
+        return self.norm(x) + nn.functional.pad(experts, (0, 1))
+
+
+def net(dtype):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def groups_of(name, model):
+    if name == "muon":
+        return muon_groups(model, weight_decay=0.05)
+    rank = 1 if name == "apollo-mini" else 4
+    groups = param_groups(model, rank=rank, weight_decay=0.05)
+    for group in groups:
+        group["params"] = [(key, param) for key, param in group["params"] if key != "experts"]
+    groups = [group for group in groups if group["params"]]
+    return [*groups, {"params": [("experts", model.experts)], "rank": rank, "weight_decay": 0.05}]
+
+
+def optimizer_of(name, model, **options):
+    if name == "full-rank":
+        return torch.optim.AdamW(model.parameters(), lr=1e-2)
+    gap = {} if name == "muon" else {"update_proj_gap": 5}
+    return METHODS[name](groups_of(name, model), **{"lr": 1e-2, **gap, **options})
+
+
+def wrapped(model, way, world, mesh=None):
+    """The model as `way` (alone, ddp, fsdp) wants it."""
+    if way == "ddp":
+        return DistributedDataParallel(model)
+    if way == "fsdp":
+        mesh = mesh or init_device_mesh("cpu", (world,))
+        fully_shard(model.layers[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def step_loss(model, step, rank=0, world=1):
+    """Forward and backward over this process's share of a step's batch; the mean loss over all of it."""
+    generator = torch.Generator().manual_seed(step % 6)
+    x = torch.randn(BATCH, 22, generator=generator).to(next(model.parameters()).dtype).chunk(world)[rank]
+    loss = (model(x) - x[:, :6].sin()).square().mean()
+    loss.backward()
+    loss = loss.detach()
+    if world > 1:
+        dist.all_reduce(loss)
+    return loss.item() / world
+
+
+def train(model, optimizer, steps, rank=0, world=1, start=0):
+    losses = []
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        losses.append(step_loss(model, step, rank, world))
+        optimizer.step()
+    return losses
+
+
+def whole_weights(model):
+    return {
+        name.removeprefix("module."): getattr(param, "full_tensor", lambda p=param: p)().detach().clone()
+        for name, param in model.named_parameters()
+    }
+
+
+def state_bytes(optimizer):
+    """Of the tensors beside the weights that this process holds."""
+    return sum(
+        local_part(value.detach()).numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    )
