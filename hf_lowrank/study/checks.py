@@ -199,10 +199,8 @@ def _check_inputs(study: Study, stages: Sequence[str]) -> None:
         raise UserError(
             f"{study.directory}: stage train needs the sweep's rate of {waiting[0]}; add sweep to --stages"
         )
-    if "train" in stages:
-        return
     for stage in ("measure", "evaluate", "predict", "claims", "report"):
-        if stage in stages and not any(study.is_trained(run) for run in study.runs):
+        if stage in stages and "train" not in stages and not any(study.is_trained(run) for run in study.runs):
             raise UserError(f"{study.directory}: stage {stage} needs runs that are trained; add train to --stages")
     needs = {
         "predict": (("measure", "measurements.jsonl"), ("evaluate", "downstream.jsonl")),

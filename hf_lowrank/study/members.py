@@ -87,7 +87,8 @@ def _compare_recipes(file: StudyFile, looks: dict[str, Looks]) -> None:
     base = looks[baseline]
     for name, look in looks.items():
         for block, ours, theirs in (("model", look.model, base.model), ("data", look.data, base.data)):
-            for key in [*theirs, *(key for key in ours if key not in theirs)]:
+            keys = [*theirs, *(key for key in ours if key not in theirs)]
+            for key in sorted(keys, key=lambda key: key != "model_type"):
                 if ours.get(key) != theirs.get(key):
                     raise file.fault(
                         f"members.{name}",

@@ -72,9 +72,9 @@ def differences(ours, theirs):
     return [name for name in names if ours.get(name) != theirs.get(name)]
 
 
-def drill(tmp_path, corpus, kills, seed, stages=None, **changes):
+def drill(tmp_path, corpus, kills, seed, stages=None, recipe=None, **changes):
     for method in METHODS:
-        prepare_corpus(load_recipe(write_recipe(tmp_path, corpus, method)).data)
+        prepare_corpus(load_recipe(write_recipe(tmp_path, corpus, method, **(recipe or {}))).data)
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump(study_data(**changes)))
 
@@ -108,6 +108,15 @@ def test_a_killed_study_ends_as_an_undisturbed_one(tmp_path, corpus):
 @pytest.mark.drill
 def test_twenty_kills_of_a_study_with_all_its_stages(tmp_path, corpus):
     changes = {
+        "recipe": {
+            "model__max_position_embeddings": 96,
+            "data": {
+                "source": "python-library",
+                "sequence_length": 96,
+                "vocabulary_size": 600,
+                "evaluation_sequences": 8,
+            },
+        },
         "seeds": [0, 1, 2, 3],
         "sweep": {"learning_rate": [0.001, 0.004], "seed": 9, "set": ["training.save_steps=12"]},
         "measure": {"settings": {"sequences": 4}, "pairs": "last"},
@@ -116,4 +125,4 @@ def test_twenty_kills_of_a_study_with_all_its_stages(tmp_path, corpus):
         "jobs": 2,
     }
     expected = drill(tmp_path, corpus, kills=20, seed=1, **changes)
-    assert "sweep.json" in expected
+    assert {"sweep.json", "prediction.json"} <= set(expected)

@@ -1,0 +1,247 @@
+"""Bad studies: each found before anything runs, in one line, and nothing is written; by function and command."""
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_lowrank.cli import main
+from hf_lowrank.errors import UserError
+from hf_lowrank.study import run_study
+from tests.study.tiny import MEASURE, MODEL, study_data, write_recipe
+
+
+def refused(study, tmp_path, **options):
+    """The line that refuses a study; nothing is written."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as error:
+        run_study(study, output=tmp_path / "out", fork_here=True, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    assert sorted(tmp_path.rglob("*")) == before
+    return message
+
+
+CASES = {
+    "a missing recipe": (
+        {"members": {"full_rank": "full_rank.yaml", "b": "none.yaml"}},
+        ["members.b", "none.yaml", "no such recipe file"],
+    ),
+    "an unknown baseline": ({"baseline": "fullrank"}, ["baseline", "'fullrank'", "did you mean 'full_rank'?"]),
+    "no baseline": ({"baseline": None}, ["baseline is missing"]),
+    "a seed twice": ({"seeds": [3, 3]}, ["seeds", "3 is there twice"]),
+    "a seed that is none": ({"seeds": [-1]}, ["seeds", "got -1"]),
+    "members of one name but for case": (
+        {"members": {"full_rank": "full_rank.yaml", "Full_Rank": "galore.yaml"}},
+        ["members.Full_Rank", "members.full_rank", "Full_Rank-seed0"],
+    ),
+    "a member's name that is no folder's": (
+        {"members": {"full_rank": "full_rank.yaml", "a/b": "galore.yaml"}},
+        ["members.a/b"],
+    ),
+    "an override that names nothing": (
+        {"set": ["training.max_stepz=3"]},
+        ["members.full_rank", "training.max_stepz", "max_steps"],
+    ),
+    "an override that one member lacks": ({"set": ["method.rank=2"]}, ["members.full_rank", "method.rank"]),
+    "a member's override": (
+        {"members": {"full_rank": "full_rank.yaml", "g": {"recipe": "galore.yaml", "set": ["method.rnk=2"]}}},
+        ["members.g", "method.rnk", "rank"],
+    ),
+    "another size": (
+        {"members": {"full_rank": "full_rank.yaml", "g": {"recipe": "galore.yaml", "set": ["model.hidden_size=32"]}}},
+        ["members.g", "model.hidden_size 32", "the baseline full_rank has 16"],
+    ),
+    "another architecture": (
+        {
+            "members": {
+                "full_rank": "full_rank.yaml",
+                "g": {"recipe": "galore.yaml", "set": ["model.architecture=qwen3"]},
+            }
+        },
+        ["members.g", "model.model_type 'qwen3'", "'llama'"],
+    ),
+    "another tokenizer": (
+        {
+            "members": {
+                "full_rank": "full_rank.yaml",
+                "g": {"recipe": "galore.yaml", "set": ["data.vocabulary_size=310"]},
+            }
+        },
+        ["members.g", "data.vocabulary_size 310", "full_rank has 300"],
+    ),
+    "another corpus": (
+        {
+            "members": {
+                "full_rank": "full_rank.yaml",
+                "g": {"recipe": "galore.yaml", "set": ["data.train_files=[x.txt]"]},
+            }
+        },
+        ["members.g", "data.train_files", "x.txt"],
+    ),
+    "an unknown key": ({"seedz": [1]}, ["unknown key 'seedz'", "'seeds'"]),
+    "an unknown key of a block": ({"measure": {"metric": "loss"}}, ["measure.metric", "'metrics'"]),
+    "an unknown metric": ({"measure": {"metrics": "losss"}}, ["measure.metrics", "losss"]),
+    "an unknown setting": ({"measure": {"settings": {"radius": 1}}}, ["measure.settings", "radius"]),
+    "an unknown preset": ({"measure": {"preset": "slow"}}, ["measure.preset", "slow"]),
+    "an unknown task": ({"evaluate": {"tasks": "pylib_close"}}, ["evaluate.tasks", "pylib_close"]),
+    "a step that is not saved": ({"measure": {**MEASURE, "steps": [5]}}, ["measure.steps", "5", "0, 6, 12"]),
+    "pairs at a step that is not saved": ({"measure": {"pairs": 7}}, ["measure.pairs", "7"]),
+    "steps of no number": ({"evaluate": {"steps": "lst"}}, ["evaluate.steps", "lst"]),
+    "a rate twice": ({"sweep": {"learning_rate": [1e-3, 0.001]}}, ["sweep.learning_rate", "0.001 is there twice"]),
+    "a rate of zero": ({"sweep": {"learning_rate": [0]}}, ["sweep.learning_rate", "0.0"]),
+    "a sweep's override that names nothing": (
+        {"sweep": {"learning_rate": [1e-3], "set": ["training.savesteps=3"]}},
+        ["members.full_rank", "training.savesteps"],
+    ),
+    "an unknown stage": ({"stages": ["trian"]}, ["stages", "trian"]),
+    "no number of jobs": ({"jobs": 0}, ["jobs", "0"]),
+    "neither recipe nor runs": ({"members": {"full_rank": {}}}, ["members.full_rank", "recipe", "runs"]),
+    "both recipe and runs": (
+        {"members": {"full_rank": {"recipe": "full_rank.yaml", "runs": ["x"]}}},
+        ["members.full_rank", "either"],
+    ),
+    "a rate for what is not trained": (
+        {"members": {"full_rank": "full_rank.yaml", "b": {"runs": ["x"], "learning_rate": 1}}},
+        ["members.b", "learning_rate must be left out"],
+    ),
+    "a folder that is not there": (
+        {"members": {"full_rank": "full_rank.yaml", "b": {"runs": ["./nothing"]}}},
+        ["members.b.runs", "nothing"],
+    ),
+    "a folder without checkpoints": (
+        {"members": {"full_rank": "full_rank.yaml", "b": {"runs": ["empty"]}}},
+        ["members.b.runs", "empty", "no whole checkpoint"],
+    ),
+    "a sequence file that is not there": (
+        {"measure": {"evaluation_set": "none.safetensors"}},
+        ["measure.evaluation_set", "none.safetensors"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_one_line_before_anything_runs(case, write_study, tmp_path, monkeypatch):
+    # lm-eval's own thousands of tasks take seconds to list.
+    monkeypatch.setattr("hf_lowrank.downstream.catalogue._index", dict)
+    changes, parts = CASES[case]
+    (tmp_path / "empty").mkdir()
+    study = write_study(**changes)
+    message = refused(study, tmp_path)
+    assert message.startswith(str(tmp_path))
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("case", ["a missing recipe", "an unknown baseline", "another size"])
+def test_the_command_prints_the_line_and_ends_with_status_2(case, write_study, tmp_path, capsys):
+    changes, parts = CASES[case]
+    with pytest.raises(SystemExit) as stop:
+        main(["study", str(write_study(**changes)), "--output", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("hf-lowrank: ")
+    for part in parts:
+        assert part in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "parts"),
+    [
+        ("measure", ["stage measure needs runs that are trained", "add train"]),
+        ("evaluate", ["stage evaluate", "add train"]),
+        ("report", ["stage report", "add train"]),
+        ("claims", ["stage claims", "add train"]),
+        ("predict,report", ["stage predict", "add train"]),
+        ("train,claims", ["stage claims needs measurements.jsonl", "add measure"]),
+        ("train,measure,predict", ["stage predict needs downstream.jsonl", "add evaluate"]),
+        ("sweep", ["stage sweep needs a sweep block"]),
+        ("trian", ["unknown stage 'trian'", "did you mean 'train'?"]),
+        (",", ["--stages must name some of"]),
+    ],
+)
+def test_a_stage_without_its_input(stages, parts, write_study, tmp_path):
+    message = refused(write_study(), tmp_path, stages=stages)
+    for part in parts:
+        assert part in message
+
+
+def test_training_without_the_sweep_that_gives_its_rate(write_study, tmp_path):
+    study = write_study(sweep={"learning_rate": [1e-3, 2e-3]})
+    assert "stage train needs the sweep's rate of full_rank; add sweep" in refused(study, tmp_path, stages="train")
+
+
+def test_jobs_and_threads_are_at_least_one(write_study, tmp_path):
+    assert "--jobs must be at least 1" in refused(write_study(), tmp_path, jobs=0)
+    assert "--threads must be at least 1" in refused(write_study(), tmp_path, threads=0)
+
+
+def test_a_study_that_is_not_there_and_one_that_is_none(tmp_path):
+    assert "no such study file" in refused(tmp_path / "none.yaml", tmp_path)
+    (tmp_path / "list.yaml").write_text("- a\n")
+    assert "must be a mapping" in refused(tmp_path / "list.yaml", tmp_path)
+    (tmp_path / "twice.yaml").write_text("name: a\nname: b\n")
+    assert "'name' is there twice in line 2" in refused(tmp_path / "twice.yaml", tmp_path)
+
+
+def test_a_run_directory_of_another_recipe(write_study, tmp_path):
+    study = write_study()
+    folder = tmp_path / "out" / "runs" / "galore-seed1"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"seed": 7}))
+    message = refused(study, tmp_path)
+    assert str(folder) in message
+    assert "belongs to another recipe" in message
+
+
+def stranger(folder, **changes):
+    torch.manual_seed(0)
+    shape = {**{key: value for key, value in MODEL.items() if key != "architecture"}, "vocab_size": 300, **changes}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder / "checkpoint-3")
+    return folder
+
+
+def test_a_strangers_size_and_baseline(write_study, tmp_path):
+    stranger(tmp_path / "theirs", intermediate_size=40)
+    members = {"full_rank": "full_rank.yaml", "theirs": {"runs": ["theirs"]}}
+    message = refused(write_study(members=members), tmp_path)
+    assert "members.theirs.runs" in message
+    assert "model.intermediate_size 40, full_rank has 24" in message
+    message = refused(write_study(members=members, baseline="theirs"), tmp_path)
+    assert "model.intermediate_size 40, full_rank has 24" in message
+
+
+def test_strangers_alone_need_a_text(write_study, tmp_path):
+    stranger(tmp_path / "theirs")
+    study = write_study(
+        members={"theirs": {"runs": ["theirs"]}}, baseline="theirs", evaluate={"tasks": "lambada_openai"}
+    )
+    message = refused(study, tmp_path, stages="measure")
+    assert "evaluation_text must name a text" in message
+
+
+def test_a_stranger_named_twice(write_study, tmp_path):
+    stranger(tmp_path / "theirs")
+    study = write_study(members={"theirs": {"runs": ["theirs", "./theirs"]}}, baseline="theirs")
+    assert "is there twice" in refused(study, tmp_path)
+
+
+def test_a_baseline_with_fewer_runs_than_a_member(write_study, tmp_path):
+    for name in ("one", "two", "three", "four", "five"):
+        stranger(tmp_path / name)
+    members = {"base": {"runs": ["one", "two"]}, "theirs": {"runs": ["three", "four", "five"]}}
+    message = refused(write_study(members=members, baseline="base"), tmp_path)
+    assert "baseline must have one run or as many as each member, base has 2 and theirs has 3" in message
+
+
+def test_a_study_extends_another(tmp_path, corpus):
+    """Paths count from the file that names them, also in the study that is extended."""
+    (tmp_path / "below").mkdir()
+    for method in ("full_rank", "galore"):
+        write_recipe(tmp_path / "below", corpus, method)
+    (tmp_path / "below" / "base.yaml").write_text(yaml.safe_dump(study_data()))
+    (tmp_path / "study.yaml").write_text("extends: below/base.yaml\nname: upper\nseeds: [4]\n")
+    result = run_study(tmp_path / "study.yaml", output=tmp_path / "out", dry_run=True)
+    assert result.plan.name == "upper"
+    assert [member.runs for member in result.plan.members] == [1, 1]
