@@ -117,7 +117,7 @@ def report(
     from hf_lowrank.report import terminal_table, write_report
 
     page = write_report(runs, output, study=study)
-    Console().print(terminal_table(runs))
+    Console().print(terminal_table(runs, study=study))
     typer.echo(f"page: {page}")
 
 

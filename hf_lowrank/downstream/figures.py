@@ -70,18 +70,47 @@ def prediction_tables(prediction: Prediction) -> list[Any]:
 
 
 def score_table(rows: Any, *, last_only: bool = True) -> Any:
-    """A rich table of scores: a line each run (its last checkpoint) and task, value, interval, chance."""
+    """A rich table of scores: a line for each run and step (`last_only`: its last one), a column for each task.
+
+    Shown is a task's primary metric, the first that it has of acc, mcc and acc_norm, else its first, with ± half the
+    95 % interval over items; the others are in `downstream.jsonl`. Members of a group are left out, its mean is shown.
+    """
+    from rich import box
     from rich.table import Table as RichTable
+    from rich.text import Text
+
+    from hf_lowrank.downstream.gathering import PRIMARY
 
     shown = [row for row in rows if row.group is None]
-    if last_only:
-        last = {row.run: max(r.step for r in shown if r.run == row.run) for row in shown}
-        shown = [row for row in shown if row.step == last[row.run]]
-    table = RichTable(title="Downstream")
-    for column in ("run", "step", "task", "metric", "score", "95 % interval", "chance", "n"):
-        table.add_column(column)
+    metrics: dict[str, list[str]] = {}
     for row in shown:
-        interval = "" if row.ci_low is None else f"[{row.ci_low:.3f}, {row.ci_high:.3f}]"
-        chance = "" if row.chance is None else f"{row.chance:.2f}"
-        table.add_row(row.run, str(row.step), row.task, row.metric, f"{row.value:.3f}", interval, chance, str(row.n))
+        metrics.setdefault(row.task, []).append(row.metric)
+    primary = {task: next((m for m in PRIMARY if m in found), found[0]) for task, found in metrics.items()}
+    cells = {(row.run, row.step, row.task): row for row in shown if row.metric == primary[row.task]}
+    lines = sorted({(row.run, row.step) for row in shown}, key=lambda line: (line[0], line[1]))
+    if last_only:
+        lines = list({run: (run, step) for run, step in lines}.values())
+    common = os.path.commonprefix(list(primary)) if len(primary) > 1 else ""
+    common = common[: common.rfind("_") + 1]
+    title = f"Downstream, {common.rstrip('_')}" if common else "Downstream"
+    table = RichTable(
+        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    table.caption, table.caption_justify = "± is half the 95 % interval over items.", "left"
+    table.add_column("run@step", overflow="fold")
+    for task, metric in primary.items():
+        chance = next((r.chance for r in shown if (r.task, r.metric) == (task, metric)), None)
+        guess = "" if chance is None else f"\nchance {chance:.2f}"
+        name = task.removeprefix(f"{family}_")
+        said = "" if name == metric else f"\n{metric}"
+        table.add_column(Text(f"{name}{said}{guess}"), justify="right", overflow="fold")
+    for run, step in lines:
+        found = [cells.get((run, step, task)) for task in primary]
+        table.add_row(Text(f"{run}@{step}"), *(Text("—" if one is None else _score_text(one)) for one in found))
     return table
+
+
+def _score_text(row: Any) -> str:
+    if row.ci_low is None or row.ci_high is None:
+        return f"{row.value:.3f}"
+    return f"{row.value:.3f} ±{(row.ci_high - row.ci_low) / 2:.3f}"

@@ -303,7 +303,7 @@ def _beside(standing: Standing, criterion: Criterion, values: Values, name: str)
     return replace(standing, beside=write(found.mean), beside_interval=interval)
 
 
-def versus(criterion: Criterion, values: Values, name: str) -> Estimate | None:
+def versus(criterion: Criterion, values: Values, name: str, confidence: float = 0.95) -> Estimate | None:
     """`name` against full-rank: a share (0.04 is 4 % more) or a difference; the interval is paired by seed."""
     as_log = criterion.against == "ratio"
 
@@ -313,7 +313,7 @@ def versus(criterion: Criterion, values: Values, name: str) -> Estimate | None:
     ours, base = turned(name), turned(BASELINE)
     if not ours or not base:
         return None
-    found = mean_difference(base, ours)
+    found = mean_difference(base, ours, confidence)
     if found is None:
         common = sorted(set(ours) & set(base))
         pairs = [(ours[s], base[s]) for s in common] or [(_mean(ours), _mean(base))]

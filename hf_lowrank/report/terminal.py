@@ -1,39 +1,50 @@
-"""The answer as a table for the terminal."""
+"""The answer as a table for the terminal: methods where there are several seeds of one, else runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_lowrank.report.answer import Group, groups
+from hf_lowrank.report.formats import loss_text, memory, significant
+from hf_lowrank.report.members import told_apart
 from hf_lowrank.report.runs import load_runs
+from hf_lowrank.report.standings import Standing
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 # A terminal is narrow: what answers the question, not all that was measured. In the order shown, each with its
 # place in line when not all fit.
-_COLUMNS = {
+_RUN_COLUMNS = {
     "run": 0,
     "method": 1,
     "seed": 3,
     "validation_loss": 2,
     "perplexity": 4,
-    "tokens": 10,
-    "train_seconds": 6,
-    "peak_memory": 9,
-    "optimizer_bytes": 5,
-    "random_sharpness": 7,
-    "weight_effective_rank": 8,
-    "update_effective_rank": 11,
+    "downstream": 5,
+    "tokens": 11,
+    "train_seconds": 7,
+    "peak_memory": 10,
+    "optimizer_bytes": 6,
+    "random_sharpness": 8,
+    "weight_effective_rank": 9,
+    "update_effective_rank": 12,
 }
+_METHOD_COLUMNS = {"method": 0, "perplexity": 1, "loss": 4, "downstream": 2, "memory": 3, "speed": 5, "distance": 6}
+_HALF: dict[str, Callable[[float], str]] = {"loss": loss_text, "downstream": loss_text, "memory": memory}
 _GAP = 3
 
+Line = dict[str, str]
 
-def terminal_table(runs: Iterable[Any], width: int | None = None) -> Table:
-    """The runs' main numbers as a rich table, best loss first; evaluation sets are kept apart by a rule.
 
-    Columns that do not fit into `width` characters (None: this terminal's) are left out, the least telling first.
+def terminal_table(runs: Iterable[Any], width: int | None = None, *, study: Path | None = None) -> Table:
+    """The main numbers as a rich table, best loss first; what does not compare is kept apart by a rule.
+
+    With several seeds of a method a row is a method, its values mean ± half the 95 % interval over seeds, a star where
+    it cannot be told from the best; else a row is a run. Columns that do not fit into `width` characters (None: this
+    terminal's) are left out, the least telling first. `study`: the folder whose members name the methods.
 
     Raises:
         UserError: a folder is no run, has no checkpoint, or one of its files is damaged.
@@ -43,39 +54,76 @@ def terminal_table(runs: Iterable[Any], width: int | None = None) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    compared = groups(load_runs(runs))
-    known = {column.id: column for group in compared for column in group.columns}
-    wanted = [name for name in _COLUMNS if name in known]
-    if len({run.method for group in compared for run in group.runs}) == sum(len(group.runs) for group in compared):
-        wanted = [name for name in wanted if name != "seed"]
-    headings = {name: [known[name].title, *([known[name].unit] if known[name].unit else [])] for name in wanted}
-    widths = {name: max(map(len, [*headings[name], *_texts(compared, name)])) for name in wanted}
-    wanted = _fitting(wanted, widths, Console().width if width is None else width)
-    table = Table(box=box.SIMPLE_HEAD, title=_title(compared), title_justify="left", caption=_caption(compared))
-    table.caption_justify = "left"
+    compared = groups(told_apart(load_runs(runs), study))
+    several = any(row.seeds > 1 for group in compared for row in group.standings.rows)
+    order = _METHOD_COLUMNS if several else _RUN_COLUMNS
+    headings = _method_headings(compared) if several else _run_headings(compared)
+    lines = [_method_lines(group) if several else _run_lines(group) for group in compared]
+    wanted = [name for name in order if name in headings]
+    widths = {name: max(map(len, [*headings[name], *(line.get(name, "—") for part in lines for line in part)]))
+              for name in wanted}  # fmt: skip
+    wanted = _fitting(wanted, order, widths, Console().width if width is None else width)
+    table = Table(box=box.SIMPLE_HEAD, title=_title(compared), title_justify="left")
+    table.caption, table.caption_justify = _caption(compared, several), "left"
     for name in wanted:
-        justify: Literal["left", "right"] = "left" if known[name].kind == "text" else "right"
+        justify: Literal["left", "right"] = "left" if name in ("run", "method") else "right"
         table.add_column(Text("\n".join(headings[name])), justify=justify, overflow="fold")
-    for group in compared:
-        for row in zip(*(_texts([group], name) for name in wanted), strict=True):
-            table.add_row(*map(Text, row))
+    for part in lines:
+        for line in part:
+            table.add_row(*(Text(line.get(name, "—")) for name in wanted))
         table.add_section()
     return table
 
 
-def _texts(compared: list[Group], name: str) -> list[str]:
-    texts = []
-    for group in compared:
-        place = next((place for place, column in enumerate(group.columns) if column.id == name), None)
-        texts += ["—" if place is None else row[place].text for row in group.cells]
-    return texts
+def _run_headings(compared: Sequence[Group]) -> dict[str, list[str]]:
+    known = {column.id: column for group in compared for column in group.columns if column.id in _RUN_COLUMNS}
+    found = {name: [column.title, *([column.unit] if column.unit else [])] for name, column in known.items()}
+    if len({run.method for group in compared for run in group.runs}) == sum(len(group.runs) for group in compared):
+        found.pop("seed")
+    return found
 
 
-def _fitting(names: list[str], widths: dict[str, int], room: int) -> list[str]:
+def _run_lines(group: Group) -> list[Line]:
+    return [{column.id: cell.text for column, cell in zip(group.columns, row, strict=True)} for row in group.cells]
+
+
+def _method_headings(compared: Sequence[Group]) -> dict[str, list[str]]:
+    known = {criterion.id: criterion for group in compared for criterion in group.standings.criteria}
+    units = {
+        name: sorted(
+            {one.unit for group in compared for one in group.standings.criteria if one.id == name and one.unit}
+        )
+        for name in known
+    }
+    return {"method": ["Method"], **{name: [one.title, *units[name]] for name, one in known.items()}}
+
+
+def _method_lines(group: Group) -> list[Line]:
+    table = group.standings
+    return [
+        {
+            "method": row.title,
+            **{one.id: _text(one.id, cell) for one, cell in zip(table.criteria, row.standings, strict=True)},
+        }
+        for row in table.rows
+    ]
+
+
+def _text(criterion: str, cell: Standing) -> str:
+    """`26.5 ± 0.3 *`; the star's place is kept, so that numbers stand below one another."""
+    if cell.value is None or cell.low is None or cell.high is None:
+        return cell.text
+    half = (cell.high - cell.low) / 2
+    write = _HALF.get(criterion, lambda v: significant(v, 2))
+    spread = f" ± {write(half)}" if half > 1e-6 * abs(cell.value) else ""
+    return cell.text + spread + ((" *" if cell.tied else "  ") if cell.certain else "")
+
+
+def _fitting(names: Sequence[str], order: dict[str, int], widths: dict[str, int], room: int) -> list[str]:
     """Those of `names` that fit side by side into `room` characters, the first two always."""
     chosen: set[str] = set()
     room -= _GAP  # the edges
-    for name in sorted(names, key=_COLUMNS.__getitem__):
+    for name in sorted(names, key=order.__getitem__):
         room -= widths[name] + _GAP
         if room < 0 and len(chosen) >= 2:
             break
@@ -83,22 +131,27 @@ def _fitting(names: list[str], widths: dict[str, int], room: int) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def _title(compared: list[Group]) -> Any:
-    from rich.text import Text
-
-    if len(compared) > 1:
-        return Text(f"Runs on {len(compared)} evaluation sets; losses compare only within one", style="bold")
-    return Text(compared[0].headline, style="bold")
-
-
-def _caption(compared: list[Group]) -> Any:
+def _title(compared: Sequence[Group]) -> Any:
     from rich.text import Text
 
     if len(compared) == 1:
-        return Text(compared[0].standfirst)
-    lines = [
-        f"{'set ' + group.fingerprint[:12] if group.fingerprint else 'no evaluation set'}: {group.headline}. "
-        f"{group.standfirst}"
-        for group in compared
-    ]
+        return Text(compared[0].headline, style="bold")
+    sets = len({group.fingerprint for group in compared})
+    sizes = len({group.size for group in compared})
+    parts = [f"{sets} evaluation sets"] if sets > 1 else []
+    parts += [f"{sizes} sizes"] if sizes > 1 else []
+    return Text(f"Runs of {' and '.join(parts)}; losses compare only within one", style="bold")
+
+
+def _caption(compared: Sequence[Group], several: bool) -> Any:
+    from rich.text import Text
+
+    lines = []
+    for group in compared:
+        name = f"set {group.fingerprint[:12]}" if group.fingerprint else "no evaluation set"
+        head = f"{group.scale}, {name}: {group.headline}." if len(compared) > 1 else ""
+        lines.append(" ".join(filter(None, [head, group.trade, group.standfirst])))
+    if several:
+        stars = any(cell.tied for group in compared for row in group.standings.rows for cell in row.standings)
+        lines.append("± is half the 95 % interval over seeds." + (" * cannot be told from the best." if stars else ""))
     return Text("\n".join(lines))

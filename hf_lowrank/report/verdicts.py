@@ -83,9 +83,13 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
     title = {row.method: row.title for row in table.rows}
     values = {name: by_seed(runs, criterion.values) for name, criterion in criteria.items()}
 
+    others = sum(row.method != BASELINE for row in table.rows)
+
     def beside(name: str, method: str) -> Estimate | None:
         there = values.get(name, {})
-        return versus(criteria[name], there, method) if method in there and BASELINE in there else None
+        if method not in there or BASELINE not in there:
+            return None
+        return versus(criteria[name], there, method, 1 - 0.05 / others)
 
     found = {row.method: lost for row in table.rows if row.method != BASELINE
              and (lost := beside("perplexity", row.method)) is not None}  # fmt: skip
@@ -98,8 +102,9 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
     if saved is not None:
         parts[0] += f", with {_more_or_less(saved.mean)} memory"
     if quicker is not None:
-        much = f"{significant(1 + quicker.mean, 2)} times" if abs(quicker.mean) >= SAME else "about"
-        parts[0] += f"{' and' if saved is not None else ', with'} {much} the speed"
+        same = abs(quicker.mean) < SAME
+        speed = "about the same speed" if same else f"{significant(1 + quicker.mean, 2)} times the speed"
+        parts[0] += f"{' and' if saved is not None else ', with'} {speed}"
     sizes = {name: share.mean for name in found if (share := beside("memory", name)) is not None}
     lightest = min(sizes, key=lambda name: (sizes[name], found[name].mean), default=nearest)
     if lightest != nearest and sizes[lightest] < min(sizes.get(nearest, 0.0), 0.0) - 0.005:
@@ -107,6 +112,7 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
         parts.append(f"{title[lightest]} needs the least memory, {less} % less, and ends {_lost(found[lightest])}")
     fewest = min(len(seeds) for seeds in values["perplexity"].values())
     text = ". ".join(parts) + "."
+    text = text.replace(" %", "\N{NO-BREAK SPACE}%")
     return text if fewest >= SEEDS_FOR_A_VERDICT else f"In these runs: {text[0].lower()}{text[1:]}"
 
 

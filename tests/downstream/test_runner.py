@@ -1,11 +1,13 @@
 """Checkpoints × tasks: rows, items, resuming, comparing, and lines for what cannot be done."""
 
+import io
 import json
 import math
 import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.stats import binomtest
 
 from hf_lowrank.downstream import TASK_FOLDER, catalogue, compare, evaluate, read_scores
@@ -163,8 +165,18 @@ def test_damaged_tables_are_one_line(tmp_path, scored):
         read_scores(file)
 
 
-def test_the_terminal_table_has_a_row_for_each_score(scored):
-    assert score_table(scored).row_count == len(scored)
+def test_the_terminal_table_has_a_line_for_each_checkpoint_and_fits(scored):
+    table = score_table(scored, last_only=False)
+    assert table.row_count == len({(row.run, row.step) for row in scored})
+    assert len(table.columns) == 1 + len({row.task for row in scored})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    text = console.export_text()
+    for row in scored:
+        if row.metric in ("acc", "bits_per_byte"):
+            assert f"{row.value:.3f}" in text
+            assert row.task.removeprefix("pylib_") in text
+    assert score_table(scored).row_count == len({row.run for row in scored})
 
 
 @pytest.mark.parametrize("by_size", [True, False])

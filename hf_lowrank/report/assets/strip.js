@@ -31,7 +31,8 @@
     root.append(svg("line", { x1: left, x2: width - right, y1: bottom, y2: bottom, class: "base" }));
     root.append(svg("text", { x: width - right, y: height - 3, "text-anchor": "end", class: "title" }, spec.label));
     if (spec.ref && finite(spec.ref.at)) {
-      root.append(svg("line", { x1: X(spec.ref.at), x2: X(spec.ref.at), y1: top, y2: bottom, class: "ref" }));
+      const crossed = narrow ? spec.rows.map((_, i) => [top + rowHeight * (i + 0.5) - 1, top + rowHeight * (i + 0.5) + 19]) : [[top, bottom]];
+      for (const [y1, y2] of crossed) root.append(svg("line", { x1: X(spec.ref.at), x2: X(spec.ref.at), y1, y2, class: "ref" }));
       root.append(svg("text", { x: left, y: height - 3, class: "reftext" }, `┊ ${spec.ref.label}`));
     }
     spec.rows.forEach((row, i) => {
