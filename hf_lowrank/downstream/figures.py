@@ -90,12 +90,10 @@ def score_table(rows: Any, *, last_only: bool = True) -> Any:
     lines = sorted({(row.run, row.step) for row in shown}, key=lambda line: (line[0], line[1]))
     if last_only:
         lines = list({run: (run, step) for run, step in lines}.values())
-    common = os.path.commonprefix(list(primary)) if len(primary) > 1 else ""
-    common = common[: common.rfind("_") + 1]
-    title = f"Downstream, {common.rstrip('_')}" if common else "Downstream"
-    table = RichTable(
-        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
+    families = {task.partition("_")[0] for task in primary}
+    family = families.pop() if len(primary) > 1 and len(families) == 1 else ""
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.title, table.title_justify = Text(f"Downstream, {family}" if family else "Downstream"), "left"
     table.caption, table.caption_justify = "± is half the 95 % interval over items.", "left"
     table.add_column("run@step", overflow="fold")
     for task, metric in primary.items():
