@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -193,7 +194,8 @@ class TargetedAdamW(Optimizer):
             self._settled = True
             if not any(group["params"] for group in self.param_groups if self._is_target(group)):
                 raise UserError(f"{type(self).__name__} has no target matrix among its parameters; name some")
-            if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+            pretended = any(isinstance(param, FakeTensor) for param in params)
+            if not pretended and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
                 logger.info("%s", self.parameter_table())
 
     def parameter_table(self) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from hf_lowrank.errors import UserError
 
@@ -37,18 +41,21 @@ def refuse_flattened_model(model: nn.Module) -> None:
             raise flattened("a low-rank method", name, engine)
 
 
-def refuse_engine(state: Any) -> None:
-    """Stops before anything is built where accelerate is set to an engine that flattens.
-
-    Args:
-        state: accelerate's `AcceleratorState`, as `accelerator.state`.
+def refuse_engines(args: TrainingArguments) -> None:
+    """Stops before anything is built where Trainer or `accelerate launch` is set to an engine that flattens.
 
     Raises:
-        UserError: naming the engine and what to use instead.
+        UserError: naming the engine and what to use instead; or FSDP is asked for in a single process.
     """
-    deepspeed = getattr(state, "deepspeed_plugin", None)
-    if deepspeed is not None:
-        raise UserError(f"DeepSpeed ZeRO-{deepspeed.zero_stage} flattens the parameters into pieces; {INSTEAD}")
-    fsdp = getattr(state, "fsdp_plugin", None)
-    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
-        raise UserError(f"FSDP1 (fsdp_version: 1) flattens the parameters; {INSTEAD}")
+    if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(f"training.deepspeed must be left out: DeepSpeed ZeRO-2 and ZeRO-3 flatten weights; {INSTEAD}")
+    version = None
+    if args.fsdp:
+        config: Any = args.fsdp_config or {}
+        version = int(config.get("version", 2))
+    elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        version = int(os.environ.get("FSDP_VERSION", "1"))
+    if version == 1:
+        raise UserError(f"training.fsdp_config.version must be 2: FSDP1 flattens weights; {INSTEAD}")
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError("training.fsdp needs processes to shard over; start with accelerate launch or torchrun")

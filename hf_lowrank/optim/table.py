@@ -23,9 +23,8 @@ def parameter_table(title: str, rows: Iterable[tuple[str, Tensor, str]]) -> str:
         alike[key] = alike.get(key, 0) + 1
         kind = how.partition(",")[0]
         values[kind] = values.get(kind, 0) + param.numel()
-    widths = [max(len(key[column]) for key in alike) for column in (0, 1)]
+    shapes = {key: f"{count} of {key[1]}" if count > 1 else key[1] for key, count in alike.items()}
+    widths = max(len(name) for name, _, _ in alike), max(map(len, shapes.values()))
     lines = [f"{title}: " + ", ".join(f"{count:,} values with {kind}" for kind, count in values.items())]
-    for (name, shape, how), count in alike.items():
-        times = f"{count} × " if count > 1 else ""
-        lines.append(f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {times}{how}")
+    lines += [f"  {key[0]:<{widths[0]}}  {shape:<{widths[1]}}  {key[2]}" for key, shape in shapes.items()]
     return "\n".join(lines)

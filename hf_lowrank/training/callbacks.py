@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -31,11 +34,33 @@ class FinalCheckpoint(TrainerCallback):
         return control
 
 
+class WholeWeights(TrainerCallback):
+    """Of a sharded model (FSDP2) Trainer saves each process's shards; every checkpoint gets the whole weights, too.
+
+    They are what everything after training reads, and tell that the checkpoint is whole. After this, all processes
+    have written what they had to write.
+    """
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
+    ) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if state.is_world_process_zero:
+                model.save_pretrained(folder, state_dict=weights)
+                tokenizer = others.get("processing_class")
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+
 class Checksums(TrainerCallback):
     """Every checkpoint carries the checksums of its files, written last."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             write_checksums(folder)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,11 +29,12 @@ from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.files import write_text
 from hf_lowrank.locks import locked
 from hf_lowrank.memory.recorder import memory_recorder
-from hf_lowrank.training.callbacks import Checksums, FinalCheckpoint, Progress, drop_logits, token_loss
+from hf_lowrank.optim.engines import refuse_engines
+from hf_lowrank.training.callbacks import Checksums, FinalCheckpoint, Progress, WholeWeights, drop_logits, token_loss
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
 from hf_lowrank.training.facts import FactsRecorder, read_facts, write_facts
 from hf_lowrank.training.recipe import Recipe, first_line
-from hf_lowrank.training.resume import last_whole_checkpoint, step_of
+from hf_lowrank.training.resume import is_sharded, last_whole_checkpoint, step_of
 from hf_lowrank.training.sequences import HeldOutSequences, collate
 from hf_lowrank.training.tokenization import load_tokenizer, padding_id
 from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
@@ -71,6 +71,7 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
         return run
 
     args = recipe.arguments(run)
+    refuse_engines(args)
     # Of several processes the first fills the cache, the others read it.
     with args.main_process_first(desc="corpus"):
         corpus = _corpus(recipe, _saved_tokenizer(run) if started else None)
@@ -90,6 +91,9 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
     memory = memory_recorder(recipe, args, model, facts)
     held.callback(memory.close)
     trainer = _trainer(recipe, args, model, corpus, sequences_per_step)
+    if checkpoint is not None and is_sharded(checkpoint) != trainer.is_fsdp_enabled:
+        written, now = ("under", "with") if is_sharded(checkpoint) else ("without", "without")
+        raise UserError(f"{checkpoint} was written {written} FSDP2; continue the run {now} FSDP2, as it began")
     trainer.add_callback(memory)
     trainer.add_callback(
         FactsRecorder(
@@ -251,16 +255,24 @@ def _whole_folder(folder: Path, content: PreTrainedModel | PreTrainedTokenizerBa
     os.replace(fresh, folder)
 
 
+def _shard_states(trainer: Trainer) -> None:
+    """Under FSDP2 every process saves its own part of the optimizer's state, and draws the whole model itself."""
+    plugin = trainer.accelerator.state.fsdp_plugin
+    plugin.set_state_dict_type("SHARDED_STATE_DICT")
+    plugin.cpu_ram_efficient_loading = False
+
+
 def _trainer(
     recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, corpus: Corpus, sequences_per_step: int
 ) -> Trainer:
     method, settings = recipe.method, recipe.settings
-    optimizer: Optimizer | None = None
-    if method.build_optimizer is not None:
-        # The optimizer holds the very parameters that are trained, so they are on their device before.
-        torch.nn.Module.to(model, args.device)
-        optimizer = method.build_optimizer(model, settings, args)
-    callbacks: list[TrainerCallback] = [FinalCheckpoint(), Checksums(), Progress(), *method.callbacks(settings, args)]
+    callbacks: list[TrainerCallback] = [
+        FinalCheckpoint(),
+        WholeWeights(),
+        Checksums(),
+        Progress(),
+        *method.callbacks(settings, args),
+    ]
     trainer = Trainer(
         model=model,
         args=args,
@@ -271,9 +283,17 @@ def _trainer(
         callbacks=callbacks,
         compute_metrics=token_loss,
         preprocess_logits_for_metrics=drop_logits,
-        optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback)
+    if trainer.is_fsdp_enabled:
+        _shard_states(trainer)
+    elif args.fsdp:
+        raise UserError(
+            f"training.fsdp must be left out on {args.device.type}: accelerate shards on accelerators only"
+        )
+    if method.build_optimizer is not None:
+        # After Trainer has put the parameters on their device; under FSDP2 accelerate exchanges them for shards.
+        trainer.optimizer = method.build_optimizer(model, settings, args)
     if method.build_scheduler is not None:
         # create_optimizer gives the optimizer above, or Trainer's own where the method has none.
         scheduler: Any = method.build_scheduler(trainer.create_optimizer(), settings, args, args.max_steps)

@@ -14,6 +14,8 @@ from hf_lowrank.checksums import damage_by_checksums
 logger = logging.getLogger(__name__)
 
 STATE_FILES = ("optimizer.pt", "scheduler.pt")
+# What Trainer writes of a sharded model in place of optimizer.pt; the metadata of each comes last.
+SHARDED_STATE = ("pytorch_model_fsdp_0", "optimizer_0")
 
 
 def last_whole_checkpoint(run: Path) -> Path | None:
@@ -29,6 +31,11 @@ def last_whole_checkpoint(run: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The optimizer steps of `checkpoint-N`."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written under FSDP2, which alone can continue from it."""
+    return any((checkpoint / name).is_dir() for name in SHARDED_STATE)
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -50,7 +57,13 @@ def damage_of(checkpoint: Path) -> str | None:
         random_states = sorted(checkpoint.glob("rng_state*.pth"))
         if not random_states:
             return "rng_state.pth is missing"
-        for file in [*(checkpoint / name for name in STATE_FILES), *random_states]:
+        states: tuple[str, ...] = STATE_FILES
+        if is_sharded(checkpoint):
+            states = STATE_FILES[1:]
+            for name in SHARDED_STATE:
+                if not (checkpoint / name / ".metadata").is_file():
+                    return f"{name} is incomplete"
+        for file in [*(checkpoint / name for name in states), *random_states]:
             _check_archive(file)
         return damage_by_checksums(checkpoint)
     except FileNotFoundError as error:
