@@ -1,0 +1,216 @@
+"""Estimated peaks of memory beside measured ones, for every method, with and without gradient checkpointing.
+
+    python benchmarks/memory.py [--device cpu|cuda] [--scales nano,60m] [--methods galore,cola]
+
+Each method trains for two steps in a fresh process by a plain loop. On the CPU its peak is measured twice: from the
+blocks that torch's allocator gives out, and from the resident memory of the whole process, which knows nothing of
+torch. For the latter, blocks go back to the system as they are freed (MALLOC_ settings), and what libraries keep for
+themselves after a first run is taken off. On a GPU it is torch's own count. Evaluation is left out on both sides.
+The result goes to benchmarks/results/ as JSON, and as a Markdown table to the terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _common import machine, versions, write_result
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.memory import estimate
+from hf_lowrank.memory.measured import AllocatorPeak
+from hf_lowrank.methods import METHODS
+from hf_lowrank.training.recipe import Recipe, load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+# Folder of recipes, sequences a step (on a GPU), vocabulary.
+SCALES = {"nano": ("nano", 16, 16, 2048), "60m": ("llama_60m", 1, 32, 32_000), "350m": ("llama_350m", 1, 16, 32_000)}
+STEPS = 2
+ASKED = 0.1
+PR_SET_THP_DISABLE = 41
+# Every block from 64 KiB on is mapped on its own, and leaves the process when it is freed.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+def train(recipe: Recipe, vocabulary: int, device: torch.device, watch: AllocatorPeak | None = None) -> int:
+    """Two training steps as Trainer makes them, on random tokens; what `watch` saw, or 0."""
+    args = recipe.arguments(RECIPES)
+    torch.manual_seed(recipe.seed)
+    model: PreTrainedModel = recipe.method.build_model(
+        recipe.config(vocab_size=vocabulary), recipe.settings, recipe.seed
+    )
+    nn.Module.to(model, device).train()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if recipe.method.build_optimizer is not None:
+        optimizer = recipe.method.build_optimizer(model, recipe.settings, args)
+    else:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer = kind([p for p in model.parameters() if p.requires_grad], **options)
+    if watch is not None:
+        watch.start(model, optimizer)
+    for _ in range(STEPS):
+        shape = (args.per_device_train_batch_size, recipe.data.sequence_length)
+        ids = torch.randint(vocabulary, shape, device=device)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if args.max_grad_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        model.zero_grad()
+    return watch.stop() if watch is not None else 0
+
+
+def status(field: str) -> int:
+    """A field of this process's /proc status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def small_pages() -> None:
+    """Counts what is touched, not the huge page around it, in this process's resident memory."""
+    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+
+def settle() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def of_process(recipe: Recipe, vocabulary: int, device: torch.device) -> int:
+    train(recipe, vocabulary, device)  # what libraries keep is there from now on
+    settle()
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the resident peak starts anew
+    train(recipe, vocabulary, device)
+    return status("VmHWM") - before
+
+
+def of_allocator(recipe: Recipe, vocabulary: int, device: torch.device) -> int:
+    if device.type == "cpu":
+        return train(recipe, vocabulary, device, AllocatorPeak())
+    train(recipe, vocabulary, device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    train(recipe, vocabulary, device)
+    return torch.cuda.max_memory_allocated()
+
+
+def one(method: str, scale: str, device: torch.device) -> list[dict[str, Any]]:
+    """The rows of one method, in this process."""
+    folder, batch, batch_on_gpu, vocabulary = SCALES[scale]
+    batch = batch if device.type == "cpu" else batch_on_gpu
+    rows: list[dict[str, Any]] = []
+    recipes = []
+    for checkpointing in (False, True):
+        changes = [
+            f"training.per_device_train_batch_size={batch}",
+            f"training.gradient_checkpointing={str(checkpointing).lower()}",
+            "training.bf16=false",
+        ]
+        recipe = load_recipe(RECIPES / folder / f"{method}.yaml", changes)
+        # The loop below makes packed batches, whatever the recipe's corpus is.
+        object.__setattr__(recipe, "data", recipe.data.model_copy(update={"shape": "packed"}))
+        expected = estimate(recipe, device=device, vocabulary_size=vocabulary)
+        peak = max(size for phase, size in expected.phases.items() if phase != "evaluation")
+        rows.append(
+            {
+                "method": method,
+                "gradient_checkpointing": checkpointing,
+                "estimated": peak,
+                "items": expected.plain(),
+            }
+        )
+        recipes.append(recipe)
+    # The profiler that counts blocks leaves memory of its own behind, so the process as a whole goes first.
+    for way in ways(device):
+        for row, recipe in zip(rows, recipes, strict=True):
+            row[f"measured_{way}"] = WAYS[way](recipe, vocabulary, device)
+            row[f"ratio_{way}"] = row["estimated"] / row[f"measured_{way}"]
+    return rows
+
+
+WAYS = {"process": of_process, "allocator": of_allocator}
+
+
+def ways(device: torch.device) -> list[str]:
+    return ["process", "allocator"] if device.type == "cpu" else ["allocator"]
+
+
+def apart(method: str, scale: str, device: torch.device) -> list[dict[str, Any]]:
+    """`one` in a fresh process."""
+    command = [sys.executable, __file__, "--device", device.type, "--scales", scale, "--one", method]
+    done = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{method} at {scale} failed: {done.stderr.strip().splitlines()[-1]}")
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    measured = [way for way in WAYS if f"measured_{way}" in row]
+    cells = [f"{row[f'measured_{way}'] / 2**20:.1f} | {row[f'ratio_{way}']:.3f}" for way in measured]
+    kept = "checkpointing" if row["gradient_checkpointing"] else ""
+    return f"| {row['method']} | {kept} | {row['estimated'] / 2**20:.1f} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scales", default="nano,60m", help=f"of {', '.join(SCALES)}")
+    parser.add_argument("--methods", default=",".join(METHODS), help="default: all")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", help="of the result file")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device must be cpu here: no GPU is available")
+    scales = options.scales.split(",")
+    for scale in scales:
+        if scale not in SCALES:
+            parser.error(f"--scales must be of {', '.join(SCALES)}, got {scale!r}")
+    if options.one:
+        if device.type == "cpu":
+            small_pages()
+        print(json.dumps(one(options.one, scales[0], device)))
+        return
+    results = []
+    for scale in scales:
+        _, batch, batch_on_gpu, _ = SCALES[scale]
+        batch = batch if device.type == "cpu" else batch_on_gpu
+        seen = ways(device)
+        print(f"\n{scale}, {batch} sequences a step, {device}, MiB\n")
+        print("| method | | estimated | " + " | ".join(f"{way} | ratio" for way in seen) + " |")
+        print("|---|---|---|" + "---|---|" * len(seen))
+        rows = []
+        for method in options.methods.split(","):
+            for row in apart(method, scale, device):
+                rows.append(row)
+                print(line(row), flush=True)
+        off = [abs(row[f"ratio_{way}"] - 1) for row in rows for way in seen]
+        print(f"\nfarthest from the measured peak: {max(off):.1%} (asked: at most {ASKED:.0%})", flush=True)
+        results.append({"scale": scale, "batch_size": batch, "farthest": max(off), "rows": rows})
+    name = options.name or ("memory" if device.type == "cpu" else f"memory_{device.type}")
+    content = {"machine": machine(device), "versions": versions(), "steps": STEPS, "results": results}
+    print(f"\n{write_result(name, content)}")
+
+
+if __name__ == "__main__":
+    main()
