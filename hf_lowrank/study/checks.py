@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.measuring.metrics import METRICS
 from hf_lowrank.measuring.plan import choose_steps
@@ -63,6 +64,8 @@ def prepare(file: StudyFile, directory: Path, stages: Sequence[str], *, named: b
     _check_folders(study, stages)
     _check_inputs(study, stages)
     _check_texts(study, recipes, stages, named)
+    if len(runs) < FEWEST_RUNS:
+        study.left_out["predict"] = f"it needs at least {FEWEST_RUNS} runs, there are {len(runs)}"
     return study
 
 

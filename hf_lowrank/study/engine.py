@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
 from hf_lowrank.locks import locked
@@ -27,7 +28,6 @@ from hf_lowrank.training.yaml_files import dump_yaml
 logger = logging.getLogger(__name__)
 
 FAILURES = "failures.json"
-FEWEST_RUNS_TO_PREDICT = 8
 LOCK_SECONDS = 5.0  # how long a killed study's last processes may take to go
 
 
@@ -184,9 +184,9 @@ class _Engine:
             run for run in self.study.runs
             if all((run.folder / name).is_file() for name in ("measurements.jsonl", "downstream.jsonl"))
         ]  # fmt: skip
-        if len(ready) < FEWEST_RUNS_TO_PREDICT:
+        if len(ready) < FEWEST_RUNS:
             self.say(
-                f"predict is left out: it needs at least {FEWEST_RUNS_TO_PREDICT} runs with measurements and scores, "
+                f"predict is left out: it needs at least {FEWEST_RUNS} runs with measurements and scores, "
                 f"there are {len(ready)}"
             )
             self.progress.skip("predict predict")

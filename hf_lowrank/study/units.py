@@ -96,8 +96,10 @@ def pair_units(study: Study) -> list[Unit]:
     keywords |= {"metrics": ["method_barrier"], "steps": settings.pairs}
     baseline = study.settings.baseline
     found = []
-    # The barrier to the baseline is measured with the rest; what is written counts as done.
-    runs = sorted((run for run in study.runs if study.is_trained(run)), key=lambda run: run.member == baseline)
+    # Which of two writes does not depend on the order of members; the barrier to the baseline is there already.
+    runs = sorted(
+        (run for run in study.runs if study.is_trained(run)), key=lambda run: (run.member == baseline, run.member)
+    )
     for place, run in enumerate(runs):
         others = [str(o.folder) for o in runs[place + 1 :] if o.place == run.place and o.member != run.member]
         work = {"kind": "pairs", "run": str(run.folder), "others": others, "keywords": keywords}

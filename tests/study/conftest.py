@@ -1,5 +1,6 @@
 """Tiny studies, written and run."""
 
+import logging
 from importlib import import_module
 
 import pytest
@@ -65,3 +66,10 @@ def run():
         return result, said
 
     return run_here
+
+
+@pytest.fixture(autouse=True)
+def no_handlers():
+    """The command line's log handler holds the test's own stderr; it goes with the test."""
+    yield
+    logging.getLogger("hf_lowrank").handlers.clear()

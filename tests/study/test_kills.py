@@ -109,11 +109,11 @@ def test_a_killed_study_ends_as_an_undisturbed_one(tmp_path, corpus):
 def test_twenty_kills_of_a_study_with_all_its_stages(tmp_path, corpus):
     changes = {
         "recipe": {
-            "model__max_position_embeddings": 96,
+            "model__max_position_embeddings": 128,
             "data": {
                 "source": "python-library",
-                "sequence_length": 96,
-                "vocabulary_size": 600,
+                "sequence_length": 128,
+                "vocabulary_size": 2048,
                 "evaluation_sequences": 8,
             },
         },

@@ -1,0 +1,303 @@
+"""What a study does: stages, results, choices, what is done once, what failed."""
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_lowrank.cli import main
+from hf_lowrank.measure import read_measurements
+from hf_lowrank.report.runs import load_run
+from hf_lowrank.study import load_study, run_study
+from hf_lowrank.study.sweep import choose
+from hf_lowrank.study.workers import Forks, Processes
+from hf_lowrank.training.facts import read_facts
+from tests.study.tiny import METHODS, TRAINING, study_data, write_recipe
+
+PAIRS = {"metrics": "loss,method_barrier", "settings": {"sequences": 4, "path": {"points": 1}}, "pairs": "last"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus):
+    """(study file, its directory, what the first call said) of a whole study, with a third member."""
+    folder = tmp_path_factory.mktemp("study")
+    for method in METHODS:
+        write_recipe(folder, corpus, method)
+    members = {"full_rank": "full_rank.yaml", "low": {"recipe": "galore.yaml", "learning_rate": 1e-3}}
+    members["high"] = {"recipe": "galore.yaml", "set": ["method.rank=8"]}
+    study = folder / "study.yaml"
+    study.write_text(yaml.safe_dump(study_data(members=members, seeds=[0, 1], measure=PAIRS), sort_keys=False))
+    said = []
+    result = run_study(study, output=folder / "out", fork_here=True, say=said.append, jobs=2)
+    assert result.failures == []
+    return study, folder / "out", said
+
+
+def test_every_stage_leaves_its_files(finished):
+    study, out, said = finished
+    runs = sorted(path.name for path in (out / "runs").iterdir())
+    assert runs == ["full_rank-seed0", "full_rank-seed1", "high-seed0", "high-seed1", "low-seed0", "low-seed1"]
+    for run in runs:
+        assert sorted(load_run(out / "runs" / run).steps) == [0, 6, 12]
+        assert (out / "runs" / run / "downstream.jsonl").stat().st_size > 0
+    assert len(json.loads((out / "claims.json").read_text())["claims"]) == 7
+    assert (out / "report" / "report.html").stat().st_size > 10_000
+    assert not (out / "failures.json").exists()
+    assert any(line.startswith("predict is left out: it needs at least 8 runs") for line in said)
+    assert any("s left" in line for line in said)
+    resolved = load_study(out / "study.yaml").settings
+    assert resolved == load_study(study).settings
+
+
+def test_each_run_is_trained_by_its_recipe_seed_and_overrides(finished):
+    out = finished[1]
+    recipes = {path.parent.name: yaml.safe_load(path.read_text()) for path in (out / "runs").glob("*/recipe.yaml")}
+    assert {name: recipe["seed"] for name, recipe in recipes.items()} == {name: int(name[-1]) for name in recipes}
+    assert recipes["low-seed1"]["training"]["learning_rate"] == 1e-3
+    assert recipes["high-seed0"]["method"]["rank"] == 8
+    assert recipes["low-seed0"]["method"]["rank"] == METHODS["galore"]["rank"]
+
+
+def test_runs_are_compared_with_the_baseline_of_their_seed_and_every_pair_once(finished):
+    out = finished[1]
+    pairs = {}
+    for run in (out / "runs").iterdir():
+        for row in read_measurements(run):
+            if row.metric == "method_barrier" and row.baseline is not None:
+                assert row.run[-1] == row.baseline[-1]
+                pairs.setdefault((frozenset((row.run, row.baseline)), row.step), []).append(row.value)
+    last = {names: values for (names, step), values in pairs.items() if step == 12}
+    assert len(last) == 3 * 2  # pairs of three members, for each seed
+    assert all(len(values) == 1 and math.isfinite(values[0]) for values in last.values())
+    # To the baseline at the other checkpoints too, between others at the last one only.
+    assert {step for names, step in pairs if not any("full_rank" in name for name in names)} == {12}
+    assert {step for names, step in pairs if any("full_rank" in name for name in names)} == {0, 6, 12}
+
+
+def test_a_second_call_does_nothing_again(finished, run):
+    study, out, _ = finished
+    kept = [
+        path for path in out.rglob("*") if path.is_file() and "report" not in path.parts and "logs" not in path.parts
+    ]
+    before = {path: path.stat().st_mtime_ns for path in kept if path.name not in ("study.yaml", ".timings.json")}
+    result, said = run(study, output=out)
+    assert result.failures == []
+    assert {stage.stage: stage.total - stage.done for stage in result.plan.stages} == {
+        "train": 0, "measure": 0, "evaluate": 0, "predict": 0, "claims": 0, "report": 1,
+    }  # fmt: skip
+    assert [line.split(":")[0] for line in said if line.startswith("[")] == ["[1/1] report report"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_changed_setting_is_done_again_and_nothing_else(finished, run, tmp_path):
+    study, out, _ = finished
+    changed = yaml.safe_load(study.read_text())
+    changed["evaluate"]["steps"] = [6, 12]
+    other = study.with_name("changed.yaml")
+    other.write_text(yaml.safe_dump(changed))
+    result, _ = run(other, output=out, dry_run=True)
+    left = {stage.stage: stage.total - stage.done for stage in result.plan.stages}
+    assert (left["train"], left["measure"], left["evaluate"]) == (0, 0, 6)
+
+
+def test_dry_run_by_command_writes_nothing(write_study, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = write_study(sweep={"learning_rate": [1e-3, 2e-3]})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main(["study", str(study), "--dry-run", "--jobs", "2"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    for part in ("full_rank", "galore", "sweep", "train", "measure", "runs/tiny", "2 at once", "disk"):
+        assert part in out
+    (sweep,) = [line for line in out.splitlines() if line.startswith("│ sweep")]
+    assert sweep.split("│")[2].strip() == "4"
+
+
+def test_what_a_step_costs_is_tried_out(write_study, monkeypatch):
+    """Time from steps on this machine, disk and memory from the model and its optimizer."""
+    from hf_lowrank.study import probe
+
+    study = write_study(members={"full_rank": "full_rank.yaml"})
+    monkeypatch.setattr("hf_lowrank.study.plan.probe", probe.probe)
+    plan = run_study(study, dry_run=True).plan
+    (member,) = plan.members
+    # embeddings, head, two blocks and norms of width 16, with AdamW's two moments, in float32
+    parameters = 2 * 300 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 24 + 2 * 16) + 16
+    assert member.checkpoint_bytes == pytest.approx(3 * 4 * parameters, rel=0.05)
+    assert member.checkpoints == 3
+    assert 0 < member.seconds < 60
+    assert plan.disk_bytes == 2 * 3 * member.checkpoint_bytes
+    assert plan.estimates["train full_rank-seed0"] == pytest.approx(member.seconds)
+    assert plan.estimates["measure full_rank-seed0"] is None
+
+
+def test_stages_one_by_one(write_study, tmp_path, run):
+    study = write_study(seeds=[0])
+    out = tmp_path / "out"
+    result, _ = run(study, output=out, stages="train")
+    assert [stage.stage for stage in result.plan.stages] == ["train"]
+    assert result.page is None
+    assert not list(out.rglob("measurements.jsonl"))
+    result, _ = run(study, output=out, stages=["report", "measure"])
+    assert [stage.stage for stage in result.plan.stages] == ["measure", "report"]
+    assert len(list(out.rglob("measurements.jsonl"))) == 2
+    assert not list(out.rglob("downstream.jsonl"))
+    assert result.page == out / "report" / "report.html"
+
+
+def test_a_failed_run_is_named_and_stops_no_other(write_study, tmp_path, run, capsys):
+    study = write_study(measure={"metrics": "loss"})
+    out = tmp_path / "out"
+    run(study, output=out, stages="train")
+    broken = out / "runs" / "galore-seed0"
+    (broken / "evaluation.safetensors").write_bytes(b"no tensors")
+    for step in (6, 12):
+        (broken / f"checkpoint-{step}" / "optimizer.pt").unlink()  # not finished, to continue from the start
+    result, _ = run(study, output=out, stages="train,measure,report")
+    (failure,) = result.failures
+    assert (failure.what, failure.stage) == ("galore-seed0", "train")
+    assert "evaluation.safetensors" in failure.reason
+    assert json.loads((out / "failures.json").read_text()) == [vars(failure)]
+    assert "evaluation.safetensors" in (out / "logs" / "train" / "galore-seed0.log").read_text()
+    measured = sorted(path.parent.name for path in out.rglob("measurements.jsonl"))
+    assert measured == ["full_rank-seed0", "full_rank-seed1", "galore-seed1"]
+    assert result.page is not None
+    # The next call tries again.
+    (broken / "evaluation.safetensors").unlink()
+    result, _ = run(study, output=out, stages="train,measure,report")
+    assert result.failures == []
+    assert not (out / "failures.json").exists()
+    assert (broken / "measurements.jsonl").exists()
+
+
+def test_the_command_runs_it_by_workers_and_says_what_failed(write_study, tmp_path, capsys, finished):
+    """Through the server of workers, whose results are those of forks from here, and with status 1 for a failure."""
+    study = write_study(seeds=[0], measure={"metrics": "loss"}, evaluate={"tasks": "pylib_copy"})
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        main(["study", str(study), "--output", str(out), "--jobs", "2", "--stages", "train,evaluate,report"])
+    printed = capsys.readouterr()
+    assert stop.value.code == 1
+    assert "[1/5] train full_rank-seed0: done in" in printed.err
+    assert "failed: evaluate full_rank-seed0, galore-seed0: the held-out text gives 0 items" in printed.out
+    assert f"page: {out / 'report' / 'report.html'}" in printed.out
+    weights = "runs/full_rank-seed0/checkpoint-12/model.safetensors"
+    assert (out / weights).read_bytes() == (finished[1] / weights).read_bytes()
+
+
+@pytest.mark.parametrize("kind", [Forks, Processes])
+def test_a_process_that_dies_fails_its_unit_alone(kind, tmp_path, write_study):
+    study = load_study(write_study())
+    recipe = study.settings.members["full_rank"].recipe
+    work = {"kind": "train", "recipe": recipe, "overrides": [], "seed": 0, "folder": "", "output": str(tmp_path / "a")}
+    workers = kind(1)
+    workers.start("killed", {**work, "overrides": ["training.max_steps=100000"]}, tmp_path / "log", 0)
+    workers.start("wrong", {**work, "recipe": "none.yaml"}, tmp_path / "other", 1)
+    outcomes, deadline = {}, time.monotonic() + 120
+    victim = next(iter(workers._children)) if kind is Forks else workers._processes["killed"].pid
+    while len(outcomes) < 2 and time.monotonic() < deadline:
+        outcomes |= {outcome.key: outcome for outcome in workers.wait(0.2)}
+        if "wrong" in outcomes and "killed" not in outcomes:
+            os.kill(victim, signal.SIGKILL)
+    assert outcomes["wrong"].reason == "none.yaml: there is no such recipe file"
+    assert "SIGKILL" in outcomes["killed"].reason
+    workers.stop()
+
+
+def test_the_sweep_takes_the_rate_of_the_lowest_loss(write_study, tmp_path, run):
+    rates = [1e-6, 3e-3, 1e9]
+    study = write_study(
+        members={"full_rank": "full_rank.yaml", "fixed": {"recipe": "galore.yaml", "learning_rate": 2e-3}},
+        sweep={"learning_rate": rates, "seed": 5, "set": ["training.save_steps=12"]},
+        seeds=[0],
+    )
+    out = tmp_path / "out"
+    result, said = run(study, output=out, stages="sweep,train", jobs=2)
+    assert result.failures == []
+    rows = json.loads((out / "sweep.json").read_text())
+    assert [(row["member"], row["learning_rate"], row["run"]) for row in rows] == [
+        ("full_rank", rate, f"sweep/full_rank-lr{rate:g}") for rate in rates
+    ]
+    final = []
+    for row in rows:
+        state = json.loads((out / row["run"] / "checkpoint-12" / "trainer_state.json").read_text())
+        final.append([entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry][-1])
+        assert yaml.safe_load((out / row["run"] / "recipe.yaml").read_text())["seed"] == 5
+    losses = [loss if math.isfinite(loss) else math.inf for loss in final]
+    assert [row["chosen"] for row in rows] == [loss == min(losses) for loss in losses]
+    chosen = next(row for row in rows if row["chosen"])
+    assert chosen["learning_rate"] == 3e-3
+    trained = {
+        name: yaml.safe_load((out / "runs" / name / "recipe.yaml").read_text())
+        for name in ("full_rank-seed0", "fixed-seed0")
+    }
+    assert trained["full_rank-seed0"]["training"]["learning_rate"] == 3e-3
+    assert trained["fixed-seed0"]["training"]["learning_rate"] == 2e-3
+    assert not any("edge" in line for line in said)
+    # The same call finds all of it done; overrides in another order are the same recipe.
+    data = yaml.safe_load(study.read_text())
+    data["sweep"]["set"] = ["training.logging_steps=4", *data["sweep"]["set"]]
+    study.write_text(yaml.safe_dump(data, sort_keys=False))
+    result, _ = run(study, output=out, stages="sweep,train", dry_run=True)
+    assert result.plan.left == 0
+
+
+class Attempted:
+    """What `choose` reads of a study: attempts and a directory."""
+
+    def __init__(self, directory, losses):
+        from hf_lowrank.study.layout import Attempt
+
+        self.directory = directory
+        self.attempts = []
+        for rate, loss in losses.items():
+            folder = directory / "sweep" / f"a-lr{rate:g}"
+            self.attempts.append(Attempt(member="a", learning_rate=rate, folder=folder))
+            self.attempts[-1].__dict__["loss"] = loss
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen", "edge"),
+    [
+        ({1: 3.0, 2: 2.0, 3: 4.0}, 2, False),
+        ({1: 3.0, 2: 2.0, 3: 1.0}, 3, True),
+        ({3: 1.0, 2: 2.0, 1: math.nan}, 3, True),
+        ({1: math.nan, 2: 2.0, 3: math.nan}, 2, False),
+        ({1: 2.0, 2: 2.0, 3: 2.0}, 1, True),
+        ({1: 2.0}, 1, False),
+        ({1: math.nan, 2: math.nan}, None, False),
+    ],
+)
+def test_ties_divergence_and_edges_of_a_sweep(losses, chosen, edge, tmp_path, monkeypatch):
+    study = Attempted(tmp_path, losses)
+    by_folder = {attempt.folder: attempt.__dict__["loss"] for attempt in study.attempts}
+    monkeypatch.setattr("hf_lowrank.study.sweep.final_loss", by_folder.__getitem__)
+    rows = choose(study)
+    assert [row["learning_rate"] for row in rows if row["chosen"]] == ([] if chosen is None else [chosen])
+    assert any(row["at_edge"] for row in rows) is edge
+    assert [row["loss"] for row in rows] == [None if math.isnan(v) else v for _, v in sorted(losses.items())]
+
+
+def test_time_left_comes_from_what_has_run(finished):
+    out = finished[1]
+    timings = json.loads((out / ".timings.json").read_text())
+    assert timings["train full_rank-seed0"] > 0
+    facts = read_facts(out / "runs" / "full_rank-seed0")
+    assert facts["step"] == TRAINING["max_steps"]
+    data = yaml.safe_load(Path(finished[0]).read_text())
+    data["seeds"] = [0, 1, 2]
+    study = Path(finished[0]).with_name("more.yaml")
+    study.write_text(yaml.safe_dump(data))
+    plan = run_study(study, output=out, dry_run=True).plan
+    seconds = sorted(read_facts(out / "runs" / f"full_rank-seed{seed}")["wall_seconds"] for seed in (0, 1))
+    assert seconds[0] <= plan.estimates["train full_rank-seed2"] <= seconds[1]
+    assert plan.estimates["evaluate low-seed2"] in [
+        value for key, value in timings.items() if key.startswith("evaluate")
+    ]
