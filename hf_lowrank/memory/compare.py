@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.memory.estimate import COMPUTING, MemoryEstimate, estimate
+from hf_lowrank.memory.estimates import COMPUTING, MemoryEstimate, estimate
 from hf_lowrank.memory.units import size_text
 from hf_lowrank.methods import METHODS
 from hf_lowrank.training.recipe import Recipe, load_recipe

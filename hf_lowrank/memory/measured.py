@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_lowrank.optim.sharding import local_part
+
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the storages under `tensors`, each once."""
+    """Bytes that this process holds of the storages under `tensors`, each once."""
     sizes = {}
     for tensor in tensors:
         if tensor is not None:
-            storage = tensor.untyped_storage()
+            storage = local_part(tensor.detach()).untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
 

@@ -14,7 +14,7 @@ from hf_lowrank.memory.measured import AllocatorPeak
 from hf_lowrank.memory.units import size_text
 
 if TYPE_CHECKING:
-    from hf_lowrank.memory.estimate import MemoryEstimate
+    from hf_lowrank.memory.estimates import MemoryEstimate
     from hf_lowrank.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def memory_recorder(
 ) -> MemoryRecorder:
     """The recorder of a run by `recipe`; what cannot be estimated is trained and measured all the same."""
     # Training, which estimates are made of, imports this module.
-    from hf_lowrank.memory.estimate import estimate
+    from hf_lowrank.memory.estimates import estimate
     from hf_lowrank.training.recipe import first_line
 
     sharding: Literal["ddp", "fsdp2"] = "ddp"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_lowrank.memory.compare import Comparison
-from hf_lowrank.memory.estimate import MemoryEstimate
+from hf_lowrank.memory.estimates import MemoryEstimate
 from hf_lowrank.memory.units import size_text
 
 # Items in order; what is indented is part of the line above it and is left out where it is nothing.

@@ -219,7 +219,7 @@ class _Run:
             callback.on_train_begin(args, state, control, **around)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.claim([p.grad], GRADIENTS) and None)
+            parameter.register_post_accumulate_grad_hook(self._claim_gradient)
         updates_inside = getattr(optimizer, "_layerwise", None) is not None
         # The first step makes the state, the second finds it there, the third chooses subspaces anew.
         for phase in ("first step", "optimizer step", "refresh"):
@@ -250,6 +250,9 @@ class _Run:
             self.found.gradients = max(p.numel() * p.element_size() for p in trained)
         self._evaluate()
 
+    def _claim_gradient(self, parameter: Tensor) -> None:
+        self._ledger.claim([parameter.grad], GRADIENTS)
+
     def _claim_state(self, optimizer: Optimizer) -> None:
         kept: dict[bool, list[Tensor]] = {True: [], False: []}
         for entries in optimizer.state.values():
@@ -260,12 +263,14 @@ class _Run:
         self.found.moments = self._ledger.claim(kept[False], STATE)
 
     def _evaluate(self) -> None:
-        """Two batches, since Trainer keeps of the first what `drop_logits` leaves."""
+        """Two batches where there are so many, since Trainer keeps of the first what `drop_logits` leaves."""
+        data, size = self._recipe.data, self._args.per_device_eval_batch_size
+        sequences = data.evaluation_sequences_in_training or data.evaluation_sequences
         kept = []
         with self._ledger, self._ledger.phase(WORKSPACE) as peak, torch.no_grad():
             self._model.eval()
-            for _ in range(2):
-                batch = self._batch(self._args.per_device_eval_batch_size)
+            for begun in range(0, min(sequences, 2 * size), size):
+                batch = self._batch(min(size, sequences - begun))
                 output = self._call(**batch)
                 kept.append(drop_logits(output.logits, batch["labels"]))
         self.found.phases["evaluation"] = peak
