@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from pathlib import Path
@@ -47,7 +48,8 @@ OPTIMIZER_KEYS = ("optim", "optim_args", "optim_target_modules")
 def checked(section: dict[str, Any], layers: Layers, *, own_optimizer: bool) -> dict[str, Any]:
     """`section` with its values brought to their fields' types; a `UserError` for the first that does not fit."""
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    hints = typing.get_type_hints(TrainingArguments)
+    # transformers documents true, and annotates what it was before.
+    hints = {**typing.get_type_hints(TrainingArguments), "fsdp": bool | str | None}
     result: dict[str, Any] = {}
     for key, value in section.items():
         where = layers.origin(f"training.{key}")
@@ -98,7 +100,8 @@ def build(section: dict[str, Any], *, seed: int, output_dir: str | Path) -> Trai
         "include_for_metrics": ["loss"],
         "prediction_loss_only": False,
     }
-    return TrainingArguments(**{**defaults, **section, **own})
+    # TrainingArguments writes into the mappings that it is given.
+    return TrainingArguments(**{**defaults, **copy.deepcopy(section), **own})
 
 
 def _fitted(key: str, value: Any, hint: Any, where: str) -> Any:

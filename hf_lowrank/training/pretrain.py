@@ -258,6 +258,7 @@ def _whole_folder(folder: Path, content: PreTrainedModel | PreTrainedTokenizerBa
 def _shard_states(trainer: Trainer) -> None:
     """Under FSDP2 every process saves its own part of the optimizer's state, and draws the whole model itself."""
     plugin = trainer.accelerator.state.fsdp_plugin
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the type that was set before
     plugin.set_state_dict_type("SHARDED_STATE_DICT")
     plugin.cpu_ram_efficient_loading = False
 
