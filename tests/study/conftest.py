@@ -51,7 +51,7 @@ def no_estimates():
         raise NotImplementedError("not in these tests")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("hf_lowrank.memory.estimate"), "estimate", unknown)
+        patch.setattr(import_module("hf_lowrank.memory.estimates"), "estimate", unknown)
         patch.setattr("hf_lowrank.study.plan.probe", lambda recipe, threads: Costs())
         yield
 
