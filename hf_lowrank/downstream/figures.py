@@ -99,7 +99,7 @@ def score_table(rows: Any, *, last_only: bool = True) -> Any:
     for task, metric in primary.items():
         chance = next((r.chance for r in shown if (r.task, r.metric) == (task, metric)), None)
         guess = "" if chance is None else f"\nchance {chance:.2f}"
-        name = task.removeprefix(f"{family}_")
+        name = task.removeprefix(f"{family}_") if family else task
         said = "" if name == metric else f"\n{metric}"
         table.add_column(Text(f"{name}{said}{guess}"), justify="right", overflow="fold")
     for run, step in lines:
