@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 from torch.optim import Optimizer
 
 from hf_lowrank.optim.sharding import local_part
@@ -73,12 +74,28 @@ class AllocatorPeak:
         profile, self._profile = self._profile, None
         with _quiet():
             profile.stop()
-        blocks = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held: dict[int, int] = {}
         balance = highest = 0
-        for _, size in sorted((event.start_ns(), event.nbytes()) for event in blocks):
-            balance += size
-            highest = max(highest, balance)
+        for _, address, size in sorted(_blocks(profile.profiler.kineto_results.experimental_event_tree())):
+            if size > 0:
+                held[address] = size
+                balance += size
+                highest = max(highest, balance)
+            else:
+                # The allocator may remember, from an earlier measurement, another block at this address.
+                balance -= held.pop(address, 0)
         return self._before + highest
+
+
+def _blocks(events: list[Any]) -> Iterator[tuple[int, int, int]]:
+    """Time, address and size of each block that came (positive) or went."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            block = event.extra_fields
+            yield event.start_time_ns, block.ptr, block.alloc_size
 
 
 @contextmanager

@@ -1,0 +1,104 @@
+"""`hf-lowrank memory`: tables, sentences, and wrong input in one line."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from hf_lowrank.cli import main
+from hf_lowrank.memory import estimate
+from hf_lowrank.memory.compare import compare, verdicts
+from hf_lowrank.memory.units import size_text
+
+from .conftest import NANO, TINY
+
+SET = [part for change in TINY for part in ("--set", change)]
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(["memory", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_one_recipe_is_itemised_beside_full_rank(capsys, tiny):
+    status, out, err = run(capsys, NANO / "sltrain.yaml", *SET, "--set", "method.r=8", "--batch-size", 2)
+    assert (status, err) == (0, "")
+    found = estimate(tiny("sltrain"), batch_size=2, both_activations=True)
+    for item in ("weights", "factors", "sparse", "moments", "activations_plain", "activations_checkpointed", "peak"):
+        assert size_text(getattr(found, item)) in out, item
+    assert "2 sequences of 32 tokens" in out
+    assert "full_rank" in out
+
+
+def test_all_methods_stand_side_by_side(capsys, tmp_path):
+    for name in ("_base", "full_rank", "cola"):
+        shutil.copy(NANO / f"{name}.yaml", tmp_path)
+    status, out, _ = run(capsys, tmp_path / "cola.yaml", "--all-methods", *SET, "--world-size", 2)
+    assert status == 0
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines if line.strip().startswith(("full_rank", "cola"))] == [
+        "full_rank",
+        "cola",
+    ]
+    assert "100.0%" in out
+    assert "2 processes by ddp" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--batch-size", "0"], "batch size must be a whole number from 1, got 0"),
+        (["--world-size", "-1"], "world size must be a whole number from 1, got -1"),
+        (["--sharding", "zero"], "sharding must be one of ddp, fsdp2, got 'zero'"),
+        (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--device", "abacus"], "got 'abacus'"),
+        (["--sequence-length", "999"], "sequence length must be from 2 to model.max_position_embeddings (128)"),
+        (["--set", "method.rank=0"], "method.rank"),
+        (["--set", "training.max_grad_norm=0", "--set", "method.layerwise=true", "--world-size", "2"], "layerwise"),
+    ],
+)
+def test_wrong_input_is_one_line(capsys, arguments, line):
+    status, out, err = run(capsys, NANO / "galore.yaml", *arguments)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert line in err
+
+
+def test_a_missing_recipe_or_folder_of_recipes_is_named(capsys, tmp_path):
+    status, _, err = run(capsys, tmp_path / "none.yaml")
+    assert status == 2
+    assert "none.yaml: there is no such recipe file" in err
+    shutil.copy(NANO / "_base.yaml", tmp_path)
+    status, _, err = run(capsys, tmp_path / "_base.yaml", "--all-methods")
+    assert status == 2
+    assert "--all-methods needs recipes" in err
+
+
+def test_it_says_when_a_method_cannot_help_and_what_would(tiny):
+    # Many tokens, a small model: what passes through the layers is nearly everything.
+    (busy,) = compare([tiny("galore", "training.per_device_train_batch_size=32")])
+    assert "saves only" in busy.verdict
+    assert "activations" in busy.verdict
+    assert "gradient checkpointing would keep" in busy.verdict
+    # Few tokens, a vocabulary as large as the rest of the model several times.
+    changes = ["data.vocabulary_size=20000", "training.gradient_checkpointing=true"]
+    (wordy,) = compare([tiny("galore", *changes)], batch_size=1, sequence_length=4)
+    assert "embeddings and head" in wordy.verdict
+    assert "smaller vocabulary" in wordy.verdict
+    # A wide model and few tokens: the state is what counts.
+    wide = ["model.hidden_size=512", "model.intermediate_size=1376", "model.num_hidden_layers=1"]
+    (helped,) = compare([tiny("galore", *wide)], batch_size=1, sequence_length=4)
+    assert helped.verdict.startswith("GaLore saves ")
+    assert helped.saved > 0.05 * helped.full_rank.peak
+    together = verdicts([busy, replace(busy, estimate=replace(busy.estimate, method="fira"))])
+    assert len(together) == 1
+    assert together[0].startswith("GaLore and Fira save less than 5%")
+
+
+def test_sizes_read_well():
+    sizes = [0, 1023, 1024, 1536, 10 * 1024, 153 * 2**20 + 1, 2**30, 7.5 * 2**40]
+    assert [size_text(size) for size in sizes] == [
+        "0 B", "1023 B", "1.00 KiB", "1.50 KiB", "10.0 KiB", "153 MiB", "1.00 GiB", "7680 GiB",
+    ]  # fmt: skip
