@@ -61,7 +61,8 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
     if not tied:
         all_others = "every other method" if others > 1 else title[rivals[0]]
         return f"{title[best]} ends lower than {all_others}, at {at}", basis
-    headline = f"{title[best]} ends lowest on average, at {at}, but cannot be told from {words_list(tied)}"
+    unclear = words_list(tied) if behind or others < 3 else "any other method"
+    headline = f"{title[best]} ends lowest on average, at {at}, but cannot be told from {unclear}"
     return headline, basis + (f" It does end lower than {words_list(behind)}." if behind else "")
 
 
@@ -118,6 +119,8 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
 
 def _lost(share: Estimate) -> str:
     """`at a perplexity 4.1 % higher (95 % interval 1.0 to 7.2 %)`."""
+    if abs(share.mean) < 5e-4:
+        return "at the same perplexity"
     sign = 1 if share.mean >= 0 else -1
     text = f"at a perplexity {significant(100 * abs(share.mean), 2)} % {'higher' if sign > 0 else 'lower'}"
     if share.low is None or share.high is None:

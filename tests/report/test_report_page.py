@@ -47,8 +47,8 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def page_of(tmp_path):
-    def read(runs):
-        path = write_report(runs, tmp_path / "report")
+    def read(runs, study=None):
+        path = write_report(runs, tmp_path / "report", study=study)
         assert path == tmp_path / "report" / "report.html"
         text = path.read_text(encoding="utf-8")
         return text, Page(text)
@@ -91,23 +91,30 @@ def test_structure_serves_readers_of_every_kind(make_run, page_of):
     assert [h["data-id"] for h in headings if h.get("aria-sort")] == ["perplexity", "validation_loss"]
 
 
-def test_hostile_names_stay_text(make_run, page_of, tmp_path):
-    run = make_run("plain", HOSTILE)
+def test_hostile_names_stay_text(make_run, make_study, page_of, tmp_path):
+    run = make_run("plain", HOSTILE, tasks=(HOSTILE, "org/name<b>"))
     rows = run / "measurements.jsonl"
     line = json.loads(rows.read_text().splitlines()[0])
     line |= {"metric": HOSTILE, "scope": "model", "reason": HOSTILE, "settings": {HOSTILE: HOSTILE}}
     rows.write_text(rows.read_text() + json.dumps(line) + "\n" + json.dumps(line | {"scope": HOSTILE}) + "\n")
     facts = json.loads((run / "facts.json").read_text())
     (run / "facts.json").write_text(json.dumps(facts | {HOSTILE: HOSTILE, "evaluation_fingerprint": HOSTILE}))
-    text, page = page_of([run])
+    study = make_study(tmp_path / "study", [HOSTILE, "user/repo<i>"], word=HOSTILE)
+    text, page = page_of([run], study)
     assert page.faults == []
     assert page.open == []
     assert len(page.of("script")) == 2
+    for tag in ("i", "b"):
+        assert not any(set(attributes) - {"class"} for attributes in page.of(tag))
     assert page.of("img") == []
     assert "<img" not in text
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert data_of(page)["methods"][0]["name"] == HOSTILE
     assert HOSTILE in data_of(page)["metrics"]
+    assert {task["task"] for task in data_of(page)["tasks"]} == {HOSTILE, "org/name<b>", "bits"}
+    seen = " ".join("".join(texts) for tag, texts in page.texts.items() if tag != "script")
+    for where in ("directions (", "Paired by seed (", "All comparisons say so (", "no memory ", "left out: "):
+        assert where + HOSTILE.splitlines()[0] in seen
 
 
 def test_script_json_round_trips_and_cannot_end_its_element():
@@ -164,6 +171,42 @@ def test_sections_follow_what_was_measured(make_run, page_of):
     assert 'id="fig-planes"' in text
     assert 'data-trend="random_plane"' not in text
     assert 'data-id="random_plane"' not in text
+
+
+def test_a_study_is_shown_and_its_failures_said(make_run, make_study, page_of, tmp_path):
+    methods = ["full_rank", "galore"]
+    runs = [make_run(f"runs/{m}-seed{s}", m, s, tasks=("syntax", "cloze")) for m in methods for s in range(3)]
+    text, page = page_of(runs, make_study(tmp_path, methods, word="oddity"))
+    for section in ("claims", "prediction", "sweep", "failures", "fig-tasks", "fig-scatter"):
+        assert f'id="{section}"' in text
+    badges = [" ".join(a["class"].split()[1:]) for tag, a in page.elements if a.get("class", "").startswith("badge")]
+    assert badges == ["reproduced", "contradicted", "undecided", "undecided", "small reproduced"]
+    assert "1 part of this study failed" in " ".join(" ".join(text.split()).replace("<strong>", "").split())
+    assert "It is not shown that geometry" in text
+    data = data_of(page)
+    assert {entry["method"] for entry in data["sweep"]} == {0, 1, 2}
+    assert len(data["prediction"]["rows"]) == 40
+    order = [text.index(f'id="{name}"') for name in ("answer", "pictures", "claims", "runs", "made")]
+    assert order == sorted(order)
+    without, _ = page_of(runs)
+    assert 'id="claims"' not in without
+
+
+def test_the_answer_is_in_the_page_without_its_script(make_run, page_of):
+    text, page = page_of(
+        [make_run(f"{m}{s}", m, s, loss=x) for m, x in (("fira", 3.0), ("cola", 4.0)) for s in range(3)]
+    )
+    table = text[text.index('<table class="methods') : text.index("</table>")]
+    assert "20.1" in table
+    assert "54.6" in table
+    assert "95 % interval" in table
+    ranks = [a.get("data-rank") for a in page.of("td") if a.get("data-id") == "perplexity"]
+    assert ranks[:2] == ["1", "2"]
+    text, _ = page_of([make_run("a", "fira"), make_run("b", "cola")])
+    table = text[text.index('<table class="methods') : text.index("</table>")]
+    assert "no verdict" in table
+    assert "rank 1" not in table
+    assert "One seed per method, so there are no intervals" in text
 
 
 def test_evaluation_sets_are_never_ranked_together(make_run, page_of):
