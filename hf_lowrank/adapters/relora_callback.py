@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -48,7 +49,7 @@ class ReLoraCallback(TrainerCallback):
         warm_start_steps: optimizer steps of full-rank training before the factors begin.
 
     Raises:
-        UserError: a value is not allowed, or the model has no LoRA layers.
+        UserError: a value is not allowed, the model has no LoRA layers, or a warm start is asked for under FSDP2.
     """
 
     def __init__(
@@ -91,6 +92,11 @@ class ReLoraCallback(TrainerCallback):
     ) -> None:
         if self.warm_start_steps:
             self._warm = state.global_step < self.warm_start_steps
+            if any(isinstance(weight, DTensor) for weight in dense_weights(model)):
+                raise UserError(
+                    "warm_start_steps must be 0 with sharded parameters (FSDP2), whose optimizer state cannot come "
+                    f"and go, got {self.warm_start_steps}; make the warm start under DDP or as a full_rank run"
+                )
             for weight in dense_weights(model):
                 self._hooks.append(weight.register_hook(lambda grad: grad if self._warm else torch.zeros_like(grad)))
             for factor in factors(model, self.adapter).values():

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +43,8 @@ from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
+# How a process takes its share of a step.
+PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Path:
@@ -77,6 +80,7 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
         corpus = _corpus(recipe, _saved_tokenizer(run) if started else None)
     _check_same_corpus(run, corpus)
     sequences_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    _check_same_step(run, args, sequences_per_step)
     if args.max_steps <= 0 and corpus.train is not None:
         args.max_steps = math.ceil(args.num_train_epochs * len(corpus.train) / sequences_per_step)
     model = _initial_model(recipe, corpus)
@@ -86,7 +90,9 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
         if args.should_save and is_started(run):
             raise UserError(f"{run}: another process has begun this run in the meantime; call again to continue it")
     if args.should_save:
-        _write_start(run, recipe, corpus, model)
+        _write_start(
+            run, recipe, corpus, model, {"processes": args.world_size, "sequences_per_step": sequences_per_step}
+        )
     facts = read_facts(run)
     memory = memory_recorder(recipe, args, model, facts)
     held.callback(memory.close)
@@ -139,12 +145,23 @@ def check_belongs(run: Path, recipe: Recipe) -> bool:
         theirs = parse_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable: {first_line(error)}") from None
-    difference = _first_difference(theirs, parse_yaml(dump_yaml(recipe.plain())))
+    ours = parse_yaml(dump_yaml(recipe.plain()))
+    if read_facts(run).get("processes", 1) != int(os.environ.get("WORLD_SIZE", "1")):
+        # Another number of processes divides a step otherwise; that it stays the same step is checked by its size.
+        theirs, ours = _without(theirs, PER_PROCESS), _without(ours, PER_PROCESS)
+    difference = _first_difference(theirs, ours)
     if difference is not None:
         raise UserError(
             f"{run}: the run directory belongs to another recipe: {difference}; choose another --output or remove it"
         )
     return True
+
+
+def _without(recipe: Any, keys: Sequence[str]) -> Any:
+    """A plain recipe without some keys of its training."""
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("training"), dict):
+        return recipe
+    return {**recipe, "training": {key: value for key, value in recipe["training"].items() if key not in keys}}
 
 
 def _first_difference(theirs: Any, ours: Any, key: str = "") -> str | None:
@@ -179,6 +196,15 @@ def _corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Corpus
         # What is said of a key names the recipe too; what is said of a text file names that.
         named = str(error).startswith("data.")
         raise UserError(f"{recipe.path}: {error}" if named else str(error)) from None
+
+
+def _check_same_step(run: Path, args: TrainingArguments, sequences: int) -> None:
+    known = read_facts(run).get("sequences_per_step")
+    if known is not None and known != sequences:
+        raise UserError(
+            f"{run}: a step must have {known} sequences, as when the run began, got {sequences} on {args.world_size} "
+            f"processes; change training.{' or training.'.join(PER_PROCESS)}"
+        )
 
 
 def _check_same_corpus(run: Path, corpus: Corpus) -> None:
@@ -218,7 +244,7 @@ def _initial_model(recipe: Recipe, corpus: Corpus) -> PreTrainedModel:
         return recipe.method.build_model(config, recipe.settings, recipe.seed)
 
 
-def _write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedModel) -> None:
+def _write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedModel, sizes: dict[str, int]) -> None:
     """Writes what is fixed before the first step; what is there already stays."""
     run.mkdir(parents=True, exist_ok=True)
     # The recipe comes first: with it the folder is claimed, whatever is missing of the rest.
@@ -238,6 +264,7 @@ def _write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedMod
                 "train_sequences": len(corpus.train) if corpus.train is not None else None,
                 "corpus_fingerprint": corpus.fingerprint,
                 "evaluation_fingerprint": corpus.evaluation.fingerprint,
+                **sizes,
                 "device": str(torch.accelerator.current_accelerator() or "cpu"),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,

@@ -1,0 +1,29 @@
+"""Trainings under accelerate's FSDP2, which shards on accelerators only: here it takes processors for some."""
+
+import os
+import socket
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def launched(rank, world):
+    """What `accelerate launch` tells a process; to be called in it, before anything of accelerate."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    begin = PartialState.__init__
+
+    def on_accelerators(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = on_accelerators
