@@ -2,11 +2,11 @@
 
     python benchmarks/memory.py [--device cpu|cuda] [--scales nano,60m] [--methods galore,cola]
 
-Each method trains for two steps in a fresh process by a plain loop. On the CPU its peak is measured twice: from the
-blocks that torch's allocator gives out, and from the resident memory of the whole process, which knows nothing of
+Each method trains for two steps in a process of its own by a plain loop. On the CPU its peak is measured twice: from
+the blocks that torch's allocator gives out, and from the resident memory of the whole process, which knows nothing of
 torch. For the latter, blocks go back to the system as they are freed (MALLOC_ settings), and what libraries keep for
 themselves after a first run is taken off. On a GPU it is torch's own count. Evaluation is left out on both sides.
-The result goes to benchmarks/results/ as JSON, and as a Markdown table to the terminal.
+The result goes to benchmarks/results/ as JSON after each method, and as a Markdown table to the terminal.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -151,14 +150,28 @@ def ways(device: torch.device) -> list[str]:
     return ["process", "allocator"] if device.type == "cpu" else ["allocator"]
 
 
-def apart(method: str, scale: str, device: torch.device) -> list[dict[str, Any]]:
-    """`one` in a fresh process."""
-    command = [sys.executable, __file__, "--device", device.type, "--scales", scale, "--one", method]
-    done = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{method} at {scale} failed: {done.stderr.strip().splitlines()[-1]}")
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+def apart(method: str, scale: str, device: torch.device, threads: int) -> list[dict[str, Any]]:
+    """`one` in a process of its own, forked from one that has done nothing but import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_lowrank.memory", "transformers.models.llama.modeling_llama"])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, method, scale, device, threads))
+    process.start()
+    theirs.close()
+    try:
+        rows: list[dict[str, Any]] = ours.recv()
+    except EOFError:
+        raise UserError(f"{method} at {scale} failed; its error stands above") from None
+    process.join()
     return rows
+
+
+def _send(pipe: Any, method: str, scale: str, device: torch.device, threads: int) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        small_pages()
+    pipe.send(one(method, scale, device))
 
 
 def line(row: dict[str, Any]) -> str:
@@ -175,7 +188,6 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", help="of the result file")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
@@ -186,12 +198,9 @@ def main() -> None:
     for scale in scales:
         if scale not in SCALES:
             parser.error(f"--scales must be of {', '.join(SCALES)}, got {scale!r}")
-    if options.one:
-        if device.type == "cpu":
-            small_pages()
-        print(json.dumps(one(options.one, scales[0], device)))
-        return
-    results = []
+    os.environ.update(MALLOC)  # for the processes to come
+    name = options.name or ("memory" if device.type == "cpu" else f"memory_{device.type}")
+    results: list[dict[str, Any]] = []
     for scale in scales:
         _, batch, batch_on_gpu, _ = SCALES[scale]
         batch = batch if device.type == "cpu" else batch_on_gpu
@@ -199,17 +208,17 @@ def main() -> None:
         print(f"\n{scale}, {batch} sequences a step, {device}, MiB\n")
         print("| method | | estimated | " + " | ".join(f"{way} | ratio" for way in seen) + " |")
         print("|---|---|---|" + "---|---|" * len(seen))
-        rows = []
+        result: dict[str, Any] = {"scale": scale, "batch_size": batch, "rows": []}
+        results.append(result)
         for method in options.methods.split(","):
-            for row in apart(method, scale, device):
-                rows.append(row)
+            for row in apart(method, scale, device, options.threads):
+                result["rows"].append(row)
                 print(line(row), flush=True)
-        off = [abs(row[f"ratio_{way}"] - 1) for row in rows for way in seen]
-        print(f"\nfarthest from the measured peak: {max(off):.1%} (asked: at most {ASKED:.0%})", flush=True)
-        results.append({"scale": scale, "batch_size": batch, "farthest": max(off), "rows": rows})
-    name = options.name or ("memory" if device.type == "cpu" else f"memory_{device.type}")
-    content = {"machine": machine(device), "versions": versions(), "steps": STEPS, "results": results}
-    print(f"\n{write_result(name, content)}")
+            result["farthest"] = max(abs(row[f"ratio_{way}"] - 1) for row in result["rows"] for way in seen)
+            content = {"machine": machine(device), "versions": versions(), "steps": STEPS, "results": results}
+            path = write_result(name, content)
+        print(f"\nfarthest from the measured peak: {result['farthest']:.1%} (asked: at most {ASKED:.0%})", flush=True)
+    print(f"\n{path}")
 
 
 if __name__ == "__main__":
