@@ -21,7 +21,7 @@ def row_of(cls: type[RowType], entry: object) -> RowType:
     if not isinstance(entry, Mapping):
         raise ValueError(f"a row must be a JSON object, got {type(entry).__name__}")
     found: dict[str, Any] = {}
-    for name, (kinds, needed) in _columns(cls).items():
+    for name, (kinds, needed) in _columns(cls).items():  # type: ignore[arg-type]
         if name not in entry:
             if needed:
                 raise ValueError(f"{name} is missing")
@@ -35,12 +35,12 @@ def row_of(cls: type[RowType], entry: object) -> RowType:
 
 
 @cache
-def _columns(cls: type) -> dict[str, tuple[tuple[type, ...], bool]]:
+def _columns(cls: Any) -> dict[str, tuple[tuple[type, ...], bool]]:
     """For each field of the dataclass, the types it may have and whether it must be there."""
     hints = typing.get_type_hints(cls)
     return {
         field.name: (_kinds(hints[field.name]), field.default is MISSING and field.default_factory is MISSING)
-        for field in fields(cls)  # type: ignore[arg-type]
+        for field in fields(cls)
     }
 
 

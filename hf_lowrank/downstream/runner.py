@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ import torch
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.downstream.catalogue import OFFLINE, OWN, manager, units, wanted_tasks
 from hf_lowrank.downstream.items import items_for
+from hf_lowrank.downstream.results import group_rows, item_scores, task_rows
 from hf_lowrank.downstream.scores import (
     FILE_NAME,
     Score,
     append_scores,
-    bootstrap,
     item_file,
     read_scores,
     write_item_scores,
@@ -35,13 +35,13 @@ from hf_lowrank.downstream.sources import load_tokenizer
 from hf_lowrank.errors import UserError
 from hf_lowrank.locks import all_locked
 from hf_lowrank.measuring.plan import choose_steps, rows_file
+from hf_lowrank.measuring.processes import Processes
 
 logger = logging.getLogger(__name__)
 
 Run = str | os.PathLike[str] | Trajectory
 Say = Callable[[str], None]
 FAULTS = (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError, AssertionError, ImportError)
-FRACTIONS = {"acc", "acc_norm", "acc_bytes", "exact_match", "acc_mutual_info"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def evaluate(
     """Scores checkpoints of runs and returns all their rows, old and new; what is there is not scored again.
 
     Rows go to `downstream.jsonl` in each run directory, scores of single items to `downstream/step-N/TASK.jsonl`.
+    Under `accelerate launch` the checkpoints are shared out over the processes; every process returns all rows.
 
     Args:
         runs: run directories, folders of checkpoints, `user/repo` or `user/repo@revision`, or trajectories.
@@ -77,7 +78,7 @@ def evaluate(
         steps: "all", "last" or numbers; None: all.
         limit: only the first so many items of each task, for trying out.
         batch_size: sequences a batch; None: chosen by context length, vocabulary and device.
-        device: None: an accelerator if there is one.
+        device: None: accelerate's choice for this process.
         output: a folder for the tables, a subfolder each run; None: the run directories.
         revisions: which revisions of a repository are checkpoints, as a pattern.
         say: gets a line for everything that cannot be done (unknown task, no network, no tokenizer, items that do not
@@ -95,7 +96,8 @@ def evaluate(
     names, problems = units(wanted_tasks(tasks))
     if not names:
         raise UserError("; ".join(problems))
-    for problem in problems:
+    processes = Processes(device)
+    for problem in problems if processes.first else ():
         say(problem)
     plans = []
     for trajectory in trajectories:
@@ -108,21 +110,32 @@ def evaluate(
         )
     from tqdm.auto import tqdm
 
+    tables = [table for _, _, table in plans]
     total = sum(len(chosen) for _, chosen, _ in plans) * len(names)
-    bar = tqdm(total=total, unit="task", disable=not progress, delay=2, leave=False)
-    with all_locked([table.parent for _, _, table in plans], "evaluate"), _quiet_lm_eval(), bar:
-        for trajectory, chosen, table in plans:
-            _Runner(trajectory, table, limit, batch_size, device, say, bar.update).run(chosen, names)
-    return [row for _, _, table in plans for row in read_scores(table)]
+    bar = tqdm(total=total, unit="task", disable=not (progress and processes.first), delay=2, leave=False)
+    with all_locked([table.parent for table in tables], "evaluate"), _quiet_lm_eval(), bar:
+        processes.merge_parts(tables, read_scores, append_scores)
+        runners = [
+            _Runner(trajectory, table, limit, batch_size, processes.device, say, bar.update, processes.part(table))
+            for trajectory, _, table in plans
+        ]
+        with processes.first_alone():
+            missing = [runner.missing(chosen, names) for runner, (_, chosen, _) in zip(runners, plans, strict=True)]
+        bar.update(total - sum(len(left) for steps_of in missing for left in steps_of.values()))
+        share = processes.share([(place, step) for place, left in enumerate(missing) for step in left])
+        for place, runner in enumerate(runners):
+            runner.run({step: missing[place][step] for at, step in share if at == place})
+        processes.merge_parts(tables, read_scores, append_scores)
+    return [row for table in tables for row in read_scores(table)]
 
 
 def unscored(run: Run, *, tasks: Any = None, steps: Any = None, limit: int | None = None) -> list[tuple[int, str]]:
     """The (step, task) that `evaluate` with these arguments would score in a run; no model is loaded."""
     trajectory = run if isinstance(run, Trajectory) else Trajectory(run)
     table = rows_file(trajectory, None).with_name(FILE_NAME)
-    runner = _Runner(trajectory, table, limit, None, None, logger.warning, lambda _: None)
+    runner = _Runner(trajectory, table, limit, None, torch.device("cpu"), logger.warning, lambda _: None, table)
     names, chosen = units(wanted_tasks(tasks))[0], choose_steps(trajectory.steps, steps, "all")
-    return [(step, name) for step in chosen for name in names if not runner._is_done(step, name)]
+    return [(step, name) for step, left in runner.missing(chosen, names).items() for name in left]
 
 
 class _Runner:
@@ -134,21 +147,27 @@ class _Runner:
         table: Path,
         limit: int | None,
         batch_size: int | None,
-        device: str | torch.device | None,
+        device: torch.device,
         say: Say,
         done: Callable[[int], Any],
+        part: Path,
     ) -> None:
-        self.trajectory, self.table, self.limit = trajectory, table, limit
+        self.trajectory, self.table, self.limit, self.part = trajectory, table, limit, part
         self.batch_size, self.device, self.say, self.done = batch_size, device, say, done
         self.lm: Any = None
         self.rows = read_scores(table)
 
-    def run(self, steps: Sequence[int], names: Sequence[str]) -> None:
-        missing = {name: [step for step in steps if not self._is_done(step, name)] for name in names}
-        self.done(sum(len(steps) - len(left) for left in missing.values()))
-        tasks = {name: work for name, left in missing.items() if left and (work := self._load(name, len(left)))}
-        for step in steps:
-            todo = [work for name, work in tasks.items() if step in missing[name]]
+    def missing(self, steps: Sequence[int], names: Sequence[str]) -> dict[int, list[str]]:
+        """The tasks that each step has no score of; steps that have all are left out."""
+        left = {step: [name for name in names if not self._is_done(step, name)] for step in steps}
+        return {step: names for step, names in left.items() if names}
+
+    def run(self, missing: Mapping[int, Sequence[str]]) -> None:
+        """Scores these tasks at these steps."""
+        wanted = Counter(name for names in missing.values() for name in names)
+        tasks = {name: work for name, steps in wanted.items() if (work := self._load(name, steps))}
+        for step, names in missing.items():
+            todo = [tasks[name] for name in names if name in tasks]
             if todo and self._take(step, len(todo)):
                 for work in todo:
                     self._score(step, work)
@@ -195,13 +214,12 @@ class _Runner:
             if self.lm is not None and self.lm.tokenizer.get_vocab() == tokenizer.get_vocab():
                 self.lm.replace_model(model)
                 return True
-            device = torch.device(self.device) if self.device is not None else _best_device()
             sequences = self.trajectory.extra("evaluation.safetensors")
             self.lm = LowRankLM(
-                model.to(device),
+                model.to(self.device),
                 tokenizer=tokenizer,
                 evaluation_set=str(sequences) if sequences else None,
-                batch_size=self.batch_size or _batch_size(model, device),
+                batch_size=self.batch_size or _batch_size(model, self.device),
                 show_progress=False,
             )
             return True
@@ -236,109 +254,12 @@ class _Runner:
         rows: list[Score] = []
         for name, samples in results["samples"].items():
             task = work.loaded["tasks"][name]
-            write_item_scores(item_file(self.table, step, name), _item_scores(samples))
+            write_item_scores(item_file(self.table, step, name), item_scores(samples))
             group = work.name if name != work.name else None
-            rows.extend(_task_rows(name, task, samples, {**common, "group": group}))
+            rows.extend(task_rows(name, task, samples, {**common, "group": group}))
         if work.name in results.get("groups", {}):
-            rows.extend(_group_rows(work.name, work.loaded["groups"][work.name], results, rows, common))
-        append_scores(self.table, rows)
-
-
-def _task_rows(name: str, task: Any, samples: Sequence[Mapping[str, Any]], common: dict[str, Any]) -> Iterator[Score]:
-    from lm_eval.api.metrics import mean
-
-    columns: dict[tuple[str, str], list[Any]] = {}
-    chances: dict[tuple[str, str], list[float | None]] = {}
-    for sample in samples:
-        for metric in sample["metrics"]:
-            columns.setdefault((metric, sample["filter"]), []).append(sample[metric])
-            chances.setdefault((metric, sample["filter"]), []).append(_chance(task, metric, sample["doc"]))
-    for (metric, filter_), values in columns.items():
-        aggregate = task.aggregation().get(metric, mean)
-        is_mean = aggregate is mean and all(isinstance(value, int | float) for value in values)
-        error, low, high = bootstrap(values, aggregate, is_mean=is_mean)
-        guesses = chances[metric, filter_]
-        known = [guess for guess in guesses if guess is not None]
-        yield Score(
-            **common,
-            task=name,
-            metric=metric if filter_ == "none" else f"{metric},{filter_}",
-            value=float(aggregate(values)),
-            stderr=error,
-            ci_low=low,
-            ci_high=high,
-            n=len(values),
-            chance=sum(known) / len(known) if len(known) == len(guesses) else None,
-            higher_is_better=bool(task.higher_is_better().get(metric, True)),
-            task_version=str(task.VERSION),
-        )
-
-
-def _group_rows(
-    name: str, group: Any, results: Mapping[str, Any], members: Sequence[Score], common: dict[str, Any]
-) -> list[Score]:
-    """The group's own scores, as lm-eval aggregates them, with the error that its members' errors make."""
-    by_size = {config.metric: bool(config.weight_by_size) for config in group.aggregate_metric_list or ()}
-    found: list[Score] = []
-    for key, value in results["groups"][name].items():
-        metric, _, filter_ = key.partition(",")
-        if not filter_ or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        full = metric if filter_ == "none" else f"{metric},{filter_}"
-        parts = [row for row in members if row.metric == full]
-        weights = [row.n if by_size.get(metric, True) else 1 for row in parts]
-        error = math.hypot(*(w * (row.stderr or 0.0) for w, row in zip(weights, parts, strict=True))) / sum(weights)
-        guesses = [row.chance for row in parts]
-        chance = None
-        if None not in guesses:
-            chance = sum(w * (guess or 0.0) for w, guess in zip(weights, guesses, strict=True)) / sum(weights)
-        found.append(
-            Score(
-                **common,
-                task=name,
-                metric=full,
-                value=float(value),
-                stderr=error,
-                ci_low=value - 1.96 * error,
-                ci_high=value + 1.96 * error,
-                n=sum(row.n for row in parts),
-                chance=chance,
-                higher_is_better=parts[0].higher_is_better,
-                group=None,
-                task_version=str(results.get("versions", {}).get(name)),
-            )
-        )
-    return found
-
-
-def _chance(task: Any, metric: str, doc: Mapping[str, Any]) -> float | None:
-    """What guessing scores on one item; None where that has no meaning."""
-    if metric == "mcc":
-        return 0.0
-    if task.OUTPUT_TYPE != "multiple_choice" or not (metric in FRACTIONS or metric.startswith("acc_")):
-        return None
-    if callable(task.config.process_results) and task.config.task not in OFFLINE:
-        return None  # the task's own rule of scoring; only its author knows what guessing gives
-    gold = doc_gold(task, doc)
-    return (len(gold) if isinstance(gold, list) else 1) / max(1, len(task.doc_to_choice(doc)))
-
-
-def doc_gold(task: Any, doc: Mapping[str, Any]) -> Any:
-    """The right choice, or choices, of an item."""
-    return task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-
-
-def _item_scores(samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    for sample in samples:
-        identity = sample["doc"].get("id", sample["doc_id"]) if isinstance(sample["doc"], dict) else sample["doc_id"]
-        scores = {metric: _number(sample[metric]) for metric in sample["metrics"]}
-        yield {"item": identity, "filter": sample["filter"], **scores}
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_number(part) for part in value]
-    return value.item() if hasattr(value, "item") else value
+            rows.extend(group_rows(work.name, work.loaded["groups"][work.name], results, rows, common))
+        append_scores(self.part, rows)
 
 
 def _fingerprint(loaded: Mapping[str, Any]) -> str:
@@ -363,11 +284,6 @@ def _load_fault(name: str, error: BaseException) -> str:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-
-
-def _best_device() -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
 
 
 def _batch_size(model: Any, device: torch.device) -> int:

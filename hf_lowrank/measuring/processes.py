@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,15 +44,29 @@ class Processes:
         """Where this process writes rows of `file`."""
         return file if self.count == 1 else file.with_name(f".{file.stem}-{self.index}.part.jsonl")
 
-    def merge_parts(self, files: Sequence[Path]) -> None:
+    def merge_parts(
+        self,
+        files: Sequence[Path],
+        read: Callable[[Path], Sequence[Any]] = read_measurements,
+        append: Callable[[Path, Sequence[Any]], None] = append_measurements,
+    ) -> None:
         """Waits for all processes, then moves the rows of part files into their tables."""
         self._wait()
         if self.first:
             for file in dict.fromkeys(files):
                 for part in sorted(file.parent.glob(f".{file.stem}-*.part.jsonl")):
-                    append_measurements(file, read_measurements(part))
+                    append(file, read(part))
                     part.unlink()
         self._wait()
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process goes through the block before the others do, and leaves in the cache what they need."""
+        if not self.first:
+            self._wait()
+        yield
+        if self.first:
+            self._wait()
 
     def _wait(self) -> None:
         if self.count > 1:

@@ -3,10 +3,14 @@
 import io
 import json
 import math
+import multiprocessing
+import os
 import shutil
+import socket
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from rich.console import Console
 from scipy.stats import binomtest
 
@@ -201,3 +205,41 @@ def test_a_scored_group_has_one_row_of_its_own(run, tmp_path, monkeypatch, by_si
     assert (whole.chance, whole.n, whole.task_version) == (0.375, 120, "3.0")
     monkeypatch.setattr(runner_module._Runner, "_score", lambda *_: pytest.fail("scored again"))
     evaluate(run, tasks=["pair"], steps=5, limit=60, output=tmp_path)
+
+
+def shared(runs, output, rank, port):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    PartialState._reset_state()
+    evaluate(runs, output=output, tasks="pylib_syntax,pylib_cloze", limit=24)
+
+
+def test_two_processes_give_the_rows_of_one(run, other_run, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    alone = evaluate([run, other_run], output=tmp_path / "alone", tasks="pylib_syntax,pylib_cloze", limit=24)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = [
+        fork.Process(target=shared, args=([run, other_run], tmp_path / "two", rank, port)) for rank in range(2)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+    together = evaluate([run, other_run], output=tmp_path / "two", tasks="pylib_syntax,pylib_cloze", limit=24)
+    assert sorted(map(repr, together)) == sorted(map(repr, alone))
+    assert len(alone) > 0
+    assert not list((tmp_path / "two").rglob("*.part.jsonl"))
+
+
+def test_parts_that_a_killed_process_left_are_merged(run, scored, tmp_path, monkeypatch):
+    rows = [row for row in scored if row.run == run.name]
+    folder = tmp_path / "left" / run.name
+    folder.mkdir(parents=True)
+    append_scores(folder / ".downstream-1.part.jsonl", rows)
+    monkeypatch.setattr(runner_module._Runner, "_score", lambda *_: pytest.fail("scored again"))
+    assert evaluate(run, steps="last", output=tmp_path / "left") == rows

@@ -1,0 +1,112 @@
+"""What lm-eval found, as rows of the table and as scores of single items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hf_lowrank.downstream.catalogue import OFFLINE
+from hf_lowrank.downstream.scores import Score, bootstrap
+
+# Scores that are shares of items, for which guessing has a level.
+FRACTIONS = {"acc", "acc_norm", "acc_bytes", "exact_match", "acc_mutual_info"}
+
+
+def task_rows(name: str, task: Any, samples: Sequence[Mapping[str, Any]], common: dict[str, Any]) -> Iterator[Score]:
+    """A row for each metric of a task, with the bootstrap's interval over its items."""
+    from lm_eval.api.metrics import mean
+
+    columns: dict[tuple[str, str], list[Any]] = {}
+    chances: dict[tuple[str, str], list[float | None]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            columns.setdefault((metric, sample["filter"]), []).append(sample[metric])
+            chances.setdefault((metric, sample["filter"]), []).append(_chance(task, metric, sample["doc"]))
+    for (metric, filter_), values in columns.items():
+        aggregate = task.aggregation().get(metric, mean)
+        is_mean = aggregate is mean and all(isinstance(value, int | float) for value in values)
+        error, low, high = bootstrap(values, aggregate, is_mean=is_mean)
+        guesses = chances[metric, filter_]
+        known = [guess for guess in guesses if guess is not None]
+        yield Score(
+            **common,
+            task=name,
+            metric=metric if filter_ == "none" else f"{metric},{filter_}",
+            value=float(aggregate(values)),
+            stderr=error,
+            ci_low=low,
+            ci_high=high,
+            n=len(values),
+            chance=sum(known) / len(known) if len(known) == len(guesses) else None,
+            higher_is_better=bool(task.higher_is_better().get(metric, True)),
+            task_version=str(task.VERSION),
+        )
+
+
+def group_rows(
+    name: str, group: Any, results: Mapping[str, Any], members: Sequence[Score], common: dict[str, Any]
+) -> list[Score]:
+    """The group's own scores, as lm-eval aggregates them, with the error that its members' errors make."""
+    by_size = {config.metric: bool(config.weight_by_size) for config in group.aggregate_metric_list or ()}
+    found: list[Score] = []
+    for key, value in results["groups"][name].items():
+        metric, _, filter_ = key.partition(",")
+        if not filter_ or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        full = metric if filter_ == "none" else f"{metric},{filter_}"
+        parts = [row for row in members if row.metric == full]
+        weights = [row.n if by_size.get(metric, True) else 1 for row in parts]
+        error = math.hypot(*(w * (row.stderr or 0.0) for w, row in zip(weights, parts, strict=True))) / sum(weights)
+        guesses = [row.chance for row in parts]
+        chance = None
+        if None not in guesses:
+            chance = sum(w * (guess or 0.0) for w, guess in zip(weights, guesses, strict=True)) / sum(weights)
+        found.append(
+            Score(
+                **common,
+                task=name,
+                metric=full,
+                value=float(value),
+                stderr=error,
+                ci_low=value - 1.96 * error,
+                ci_high=value + 1.96 * error,
+                n=sum(row.n for row in parts),
+                chance=chance,
+                higher_is_better=parts[0].higher_is_better,
+                group=None,
+                task_version=str(results.get("versions", {}).get(name)),
+            )
+        )
+    return found
+
+
+def _chance(task: Any, metric: str, doc: Mapping[str, Any]) -> float | None:
+    """What guessing scores on one item; None where that has no meaning."""
+    if metric == "mcc":
+        return 0.0
+    if task.OUTPUT_TYPE != "multiple_choice" or not (metric in FRACTIONS or metric.startswith("acc_")):
+        return None
+    if callable(task.config.process_results) and task.config.task not in OFFLINE:
+        return None  # the task's own rule of scoring; only its author knows what guessing gives
+    gold = doc_gold(task, doc)
+    return (len(gold) if isinstance(gold, list) else 1) / max(1, len(task.doc_to_choice(doc)))
+
+
+def doc_gold(task: Any, doc: Mapping[str, Any]) -> Any:
+    """The right choice, or choices, of an item."""
+    return task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+
+
+def item_scores(samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each item with its scores."""
+    for sample in samples:
+        identity = sample["doc"].get("id", sample["doc_id"]) if isinstance(sample["doc"], dict) else sample["doc_id"]
+        scores = {metric: _number(sample[metric]) for metric in sample["metrics"]}
+        yield {"item": identity, "filter": sample["filter"], **scores}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_number(part) for part in value]
+    return value.item() if hasattr(value, "item") else value
