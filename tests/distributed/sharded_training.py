@@ -23,7 +23,9 @@ def launched(rank, world):
     begin = PartialState.__init__
 
     def on_accelerators(self, *args, **kwargs):
+        first = not PartialState._shared_state
         begin(self, *args, **kwargs)
-        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if first:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
     PartialState.__init__ = on_accelerators

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,25 +11,28 @@ import yaml
 from safetensors.torch import load_file
 
 from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.errors import UserError
+from hf_lowrank.optim.engines import refuse_engines
 from hf_lowrank.training.pretrain import pretrain
 from hf_lowrank.training.recipe import load_recipe
+from hf_lowrank.training.resume import SHARDED_STATE, damage_of
 from tests.distributed.processes import in_processes
 from tests.distributed.sharded_training import FSDP, free_port, launched
 
 OWN = {
     "full_rank": {},
-    "galore": {"rank": 4, "update_proj_gap": 3},
-    "fira": {"rank": 4, "update_proj_gap": 3},
-    "apollo": {"rank": 4, "update_proj_gap": 3},
-    "apollo_mini": {"update_proj_gap": 3},
-    "frugal": {"rank": 4, "update_proj_gap": 3},
+    "galore": {"rank": 4, "update_proj_gap": 2},
+    "fira": {"rank": 4, "update_proj_gap": 2},
+    "apollo": {"rank": 4, "update_proj_gap": 2},
+    "apollo_mini": {"update_proj_gap": 2},
+    "frugal": {"rank": 4, "update_proj_gap": 2},
     "muon": {},
-    "relora": {"r": 4, "restart_every": 3, "restart_warmup_steps": 1},
+    "relora": {"r": 4, "restart_every": 2, "restart_warmup_steps": 1},
     "cola": {"r": 4},
     "sltrain": {"r": 4},
     "low_rank": {"r": 4},
 }
-STEPS, SAVED, BATCH = 8, 4, 8
+STEPS, SAVED, BATCH = 6, 3, 8
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +83,11 @@ def write_recipe(tmp_path):
     return write
 
 
-def trained(path, run, world, sharded=True):
+def trained(path, run, world):
+    """`path`'s run in processes; without FSDP in the recipe it is DDP."""
+
     def job(rank, world):
-        if sharded:
-            launched(rank, world)
+        launched(rank, world)
         pretrain(load_recipe(path), run)
         return True
 
@@ -100,21 +105,75 @@ def losses(run):
     }
 
 
-@pytest.mark.parametrize("names", [["galore"], pytest.param([*OWN], marks=pytest.mark.drill)], ids=["short", "long"])
-@pytest.mark.timeout(1800)
-def test_sharded_runs_are_those_of_one_process(tmp_path, write_recipe, names):
+def check_same(alone, run):
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-4), run
+    ends = [load_file(folder / f"checkpoint-{STEPS}" / "model.safetensors") for folder in (alone, run)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.allclose(ends[1][key], tensor, atol=2e-4) for key, tensor in ends[0].items()), run
+
+
+@pytest.mark.parametrize(
+    ("names", "worlds", "resumed"),
+    [
+        pytest.param(["galore"], [(True, 2)], (1,), id="short"),
+        pytest.param([*OWN], [(True, 2), (True, 4), (False, 2)], (1, 4), id="long", marks=pytest.mark.drill),
+    ],
+)
+@pytest.mark.timeout(3600)
+def test_runs_in_processes_are_those_of_one(tmp_path, write_recipe, names, worlds, resumed):
     for name in names:
         alone = pretrain(load_recipe(write_recipe(name, 1, False)), tmp_path / f"{name}-alone")
-        run = tmp_path / f"{name}-2"
-        trained(write_recipe(name, 2, True), run, 2)
-        assert losses(run) == pytest.approx(losses(alone), abs=1e-4), name
-        ends = [load_file(folder / f"checkpoint-{STEPS}" / "model.safetensors") for folder in (alone, run)]
-        assert ends[0].keys() == ends[1].keys()
-        assert all(torch.allclose(ends[1][key], tensor, atol=2e-4) for key, tensor in ends[0].items()), name
-        assert Trajectory(run).steps == [0, SAVED, STEPS]
-        for world in (1, 4):
-            other = tmp_path / f"{name}-{world}"
-            shutil.copytree(run, other)
+        for sharded, world in worlds:
+            run = tmp_path / f"{name}-{world}-{sharded}"
+            trained(write_recipe(name, world, sharded), run, world)
+            check_same(alone, run)
+            assert Trajectory(run).steps == [0, SAVED, STEPS]
+        for world in resumed:
+            other = tmp_path / f"{name}-resumed-{world}"
+            shutil.copytree(tmp_path / f"{name}-2-True", other)
             shutil.rmtree(other / f"checkpoint-{STEPS}")
             trained(write_recipe(name, world, True), other, world)
-            assert losses(other) == pytest.approx(losses(run), abs=1e-4), (name, world)
+            check_same(alone, other)
+
+
+def test_what_does_not_fit_a_run_is_said(tmp_path, write_recipe, monkeypatch):
+    path = write_recipe("full_rank", 1, False)
+    run = pretrain(load_recipe(path), tmp_path / "run")
+    shutil.rmtree(run / f"checkpoint-{STEPS}")
+    facts = json.loads((run / "facts.json").read_text())
+    (run / "facts.json").write_text(json.dumps({**facts, "processes": 2, "sequences_per_step": 2 * BATCH}))
+    with pytest.raises(UserError, match=f"a step must have {2 * BATCH} sequences, .* got {BATCH} on 1 processes"):
+        pretrain(load_recipe(path), run)
+    (run / "facts.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"per_device_train_batch_size is 4 now, 8 there"):
+        pretrain(load_recipe(path, ["training.per_device_train_batch_size=4"]), run)
+    for name in SHARDED_STATE:
+        (run / f"checkpoint-{SAVED}" / name).mkdir()
+        assert damage_of(run / f"checkpoint-{SAVED}") is not None
+    for name in SHARDED_STATE:
+        (run / f"checkpoint-{SAVED}" / name / ".metadata").touch()
+    with pytest.raises(UserError, match=r"checkpoint-3 was written under FSDP2; continue the run with FSDP2"):
+        pretrain(load_recipe(path), run)
+
+
+def test_engines_that_flatten_are_refused_before_anything_is_written(tmp_path, write_recipe, monkeypatch):
+    path = write_recipe("galore", 1, False)
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        patch.setenv("FSDP_VERSION", "1")
+        with pytest.raises(UserError, match="FSDP1 flattens weights; use FSDP2"):
+            pretrain(load_recipe(path), tmp_path / "run")
+    # transformers itself stops where the package deepspeed is missing.
+    with pytest.raises(UserError, match=r"DeepSpeed ZeRO-2 and ZeRO-3 .* use FSDP2"):
+        refuse_engines(SimpleNamespace(deepspeed="zero.json", fsdp=None))
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(UserError, match=r"DeepSpeed ZeRO-2 and ZeRO-3 .* use FSDP2"):
+            refuse_engines(SimpleNamespace(deepspeed=None, fsdp=None))
+    for overrides, message in (
+        (["training.fsdp=true", "training.fsdp_config={version: 1}"], "FSDP1 flattens weights; use FSDP2"),
+        (["training.fsdp=true"], "training.fsdp needs processes to shard over"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pretrain(load_recipe(path, overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
