@@ -131,7 +131,7 @@ def _choose_divided(turn: Sequence[Due], sharding: Sharding) -> list[Bases]:
             like = like.new_empty(0, dtype=torch.int64)
         parts = sharding.from_owners({n: own[side] for n, own in chosen.items()}, owners, shapes, like)
         for of_one, part, shape in zip(bases, parts, shapes, strict=True):
-            of_one[side] = sharding.tensor(part, shape)
+            of_one[side] = sharding.tensor(part.clone(), shape)  # not a view of the exchange
     return bases
 
 
