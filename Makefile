@@ -4,7 +4,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 RUNS ?= runs/quickstart
-METHODS ?= full_rank galore fira relora cola sltrain
 # Packages that tests and benchmarks compare with; without what they ask for beside (bitsandbytes, compilers, notebooks).
 WITNESSES := $(shell sed -n '/^# witnesses/,$$p' constraints.txt | grep '==')
 # torch goes first and exactly pinned: left to the resolver it may bring another build than the tested one.
@@ -13,10 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 .PHONY: quickstart test drill browser-test lint format bench wheel clean
 
 quickstart: $(VENV)/.installed
-	@set -e; for method in $(METHODS); do \
-	  $(BIN)/hf-lowrank train recipes/nano/$$method.yaml --output $(RUNS)/$$method; done
-	@$(BIN)/hf-lowrank measure $(METHODS:%=$(RUNS)/%)
-	@$(BIN)/hf-lowrank report $(METHODS:%=$(RUNS)/%) --output $(RUNS)/report
+	@$(BIN)/hf-lowrank study recipes/studies/quickstart.yaml --output $(RUNS)
 
 test: $(VENV)/.installed-dev
 	@rm -f .coverage .coverage.*
