@@ -39,7 +39,9 @@ class Ruler:
         found = [value for value in values if value is not None and math.isfinite(value)]
         found += [0.0] if zero else []
         self.low, self.high = (min(found), max(found)) if found else (0.0, 1.0)
-        air = 0.06 * (self.high - self.low) or 0.5
+        size = max(abs(self.low), abs(self.high))
+        spread = self.high - self.low
+        air = 0.06 * spread if spread > 1e-9 * size else 0.5 * size or 0.5
         self.low, self.high = self.low - air, self.high + air
 
     def place(self, value: float | None) -> float | None:
