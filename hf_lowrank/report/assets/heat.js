@@ -11,7 +11,7 @@
     const width = Math.max(LR.widthOf(host), 200);
     if (host.heat && host.heat.spec === spec && host.heat.width === width) return;
     host.heat = { spec, width };
-    const left = 8 + 6.2 * Math.min(Math.max(...spec.rows.map((r) => r.length), 2), 16);
+    const left = 8 + 6.8 * Math.min(Math.max(...spec.rows.map((r) => r.length), 2), 16);
     const cellWidth = Math.min((width - left - 6) / spec.columns.length, spec.square ? 68 : spec.plane ? 240 / spec.columns.length : 90);
     const cellHeight = spec.plane ? cellWidth : spec.square ? Math.min(cellWidth, 44) : Math.min(Math.max(200 / spec.rows.length, 9), 24);
     const top = 6;
