@@ -134,6 +134,7 @@ class _Engine:
     def __init__(self, study: Study, workers: Workers, jobs: int, progress: Progress, say: Say) -> None:
         self.study, self.workers, self.jobs, self.progress, self.say = study, workers, jobs, progress, say
         self.failures: list[Failure] = []
+        self.named: set[str] = set()
 
     def run(self, stages: Sequence[str]) -> None:
         self.write_failures()
@@ -176,8 +177,14 @@ class _Engine:
         self._do(units.evaluate_units(self.study))
 
     def _fetch(self) -> None:
-        """Strangers' run directories; those of runs that are not trained yet are named once."""
+        """Strangers' run directories. What is not trained is named, once."""
         self._do(units.view_units(self.study))
+        missing = [run.name for run in self.study.runs if not self.study.is_trained(run)]
+        failed = {failure.what for failure in self.failures}
+        new = [name for name in missing if name not in failed | self.named]
+        if new:
+            self.named.update(new)
+            self.say(f"left out, for they are not trained: {', '.join(new)}")
 
     def _predict(self) -> None:
         ready = [

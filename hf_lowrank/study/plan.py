@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.files import write_text
+from hf_lowrank.measuring.groups import GROUPS
+from hf_lowrank.measuring.metrics import METRICS
+from hf_lowrank.measuring.plan import choose_steps
+from hf_lowrank.measuring.settings import resolve_settings
 from hf_lowrank.study import units
 from hf_lowrank.study.checks import saved_steps
 from hf_lowrank.study.layout import Attempt, Run, Study
@@ -208,7 +212,47 @@ def _seconds(study: Study, stage: str, unit: units.Unit, timings: Mapping[str, f
         for key, seconds in timings.items()
         if key.split(" ")[0] == unit.stage and key.endswith(" pairs") == unit.key.endswith(" pairs")
     ]
-    return sorted(alike)[len(alike) // 2] if alike else None
+    if alike:
+        return sorted(alike)[len(alike) // 2]
+    return _first_guess(study, unit, costs) if unit.stage in ("measure", "evaluate") else None
+
+
+# Of an item-based task; each request is a forward pass, short ones cost as much as long ones here.
+REQUESTS_A_TASK = 1200
+
+
+def _first_guess(study: Study, unit: units.Unit, costs: _Costs) -> float | None:
+    """Seconds of measuring or scoring a run before any was: forward passes, the greater part of it."""
+    run = next(run for run in study.runs if unit.name.split(" ")[0] == run.name)
+    if run.source is not None:
+        return None
+    recipe, cost = costs.recipe(run.member), costs.of(run.member)
+    saved = saved_steps(recipe)
+    if cost.step_seconds is None or saved is None:
+        return None
+    args = recipe.training
+    batch = args.get("per_device_train_batch_size", 8) * args.get("gradient_accumulation_steps", 1)
+    forward = cost.step_seconds / batch / 3  # the backward pass is twice the forward one
+    if unit.stage == "evaluate":
+        settings = study.settings.evaluate
+        from hf_lowrank.downstream.catalogue import units as tasks_of
+        from hf_lowrank.downstream.catalogue import wanted_tasks
+
+        tasks = len(tasks_of(wanted_tasks(settings.tasks))[0])
+        requests = min(settings.limit or REQUESTS_A_TASK, REQUESTS_A_TASK)
+        return forward * requests * tasks * len(choose_steps(saved, settings.steps, "all"))
+    measuring = study.settings.measure
+    chosen = resolve_settings(measuring.preset, measuring.settings)
+    sequences = min(chosen.sequences or recipe.data.evaluation_sequences, recipe.data.evaluation_sequences)
+    if "others" in unit.work:
+        count = len(choose_steps(saved, measuring.pairs, "all"))
+        return forward * sequences * count * len(unit.work["others"]) * (chosen.path.points + 2)
+    groups = {METRICS[metric].group for metric in METRICS.select(measuring.metrics)}
+    passes = 0
+    for group in groups:
+        steps = choose_steps(saved, measuring.steps, chosen.steps if GROUPS[group].costly else "all")
+        passes += GROUPS[group].evaluations(chosen) * len(steps)
+    return forward * sequences * passes
 
 
 def _member(study: Study, name: str, costs: _Costs) -> MemberPlan:
