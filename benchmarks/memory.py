@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import multiprocessing
 import os
 import sys
@@ -26,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _common import machine, versions, write_result
+from _common import RESULTS, machine, versions, write_result
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.memory import estimate
@@ -120,6 +121,7 @@ def one(method: str, scale: str, device: torch.device) -> list[dict[str, Any]]:
             f"training.per_device_train_batch_size={batch}",
             f"training.gradient_checkpointing={str(checkpointing).lower()}",
             "training.bf16=false",
+            "training.gradient_accumulation_steps=1",
         ]
         recipe = load_recipe(RECIPES / folder / f"{method}.yaml", changes)
         # The loop below makes packed batches, whatever the recipe's corpus is.
@@ -174,6 +176,15 @@ def _send(pipe: Any, method: str, scale: str, device: torch.device, threads: int
     pipe.send(one(method, scale, device))
 
 
+def earlier(name: str, here: dict[str, str], scales: list[str]) -> list[dict[str, Any]]:
+    """What an earlier run with the same versions measured at other scales."""
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text()) if path.exists() else {"versions": None}
+    return (
+        [result for result in known["results"] if result["scale"] not in scales] if known["versions"] == here else []
+    )
+
+
 def line(row: dict[str, Any]) -> str:
     measured = [way for way in WAYS if f"measured_{way}" in row]
     cells = [f"{row[f'measured_{way}'] / 2**20:.1f} | {row[f'ratio_{way}']:.3f}" for way in measured]
@@ -200,7 +211,7 @@ def main() -> None:
             parser.error(f"--scales must be of {', '.join(SCALES)}, got {scale!r}")
     os.environ.update(MALLOC)  # for the processes to come
     name = options.name or ("memory" if device.type == "cpu" else f"memory_{device.type}")
-    results: list[dict[str, Any]] = []
+    results = earlier(name, versions(), scales)
     for scale in scales:
         _, batch, batch_on_gpu, _ = SCALES[scale]
         batch = batch if device.type == "cpu" else batch_on_gpu
