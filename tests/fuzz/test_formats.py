@@ -255,6 +255,74 @@ def read_settings(folder, content):
 
 SETTINGS = [{"random": {"draws": 4}, "pca": {"count": 3, "basis": "weights"}, "batch_tokens": 8, "steps": 2}]
 
+STUDY = {
+    "name": "tiny",
+    "baseline": "full_rank",
+    "members": {
+        "full_rank": "recipe.yaml",
+        "galore": {"recipe": "recipe.yaml", "learning_rate": 1e-2, "set": ["method.name=galore", "method.rank=4"]},
+        "theirs": {"runs": ["."], "method": "theirs"},
+    },
+    "seeds": [0, 1],
+    "set": ["training.max_steps=2"],
+    "sweep": {"learning_rate": [1e-3, 2e-3], "seed": 7},
+    "measure": {"steps": "last", "settings": {"sequences": 4}, "pairs": "last"},
+    "evaluate": {"steps": "last", "limit": 10},
+    "predict": {"permutations": 19},
+    "jobs": 1,
+    "threads": 1,
+}
+
+
+def read_study(folder, content):
+    from hf_lowrank.study.spec import load_study
+
+    run_folder(folder)
+    (folder / "text.txt").write_text("some text " * 50)
+    (folder / "recipe.yaml").write_bytes(mutations.as_yaml(RECIPES[0]))
+    (folder / "study.yaml").write_bytes(content)
+    load_study(folder / "study.yaml")
+
+
+RESULTS = {
+    "claims.json": {
+        "alpha": 0.05,
+        "claims": [
+            {
+                "id": "random_sharpness",
+                "statement": "Full-rank is sharper.",
+                "verdict": "reproduced",
+                "effect": 0.5,
+                "ci_low": 0.2,
+                "ci_high": 0.8,
+                "unit": "ln",
+                "p_value": 0.01,
+                "n": 5,
+                "test": "paired t",
+                "reason": None,
+                "details": [{"label": "galore", "effect": 0.5, "ci_low": 0.2, "ci_high": 0.8, "p_value": 0.01, "n": 5}],
+            }
+        ],
+    },
+    "sweep.json": [
+        {"member": "galore", "learning_rate": 1e-3, "loss": 4.0, "chosen": True, "at_edge": True, "run": "sweep/x"}
+    ],
+    "failures.json": [{"what": "galore-seed0", "stage": "train", "reason": "no space left"}],
+    "prediction.json": {"gain": 0.1, "gain_low": 0.0, "gain_high": 0.2, "p_value": 0.04, "runs": ["a"], "steps": [1]},
+}
+
+
+def read_result(name):
+    def read(folder, content):
+        from hf_lowrank.report import write_report
+
+        run_folder(folder)
+        (folder / name).write_bytes(content)
+        write_report([folder], folder / "report", study=folder)
+
+    return read
+
+
 # Each format: documents as plain data with how they are written, or contents to tear, and what reads them.
 FORMATS = {
     "recipe": (RECIPES, mutations.as_yaml, read_recipe),
@@ -268,6 +336,8 @@ FORMATS = {
     "facts": ([FACTS], mutations.as_json, read_facts),
     "trainer_state": ([STATE], mutations.as_json, read_state),
     "measure_settings": (SETTINGS, mutations.as_yaml, read_settings),
+    "study": ([STUDY], mutations.as_yaml, read_study),
+    **{name: ([document], mutations.as_json, read_result(name)) for name, document in RESULTS.items()},
 }
 
 
