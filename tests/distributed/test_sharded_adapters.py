@@ -34,7 +34,9 @@ def adapted(name):
     )
     torch.manual_seed(0)
     method = METHODS[name]
-    return method.build_model(config, method.settings(**({"r": 4} if name in ADAPTERS else {})), 0)
+    model = method.build_model(config, method.settings(**({"r": 4} if name in ADAPTERS else {})), 0)
+    # Adam divides by the size of the gradient: where that is rounding alone, float32 differs in the first digit.
+    return model.double()
 
 
 def step_loss(model, step, rank, world):
@@ -60,7 +62,7 @@ def trained(names, way, steps, rank=0, world=1):
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
         wrapped = DistributedDataParallel(model) if way == "ddp" else model
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, eps=1e-6)
         losses = []
         for step in range(1, steps + 1):
             optimizer.zero_grad()
@@ -92,7 +94,7 @@ def test_several_processes_are_one(tmp_path, names, worlds, ways, steps):
                 for found in ranks:
                     assert found[name]["losses"] == pytest.approx(alone[name]["losses"], abs=1e-4), (name, way)
                     for key, weight in alone[name]["weights"].items():
-                        assert torch.allclose(found[name]["weights"][key], weight, atol=2e-4), (name, way, key)
+                        assert torch.allclose(found[name]["weights"][key], weight, atol=1e-6), (name, way, key)
                         assert torch.equal(found[name]["weights"][key], ranks[0][name]["weights"][key])
                 shares = [found[name]["bytes"] / alone[name]["bytes"] for found in ranks]
                 assert max(shares) <= (0.3 if way == "fsdp" and world == 4 else 1), (name, shares)
