@@ -27,7 +27,7 @@ class Group:
         cells: one row per run, one cell per column.
         mixed: metrics measured with different settings or at different steps in these runs: compare with care.
         headline, standfirst: the answer in a sentence, and what it rests on.
-        trade: what is lost and saved beside full-rank training; empty without it.
+        trade: what is lost and saved beside the baseline; empty without it.
         standings: the table of methods.
     """
 
@@ -45,8 +45,11 @@ class Group:
     standings: Standings
 
 
-def groups(runs: Sequence[RunRecord]) -> list[Group]:
-    """The runs by evaluation set and size, the largest group first; runs without a set stand in one of their own."""
+def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
+    """The runs by evaluation set and size, the largest group first; runs without a set stand in one of their own.
+
+    `baseline` names the method that the others are put beside.
+    """
     sets: dict[tuple[str | None, tuple[int, int] | None], list[RunRecord]] = {}
     for run in runs:
         sets.setdefault((run.fingerprint, run.size), []).append(run)
@@ -66,13 +69,13 @@ def groups(runs: Sequence[RunRecord]) -> list[Group]:
         )
         columns, cells = table(members)
         headline, standfirst = verdict(members)
-        methods = standings(members)
+        methods = standings(members, baseline)
         result.append(
             Group(
                 id=position,
                 fingerprint=fingerprint,
                 size=size,
-                scale=_scale(members, size),
+                scale=_scale(members, size, baseline),
                 runs=tuple(members),
                 columns=tuple(columns),
                 cells=tuple(cells),
@@ -86,10 +89,10 @@ def groups(runs: Sequence[RunRecord]) -> list[Group]:
     return result
 
 
-def _scale(runs: Sequence[RunRecord], size: tuple[int, int] | None) -> str:
-    """`1.32 M parameters, 4 blocks of 128`: of full-rank training where it is there, else of the largest."""
+def _scale(runs: Sequence[RunRecord], size: tuple[int, int] | None, baseline: str) -> str:
+    """`1.32 M parameters, 4 blocks of 128`: of the baseline where it is there, else of the largest."""
     counts = {run.method: count for run in runs if (count := run.fact("parameters")) is not None}
-    parts = [f"{big_count(counts.get(BASELINE, max(counts.values())))} parameters"] if counts else []
+    parts = [f"{big_count(counts.get(baseline, max(counts.values())))} parameters"] if counts else []
     if size is not None:
         parts.append(f"{plain(size[1], 'block')} of width {size[0]}")
     return ", ".join(parts) or "size unknown"

@@ -13,8 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hf_lowrank.report.colours import looks
 from hf_lowrank.report.runs import RunRecord
+from hf_lowrank.report.standings import BASELINE
 
 _MEMBER = re.compile(r"(.+)-seed-?\d+$")
 # What changes nothing of what is learnt.
@@ -41,6 +44,19 @@ def told_apart(runs: Sequence[RunRecord], study: Path | None = None) -> list[Run
         kinds.setdefault((run.fingerprint, run.size, method), []).append(replace(run, method=method))
     renamed = {run.name: one for members in kinds.values() for run, one in _renamed(members, study)}
     return [renamed[run.name] for run in runs]
+
+
+def baseline_of(runs: Sequence[RunRecord], study: Path | None) -> str:
+    """The method that the others are put beside: that of the study's baseline, else full-rank training."""
+    file = study / "study.yaml" if study is not None else None
+    if file is None or not file.is_file():
+        return BASELINE
+    try:
+        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        said = None
+    wanted = said.get("baseline") if isinstance(said, Mapping) else None
+    return next((run.method for run in runs if wanted is not None and member_of(run, study) == wanted), BASELINE)
 
 
 def _renamed(runs: Sequence[RunRecord], study: Path | None) -> Iterator[tuple[RunRecord, RunRecord]]:

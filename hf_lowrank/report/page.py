@@ -20,7 +20,7 @@ from hf_lowrank.report.catalogue import DIMENSIONS
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, Look, looks
 from hf_lowrank.report.curves import CURVE_METRICS
 from hf_lowrank.report.formats import big_count, plain, words_list
-from hf_lowrank.report.members import told_apart
+from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.payload import payload, script_json
 from hf_lowrank.report.runs import RunRecord, load_runs
 from hf_lowrank.report.study import Study, load_study
@@ -76,7 +76,7 @@ def render(runs: Sequence[RunRecord], study: Study) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    compared = groups(runs)
+    compared = groups(runs, baseline_of(runs, study.folder))
     chosen = looks([*(run.method for run in runs), *(rate.member for rate in study.sweep)])
     numbers = {name: number for number, name in enumerate(chosen)}
     data = payload(compared, study, chosen)

@@ -29,7 +29,7 @@ class Criterion:
         better: which way is better.
         values: per run, what was read.
         text: a value as read.
-        against: how a method stands beside full-rank: as a ratio, as a difference, or not at all.
+        against: how a method stands beside the baseline: as a ratio, as a difference, or not at all.
         shown: maps mean and interval for showing, as the exponential for perplexity, whose mean is taken in nats.
     """
 
@@ -76,11 +76,17 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class Standings:
-    """The table: criteria in columns, methods in rows, best loss first."""
+    """The table: criteria in columns, methods in rows, best loss first; `baseline` is whom the others are beside."""
 
     criteria: tuple[Criterion, ...]
     rows: tuple[MethodRow, ...]
     notes: tuple[str, ...]
+    baseline: str
+
+    @property
+    def baseline_title(self) -> str:
+        """As it is read; empty where the baseline is not among the methods."""
+        return next((row.title for row in self.rows if row.method == self.baseline), "")
 
 
 def by_seed(runs: Sequence[RunRecord], values: Mapping[str, float]) -> Values:
@@ -197,15 +203,18 @@ def _distance(runs: Sequence[RunRecord]) -> tuple[Criterion, dict[str, float]]:
     )
     cka = {name: 1 - value for name, value in read(runs, last("activation_cka")).items()}
     values = read(runs, last("activation_l2"))
-    return Criterion("distance", "Distance", "from full-rank", help_, "lower", values, _plain, "none"), cka
+    return Criterion("distance", "Distance", "from baseline", help_, "lower", values, _plain, "none"), cka
 
 
 def _plain(value: float) -> str:
     return significant(value)
 
 
-def standings(runs: Sequence[RunRecord]) -> Standings:
-    """The table of methods for runs that may be compared: one evaluation set, one size."""
+def standings(runs: Sequence[RunRecord], baseline: str = BASELINE) -> Standings:
+    """The table of methods for runs that may be compared: one evaluation set, one size.
+
+    `baseline` names the method that the others are put beside.
+    """
     notes: list[str] = []
     losses = read(runs, lambda run: run.final_loss)
     distance, cka = _distance(runs)
@@ -222,7 +231,7 @@ def standings(runs: Sequence[RunRecord]) -> Standings:
     titles = {name: look.title for name, look in looks(run.method for run in runs).items()}
     seeds = {name: len({run.seed if run.seed is not None else run.name for run in runs if run.method == name})
              for name in titles}  # fmt: skip
-    cells = {criterion.id: _column(criterion, runs, titles) for criterion in criteria}
+    cells = {criterion.id: _column(criterion, runs, titles, baseline) for criterion in criteria}
     if "distance" in cells:
         _with_cka(cells["distance"], runs, cka)
     order = {name: found.mean for name, values in by_seed(runs, losses).items()
@@ -232,14 +241,16 @@ def standings(runs: Sequence[RunRecord]) -> Standings:
         MethodRow(name, titles[name], seeds[name], tuple(cells[criterion.id][name] for criterion in criteria))
         for name in names
     )
-    return Standings(criteria, rows, tuple(notes))
+    return Standings(criteria, rows, tuple(notes), baseline)
 
 
 def _exp(value: float) -> float:
     return math.exp(min(value, 700.0))
 
 
-def _column(criterion: Criterion, runs: Sequence[RunRecord], methods: Mapping[str, str]) -> dict[str, Standing]:
+def _column(
+    criterion: Criterion, runs: Sequence[RunRecord], methods: Mapping[str, str], baseline: str
+) -> dict[str, Standing]:
     values = by_seed(runs, criterion.values)
     estimates = {name: mean_interval(list(seeds.values())) for name, seeds in values.items()}
     sign = 1.0 if criterion.better == "lower" else -1.0
@@ -249,12 +260,12 @@ def _column(criterion: Criterion, runs: Sequence[RunRecord], methods: Mapping[st
     for name in methods:
         if name not in estimates:
             baselines = {row.baseline for run in runs for row in run.rows if row.baseline}
-            is_baseline = criterion.id == "distance" and (name == BASELINE or name in baselines)
+            is_baseline = criterion.id == "distance" and (name == baseline or name in baselines)
             found[name] = Standing(note="the others are compared with it" if is_baseline else "not recorded")
             continue
         tied = certain and name != order[0] and not beaten(values, order[0], name, sign, len(order) - 1)
         one = _standing(criterion, estimates[name], 1 + order.index(name), tied, certain)
-        found[name] = _beside(one, criterion, values, name)
+        found[name] = _beside(one, criterion, values, name, baseline)
     if certain and any(standing.tied for standing in found.values()):
         found = {name: _shared_first(standing) for name, standing in found.items()}
     return found
@@ -285,13 +296,13 @@ def _standing(criterion: Criterion, estimate: Estimate, rank: int, tied: bool, c
     return replace(one, low=low, high=high, interval=interval)
 
 
-def _beside(standing: Standing, criterion: Criterion, values: Values, name: str) -> Standing:
-    """`standing` with how `name` stands beside full-rank training: a share or a difference, with its interval."""
-    if criterion.against == "none" or BASELINE not in values:
+def _beside(standing: Standing, criterion: Criterion, values: Values, name: str, baseline: str) -> Standing:
+    """`standing` with how `name` stands beside the baseline: a share or a difference, with its interval."""
+    if criterion.against == "none" or baseline not in values:
         return standing
-    if name == BASELINE:
+    if name == baseline:
         return replace(standing, beside="baseline")
-    found = versus(criterion, values, name)
+    found = versus(criterion, values, name, baseline)
     if found is None:
         return standing
     write = signed_share if criterion.against != "difference" else lambda v: signed(v, criterion.text)
@@ -303,14 +314,16 @@ def _beside(standing: Standing, criterion: Criterion, values: Values, name: str)
     return replace(standing, beside=write(found.mean), beside_interval=interval)
 
 
-def versus(criterion: Criterion, values: Values, name: str, confidence: float = 0.95) -> Estimate | None:
-    """`name` against full-rank: a share (0.04 is 4 % more) or a difference; the interval is paired by seed."""
+def versus(
+    criterion: Criterion, values: Values, name: str, baseline: str, confidence: float = 0.95
+) -> Estimate | None:
+    """`name` against the baseline: a share (0.04 is 4 % more) or a difference; the interval is paired by seed."""
     as_log = criterion.against == "ratio"
 
     def turned(method: str) -> dict[int, float]:
         return {seed: math.log(v) if as_log else v for seed, v in values[method].items() if not as_log or v > 0}
 
-    ours, base = turned(name), turned(BASELINE)
+    ours, base = turned(name), turned(baseline)
     if not ours or not base:
         return None
     found = mean_difference(base, ours, confidence)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.formats import loss_text, memory, significant
-from hf_lowrank.report.members import told_apart
+from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.runs import load_runs
 from hf_lowrank.report.standings import Standing
 
@@ -54,7 +54,8 @@ def terminal_table(runs: Iterable[Any], width: int | None = None, *, study: Path
     from rich.table import Table
     from rich.text import Text
 
-    compared = groups(told_apart(load_runs(runs), study))
+    named = told_apart(load_runs(runs), study)
+    compared = groups(named, baseline_of(named, study))
     several = any(row.seeds > 1 for group in compared for row in group.standings.rows)
     order = _METHOD_COLUMNS if several else _RUN_COLUMNS
     headings = _method_headings(compared) if several else _run_headings(compared)

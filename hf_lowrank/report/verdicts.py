@@ -1,4 +1,4 @@
-"""The answer in sentences: who came out best, and what is lost and saved beside full-rank training."""
+"""The answer in sentences: who came out best, and what is lost and saved beside the baseline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hf_lowrank.report.colours import looks, method_order
 from hf_lowrank.report.formats import loss_text, plain, significant, words_list
 from hf_lowrank.report.runs import RunRecord
-from hf_lowrank.report.standings import BASELINE, SEEDS_FOR_A_VERDICT, Standings, beaten, by_seed, read, versus
+from hf_lowrank.report.standings import SEEDS_FOR_A_VERDICT, Standings, beaten, by_seed, read, versus
 from hf_lowrank.report.statistics import Estimate, mean_interval
 
 # Shares of memory and speed below this are called the same.
@@ -77,27 +77,28 @@ def _interval_words(estimate: Estimate) -> str:
 
 
 def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
-    """What the best of the other methods, and the one with least memory, lose and save beside full-rank training."""
+    """What the best of the other methods, and the one with least memory, lose and save beside the baseline."""
     criteria = {criterion.id: criterion for criterion in table.criteria}
-    if "perplexity" not in criteria or len(table.rows) < 2 or BASELINE not in {row.method for row in table.rows}:
+    if "perplexity" not in criteria or len(table.rows) < 2 or not table.baseline_title:
         return ""
+    baseline = table.baseline
     title = {row.method: row.title for row in table.rows}
     values = {name: by_seed(runs, criterion.values) for name, criterion in criteria.items()}
 
-    others = sum(row.method != BASELINE for row in table.rows)
+    others = sum(row.method != baseline for row in table.rows)
 
     def beside(name: str, method: str) -> Estimate | None:
         there = values.get(name, {})
-        if method not in there or BASELINE not in there:
+        if method not in there or baseline not in there:
             return None
-        return versus(criteria[name], there, method, 1 - 0.05 / others)
+        return versus(criteria[name], there, method, baseline, 1 - 0.05 / others)
 
-    found = {row.method: lost for row in table.rows if row.method != BASELINE
+    found = {row.method: lost for row in table.rows if row.method != baseline
              and (lost := beside("perplexity", row.method)) is not None}  # fmt: skip
     if not found:
         return ""
     nearest = min(found, key=lambda name: found[name].mean)
-    parts = [f"Beside full-rank training, {title[nearest]} ends {_lost(found[nearest])}"]
+    parts = [f"Beside {_in_words(table.baseline_title)}, {title[nearest]} ends {_lost(found[nearest])}"]
     saved = beside("memory", nearest)
     quicker = beside("speed", nearest)
     if saved is not None:
@@ -115,6 +116,10 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
     text = ". ".join(parts) + "."
     text = text.replace(" %", "\N{NO-BREAK SPACE}%")
     return text if fewest >= SEEDS_FOR_A_VERDICT else f"In these runs: {text[0].lower()}{text[1:]}"
+
+
+def _in_words(baseline: str) -> str:
+    return "full-rank training" if baseline == "Full-rank" else baseline
 
 
 def _lost(share: Estimate) -> str:

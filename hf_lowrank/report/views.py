@@ -80,6 +80,7 @@ def methods_view(group: Group) -> dict[str, Any]:
         "criteria": table.criteria,
         "rows": rows,
         "notes": table.notes,
+        "baseline": table.baseline_title,
         "against": any(cell.beside_interval or cell.beside not in ("", "baseline")
                        for row in table.rows for cell in row.standings),
         "seeds": _seeds(group),

@@ -20,7 +20,7 @@ def print_result(result: StudyResult, console: Any) -> None:
     from hf_lowrank.report import terminal_table
 
     if result.page is not None:
-        console.print(terminal_table(result.runs))
+        console.print(terminal_table(result.runs, study=result.directory))
     claims = result.directory / "claims.json"
     if result.page is not None and claims.is_file():
         console.print(claims_table(read_claims(claims)))

@@ -196,3 +196,24 @@ def test_a_study_without_results_is_empty(tmp_path):
     assert load_study(tmp_path).claims == ()
     with pytest.raises(UserError, match="no such study folder"):
         load_study(tmp_path / "absent")
+
+
+def test_a_study_may_have_another_baseline(make_run, tmp_path):
+    from hf_lowrank.report import write_report
+
+    study = tmp_path / "study"
+    runs = [
+        make_run(f"study/runs/{member}-seed{seed}", method, seed, loss=loss + 0.01 * seed)
+        for member, method, loss in (("theirs", "relora", 3.0), ("ours", "cola", 3.1), ("control", "full_rank", 3.4))
+        for seed in range(3)
+    ]
+    (study / "study.yaml").write_text("baseline: theirs\n")
+    page = write_report(runs, tmp_path / "report", study=study).read_text()
+    assert "Beside ReLoRA, CoLA ends at a perplexity 11 % higher" in page.replace("\N{NO-BREAK SPACE}", " ")
+    assert "Against ReLoRA" in page
+    assert "Beside full-rank" not in page
+    table = groups(load_runs(runs), "relora")[0].standings
+    besides = {row.method: row.standings[0].beside for row in table.rows}
+    assert besides["relora"] == "baseline"
+    assert besides["cola"] == "+11 %"
+    assert besides["full_rank"] == "+49 %"
