@@ -39,6 +39,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/geometry.py
+	$(BIN)/python benchmarks/memory.py
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --no-isolation --outdir dist .
