@@ -94,7 +94,10 @@ def _choose_held(due: Due) -> Bases:
         stack = torch.empty(shape, dtype=dtype, device=entry.weight.device)
         for part, own in zip(stack, chosen, strict=True):
             part.copy_(own[side])
-        bases[side] = stack if layout.sharding is None else layout.sharding.tensor(stack, (layout.count, *shape[1:]))
+        if layout.sharding is not None:
+            layout.sharding.settle_replicas([stack])
+            stack = layout.sharding.tensor(stack, (layout.count, *shape[1:]))
+        bases[side] = stack
     return bases
 
 

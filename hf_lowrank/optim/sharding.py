@@ -148,10 +148,14 @@ class Sharding:
         ]
         received = [part for from_one in self._exchange(sent, sent_sizes, expected) for part in from_one]
         parts = [part for _, part in sorted(zip(order, received, strict=True), key=lambda pair: pair[0])]
+        self.settle_replicas(parts)
+        return parts
+
+    def settle_replicas(self, parts: Sequence[Tensor]) -> None:
+        """Makes what processes of different replicas hold of the same rows the first one's, in place."""
         for group in self.replicas:
             for part in parts:
                 dist.broadcast(part, group=group, group_src=0)
-        return parts
 
     def _exchange(
         self, sent: Sequence[Tensor], sent_sizes: list[int], shapes: list[list[tuple[int, ...]]]

@@ -83,11 +83,11 @@ def write_recipe(tmp_path):
     return write
 
 
-def trained(path, run, world):
+def trained(path, run, world, sharded=True):
     """`path`'s run in processes; without FSDP in the recipe it is DDP."""
 
     def job(rank, world):
-        launched(rank, world)
+        launched(rank, world, on_accelerators=sharded)
         pretrain(load_recipe(path), run)
         return True
 
@@ -125,7 +125,7 @@ def test_runs_in_processes_are_those_of_one(tmp_path, write_recipe, names, world
         alone = pretrain(load_recipe(write_recipe(name, 1, False)), tmp_path / f"{name}-alone")
         for sharded, world in worlds:
             run = tmp_path / f"{name}-{world}-{sharded}"
-            trained(write_recipe(name, world, sharded), run, world)
+            trained(write_recipe(name, world, sharded), run, world, sharded)
             check_same(alone, run)
             assert Trajectory(run).steps == [0, SAVED, STEPS]
         for world in resumed:
