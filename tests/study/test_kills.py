@@ -51,10 +51,10 @@ def results(directory):
     found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.name in ("model.safetensors", "evaluation.safetensors", "recipe.yaml", "prediction.json"):
+        if path.name in ("model.safetensors", "evaluation.safetensors", "recipe.yaml"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        elif path.name in ("claims.json", "sweep.json"):
-            found[name] = json.loads(path.read_text())
+        elif path.name in ("claims.json", "prediction.json", "sweep.json"):
+            found[name] = json.loads(path.read_text().replace(f"{directory}/", ""))
         elif path.name in ("measurements.jsonl", "downstream.jsonl") or "downstream" in path.parent.parent.name:
             lines = path.read_text().splitlines()
             assert len(lines) == len(set(lines)), f"{name} holds a row twice"
