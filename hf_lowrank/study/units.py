@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from contextlib import chdir
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -150,7 +152,9 @@ RESULTS = {"predict": "prediction.json", "claims": "claims.json", "report": "rep
 def inputs_of(work: dict[str, Any]) -> str:
     """A fingerprint of what a result is computed from, hex."""
     digest = hashlib.sha256(version("hf-lowrank").encode())
-    digest.update(json.dumps({k: v for k, v in work.items() if k not in ("output", "stamp")}, sort_keys=True).encode())
+    asked = {key: value for key, value in work.items() if key not in ("output", "runs", "stamp")}
+    asked["names"] = [Path(run).name for run in work["runs"]]
+    digest.update(json.dumps(asked, sort_keys=True).encode())
     files = [Path(run) / name for run in work["runs"] for name in ("measurements.jsonl", "downstream.jsonl")]
     for file in [*files, Path(work["output"]) / "prediction.json" if work["kind"] == "claims" else Path()]:
         digest.update(file.read_bytes() if file.is_file() else b"-")
@@ -260,7 +264,11 @@ def _evaluate(work: dict[str, Any]) -> str | None:
 def _predict(work: dict[str, Any]) -> str | None:
     from hf_lowrank.downstream import predict
 
-    prediction = predict(work["runs"], output=work["output"], **work["keywords"])
+    # The result names its runs: by their place in the study, wherever the study lies.
+    directory = Path(work["output"]).resolve()
+    runs = [os.path.relpath(Path(run).resolve(), directory) for run in work["runs"]]
+    with chdir(directory):
+        prediction = predict(runs, output=directory, **work["keywords"])
     return prediction.notes[0] if prediction.notes else None
 
 
