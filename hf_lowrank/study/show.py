@@ -15,16 +15,19 @@ def print_plan(plan: Plan, console: Any) -> None:
 
 
 def print_result(result: StudyResult, console: Any) -> None:
-    """The answer's table, the claims, where the page is, and what failed."""
+    """The claims, the answer's table, where the page is, and what failed."""
     from hf_lowrank.claims import claims_table, read_claims
     from hf_lowrank.report import terminal_table
 
-    if result.page is not None:
-        console.print(terminal_table(result.runs, study=result.directory))
     claims = result.directory / "claims.json"
     if result.page is not None and claims.is_file():
-        console.print(claims_table(read_claims(claims)))
+        found = read_claims(claims)
+        if any(claim.verdict != "undecided" for claim in found):
+            console.print(claims_table(found))
+        else:
+            print(f"{len(found)} claims of the paper were tested, all undecided at this scale; the page says why")  # noqa: T201
     if result.page is not None:
+        console.print(terminal_table(result.runs, study=result.directory))
         print(f"page: {result.page}")  # noqa: T201
     alike: dict[tuple[str, str], list[str]] = {}
     for failure in result.failures:
