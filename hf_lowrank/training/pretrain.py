@@ -138,7 +138,8 @@ def check_belongs(run: Path, recipe: Recipe) -> bool:
         raise UserError(f"{run}: --output must be a folder, this is a file")
     file = run / RECIPE_FILE
     if not file.exists():
-        if any(not path.name.endswith(".lock") for path in run.iterdir()):
+        # A lock, or a file that was being written when its process was killed, is nobody's run.
+        if any(not path.name.startswith(".") for path in run.iterdir()):
             raise UserError(f"{run}: --output must be a run directory, or empty; there is no {RECIPE_FILE} in it")
         return False
     try:
@@ -315,9 +316,10 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     if trainer.is_fsdp_enabled:
         _shard_states(trainer)
-    elif args.fsdp:
+    elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
         raise UserError(
-            f"training.fsdp must be left out on {args.device.type}: accelerate shards on accelerators only"
+            f"FSDP (training.fsdp, or accelerate's configuration) must be left out on {args.device.type}: accelerate "
+            "shards on accelerators only, and would train on whole copies"
         )
     if method.build_optimizer is not None:
         # After Trainer has put the parameters on their device; under FSDP2 accelerate exchanges them for shards.

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+import traceback
 
 import pytest
 import yaml
@@ -23,11 +24,14 @@ def begin(study, directory, stages):
         status = 1
         try:
             os.setsid()
-            nothing = os.open(os.devnull, os.O_RDWR)
+            log = os.open(directory.with_suffix(".log"), os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             for stream in (0, 1, 2):
-                os.dup2(nothing, stream)
+                os.dup2(log, stream)
             result = run_study(study, output=directory, stages=stages, fork_here=True, say=lambda line: None)
+            os.write(log, repr(result.failures).encode())
             status = 3 if result.failures else 0
+        except BaseException:
+            os.write(log, traceback.format_exc().encode())
         finally:
             os._exit(status)
     return pid

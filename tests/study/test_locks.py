@@ -85,6 +85,19 @@ def test_a_run_is_trained_measured_and_evaluated_by_one_process(tmp_path, corpus
     assert not (run / "measurements.jsonl").exists()
 
 
+def test_what_a_process_killed_at_the_very_first_left_is_no_other_run(tmp_path, corpus):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".train.lock", ".recipe.yaml.abc.tmp"):
+        (run / name).write_text("x")
+    recipe = load_recipe(write_recipe(tmp_path, corpus, "full_rank", training__max_steps=1))
+    assert (pretrain(recipe, run) / "checkpoint-1").is_dir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="must be a run directory, or empty"):
+        pretrain(recipe, tmp_path / "other")
+
+
 def test_a_study_is_run_by_one_process(write_study, tmp_path, holder, monkeypatch):
     monkeypatch.setattr("hf_lowrank.study.engine.LOCK_SECONDS", 0.2)
     pid = holder(tmp_path / "out", "study")
