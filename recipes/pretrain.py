@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.training import Recipe, load_recipe, pretrain
+from hf_lowrank.training import load_recipe, pretrain
 
 
 def parsed() -> argparse.Namespace:
@@ -30,16 +30,6 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_sharding(recipe: Recipe) -> None:
-    """Raises a `UserError` where weights come in shards but the method updates whole matrices."""
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-    if sharded and recipe.method.build_optimizer is not None:
-        raise UserError(
-            f"{recipe.path}: method {recipe.method.name} must see whole matrices, got shards of FSDP; "
-            "use recipes/accelerate/ddp.yaml"
-        )
-
-
 def main() -> None:
     arguments = parsed()
     first = os.environ.get("RANK", "0") == "0"
@@ -47,7 +37,6 @@ def main() -> None:
     logging.getLogger("hf_lowrank").setLevel(logging.INFO if first else logging.ERROR)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides, seed=arguments.seed)
-        check_sharding(recipe)
         run = pretrain(recipe, arguments.output)
     except UserError as error:
         if first:

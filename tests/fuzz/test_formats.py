@@ -300,7 +300,7 @@ RESULTS = {
                 "n": 5,
                 "test": "paired t",
                 "reason": None,
-                "details": [{"label": "galore", "effect": 0.5, "ci_low": 0.2, "ci_high": 0.8, "p_value": 0.01, "n": 5}],
+                "details": [{"label": "galore", "effect": 0.5, "p_value": 0.01, "n": 5}],
             }
         ],
     },
