@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 # What a user gave may be quoted in a message, and may be of any length.
 LONGEST = 1500
 
