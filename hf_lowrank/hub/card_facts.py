@@ -57,6 +57,13 @@ def loss_at(checkpoint: Path, step: int) -> float | None:
     return None
 
 
+def evaluated_loss(checkpoint: Path, step: int) -> float | None:
+    """The loss at a step on all sequences that training evaluates, in nats per token; None where it did not."""
+    found = [e["eval_loss"] for e in log_history(checkpoint) if e.get("step") == step and "eval_loss" in e]
+    value = found[-1] if found else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def measured(run: Path) -> tuple[int, list[Any]] | None:
     """The last measured step and its rows of the whole model, the last of each metric and baseline, or None."""
     from hf_lowrank.measuring.table import FILE_NAME, read_measurements

@@ -69,7 +69,8 @@ def model_card(
     loss = loss_at(checkpoint, step) if checkpoint is not None else None
     facts = read_json(run / "facts.json") if run is not None else {}
     name = one(name or recipe.get("name") or (repo_id or "").rpartition("/")[2] or "unnamed")
-    metadata = _metadata(recipe, config, before, license, name, measured, scores)
+    losses = _losses(checkpoint, step, measured)
+    metadata = _metadata(recipe, config, before, license, name, losses, scores)
     rows, notes = _metric_rows(measured[1]) if measured else ([], [])
     sequences = next((row.settings.get("sequences") for row in measured[1]), None) if measured else None
     planned = section(recipe, "training").get("max_steps")
@@ -176,7 +177,7 @@ def _metadata(
     before: dict[str, Any],
     license: str | None,
     name: str,
-    measured: tuple[int, list[Any]] | None,
+    losses: Mapping[str, tuple[int, float]],
     scores: Sequence[Mapping[str, Any]],
 ) -> str:
     data = section(recipe, "data")
@@ -189,7 +190,7 @@ def _metadata(
     if isinstance(earlier, list):
         tags.extend(tag for tag in earlier if isinstance(tag, str))
     base = config.get("_name_or_path")
-    results = [*_loss_results(measured, dataset), *(_score_result(row) for row in scores)]
+    results = [*_loss_results(losses, dataset), *(_score_result(row) for row in scores)]
     ours: dict[str, Any] = {
         "license": license or (kept if isinstance(kept, str) and kept else "unknown"),
         "library_name": "transformers",
@@ -206,21 +207,33 @@ def _metadata(
     return ModelCardData(**ours, **others).to_yaml()
 
 
-def _loss_results(measured: tuple[int, list[Any]] | None, dataset: object) -> list[EvalResult]:
-    if measured is None:
-        return []
+def _losses(
+    checkpoint: Path | None, step: int, measured: tuple[int, list[Any]] | None
+) -> dict[str, tuple[int, float]]:
+    """Loss and perplexity with their step: on all sequences that training evaluated, else as they were measured."""
+    loss = card_facts.evaluated_loss(checkpoint, step) if checkpoint is not None else None
+    if loss is not None:
+        return {"loss": (step, loss), "perplexity": (step, math.exp(min(loss, 700.0)))}
+    rows = measured[1] if measured is not None else []
+    return {
+        row.metric: (row.step, row.value)
+        for row in rows
+        if row.metric in ("loss", "perplexity") and math.isfinite(row.value)
+    }
+
+
+def _loss_results(losses: Mapping[str, tuple[int, float]], dataset: object) -> list[EvalResult]:
     known = isinstance(dataset, str) and HUB_ID.fullmatch(dataset) is not None
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type=str(dataset) if known else "held-out",
             dataset_name=f"held-out part of {dataset}" if known else "held-out sequences of this run",
-            metric_type=row.metric,
-            metric_name=f"{row.metric} at step {row.step}",
-            metric_value=row.value,
+            metric_type=metric,
+            metric_name=f"{metric} at step {step}",
+            metric_value=value,
         )
-        for row in measured[1]
-        if row.metric in ("loss", "perplexity") and math.isfinite(row.value)
+        for metric, (step, value) in losses.items()
     ]
 
 
