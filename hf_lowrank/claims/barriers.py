@@ -12,7 +12,7 @@ from hf_lowrank.claims.paired import Tested, paired_test
 from hf_lowrank.claims.study import Study, common, kind_of, logged_losses, loss_entries, null_reasons
 from hf_lowrank.claims.verdicts import every_above
 from hf_lowrank.claims.words import detail, fewest_seeds, interval, listed, nats, seeds_and_step, undecided_reason
-from hf_lowrank.measuring.table import UNDEFINED
+from hf_lowrank.measuring.table import OWN_BASELINE, UNDEFINED
 from hf_lowrank.report.formats import loss_text
 from hf_lowrank.report.runs import Row
 from hf_lowrank.report.statistics import mean_interval
@@ -125,7 +125,7 @@ def _without_dense_weights(study: Study) -> dict[str, str]:
 
     def about_itself(row: Row) -> bool:
         why = (row.reason or "").removeprefix(UNDEFINED)
-        return why != (row.reason or "") and not why.startswith(("the baseline", "the run is its own baseline"))
+        return why != (row.reason or "") and not why.startswith(("the baseline", OWN_BASELINE))
 
     found = null_reasons(study, "method_barrier", about_itself)
     return {method: why.removeprefix(UNDEFINED) for method, why in found.items() if why.startswith(UNDEFINED)}

@@ -20,10 +20,12 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.files import whole_file, write_text
 from hf_lowrank.measuring.metrics import METRICS
 from hf_lowrank.measuring.plan import rows_file
-from hf_lowrank.measuring.table import Measurement, read_measurements
+from hf_lowrank.measuring.table import OWN_BASELINE, UNDEFINED, Measurement, read_measurements
 
 # Of each task the first of these counts.
 PRIMARY = ("acc", "mcc", "acc_norm")
+# The baseline compared with itself: measuring leaves that open, here it has a value, or the metric would be lost.
+TO_ITSELF = {"method_barrier": 0.0, "activation_l2": 0.0, "activation_cosine": 1.0, "activation_cka": 1.0}
 # What of a measurement's settings changes from checkpoint to checkpoint of the same metric.
 VARYING = {"from_step", "to_step", "t", "step"}
 
@@ -166,6 +168,7 @@ def above_chance(scored: Mapping[str, Sequence[Score]], notes: list[str]) -> Gri
 def _column(measured: Mapping[str, Sequence[Measurement]], metric: str, notes: list[str]) -> Grid:
     """A metric's values, all with the settings that most of them have."""
     rows = [(run, row) for run, table in measured.items() for row in table if row.metric == metric]
+    own = [(run, row) for run, row in rows if metric in TO_ITSELF and row.reason == UNDEFINED + OWN_BASELINE]
     rows = [(run, row) for run, row in rows if math.isfinite(row.value)]
     kinds = Counter(_kind(row) for _, row in rows)
     if len(kinds) > 1:
@@ -175,6 +178,8 @@ def _column(measured: Mapping[str, Sequence[Measurement]], metric: str, notes: l
     for run, row in rows:
         if _kind(row) == common:
             values.setdefault(run, {})[row.step] = row.value
+    for run, row in own:
+        values.setdefault(run, {})[row.step] = TO_ITSELF[metric]
     return values
 
 

@@ -18,6 +18,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
 from hf_lowrank.geometry import Estimate, TokenLoss
 from hf_lowrank.measuring.settings import MeasureSettings
+from hf_lowrank.measuring.table import OWN_BASELINE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +205,7 @@ class StepContext:
         if base is None:
             raise UserError(self.run.no_baseline or "no baseline")
         if base is ours or base.path == ours.path:
-            raise UndefinedError("the run is its own baseline")
+            raise UndefinedError(OWN_BASELINE)
         if self.step not in base.steps:
             raise UserError(f"baseline {base.run.name} has no checkpoint of step {self.step}; it has {base.steps}")
         if size_of(base) != size_of(ours):

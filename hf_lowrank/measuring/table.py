@@ -16,6 +16,7 @@ from hf_lowrank.rows import row_of
 FILE_NAME = "measurements.jsonl"
 # How reasons begin where the quantity has no meaning, as against one that could not be had.
 UNDEFINED = "undefined: "
+OWN_BASELINE = "the run is its own baseline"
 
 
 @dataclass(frozen=True, kw_only=True)

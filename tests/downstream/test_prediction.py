@@ -22,6 +22,7 @@ from hf_lowrank.downstream.scores import Score, append_scores
 from hf_lowrank.downstream.simulation import simulated_table
 from hf_lowrank.errors import UserError
 from hf_lowrank.measure import Measurement, append_measurements
+from hf_lowrank.measuring.table import OWN_BASELINE, UNDEFINED
 
 
 def reference(x, y, runs):
@@ -191,6 +192,24 @@ def test_predict_reads_runs_and_writes_its_answer(tmp_path):
     answer = json.loads((tmp_path / "answer" / "prediction.json").read_text())
     assert answer["gain"] == pytest.approx(prediction.gain)
     assert (tmp_path / "answer" / "prediction.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_baseline_is_at_no_distance_from_itself(tmp_path):
+    table = simulated_table(0, runs=9, effect=1.0)
+    runs = [write_tables(tmp_path / f"run{i}", i, table) for i in range(9)]
+    for number, run in enumerate(runs):
+        rows = []
+        for s, step in enumerate(table.steps):
+            common = {"run": run.name, "method": "full_rank", "seed": number, "step": int(step)}
+            value = (
+                {"reason": UNDEFINED + OWN_BASELINE} if number == 0 else {"value": float(s + 1), "baseline": "run0"}
+            )
+            rows += [Measurement(**common, **value, metric=m) for m in ("activation_l2", "activation_cka")]
+        append_measurements(run / "measurements.jsonl", rows)
+    gathered = gather(runs, metrics=["activation_l2", "activation_cka"])
+    assert gathered.steps == list(table.steps)
+    np.testing.assert_array_equal(gathered.geometry[0], [[0.0, 1.0]] * len(table.steps))
+    np.testing.assert_array_equal(gathered.geometry[5, :, 0], np.arange(len(table.steps)) + 1)
 
 
 def test_predict_says_what_is_missing(tmp_path):
