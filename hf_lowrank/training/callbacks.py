@@ -22,15 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 class FinalCheckpoint(TrainerCallback):
-    """The last step is evaluated and saved, whatever the intervals are."""
+    """The last step is evaluated and saved, whatever the intervals are; what is saved is logged.
+
+    Trainer logs the mean loss since the last log, and forgets that sum when it is resumed: with a log at every
+    checkpoint a resumed run logs what an undisturbed one does.
+    """
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         if state.global_step >= state.max_steps:
             control.should_save = True
-            control.should_log = True
             control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
+        control.should_log = control.should_log or control.should_save
         return control
 
 

@@ -43,7 +43,7 @@ def write_study(tmp_path, corpus):
     return write
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def no_estimates():
     """Neither steps tried out nor memory estimated, which takes seconds; both have tests of their own."""
 
