@@ -20,8 +20,8 @@ from hf_lowrank.claims.words import (
     seeds_and_step,
     undecided_reason,
 )
-from hf_lowrank.report.formats import plain, significant
-from hf_lowrank.report.runs import RunRecord
+from hf_lowrank.formats import plain, significant
+from hf_lowrank.run_records import RunRecord
 
 # The distance, and what stands in where it was not measured: (metric, distance from its value, name).
 DISTANCES: tuple[tuple[str, Callable[[float], float], str], ...] = (

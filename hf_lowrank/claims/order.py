@@ -13,7 +13,7 @@ from hf_lowrank.claims.claim import Claim, Detail, Verdict
 from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT, Tested, holm, kendall_tau, paired_test, tau_interval
 from hf_lowrank.claims.study import Common, Study, common, logged_losses, loss_entries, paired_differences
 from hf_lowrank.claims.words import listed, p_text, seeds_and_step
-from hf_lowrank.report.formats import plain, significant
+from hf_lowrank.formats import plain, significant
 
 # Above it the orders are as good as one: of 28 pairs of eight methods at most two stand the other way round.
 SAME_ORDER = 0.8

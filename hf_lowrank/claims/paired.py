@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_lowrank.report.statistics import _incomplete_beta, mean_interval, student_t_quantile
+from hf_lowrank.statistics import incomplete_beta, mean_interval, student_t_quantile
 
 Array = NDArray[np.float64]
 
@@ -56,7 +56,7 @@ class Tested:
 
 def tail(t: float, degrees: float) -> float:
     """`P(|T| ≥ t)` of Student's t."""
-    return _incomplete_beta(degrees / 2.0, 0.5, degrees / (degrees + t * t))
+    return incomplete_beta(degrees / 2.0, 0.5, degrees / (degrees + t * t))
 
 
 def paired_test(differences: Sequence[float], *, level: float = 0.0, confidence: float = 0.95) -> Tested:

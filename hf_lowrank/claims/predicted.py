@@ -12,7 +12,7 @@ from typing import Any
 from hf_lowrank.claims.claim import Claim, Detail, Verdict
 from hf_lowrank.claims.words import p_text
 from hf_lowrank.errors import UserError
-from hf_lowrank.report.formats import plain, significant
+from hf_lowrank.formats import plain, significant
 
 TEST = (
     "Two ridge regressions on checkpoints, log-perplexity alone against log-perplexity and the metrics, judged on "

@@ -9,7 +9,7 @@ from hf_lowrank.claims.claim import Detail
 from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT, Tested
 from hf_lowrank.claims.study import Study
 from hf_lowrank.claims.verdicts import Decision
-from hf_lowrank.report.formats import plain, significant, words_list
+from hf_lowrank.formats import plain, significant, words_list
 
 # So many names are listed in a sentence before "and … more".
 NAMED = 4

@@ -120,7 +120,7 @@ def corpus(data: Mapping[str, Any]) -> str:
 
 def costs(run: Path) -> list[dict[str, str]]:
     """Compute and memory, as rows of a table."""
-    from hf_lowrank.report.formats import big_count, duration, memory
+    from hf_lowrank.formats import big_count, duration, memory
 
     facts = read_json(run / "facts.json")
     ways = (

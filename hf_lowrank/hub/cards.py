@@ -251,8 +251,8 @@ def _score_result(row: Mapping[str, Any]) -> EvalResult:
 
 
 def _metric_rows(rows: Sequence[Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    from hf_lowrank.formats import significant
     from hf_lowrank.measuring.metrics import METRICS
-    from hf_lowrank.report.formats import significant
 
     order = list(METRICS)
     shown, notes = [], []
@@ -365,7 +365,7 @@ def _own_limits(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _count(value: object) -> str:
-    from hf_lowrank.report.formats import big_count
+    from hf_lowrank.formats import big_count
 
     return big_count(value) if isinstance(value, int | float) else "An unknown number of"
 

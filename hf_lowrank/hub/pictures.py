@@ -92,7 +92,7 @@ def draw(run: Path) -> dict[str, bytes]:
 def _report_pictures(run: Path) -> dict[str, bytes]:
     """The report's figures of this one run."""
     from hf_lowrank.report.plots import PLOTS
-    from hf_lowrank.report.runs import load_run
+    from hf_lowrank.run_records import load_run
 
     try:
         load_run(run)

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from hf_lowrank.report.colours import looks
-from hf_lowrank.report.runs import RunRecord
 from hf_lowrank.report.standings import BASELINE
+from hf_lowrank.run_records import RunRecord
 
 _MEMBER = re.compile(r"(.+)-seed-?\d+$")
 # What changes nothing of what is learnt.

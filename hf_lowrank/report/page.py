@@ -15,17 +15,17 @@ import yaml
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
+from hf_lowrank.formats import big_count, plain, words_list
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.catalogue import DIMENSIONS
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, Look, looks
 from hf_lowrank.report.curves import CURVE_METRICS
-from hf_lowrank.report.formats import big_count, plain, words_list
 from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.payload import payload, script_json
-from hf_lowrank.report.runs import RunRecord, load_runs
 from hf_lowrank.report.study import Study, load_study
 from hf_lowrank.report.verdicts import losses_by_method
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
+from hf_lowrank.run_records import RunRecord, load_runs
 
 FILE_NAME = "report.html"
 # In the order in which they are run; together they are one script.

@@ -11,9 +11,9 @@ from hf_lowrank.report.answer import Group
 from hf_lowrank.report.catalogue import DIMENSIONS, quantity, quantity_order
 from hf_lowrank.report.colours import Look
 from hf_lowrank.report.curves import CURVE_METRICS, SWEEPS, curves, plane
-from hf_lowrank.report.runs import RunRecord
 from hf_lowrank.report.standings import downstream
 from hf_lowrank.report.study import Study
+from hf_lowrank.run_records import RunRecord
 
 # Beyond this many points a line of a few hundred pixels does not change.
 POINTS_OF_A_LINE = 400

@@ -16,8 +16,8 @@ from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.report.catalogue import quantity, quantity_order
 from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
 from hf_lowrank.report.curves import CURVE_METRICS, Plane, curves, plane
-from hf_lowrank.report.runs import RunRecord, load_runs
-from hf_lowrank.report.statistics import mean_interval
+from hf_lowrank.run_records import RunRecord, load_runs
+from hf_lowrank.statistics import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

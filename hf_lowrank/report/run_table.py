@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hf_lowrank.formats import big_count, duration, loss_text, memory, significant
 from hf_lowrank.report.catalogue import Dimension, quantity, quantity_order
 from hf_lowrank.report.colours import looks
 from hf_lowrank.report.curves import SWEEPS
-from hf_lowrank.report.formats import big_count, duration, loss_text, memory, significant
-from hf_lowrank.report.runs import RunRecord
 from hf_lowrank.report.standings import downstream
+from hf_lowrank.run_records import RunRecord
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Literal
 
 from hf_lowrank.downstream.gathering import above_chance, usable_scores
 from hf_lowrank.errors import UserError
+from hf_lowrank.formats import loss_text, memory, signed, significant
 from hf_lowrank.report.colours import looks, method_order
-from hf_lowrank.report.formats import loss_text, memory, signed, significant
-from hf_lowrank.report.runs import RunRecord
-from hf_lowrank.report.statistics import Estimate, mean_difference, mean_interval
+from hf_lowrank.run_records import RunRecord
+from hf_lowrank.statistics import Estimate, mean_difference, mean_interval
 
 # Claims about methods need at least this many seeds of each.
 SEEDS_FOR_A_VERDICT = 3

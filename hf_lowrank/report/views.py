@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_lowrank.formats import loss_text, plain, signed, significant
 from hf_lowrank.report.answer import Group
-from hf_lowrank.report.formats import loss_text, plain, signed, significant
 from hf_lowrank.report.standings import SEEDS_FOR_A_VERDICT, Criterion, Standing
 from hf_lowrank.report.study import VERDICTS, Claim, Effect, Study
 

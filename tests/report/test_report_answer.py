@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from hf_lowrank.formats import big_count, duration, loss_text, memory, significant, words_list
 from hf_lowrank.report import terminal_table
 from hf_lowrank.report.answer import groups
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, looks
-from hf_lowrank.report.formats import big_count, duration, loss_text, memory, significant, words_list
-from hf_lowrank.report.runs import load_runs
-from hf_lowrank.report.statistics import mean_difference, mean_interval, student_t_quantile
 from hf_lowrank.report.verdicts import verdict
+from hf_lowrank.run_records import load_runs
+from hf_lowrank.statistics import mean_difference, mean_interval, student_t_quantile
 
 OTHERS = ["apollo_mini", "frugal", "muon", "cola_m"]
 STUDY = ["full_rank", "low_rank", "galore", "fira", "apollo", "relora", "cola", "sltrain"]

@@ -9,7 +9,7 @@ import torch
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.report.curves import curves, plane
-from hf_lowrank.report.runs import load_run, load_runs, read_rows
+from hf_lowrank.run_records import load_run, load_runs, read_rows
 
 
 def test_a_run_is_read(make_run):

@@ -13,9 +13,9 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.report import terminal_table
 from hf_lowrank.report.answer import groups
 from hf_lowrank.report.members import told_apart
-from hf_lowrank.report.runs import load_runs
 from hf_lowrank.report.standings import standings
 from hf_lowrank.report.study import load_study
+from hf_lowrank.run_records import load_runs
 
 TASKS = ("syntax", "cloze")
 

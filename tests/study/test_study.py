@@ -12,7 +12,7 @@ import yaml
 
 from hf_lowrank.cli import main
 from hf_lowrank.measure import read_measurements
-from hf_lowrank.report.runs import load_run
+from hf_lowrank.run_records import load_run
 from hf_lowrank.study import load_study, run_study
 from hf_lowrank.study.sweep import choose
 from hf_lowrank.study.workers import Forks, Processes

@@ -39,7 +39,7 @@ def _beta_fraction(a: float, b: float, x: float) -> float:
     return fraction
 
 
-def _incomplete_beta(a: float, b: float, x: float) -> float:
+def incomplete_beta(a: float, b: float, x: float) -> float:
     if x <= 0.0 or x >= 1.0:
         return 0.0 if x <= 0.0 else 1.0
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
@@ -54,7 +54,7 @@ def student_t_quantile(probability: float, degrees: float) -> float:
     tail = 1.0 - probability
 
     def upper_tail(t: float) -> float:
-        return 0.5 * _incomplete_beta(degrees / 2.0, 0.5, degrees / (degrees + t * t))
+        return 0.5 * incomplete_beta(degrees / 2.0, 0.5, degrees / (degrees + t * t))
 
     low, high = 0.0, 1.0
     while upper_tail(high) > tail:
