@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -187,37 +187,20 @@ def _both(study: Study, scores: Iterable[tuple[str, int, int, float]]) -> Common
 
 
 def above_chance(study: Study) -> tuple[list[tuple[str, int, int, float]], list[str], str | None]:
-    """(method, seed, step, mean of `(score − chance)/(1 − chance)`), the tasks, and why there is nothing.
+    """(method, seed, step, mean of `(score − chance)/(1 − chance)`), the tasks, and why there is nothing."""
+    from hf_lowrank.downstream import gathering
 
-    Tasks count that every run with scores has, of equal items and limit; of each the first of acc, mcc and acc_norm.
-    """
-    from hf_lowrank.downstream.gathering import PRIMARY
-    from hf_lowrank.downstream.scores import Score
-
-    def usable(rows: Sequence[Score]) -> dict[tuple[str, str, str, int], dict[int, float]]:
-        found: dict[tuple[str, str, str, int], dict[int, float]] = {}
-        for row in rows:
-            chance = row.chance
-            known = chance is not None and chance < 1 and math.isfinite(row.value)
-            if known and row.group is None and row.metric in PRIMARY and chance is not None:
-                size = row.limit if row.limit is not None else 10**12
-                key = (row.task, row.metric, row.items, size)
-                found.setdefault(key, {})[row.step] = (row.value - chance) / (1 - chance)
-        return found
-
-    tables = {key: usable(run.scores) for key, run in study.runs.items()}
-    tables = {key: table for key, table in tables.items() if table}
-    if not tables:
+    usable = {run.name: gathering.usable_scores(run.scores, None) for run in study.runs.values()}
+    scored = {name: rows for name, rows in usable.items() if rows}
+    if not scored:
         return [], [], "no downstream scores above a known level of chance"
-    shared = set.intersection(*(set(table) for table in tables.values()))
-    if not shared:
+    tasks = gathering.shared_tasks(scored, [])
+    if not tasks:
         return [], [], "the runs have no task of equal items in common"
-    chosen: dict[str, tuple[str, str, str, int]] = {}
-    for key in sorted(shared, key=lambda k: (k[0], PRIMARY.index(k[1]), -k[3], k[2])):
-        chosen.setdefault(key[0], key)
-    entries = []
-    for (method, seed), table in tables.items():
-        columns = [table[key] for key in chosen.values()]
-        for step in sorted(set.intersection(*map(set, columns))):
-            entries.append((method, seed, step, math.fsum(column[step] for column in columns) / len(columns)))
-    return entries, list(chosen), None
+    means = gathering.above_chance(scored, [])
+    entries = [
+        (method, seed, step, value)
+        for (method, seed), run in study.runs.items()
+        for step, value in sorted(means.get(run.name, {}).items())
+    ]
+    return entries, tasks, None

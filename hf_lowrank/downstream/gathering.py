@@ -15,15 +15,13 @@ import numpy as np
 
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.downstream.prediction import FEWEST_RUNS, PERMUTATIONS, Prediction, Table, analyse
-from hf_lowrank.downstream.scores import FILE_NAME, Score, read_scores
+from hf_lowrank.downstream.scores import FILE_NAME, PRIMARY, Score, read_scores
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import whole_file, write_text
 from hf_lowrank.measuring.metrics import METRICS
 from hf_lowrank.measuring.plan import rows_file
 from hf_lowrank.measuring.table import OWN_BASELINE, UNDEFINED, Measurement, read_measurements
 
-# Of each task the first of these counts.
-PRIMARY = ("acc", "mcc", "acc_norm")
 # The baseline compared with itself: measuring leaves that open, here it has a value, or the metric would be lost.
 TO_ITSELF = {"method_barrier": 0.0, "activation_l2": 0.0, "activation_cosine": 1.0, "activation_cka": 1.0}
 # What of a measurement's settings changes from checkpoint to checkpoint of the same metric.
@@ -144,24 +142,37 @@ def usable_scores(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[
     return list(best.values())
 
 
+def shared_tasks(scored: Mapping[str, Sequence[Score]], notes: list[str]) -> list[str]:
+    """The tasks that every run was scored on with equal items, by name; `notes` gets why others are left out."""
+    if not scored:
+        return []
+    items: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for run, rows in scored.items():
+        for row in rows:
+            items[row.task][run].add(row.items)
+    shared = []
+    for task, of in sorted(items.items()):
+        if len(of) < len(scored):
+            notes.append(f"{task} is not there for every run: left out")
+        elif len(set.union(*of.values())) > 1:
+            notes.append(f"{task} was scored on different items in different runs: left out")
+        else:
+            shared.append(task)
+    return shared
+
+
 def above_chance(scored: Mapping[str, Sequence[Score]], notes: list[str]) -> Grid:
-    """Mean above-chance score `(score − chance)/(1 − chance)` over the tasks that every run has."""
-    per_run = {run: {row.task for row in rows} for run, rows in scored.items()}
-    shared = set.intersection(*per_run.values())
+    """Mean above-chance score `(score − chance)/(1 − chance)` over `shared_tasks`."""
+    shared = shared_tasks(scored, notes)
     if not shared:
-        raise UserError("the runs have no task in common; evaluate them on the same ones")
-    for task in sorted(set.union(*per_run.values()) - shared):
-        notes.append(f"{task} is not there for every run: left out of the target")
-    for task in sorted(shared):
-        if len({row.items for rows in scored.values() for row in rows if row.task == task}) > 1:
-            notes.append(f"{task} was scored on different items in different runs")
+        raise UserError("the runs have no task of equal items in common; evaluate them on the same ones")
     target: Grid = {}
     for run, rows in scored.items():
         by_step: dict[int, dict[str, float]] = defaultdict(dict)
         for row in rows:
             if row.task in shared and row.chance is not None:
                 by_step[row.step][row.task] = (row.value - row.chance) / (1 - row.chance)
-        target[run] = {s: sum(v.values()) / len(v) for s, v in by_step.items() if v.keys() == shared}
+        target[run] = {s: sum(v.values()) / len(v) for s, v in by_step.items() if len(v) == len(shared)}
     return target
 
 

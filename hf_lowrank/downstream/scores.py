@@ -19,6 +19,8 @@ from hf_lowrank.rows import row_of
 
 FILE_NAME = "downstream.jsonl"
 ITEM_FOLDER = "downstream"
+# Of each task the first of these counts.
+PRIMARY = ("acc", "mcc", "acc_norm")
 RESAMPLES = 2000
 SLOW_RESAMPLES = 200
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def section(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = recipe.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The folder of the highest step in a run directory."""
+    found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step that a folder's name says; 0 where it says none."""
+    match = re.search(r"(\d+)$", checkpoint.name) if checkpoint is not None else None
+    return int(match[1]) if match else 0
 
 
 def log_history(checkpoint: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_lowrank.hub import card_facts
-from hf_lowrank.hub.card_facts import log_history, loss_at, read_json, read_yaml, section
+from hf_lowrank.hub.card_facts import last_checkpoint, log_history, loss_at, read_json, read_yaml, section, step_of
 from hf_lowrank.hub.markdown import CONTROL, Markdown, fenced, render
 from hf_lowrank.hub.pictures import PICTURES
 from hf_lowrank.hub.privacy import without_private
@@ -149,18 +149,6 @@ def metric_card(
         title=one(title), summary=summary, usage=usage, metrics=list(metrics), limits=list(limits), citation=citation,
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The folder of the highest step in a run directory."""
-    found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return max(found, key=step_of, default=None)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """The step that a folder's name says; 0 where it says none."""
-    match = re.search(r"(\d+)$", checkpoint.name) if checkpoint is not None else None
-    return int(match[1]) if match else 0
 
 
 def one(value: object) -> str:

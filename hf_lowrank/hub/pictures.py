@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.hub.card_facts import log_history, read_yaml, section
+from hf_lowrank.hub.card_facts import last_checkpoint, log_history, read_yaml, section
 from hf_lowrank.hub.privacy import one_line
 
 logger = logging.getLogger(__name__)
@@ -125,8 +125,6 @@ Points = list[tuple[float, float]]
 
 def _losses(run: Path) -> dict[str, Points]:
     """(step, loss) of the training log up to the last checkpoint: on training batches, and held out."""
-    from hf_lowrank.hub.cards import last_checkpoint
-
     checkpoint = last_checkpoint(run)
     history = log_history(checkpoint) if checkpoint is not None else []
     return {

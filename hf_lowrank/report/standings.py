@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hf_lowrank.downstream.gathering import above_chance, usable_scores
+from hf_lowrank.downstream.gathering import above_chance, shared_tasks, usable_scores
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import loss_text, memory, signed, significant
 from hf_lowrank.report.colours import looks, method_order
@@ -119,19 +119,14 @@ def downstream(runs: Sequence[RunRecord]) -> tuple[dict[str, dict[int, float]], 
         return {}, [f"Downstream: {error}."]
 
 
-def shared_tasks(runs: Sequence[RunRecord]) -> list[str]:
-    """The tasks with a known level of guessing that every scored run has, by name."""
-    sets = [{row.task for row in rows} for run in runs if (rows := usable_scores(run.scores, None))]
-    return sorted(set.intersection(*sets)) if sets else []
-
-
 def _downstream(runs: Sequence[RunRecord], notes: list[str]) -> Criterion:
     means, said = downstream(runs)
     notes.extend(said)
     last = {name: steps[max(steps)] for name, steps in means.items() if steps}
     if len({max(steps) for steps in means.values() if steps}) > 1:
         notes.append("Downstream: the runs were last scored at different steps.")
-    tasks = shared_tasks(runs)
+    scored = {run.name: usable for run in runs if (usable := usable_scores(run.scores, None))}
+    tasks = shared_tasks(scored, [])
     help_ = (
         "Mean above-chance score over "
         + (", ".join(tasks) if tasks else "the tasks")
