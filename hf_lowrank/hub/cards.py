@@ -297,12 +297,16 @@ def _taken_apart(previous: str | None) -> tuple[dict[str, Any], str]:
             metadata = parsed if isinstance(parsed, dict) else {}
         except yaml.YAMLError:
             metadata = {}
+    return metadata, own_words(body)
+
+
+def own_words(previous: str | None) -> str:
+    """What stands between the two marks of a card's text; all of a card without them, which somebody else wrote."""
+    if not previous:
+        return ""
     # Whole lines only: a name that holds a mark is no mark.
-    own = re.search(f"^{re.escape(OWN_BEGIN)}\r?$(.*?)^{re.escape(OWN_END)}\r?$", body, re.S | re.M)
-    if own:
-        return metadata, own[1].strip("\n")
-    # Somebody's own card, without our marks: all of it is kept.
-    return metadata, body.strip("\n")
+    own = re.search(f"^{re.escape(OWN_BEGIN)}\r?$(.*?)^{re.escape(OWN_END)}\r?$", previous, re.S | re.M)
+    return (own[1] if own else previous).strip("\n")
 
 
 def _loading(repo_id: str, config: Mapping[str, Any], revision: str | None) -> Markdown:

@@ -104,7 +104,7 @@ def _report_pictures(run: Path) -> dict[str, bytes]:
         if picture.plot:
             options = {**picture.options, "baseline": _baseline(run)} if name == "baseline_path" else picture.options
             try:
-                pictures[name] = _png(PLOTS[picture.plot]([run], **options), dpi=100)
+                pictures[name] = png(PLOTS[picture.plot]([run], **options), dpi=100)
             except UserError:  # nothing of it was measured
                 continue
     return pictures
@@ -155,7 +155,7 @@ def _loss_picture(losses: dict[str, Points], method: str) -> bytes:
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, label=title, alpha=alpha, marker=marker, ms=4)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _line_picture(line: list[tuple[float, float, float, float]], method: str) -> bytes:
@@ -165,7 +165,7 @@ def _line_picture(line: list[tuple[float, float, float, float]], method: str) ->
     axes.fill_between(offsets, low, high, color=colour, alpha=0.2, lw=0, label="95 % interval")
     axes.plot(offsets, means, color=colour, lw=1.6, label="mean")
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _colour(method: str) -> str:
@@ -188,7 +188,7 @@ def _axes(x: str, y: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _png(figure: Any, dpi: float | None = None) -> bytes:
+def png(figure: Any, dpi: float | None = None) -> bytes:
     """The figure with a palette of its own: a third of the bytes, and no difference to see."""
     from matplotlib.text import Text
     from PIL import Image

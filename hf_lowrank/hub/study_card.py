@@ -1,0 +1,209 @@
+"""A study's answer as a folder to keep beside code: a card, its pictures, its tables and its page, without weights."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.files import whole_file, write_text
+from hf_lowrank.formats import duration, plain
+from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END, own_words
+from hf_lowrank.hub.markdown import Markdown, render
+from hf_lowrank.hub.pictures import Picture, png
+from hf_lowrank.hub.privacy import without_private
+from hf_lowrank.report import write_report
+from hf_lowrank.report.answer import Group, groups
+from hf_lowrank.report.colours import looks
+from hf_lowrank.report.curves import CURVE_METRICS
+from hf_lowrank.report.members import baseline_of, told_apart
+from hf_lowrank.report.plots import PLOTS
+from hf_lowrank.report.study import load_study
+from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
+from hf_lowrank.run_records import RunRecord, load_runs
+
+CARD = "README.md"
+# Written by the study's own stages, and copied as they are.
+RESULTS = ("study.yaml", "sweep.json", "claims.json", "prediction.json", "prediction.png")
+PICTURES = {
+    "losses": Picture(
+        "Loss over the training", "Held-out loss, mean over seeds with its 95 % interval.", "loss_curves"
+    ),
+    "random-directions": Picture(
+        "Loss along random directions",
+        "The rise above the trained model: a steeper bowl is a sharper minimum.",
+        "line_curves",
+    ),
+    "pca-direction": Picture(
+        "Loss along the top PCA direction",
+        "The same along the strongest singular direction of every matrix at once.",
+        "line_curves",
+        {"metric": "pca1_curve"},
+    ),
+    "barriers": Picture(
+        "Barriers between methods",
+        "The highest rise of the loss on the straight line between two methods' weights, above the mean of both ends; "
+        "0 is one basin.",
+        "barrier_matrix",
+    ),
+    "spectra": Picture("Spectra over the training", "Means over the matrices at each checkpoint.", "trends"),
+    "effective-rank": Picture(
+        "Effective rank of the weights by depth", "Each kind of matrix over the blocks, at the end.", "layer_profiles"
+    ),
+    "activations": Picture(
+        "Likeness to the baseline's activations",
+        "Linear CKA of each layer at each step: 1 is the same up to rotation and scale.",
+        "layer_step_map",
+    ),
+}
+MEASUREMENT_COLUMNS = (
+    "run",
+    "method",
+    "seed",
+    "step",
+    "metric",
+    "value",
+    "ci_low",
+    "ci_high",
+    "n",
+    "baseline",
+    "reason",
+)
+SCORE_COLUMNS = (
+    "run",
+    "method",
+    "seed",
+    "step",
+    "task",
+    "metric",
+    "value",
+    "stderr",
+    "ci_low",
+    "ci_high",
+    "n",
+    "chance",
+)
+
+
+def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[str], *, command: str = "") -> Path:
+    """Writes a finished study's answer into `folder` and returns its card, `README.md`.
+
+    Beside the card lie `pictures/`, `answer.csv` (the table of methods), `measurements.csv` and `scores.csv` (every
+    checkpoint's, of whole models), `report.html`, and what the study's stages wrote. Words between the card's two
+    marks stay when it is written anew.
+
+    Args:
+        study: the study's folder, which holds `runs/`.
+        folder: made if there is none.
+        command: what made the study, shown as it is.
+
+    Raises:
+        UserError: it is no study's folder or its runs do not compare; nothing is written then.
+    """
+    source, target = Path(study), Path(folder)
+    places = sorted((path for path in (source / "runs").glob("*") if path.is_dir()), key=lambda path: path.name)
+    if not places:
+        raise UserError(f"{source}: must be a study's folder, there is no run in {source / 'runs'}")
+    results = load_study(source)
+    runs = told_apart(load_runs(places), source)
+    compared = groups(runs, baseline_of(runs, source))
+    if len(compared) != 1:
+        raise UserError(f"{source}: its runs are of {len(compared)} sizes or evaluation sets; a card is for one")
+    pictures = _pictures(places)
+    card = target / CARD
+    known = looks([*(run.method for run in runs), *(rate.member for rate in results.sweep)])
+    text = render(
+        "study_card.md.j2",
+        name=source.resolve().name.replace("_", " "),
+        group=compared[0],
+        table=methods_view(compared[0]),
+        several=any(row.seeds > 1 for row in compared[0].standings.rows),
+        own_begin=Markdown(OWN_BEGIN),
+        own_words=Markdown(own_words(card.read_text(encoding="utf-8") if card.is_file() else None)),
+        own_end=Markdown(OWN_END),
+        pictures=[(name, PICTURES[name]) for name in pictures],
+        claims=claims_view(results, known),
+        prediction=prediction_view(results),
+        sweep=sweep_view(results, known),
+        command=command,
+        made=_made(runs),
+        files=[name for name in RESULTS if (source / name).is_file()],
+    )
+    (target / "pictures").mkdir(parents=True, exist_ok=True)
+    for left in (target / "pictures").glob("*.png"):
+        left.unlink()
+    for name, data in pictures.items():
+        with whole_file(target / "pictures" / f"{name}.png") as temporary:
+            temporary.write_bytes(data)
+    for name in RESULTS:
+        if (source / name).is_file():
+            with whole_file(target / name) as temporary:
+                shutil.copyfile(source / name, temporary)
+    write_text(target / "answer.csv", _answer(compared[0]))
+    rows = (row for run in runs for row in _measurements(run))
+    write_text(target / "measurements.csv", _csv(MEASUREMENT_COLUMNS, rows))
+    scores = (vars(row) for run in runs for row in run.scores if row.group is None)
+    write_text(target / "scores.csv", _csv(SCORE_COLUMNS, scores))
+    write_report(places, target, study=source)
+    write_text(card, without_private(text))
+    return card
+
+
+def _pictures(runs: Sequence[Path]) -> dict[str, bytes]:
+    found = {}
+    for name, picture in PICTURES.items():
+        try:
+            found[name] = png(PLOTS[picture.plot](runs, **picture.options), dpi=90)
+        except UserError:  # nothing of it was measured
+            continue
+    return found
+
+
+def _answer(group: Group) -> str:
+    """The table of methods: every criterion with its interval and rank."""
+    criteria = group.standings.criteria
+    parts = ("", "_low", "_high", "_rank")
+    columns = ["method", "seeds", *(f"{one.id}{part}" for one in criteria for part in parts)]
+    rows = []
+    for row in group.standings.rows:
+        cells: dict[str, Any] = {"method": row.method, "seeds": row.seeds}
+        for one, cell in zip(criteria, row.standings, strict=True):
+            for part, value in zip(parts, (cell.value, cell.low, cell.high, cell.rank), strict=True):
+                cells[f"{one.id}{part}"] = value
+        rows.append(cells)
+    return _csv(columns, rows)
+
+
+def _measurements(run: RunRecord) -> Iterable[Mapping[str, Any]]:
+    for row in run.rows:
+        if row.scope == "model" and row.metric not in CURVE_METRICS and row.metric != "random_plane":
+            yield {**{key: getattr(row, key, None) for key in MEASUREMENT_COLUMNS}, "run": run.name,
+                   "method": run.method, "seed": run.seed}  # fmt: skip
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Six significant digits: more than any interval here resolves."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def _made(runs: Sequence[RunRecord]) -> list[str]:
+    """What the study took, and what it was made with."""
+    seconds = [value for run in runs if (value := run.fact("cpu_seconds")) is not None]
+    lines = [f"{plain(len(runs), 'run')} of {plain(len({run.method for run in runs}), 'method')}"]
+    if seconds:
+        lines[0] += f"; {duration(sum(seconds))} of processor time in their training steps"
+    versions = runs[0].facts.get("versions")
+    if isinstance(versions, Mapping):
+        known = {**versions, "torch": runs[0].facts.get("torch")}
+        lines.append(", ".join(f"{name} {value}" for name, value in known.items() if value))
+    return lines
