@@ -31,6 +31,12 @@ CARD = "README.md"
 # Written by the study's own stages, and copied as they are.
 RESULTS = ("study.yaml", "sweep.json", "claims.json", "prediction.json", "prediction.png")
 PICTURES = {
+    "solutions": Picture(
+        "Perplexity and the kind of solution",
+        "A mark is a method's mean over seeds, a cross its 95 % intervals: marks above one another have equal "
+        "perplexity and are different solutions.",
+        "solutions",
+    ),
     "losses": Picture(
         "Loss over the training", "Held-out loss, mean over seeds with its 95 % interval.", "loss_curves"
     ),

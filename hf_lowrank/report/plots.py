@@ -17,7 +17,7 @@ from hf_lowrank.report.catalogue import quantity, quantity_order
 from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
 from hf_lowrank.report.curves import CURVE_METRICS, Plane, curves, plane
 from hf_lowrank.run_records import RunRecord, load_runs
-from hf_lowrank.statistics import mean_interval
+from hf_lowrank.statistics import Estimate, mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +30,8 @@ _MARKERS = {
 }  # fmt: skip
 _INK, _SOFT, _RULE = "#1f1d1a", "#5c574f", "#dcd7cc"
 _MOST_MARKS = 24
+# One metric of each dimension.
+SOLUTIONS = ("random_sharpness", "weight_effective_rank", "update_norm", "activation_cka")
 
 
 def loss_curves(runs: Iterable[Any], *, train: bool = False) -> Figure:
@@ -232,11 +234,46 @@ def barrier_matrix(runs: Iterable[Any], *, step: int | None = None, metric: str 
     return _finished(figure, ())
 
 
+def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure:
+    """What kind of solution each method found: a metric at the last step against the perplexity, in small multiples.
+
+    A mark is a method's mean over its runs, a cross its 95 % intervals; equal perplexity, different height: different
+    solutions. Metrics that no run has are left out.
+    """
+    records = [run for run in _one_evaluation_set(load_runs(runs)) if run.perplexity is not None]
+    heights = {
+        metric: {run.name: row.value for run in records if (row := run.last(metric)) is not None} for metric in metrics
+    }
+    drawn = [metric for metric, found in heights.items() if any(value is not None for value in found.values())]
+    if not drawn:
+        raise UserError(f"none of {', '.join(metrics)} was measured in these runs; measure them first")
+    figure, axes = _figure(len(drawn), size=(3.4, 3.0))
+    for metric, place in zip(drawn, axes, strict=True):
+        for method, look in looks(run.method for run in records).items():
+            points = [
+                (run.perplexity, value)
+                for run in records
+                if run.method == method and (value := heights[metric].get(run.name)) is not None
+            ]
+            if points:
+                x, y = (mean_interval([float(side) for side in values]) for values in zip(*points, strict=True))
+                bars = [
+                    None if e.low is None or e.high is None else [[e.mean - e.low], [e.high - e.mean]] for e in (x, y)
+                ]
+                place.errorbar(
+                    x.mean, y.mean, xerr=bars[0], yerr=bars[1], color=look.light, marker=_MARKERS[look.marker],
+                    markersize=6, linestyle="none", elinewidth=1, label=look.title,
+                )  # fmt: skip
+        about = quantity(metric)
+        place.set(xlabel="perplexity", title=about.title + (f" ({about.unit})" if about.unit else ""))
+    return _finished(figure, records)
+
+
 PLOTS: dict[str, Callable[..., Figure]] = {
     function.__name__: function
     for function in (
         loss_curves, line_curves, interpolation_paths, landscapes, trends, layer_profiles, layer_step_map,
-        barrier_matrix,
+        barrier_matrix, solutions,
     )
 }  # fmt: skip
 
@@ -252,6 +289,11 @@ def _title(run: RunRecord, records: Sequence[RunRecord]) -> str:
     title = looks([run.method])[run.method].title
     twins = [other for other in records if other.method == run.method]
     return title if len(twins) == 1 else f"{title}, {run.name if run.seed is None else f'seed {run.seed}'}"
+
+
+def _half(estimate: Estimate) -> float | None:
+    """Half the width of the interval, which the mean is in the middle of."""
+    return None if estimate.high is None else estimate.high - estimate.mean
 
 
 def _layers(run: RunRecord, metric: str, step: int | None) -> dict[tuple[str, int], float]:

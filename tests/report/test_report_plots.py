@@ -9,6 +9,7 @@ from matplotlib.colors import to_hex
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.report import plots
+from hf_lowrank.report.catalogue import quantity
 from hf_lowrank.report.colours import looks
 from hf_lowrank.report.plots import (
     PLOTS,
@@ -18,8 +19,10 @@ from hf_lowrank.report.plots import (
     layer_step_map,
     line_curves,
     loss_curves,
+    solutions,
     trends,
 )
+from hf_lowrank.run_records import load_runs
 
 
 @pytest.fixture
@@ -63,6 +66,23 @@ def test_a_single_run_keeps_its_own_band(make_run):
     (line,) = axes.lines
     assert line.get_xdata()[0] == -0.3
     assert line.get_ydata()[6] == 0
+
+
+def test_solutions_stand_at_their_means(study):
+    axes = solutions(study, ["random_sharpness", "activation_cka", "weight_spectral_gap"]).axes
+    titles = [quantity(name).title for name in ("random_sharpness", "activation_cka", "weight_spectral_gap")]
+    assert [place.get_title().split(" (")[0] for place in axes] == titles
+    assert [container.get_label() for container in axes[0].containers] == ["Full-rank", "GaLore", "CoLA"]
+    runs = [run for run in load_runs(study) if run.method == "galore"]
+    line, _, bars = axes[0].containers[1]
+    values = [run.last("random_sharpness").value for run in runs]
+    assert line.get_xdata()[0] == pytest.approx(np.mean([run.perplexity for run in runs]))
+    assert line.get_ydata()[0] == pytest.approx(np.mean(values))
+    low, high = bars[1].get_segments()[0][:, 1]
+    assert high - low == pytest.approx(12.706 * abs(values[0] - values[1]), rel=1e-3)
+    assert [container.get_label() for container in axes[1].containers] == ["GaLore", "CoLA"]
+    with pytest.raises(UserError, match="none of hessian_trace was measured"):
+        solutions(study, ["hessian_trace"])
 
 
 def test_planes_maps_and_matrices_hold_the_measured_numbers(study):
