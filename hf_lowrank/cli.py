@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.files import refusal_of
 
 # typer may carry a click of its own, so the base of its usage errors is reached through a public name.
 UsageFault: type[Exception] = typer.BadParameter.__mro__[2]
@@ -371,6 +372,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("hf-lowrank: interrupted", err=True)
         sys.exit(130)
+    except OSError as error:
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        _stop(refusal)
     sys.exit(status if isinstance(status, int) else 0)
 
 

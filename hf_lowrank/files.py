@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# What a full, read-only or failing disk answers.
+REFUSALS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG}
+)
+# How writers that are not Python say it, which name neither the file nor the reason as an error of the system.
+FOREIGN = ("PytorchStreamWriter failed", "Error while serializing: I/O error", "unexpected pos")
+
+
+def refusal_of(error: BaseException) -> str | None:
+    """One line for what the system refused to write or read, None where `error` is something else."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}" if error.errno in REFUSALS else None
+    said = " ".join(str(error).split())
+    known = any(part in said for part in FOREIGN)
+    return f"a file cannot be written ({said[:200]}); is the disk full, or read-only?" if known else None
 
 
 @contextmanager

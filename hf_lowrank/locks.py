@@ -54,7 +54,11 @@ def locked(folder: str | os.PathLike[str], purpose: str, *, wait: float = 0.0) -
     finally:
         del _held[key]
         # Under the lock: nobody can have got hold of a file that is then gone without noticing (`_is_still`).
-        key[1].unlink(missing_ok=True)
+        try:
+            key[1].unlink(missing_ok=True)
+        except OSError as error:
+            # A file that can no longer be removed locks nobody out: the lock ends with its descriptor.
+            logger.debug("%s stays: %s", key[1], error)
         os.close(handle)
 
 

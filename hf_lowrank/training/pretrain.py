@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.evaluation_set import EvaluationSet
-from hf_lowrank.files import write_text
+from hf_lowrank.files import refusal_of, write_text
 from hf_lowrank.locks import locked
 from hf_lowrank.memory.recorder import memory_recorder
 from hf_lowrank.optim.engines import refuse_engines
@@ -56,12 +57,18 @@ def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Pa
 
     Raises:
         UserError: the corpus or the model cannot be had, or `output` belongs to another recipe or is in use by
-            another process; nothing is written.
+            another process: nothing is written; or it cannot be written on.
     """
     run = Path(output) if output is not None else Path("runs") / f"{recipe.name}-seed{recipe.seed}"
     transformers_logging.disable_progress_bar()
     with ExitStack() as held:
-        return _pretrain(recipe, run, held)
+        try:
+            return _pretrain(recipe, run, held)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            refusal = refusal_of(error)
+            if refusal is None:
+                raise
+            raise UserError(f"{run}: {refusal}; the next call goes on from the last whole checkpoint") from error
 
 
 def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:

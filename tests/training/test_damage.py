@@ -1,6 +1,8 @@
 """Damaged checkpoints: named, passed over by a resumed run, which ends with the bits of an undisturbed one."""
 
+import errno
 import json
+import os
 import random
 import shutil
 
@@ -140,3 +142,17 @@ def test_the_checksums_are_those_of_the_files(whole):
         content = (folder / name).read_bytes()
         assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     assert damage_by_checksums(folder) is None
+
+
+def test_a_disk_that_takes_no_more_is_said_in_a_line(whole, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "optimizer.pt")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"run: optimizer\.pt: No space left on device; the next call goes on") as told:
+        pretrain(whole[0], tmp_path / "run")
+    assert "\n" not in str(told.value)
+    monkeypatch.undo()
+    pretrain(whole[0], tmp_path / "run")
+    file = "checkpoint-6/model.safetensors"
+    assert same_weights(load_file(tmp_path / "run" / file), load_file(whole[1] / file))
