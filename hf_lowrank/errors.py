@@ -21,6 +21,10 @@ class UserError(ValueError):
         super().__init__(line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}")
 
 
+class DivergedError(UserError):
+    """A training whose loss or weights are no numbers any more."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """The end of an error line: "did you mean 'a' or 'b'?", or all of `allowed` when none is close to `name`."""
     choices = sorted(allowed)

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import DivergedError, UserError
 from hf_lowrank.files import write_text
 from hf_lowrank.study.layout import Attempt, Run, Study
 from hf_lowrank.study.strangers import evaluation_of, is_whole, make_view, view_work
@@ -183,6 +183,7 @@ def _training(study: Study, run: Run | Attempt) -> dict[str, Any]:
         "seed": seed,
         "folder": str(study.file.path.parent),
         "output": str(run.folder),
+        "may_diverge": isinstance(run, Attempt),
     }
 
 
@@ -229,10 +230,16 @@ def perform(work: dict[str, Any]) -> str | None:
     return PERFORM[work["kind"]](work)
 
 
-def _train(work: dict[str, Any]) -> None:
+def _train(work: dict[str, Any]) -> str | None:
     from hf_lowrank.training import load_recipe, pretrain
 
-    pretrain(load_recipe(work["recipe"], work["overrides"], work["seed"], folder=work["folder"]), work["output"])
+    try:
+        pretrain(load_recipe(work["recipe"], work["overrides"], work["seed"], folder=work["folder"]), work["output"])
+    except DivergedError as error:
+        if not work["may_diverge"]:
+            raise
+        return str(error)  # a rate that is too high is an answer of the sweep
+    return None
 
 
 def _measure(work: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ RESERVED = {
     "save_only_model": "a run must be able to continue",
     "load_best_model_at_end": "the last checkpoint is the result",
     "restore_callback_states_from_checkpoint": "a run continues by itself",
+    "logging_nan_inf_filter": "a loss that is no number ends the run",
     "disable_tqdm": "bars show in a terminal only",
     "push_to_hub": "publishing is a step of its own",
     "do_train": "a run always trains",
@@ -95,6 +96,8 @@ def build(section: dict[str, Any], *, seed: int, output_dir: str | Path) -> Trai
         "output_dir": str(output_dir),
         "seed": seed,
         "disable_tqdm": True,
+        # Trainer would log the last mean in the place of a loss that is no number, and train on.
+        "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
         "train_sampling_strategy": "sequential",
         "include_for_metrics": ["loss"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_lowrank.checksums import write_checksums
+from hf_lowrank.errors import DivergedError
 from hf_lowrank.training.sequences import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,51 @@ class FinalCheckpoint(TrainerCallback):
             control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
         control.should_log = control.should_log or control.should_save
         return control
+
+
+class NumbersOnly(TrainerCallback):
+    """A loss that is no number ends the run, and weights that are none are never saved."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        for name in ("loss", "eval_loss"):
+            value = (logs or {}).get(name, 0.0)
+            if not math.isfinite(value):
+                raise _diverged(args, state, f"{name} is {value}")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        if control.should_save and anywhere(not all_finite(model), args.device):
+            raise _diverged(args, state, "weights are no numbers")
+
+
+def _diverged(args: TrainingArguments, state: TrainerState, what: str) -> DivergedError:
+    return DivergedError(
+        f"{args.output_dir}: {what} at step {state.global_step}, nothing of it is saved; lower "
+        "training.learning_rate or training.max_grad_norm, or lengthen the warm-up"
+    )
+
+
+def all_finite(model: torch.nn.Module) -> bool:
+    """Whether every parameter (of a sharded model: this process's part) holds numbers only."""
+    parameters = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
+
+
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set in any process of the launch; all of them have to ask."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
 
 
 class WholeWeights(TrainerCallback):

@@ -32,7 +32,15 @@ from hf_lowrank.files import refusal_of, write_text
 from hf_lowrank.locks import locked
 from hf_lowrank.memory.recorder import memory_recorder
 from hf_lowrank.optim.engines import refuse_engines
-from hf_lowrank.training.callbacks import Checksums, FinalCheckpoint, Progress, WholeWeights, drop_logits, token_loss
+from hf_lowrank.training.callbacks import (
+    Checksums,
+    FinalCheckpoint,
+    NumbersOnly,
+    Progress,
+    WholeWeights,
+    drop_logits,
+    token_loss,
+)
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
 from hf_lowrank.training.facts import FactsRecorder, read_facts, write_facts
 from hf_lowrank.training.recipe import Recipe, first_line
@@ -57,7 +65,7 @@ def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Pa
 
     Raises:
         UserError: the corpus or the model cannot be had, or `output` belongs to another recipe or is in use by
-            another process: nothing is written; or it cannot be written on.
+            another process: nothing is written; or it cannot be written on, or the training diverged.
     """
     run = Path(output) if output is not None else Path("runs") / f"{recipe.name}-seed{recipe.seed}"
     transformers_logging.disable_progress_bar()
@@ -304,6 +312,7 @@ def _trainer(
     method, settings = recipe.method, recipe.settings
     callbacks: list[TrainerCallback] = [
         FinalCheckpoint(),
+        NumbersOnly(),
         WholeWeights(),
         Checksums(),
         Progress(),

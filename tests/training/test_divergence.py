@@ -1,0 +1,45 @@
+"""A training that has become no number stops, and says so; nothing of it is saved as a good checkpoint."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from hf_lowrank.errors import DivergedError, UserError
+from hf_lowrank.training import load_recipe, pretrain
+
+
+@pytest.mark.parametrize("where", ["loss", "weights"])
+@pytest.mark.parametrize("step", [1, 5, 6])
+def test_it_stops_before_it_saves(write_recipe, tmp_path, monkeypatch, where, step):
+    path = write_recipe(training__logging_steps=6)
+    whole = pretrain(load_recipe(path), tmp_path / "whole")
+    compute, calls = Trainer.compute_loss, 0
+
+    def poisoned(self, model, *arguments, **options):
+        nonlocal calls
+        calls += model.training
+        found = compute(self, model, *arguments, **options)
+        if not model.training or calls != step:
+            return found
+        if where == "weights":
+            next(model.parameters()).register_hook(lambda grad: grad * torch.nan)
+            return found
+        return found * torch.nan
+
+    monkeypatch.setattr(Trainer, "compute_loss", poisoned)
+    with pytest.raises(DivergedError, match=r"run: (loss is nan|weights are no numbers) at step \d, nothing of it"):
+        pretrain(load_recipe(path), tmp_path / "run")
+    saved = {folder.name for folder in (tmp_path / "run").glob("checkpoint-*")}
+    assert saved == {"checkpoint-0"} | ({"checkpoint-3"} if step > 3 else set())
+    # What was a fault of the moment is gone with it.
+    run = pretrain(load_recipe(path), tmp_path / "run")
+    one, other = (load_file(folder / "checkpoint-6" / "model.safetensors") for folder in (whole, run))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_losses_that_are_no_numbers_cannot_be_hidden(write_recipe):
+    with pytest.raises(
+        UserError, match=r"training\.logging_nan_inf_filter must be left out; a loss that is no number"
+    ):
+        load_recipe(write_recipe(training__logging_nan_inf_filter=True))
