@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import STOPPED_STATUS, StoppedError, UserError
 from hf_lowrank.files import refusal_of
 
 # typer may carry a click of its own, so the base of its usage errors is reached through a public name.
@@ -372,6 +372,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("hf-lowrank: interrupted", err=True)
         sys.exit(130)
+    except StoppedError as stop:
+        typer.echo(f"hf-lowrank: {stop}", err=True)
+        sys.exit(STOPPED_STATUS)
     except OSError as error:
         refusal = refusal_of(error)
         if refusal is None:

@@ -25,6 +25,14 @@ class DivergedError(UserError):
     """A training whose loss or weights are no numbers any more."""
 
 
+class StoppedError(Exception):
+    """A training was asked to stop, saved, and can go on; the command line prints the message and exits 75."""
+
+
+# What sysexits.h calls a temporary failure: the same call will go on.
+STOPPED_STATUS = 75
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """The end of an error line: "did you mean 'a' or 'b'?", or all of `allowed` when none is close to `name`."""
     choices = sorted(allowed)

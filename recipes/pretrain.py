@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import STOPPED_STATUS, StoppedError, UserError
 from hf_lowrank.training import load_recipe, pretrain
 
 
@@ -42,6 +42,10 @@ def main() -> None:
         if first:
             sys.stderr.write("pretrain.py: " + " ".join(str(error).split()) + "\n")
         sys.exit(2)
+    except StoppedError as stop:
+        if first:
+            sys.stderr.write(f"pretrain.py: {stop}\n")
+        sys.exit(STOPPED_STATUS)
     if first:
         sys.stdout.write(f"run directory: {run}\n")
 

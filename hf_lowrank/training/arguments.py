@@ -36,6 +36,7 @@ RESERVED = {
     "save_only_model": "a run must be able to continue",
     "load_best_model_at_end": "the last checkpoint is the result",
     "restore_callback_states_from_checkpoint": "a run continues by itself",
+    "enable_jit_checkpoint": "a run saves at the end of its step and stops on SIGTERM by itself",
     "logging_nan_inf_filter": "a loss that is no number ends the run",
     "disable_tqdm": "bars show in a terminal only",
     "push_to_hub": "publishing is a step of its own",

@@ -58,9 +58,11 @@ class FactsRecorder(TrainerCallback):
     positions, fillings included. What was computed and lost to an interruption counts in none of them.
     """
 
-    def __init__(self, run: Path, facts: dict[str, Any], tokens_per_step: int, resumed_step: int) -> None:
+    def __init__(
+        self, run: Path, facts: dict[str, Any], tokens_per_step: int, resumed_step: int, keep_resumed: bool = True
+    ) -> None:
         history = {int(step): costs for step, costs in facts.get("progress", {}).items() if int(step) <= resumed_step}
-        before = history.get(resumed_step, {})
+        before = history.get(resumed_step, {}) if keep_resumed else history.pop(resumed_step, {})
         self._run, self._facts, self._history = run, facts, history
         self._tokens_per_step = tokens_per_step
         self._training = float(before.get("training_seconds", 0.0))

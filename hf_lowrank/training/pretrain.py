@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import StoppedError, UserError
 from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.files import refusal_of, write_text
@@ -46,6 +46,7 @@ from hf_lowrank.training.facts import FactsRecorder, read_facts, write_facts
 from hf_lowrank.training.recipe import Recipe, first_line
 from hf_lowrank.training.resume import is_sharded, last_whole_checkpoint, step_of
 from hf_lowrank.training.sequences import HeldOutSequences, collate
+from hf_lowrank.training.stopping import InterimRemoved, StopOnSignal, is_interim, remove_interim
 from hf_lowrank.training.tokenization import load_tokenizer, padding_id
 from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
 
@@ -66,6 +67,7 @@ def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Pa
     Raises:
         UserError: the corpus or the model cannot be had, or `output` belongs to another recipe or is in use by
             another process: nothing is written; or it cannot be written on, or the training diverged.
+        StoppedError: SIGTERM came; the run saved, and the next call goes on.
     """
     run = Path(output) if output is not None else Path("runs") / f"{recipe.name}-seed{recipe.seed}"
     transformers_logging.disable_progress_bar()
@@ -84,6 +86,8 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
     if started:
         held.enter_context(locked(run, "train"))
     checkpoint = last_whole_checkpoint(run) if started else None
+    if checkpoint is not None and int(os.environ.get("RANK", "0")) == 0:
+        remove_interim(run, step_of(checkpoint))
     if checkpoint is not None and _is_finished(checkpoint):
         logger.info("%s is finished at step %d: nothing to do", run, step_of(checkpoint))
         return run
@@ -111,7 +115,9 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
     facts = read_facts(run)
     memory = memory_recorder(recipe, args, model, facts)
     held.callback(memory.close)
-    trainer = _trainer(recipe, args, model, corpus, sequences_per_step)
+    stopping = StopOnSignal(checkpoint)
+    held.callback(stopping.release)
+    trainer = stopping.trainer = _trainer(recipe, args, model, corpus, sequences_per_step, stopping)
     if checkpoint is not None and is_sharded(checkpoint) != trainer.is_fsdp_enabled:
         written, now = ("under", "with") if is_sharded(checkpoint) else ("without", "without")
         raise UserError(f"{checkpoint} was written {written} FSDP2; continue the run {now} FSDP2, as it began")
@@ -122,11 +128,16 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
             facts,
             tokens_per_step=sequences_per_step * recipe.data.sequence_length,
             resumed_step=step_of(checkpoint) if checkpoint else 0,
+            keep_resumed=checkpoint is not None and not is_interim(checkpoint),
         )
     )
     if checkpoint is not None:
         logger.info("%s continues from step %d", run, step_of(checkpoint))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stopping.stopped is not None:
+        raise StoppedError(
+            f"{run}: stopped by SIGTERM after step {stopping.stopped}, which is saved; call again to go on"
+        )
     return run
 
 
@@ -202,7 +213,7 @@ def _is_finished(checkpoint: Path) -> bool:
 
 def _saved_tokenizer(run: Path) -> PreTrainedTokenizerBase | None:
     folder = run / "tokenizer"
-    return load_tokenizer(str(folder), key=f"{folder}:") if folder.is_dir() else None
+    return None if not folder.is_dir() else load_tokenizer(str(folder), key=f"{folder}:")
 
 
 def _corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Corpus:
@@ -307,14 +318,21 @@ def _shard_states(trainer: Trainer) -> None:
 
 
 def _trainer(
-    recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, corpus: Corpus, sequences_per_step: int
+    recipe: Recipe,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    corpus: Corpus,
+    sequences_per_step: int,
+    stopping: StopOnSignal,
 ) -> Trainer:
     method, settings = recipe.method, recipe.settings
     callbacks: list[TrainerCallback] = [
         FinalCheckpoint(),
+        stopping,
         NumbersOnly(),
         WholeWeights(),
         Checksums(),
+        InterimRemoved(),
         Progress(),
         *method.callbacks(settings, args),
     ]
