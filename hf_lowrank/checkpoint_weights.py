@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_lowrank.checkpoint_sources import weight_files
+from hf_lowrank.checksums import check_checksums
 from hf_lowrank.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -28,6 +29,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     import hf_lowrank.adapters  # noqa: F401  AutoConfig learns this package's own model type
 
     file = folder / "config.json"
+    check_checksums(folder, [file.name] if file.is_file() else [])
     try:
         config = AutoConfig.from_pretrained(folder)
         layers = getattr(config, "num_hidden_layers", 1)

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.checkpoint_sources import open_source, weight_files
 from hf_lowrank.checkpoint_weights import check_weights, read_config, skeleton
-from hf_lowrank.checksums import check_checksums
+from hf_lowrank.checksums import check_checksums, read_sealed_text
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
 from hf_lowrank.targets import target_modules
@@ -84,10 +84,10 @@ class Trajectory:
         if file is None:
             return RunInfo(self._source.name, "unknown", None, None)
         try:
-            recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+            recipe = yaml.safe_load(read_sealed_text(file))
             method = recipe.get("method") or {}
             name = method.get("name", "unknown") if isinstance(method, dict) else str(method)
-        except (yaml.YAMLError, AttributeError, OSError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, AttributeError, OSError, ValueError) as error:
             raise UserError(f"{file}: not a readable recipe: {' '.join(str(error).split())}") from None
         return RunInfo(self._source.name, name, recipe.get("seed"), recipe)
 

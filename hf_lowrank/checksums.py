@@ -1,47 +1,58 @@
-"""Checksums of a checkpoint's files, so that damage is named and never trained on or measured."""
+"""Checksums of folders, rows and texts, so that damage is named and never trained on, measured or shown.
+
+A folder of files that stay as they are has a `checksums.json`. What grows or changes carries its own: a row of a
+table, or a JSON object, as its last key; a YAML file as a comment on its last line. What has none, as files of other
+programs, is taken as it is.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
 
 FILE_NAME = "checksums.json"
+SEAL = "checksum"
+_SEAL_LINE = re.compile(rf"# {SEAL}: ([0-9a-f]+)\n?\Z")
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes `checksums.json`: the SHA-256 and the size of every file in `folder`."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != FILE_NAME)
-    entries = {file.name: {"sha256": _digest(file), "bytes": file.stat().st_size} for file in files}
+    """Writes `checksums.json`: the SHA-256 and the size of every file in `folder` and in folders in it."""
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    files.pop(FILE_NAME, None)
+    entries = {name: {"sha256": _digest(file), "bytes": file.stat().st_size} for name, file in sorted(files.items())}
     write_text(folder / FILE_NAME, json.dumps(entries, indent=1) + "\n")
 
 
 def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str | None:
-    """What differs from `checksums.json`; None where nothing does, or where there is no such file.
+    """What differs from `checksums.json`; None where nothing does, or where the run keeps no checksums.
 
     Args:
-        folder: a checkpoint.
+        folder: a checkpoint, or a run's tokenizer.
         names: only these files; None: all that were there.
     """
     file = folder / FILE_NAME
     if not file.is_file():
-        return None
+        # A run that began with checksums has them in every checkpoint: without, one is half-written.
+        expected = folder.name.startswith("checkpoint-") and (folder.parent / "checkpoint-0" / FILE_NAME).is_file()
+        return f"{FILE_NAME} is missing" if expected else None
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         written = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{FILE_NAME} is unreadable: {' '.join(str(error).split())[:200]}"
     for name in sorted(written) if names is None else sorted(set(names)):
-        if name not in written or os.path.basename(name) != name:
+        if name not in written or ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             return f"{FILE_NAME} does not know {name}"
         digest, size = written[name]
-        if not os.path.isfile(folder / name):
+        if not (folder / name).is_file():
             return f"{name} is missing"
         status = (folder / name).stat()
         if status.st_size != size:
@@ -60,6 +71,49 @@ def check_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
     damage = damage_by_checksums(folder, names)
     if damage is not None:
         raise UserError(f"{folder}: damaged: {damage}")
+
+
+def sealed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """`entry`, plain data, with the checksum of its content as its last key."""
+    content = {key: value for key, value in entry.items() if key != SEAL}
+    return {**content, SEAL: _seal_of(json.dumps(content, sort_keys=True))}
+
+
+def unsealed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """`entry` without its checksum.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    content = {key: value for key, value in entry.items() if key != SEAL}
+    if SEAL in entry and entry[SEAL] != _seal_of(json.dumps(content, sort_keys=True)):
+        raise ValueError("it is not what was written: its checksum differs")
+    return content
+
+
+def sealed_text(text: str) -> str:
+    """`text`, of whole lines, with its checksum as a comment on a last line."""
+    content = _SEAL_LINE.sub("", text)
+    return f"{content}# {SEAL}: {_seal_of(content)}\n"
+
+
+def read_sealed_text(file: Path) -> str:
+    """A run's text file.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not what was written.
+    """
+    text = file.read_text(encoding="utf-8")
+    match = _SEAL_LINE.search(text)
+    if match is None and (file.parent / "checkpoint-0" / FILE_NAME).is_file():
+        raise ValueError("its last line, with its checksum, is missing or damaged")
+    if match is not None and match[1] != _seal_of(text[: match.start()]):
+        raise ValueError("it is not what was written: its checksum differs")
+    return text
+
+
+def _seal_of(content: str) -> str:
+    return hashlib.sha256(content.encode("utf-8", errors="surrogatepass")).hexdigest()[:16]
 
 
 @lru_cache(maxsize=4096)

@@ -9,6 +9,8 @@ from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, TypeVar
 
+from hf_lowrank.checksums import unsealed
+
 RowType = TypeVar("RowType")
 
 
@@ -16,10 +18,12 @@ def row_of(cls: type[RowType], entry: object) -> RowType:
     """The row that a parsed line of JSON describes; keys that are no columns are passed over.
 
     Raises:
-        ValueError: it is no JSON object, or a column is missing or of another type; one line that names the column.
+        ValueError: it is no JSON object, a column is missing or of another type, or its checksum is not that of its
+            content; one line.
     """
     if not isinstance(entry, Mapping):
         raise ValueError(f"a row must be a JSON object, got {type(entry).__name__}")
+    unsealed(entry)
     found: dict[str, Any] = {}
     for name, (kinds, needed) in _columns(cls).items():  # type: ignore[arg-type]
         if name not in entry:

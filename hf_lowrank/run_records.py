@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from hf_lowrank.checksums import check_checksums, read_sealed_text, unsealed
 from hf_lowrank.downstream.scores import FILE_NAME as SCORES_FILE
 from hf_lowrank.downstream.scores import Score, read_scores
 from hf_lowrank.errors import UserError
@@ -134,6 +135,17 @@ def _mapping(path: Path, content: Any) -> Mapping[str, Any]:
     return content
 
 
+def _facts(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return unsealed(_mapping(path, _read_json(path)))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; remove the file") from None
+
+
 def read_rows(path: Path) -> tuple[Row, ...]:
     """The rows of a `measurements.jsonl`, the last of each (step, metric, scope, baseline, settings).
 
@@ -151,8 +163,8 @@ def read_rows(path: Path) -> tuple[Row, ...]:
         if not line.strip():
             continue
         try:
-            row = _row(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
+            row = _row(unsealed(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             if number == len(lines):  # no newline at its end: torn
                 break
             raise UserError(
@@ -211,6 +223,7 @@ def _log_history(checkpoints: Mapping[int, Path]) -> tuple[Mapping[str, Any], ..
     for step in sorted(checkpoints, reverse=True):
         path = checkpoints[step] / "trainer_state.json"
         if path.is_file():
+            check_checksums(checkpoints[step], [path.name])
             history = _mapping(path, _read_json(path)).get("log_history", [])
             return tuple(entry for entry in history if isinstance(entry, Mapping))
     return ()
@@ -240,6 +253,7 @@ def _size(checkpoints: Mapping[int, Path]) -> tuple[int, int] | None:
     if not checkpoints:
         return None
     path = checkpoints[max(checkpoints)] / "config.json"
+    check_checksums(path.parent, [path.name])
     config = _mapping(path, _read_json(path))
     inner = config.get("base_config")
     config = inner if isinstance(inner, Mapping) else config
@@ -257,7 +271,7 @@ def load_run(folder: str | os.PathLike[str]) -> RunRecord:
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder; give the folder that holds checkpoint-N/")
     checkpoints = _checkpoints(path)
-    recipe_file, facts_file, rows_file = path / "recipe.yaml", path / "facts.json", path / "measurements.jsonl"
+    recipe_file, rows_file = path / "recipe.yaml", path / "measurements.jsonl"
     tables = rows_file.is_file() or (path / SCORES_FILE).is_file()
     if not checkpoints and (not tables or any(path.glob("checkpoint-*"))):
         what = "has no whole checkpoint-N/ yet; train it first" if recipe_file.is_file() else "is no run folder"
@@ -265,10 +279,12 @@ def load_run(folder: str | os.PathLike[str]) -> RunRecord:
     recipe: Mapping[str, Any] = {}
     if recipe_file.is_file():
         try:
-            recipe = _mapping(recipe_file, yaml.safe_load(recipe_file.read_text(encoding="utf-8")) or {})
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            recipe = _mapping(recipe_file, yaml.safe_load(read_sealed_text(recipe_file)) or {})
+        except UserError:
+            raise
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{recipe_file}: not readable as YAML: {_one_line(error)}") from None
-    facts = _mapping(facts_file, _read_json(facts_file)) if facts_file.is_file() else {}
+    facts = _facts(path / "facts.json")
     rows = read_rows(rows_file) if rows_file.is_file() else ()
     method = recipe.get("method")
     seed = recipe.get("seed")

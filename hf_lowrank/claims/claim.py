@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
 
@@ -96,7 +97,7 @@ def write_claims(claims: Sequence[Claim], path: str | os.PathLike[str], *, alpha
     file = file / "claims.json" if file.is_dir() else file
     content = {"claims": [_finite(asdict(claim)) for claim in claims], "alpha": alpha}
     try:
-        write_text(file, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+        write_text(file, json.dumps(sealed(content), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{file}: claims cannot be written: {error.strerror or error}") from None
     return file
@@ -111,7 +112,7 @@ def read_claims(path: str | os.PathLike[str]) -> list[Claim]:
     file = Path(path)
     file = file / "claims.json" if file.is_dir() else file
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = unsealed(json.loads(file.read_text(encoding="utf-8")))
         return [_claim(entry) for entry in content["claims"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         said = " ".join(str(error).split()) or type(error).__name__

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_lowrank.checksums import unsealed
 from hf_lowrank.claims.claim import Claim, Detail, Verdict
 from hf_lowrank.claims.words import p_text
 from hf_lowrank.errors import UserError
@@ -84,7 +85,10 @@ def _read(file: Path) -> Mapping[str, Any]:
         raise UserError(f"{file}: no readable prediction ({said}); predict again") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{file}: must hold a prediction, got {type(content).__name__}; predict again")
-    return content
+    try:
+        return unsealed(content)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; predict again") from None
 
 
 def _number(content: Mapping[str, Any], key: str) -> float | None:

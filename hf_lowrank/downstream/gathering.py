@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.checksums import sealed
 from hf_lowrank.downstream.prediction import FEWEST_RUNS, PERMUTATIONS, Prediction, Table, analyse
 from hf_lowrank.downstream.scores import FILE_NAME, PRIMARY, Score, read_scores
 from hf_lowrank.errors import UserError
@@ -56,7 +57,7 @@ def predict(
     prediction = analyse(table, permutations=permutations, seed=seed)
     if output is not None:
         folder = Path(output)
-        write_text(folder / "prediction.json", json.dumps(_plain(table, prediction), indent=1) + "\n")
+        write_text(folder / "prediction.json", json.dumps(sealed(_plain(table, prediction)), indent=1) + "\n")
         from hf_lowrank.downstream.figures import prediction_figure
 
         with whole_file(folder / "prediction.png") as temporary:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
 from hf_lowrank.rows import row_of
@@ -84,8 +85,9 @@ def read_scores(path: str | os.PathLike[str]) -> list[Score]:
         try:
             entry = json.loads(line)
             # A score that is not a number is null in the file.
+            content = unsealed(entry) if isinstance(entry, dict) else entry
             unknown = isinstance(entry, dict) and "value" in entry and entry["value"] is None
-            row = row_of(Score, {**entry, "value": math.nan} if unknown else entry)
+            row = row_of(Score, {**content, "value": math.nan} if unknown else content)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: line {number} is no score: {_one_line(error)}; remove that line") from None
         key = (row.run, row.step, row.task, row.metric, row.limit)
@@ -104,7 +106,9 @@ def append_scores(path: Path, rows: Sequence[Score]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    data = "".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    data = "".join(
+        json.dumps(sealed(_plain(row)), ensure_ascii=False, allow_nan=False) + "\n" for row in rows
+    ).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as handle:
@@ -129,7 +133,7 @@ def item_file(table: Path, step: int, task: str) -> Path:
 
 def write_item_scores(path: Path, scores: Iterable[dict[str, Any]]) -> None:
     """Writes the scores of single items, one line each, whole."""
-    write_text(path, "".join(json.dumps(score, ensure_ascii=False) + "\n" for score in scores))
+    write_text(path, "".join(json.dumps(sealed(score), ensure_ascii=False) + "\n" for score in scores))
 
 
 def read_item_scores(path: Path) -> list[dict[str, Any]]:
@@ -139,8 +143,8 @@ def read_item_scores(path: Path) -> list[dict[str, Any]]:
         UserError: they are not there.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        return [unsealed(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: no readable item scores: {error}; evaluate that checkpoint again") from None
 
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_lowrank.checkpoint_sources import STEP_FOLDER
 from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.checksums import check_checksums
 from hf_lowrank.errors import UserError
 
 AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+|last)")
@@ -65,14 +66,16 @@ def tokenizer_folder(trajectory: Trajectory, step: int) -> str:
     """Where a checkpoint's tokenizer is: in its folder, else in the run's `tokenizer/`.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or it is damaged.
     """
     where = trajectory.where(step)
     if not Path(where).is_dir():
         return where
     candidates = [Path(where), trajectory.extra("tokenizer")]
     for folder in candidates:
-        if folder is not None and any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        there = [] if folder is None else [name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
+        if there:
+            check_checksums(Path(folder), there)
             return str(folder)
     raise UserError(
         f"{where}: has no tokenizer, nor has its run; downstream tasks need one (save_pretrained it there)"

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from hf_lowrank.checkpoint_sources import INDEX, weight_files
+from hf_lowrank.checksums import SEAL, sealed, sealed_text
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION
 from hf_lowrank.hub.privacy import holds_secret, without_private
@@ -114,10 +115,22 @@ def push_file(name: str, path: Path) -> PushFile:
             data = data[: data.rfind(b"\n") + 1]  # a last line without an end is being written
         text = data.decode("utf-8")
         # By content, not by path: the file may grow while it is pushed.
-        return PushFile(name, without_private(text).encode())
+        cleaned = without_private(text)
+        return PushFile(name, (cleaned if cleaned == text else _sealed_again(name, cleaned)).encode())
     if name in TOKENIZER and holds_secret(path.read_bytes()):
         raise UserError(f"{path}: holds an access token or another secret of this machine; it is not pushed")
     return PushFile(name, path)
+
+
+def _sealed_again(name: str, text: str) -> str:
+    """A file that carries checksums, after private parts were taken out of it."""
+    if name.endswith(".yaml"):
+        return sealed_text(text)
+    if name.endswith(".jsonl"):
+        rows = map(json.loads, filter(None, text.split("\n")))
+        return "".join(json.dumps(sealed(row), ensure_ascii=False) + "\n" for row in rows)
+    content = json.loads(text)
+    return json.dumps(sealed(content), indent=2) + "\n" if SEAL in content else text
 
 
 def manifest(run: str, identity: str, step: int, files: Mapping[str, PushFile]) -> PushFile:

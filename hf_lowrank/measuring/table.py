@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.rows import row_of
 
@@ -62,12 +63,12 @@ class Measurement:
         return not math.isfinite(self.value) and not (self.reason or "").startswith(UNDEFINED)
 
     def to_line(self) -> str:
-        """The row as a line of JSON, ending in a newline; numbers that are not finite become null."""
+        """The row as a line of JSON with its checksum and a newline; numbers that are not finite become null."""
         row = asdict(self)
         for name in NUMBERS:
             if not math.isfinite(row[name]):
                 row[name] = None
-        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(sealed(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 # Null in the file where they are not a number here.
@@ -154,7 +155,8 @@ def _without_mended(rows: list[Measurement]) -> list[Measurement]:
 
 
 def _parse(entry: dict[str, Any]) -> Measurement:
-    row = row_of(Measurement, {k: v for k, v in entry.items() if not (k in NUMBERS and v is None)})
+    content = unsealed(entry)
+    row = row_of(Measurement, {k: v for k, v in content.items() if not (k in NUMBERS and v is None)})
     if row.step < 0:
         raise ValueError(f"step must not be negative, got {row.step}")
     return row

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.checksums import check_checksums
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
 
@@ -26,6 +27,8 @@ def evaluation_set_from_text(path: Path, trajectory: Trajectory, length: int = S
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as UTF-8 text: {' '.join(str(error).split())}") from None
     folder = trajectory.extra("tokenizer")
+    if folder is not None:
+        check_checksums(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder or trajectory.tokenizer_source)
     except (OSError, ValueError) as error:

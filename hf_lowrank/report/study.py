@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_lowrank.checksums import unsealed
 from hf_lowrank.errors import UserError
 
 Verdict = Literal["reproduced", "contradicted", "undecided"]
@@ -102,7 +103,9 @@ def _content(path: Path, kind: type) -> Any:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        for entry in content if isinstance(content, list) else [content]:
+            unsealed(entry if isinstance(entry, dict) else {})
+    except (OSError, ValueError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"{path}: not readable as JSON: {said}; run that stage of the study again") from None
     if not isinstance(content, kind):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from hf_lowrank.checksums import sealed
 from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
@@ -238,7 +239,7 @@ class _Engine:
         """Writes failures.json, or takes it away where nothing failed."""
         path = self.study.directory / FAILURES
         if self.failures:
-            write_text(path, json.dumps([vars(failure) for failure in self.failures], indent=1) + "\n")
+            write_text(path, json.dumps([sealed(vars(failure)) for failure in self.failures], indent=1) + "\n")
         else:
             with suppress(OSError):
                 path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_lowrank.checkpoint_sources import open_source
 from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.checksums import sealed_text
 from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.files import whole_file, write_text
@@ -84,7 +85,7 @@ def make_view(work: dict[str, Any]) -> None:
         name = recipe["method"]["name"] if work["renamed"] else method.get("name", recipe["method"]["name"])
         recipe = {**recipe, **own, "name": recipe["name"], "method": {**method, "name": name}}
     # With its recipe the view is whole.
-    write_text(folder / RECIPE_FILE, dump_yaml(recipe))
+    write_text(folder / RECIPE_FILE, sealed_text(dump_yaml(recipe)))
 
 
 def _link(place: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
 from hf_lowrank.study.layout import Study, is_swept
@@ -54,7 +55,7 @@ def choose(study: Study) -> list[dict[str, Any]]:
 def write_sweep(study: Study) -> list[dict[str, Any]]:
     """Chooses and writes sweep.json; returns its rows."""
     rows = choose(study)
-    write_text(study.directory / FILE_NAME, json.dumps(rows, indent=1) + "\n")
+    write_text(study.directory / FILE_NAME, json.dumps([sealed(row) for row in rows], indent=1) + "\n")
     return rows
 
 
@@ -68,12 +69,12 @@ def chosen_rates(file: StudyFile, directory: Path) -> dict[str, float]:
     if file.settings.sweep is None or not path.is_file():
         return {}
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = [unsealed(row) for row in json.loads(path.read_text(encoding="utf-8"))]
         chosen = {row["member"]: float(row["learning_rate"]) for row in rows if row["chosen"]}
         tried: dict[str, set[float]] = {}
         for row in rows:
             tried.setdefault(row["member"], set()).add(float(row["learning_rate"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a readable sweep ({' '.join(str(error).split())}); remove it") from None
     # Another grid may choose another rate: what was chosen from it does not count.
     grid = set(file.settings.sweep.learning_rate)

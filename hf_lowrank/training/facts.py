@@ -12,23 +12,34 @@ import torch
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowrank.checksums import sealed, unsealed
+from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
 
 FILE_NAME = "facts.json"
 
 
 def read_facts(run: Path) -> dict[str, Any]:
-    """What `facts.json` of a run directory says, nothing where there is none or it is unreadable."""
-    try:
-        facts = json.loads((run / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """What `facts.json` of a run directory says, nothing where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = run / FILE_NAME
+    if not file.is_file():
         return {}
-    return facts if isinstance(facts, dict) else {}
+    try:
+        return unsealed(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{file}: damaged: {said}; remove it, and the run goes on without its record of costs"
+        ) from None
 
 
 def write_facts(run: Path, facts: dict[str, Any]) -> None:
     """Writes `facts.json`, whole."""
-    write_text(run / FILE_NAME, json.dumps(facts, indent=2) + "\n")
+    write_text(run / FILE_NAME, json.dumps(sealed(facts), indent=2) + "\n")
 
 
 def peak_memory_bytes() -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -24,7 +25,9 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.utils import logging as transformers_logging
+from yaml import YAMLError
 
+from hf_lowrank.checksums import damage_by_checksums, read_sealed_text, sealed_text, write_checksums
 from hf_lowrank.errors import StoppedError, UserError
 from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.evaluation_set import EvaluationSet
@@ -88,7 +91,9 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
     checkpoint = last_whole_checkpoint(run) if started else None
     if checkpoint is not None and int(os.environ.get("RANK", "0")) == 0:
         remove_interim(run, step_of(checkpoint))
-    if checkpoint is not None and _is_finished(checkpoint):
+    finished = checkpoint is not None and _is_finished(checkpoint)
+    begun = started and _has_start(run)
+    if checkpoint is not None and finished and begun:
         logger.info("%s is finished at step %d: nothing to do", run, step_of(checkpoint))
         return run
 
@@ -112,6 +117,9 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
         _write_start(
             run, recipe, corpus, model, {"processes": args.world_size, "sequences_per_step": sequences_per_step}
         )
+    if finished:
+        logger.info("%s is finished: only what was missing of its beginning is written", run)
+        return run
     facts = read_facts(run)
     memory = memory_recorder(recipe, args, model, facts)
     held.callback(memory.close)
@@ -141,6 +149,22 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
     return run
 
 
+def _has_start(run: Path) -> bool:
+    """Whether all that is written before the first step is there.
+
+    Raises:
+        UserError: some of it is damaged; names the file.
+    """
+    for folder in (run / "tokenizer", run / "checkpoint-0"):
+        damage = damage_by_checksums(folder) if folder.is_dir() else None
+        if damage is not None:
+            raise UserError(f"{folder}: damaged: {damage}; remove that folder, and call again: it is written again")
+    if (run / EVALUATION_FILE).exists():
+        EvaluationSet.load(run)
+    names = (RECIPE_FILE, EVALUATION_FILE, "tokenizer", "checkpoint-0")
+    return bool(read_facts(run)) and all((run / name).exists() for name in names)
+
+
 def is_started(run: Path) -> bool:
     """Whether a recipe has claimed the folder."""
     return (run / RECIPE_FILE).exists()
@@ -164,14 +188,18 @@ def check_belongs(run: Path, recipe: Recipe) -> bool:
         raise UserError(f"{run}: --output must be a folder, this is a file")
     file = run / RECIPE_FILE
     if not file.exists():
+        if read_facts(run).get("recipe") == _digest(recipe):
+            return True  # it was taken away, being damaged
         # A lock, or a file that was being written when its process was killed, is nobody's run.
         if any(not path.name.startswith(".") for path in run.iterdir()):
             raise UserError(f"{run}: --output must be a run directory, or empty; there is no {RECIPE_FILE} in it")
         return False
     try:
-        theirs = parse_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable: {first_line(error)}") from None
+        theirs = parse_yaml(read_sealed_text(file))
+    except (OSError, ValueError, YAMLError) as error:
+        raise UserError(
+            f"{file}: not readable: {first_line(error)}; remove it, and call again with the run's recipe"
+        ) from None
     ours = parse_yaml(dump_yaml(recipe.plain()))
     if read_facts(run).get("processes", 1) != int(os.environ.get("WORLD_SIZE", "1")):
         # Another number of processes divides a step otherwise; that it stays the same step is checked by its size.
@@ -182,6 +210,10 @@ def check_belongs(run: Path, recipe: Recipe) -> bool:
             f"{run}: the run directory belongs to another recipe: {difference}; choose another --output or remove it"
         )
     return True
+
+
+def _digest(recipe: Recipe) -> str:
+    return hashlib.sha256(dump_yaml(recipe.plain()).encode()).hexdigest()
 
 
 def _without(recipe: Any, keys: Sequence[str]) -> Any:
@@ -276,7 +308,7 @@ def _write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedMod
     run.mkdir(parents=True, exist_ok=True)
     # The recipe comes first: with it the folder is claimed, whatever is missing of the rest.
     if not (run / RECIPE_FILE).exists():
-        write_text(run / RECIPE_FILE, dump_yaml(recipe.plain()))
+        write_text(run / RECIPE_FILE, sealed_text(dump_yaml(recipe.plain())))
     if not (run / EVALUATION_FILE).exists():
         corpus.evaluation.save(run)
     _whole_folder(run / "tokenizer", corpus.tokenizer)
@@ -285,6 +317,7 @@ def _write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedMod
         write_facts(
             run,
             {
+                "recipe": _digest(recipe),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "unigram_loss": corpus.unigram_loss,
@@ -306,6 +339,7 @@ def _whole_folder(folder: Path, content: PreTrainedModel | PreTrainedTokenizerBa
     fresh = folder.with_name(f".{folder.name}.making")
     shutil.rmtree(fresh, ignore_errors=True)
     content.save_pretrained(fresh)
+    write_checksums(fresh)
     os.replace(fresh, folder)
 
 

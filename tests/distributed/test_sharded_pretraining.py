@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim.engines import refuse_engines
+from hf_lowrank.training.facts import write_facts
 from hf_lowrank.training.pretrain import pretrain
 from hf_lowrank.training.recipe import load_recipe
 from hf_lowrank.training.resume import SHARDED_STATE, damage_of
@@ -141,10 +142,10 @@ def test_what_does_not_fit_a_run_is_said(tmp_path, write_recipe, monkeypatch):
     run = pretrain(load_recipe(path), tmp_path / "run")
     shutil.rmtree(run / f"checkpoint-{STEPS}")
     facts = json.loads((run / "facts.json").read_text())
-    (run / "facts.json").write_text(json.dumps({**facts, "processes": 2, "sequences_per_step": 2 * BATCH}))
+    write_facts(run, {**facts, "processes": 2, "sequences_per_step": 2 * BATCH})
     with pytest.raises(UserError, match=f"a step must have {2 * BATCH} sequences, .* got {BATCH} on 1 processes"):
         pretrain(load_recipe(path), run)
-    (run / "facts.json").write_text(json.dumps(facts))
+    write_facts(run, facts)
     with pytest.raises(UserError, match=r"per_device_train_batch_size is 4 now, 8 there"):
         pretrain(load_recipe(path, ["training.per_device_train_batch_size=4"]), run)
     for name in SHARDED_STATE:

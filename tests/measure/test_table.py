@@ -9,6 +9,7 @@ import pytest
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.measure import Measurement, append_measurements, read_measurements
+from hf_lowrank.run_records import read_rows
 
 
 def row(step=1, value=1.0, **rest):
@@ -25,7 +26,7 @@ def test_rows_come_back_as_they_went(tmp_path):
     assert math.isnan(third.value)
     columns = list(json.loads((tmp_path / "m.jsonl").read_text().splitlines()[0]))
     assert columns[:6] == ["run", "method", "seed", "step", "metric", "scope"]
-    assert columns[6:] == ["value", "ci_low", "ci_high", "n", "baseline", "settings", "reason"]
+    assert columns[6:] == ["value", "ci_low", "ci_high", "n", "baseline", "settings", "reason", "checksum"]
 
 
 def test_a_torn_last_line_is_dropped_and_repaired(tmp_path):
@@ -54,6 +55,19 @@ def test_a_foreign_line_is_named(tmp_path):
     file.write_text(file.read_text() + "[1, 2]\n" + row(2).to_line())
     with pytest.raises(UserError, match="line 2"):
         read_measurements(file)
+
+
+def test_a_number_that_is_not_the_written_one_is_named(tmp_path):
+    file = tmp_path / "m.jsonl"
+    append_measurements(file, [row(1, 1.5), row(2, 2.5)])
+    text = file.read_text()
+    file.write_text(text.replace('"value": 2.5', '"value": 2.7'))
+    for read in (read_measurements, read_rows):
+        with pytest.raises(UserError, match=r"line 2 is n.* checksum differs.*; remove "):
+            read(file)
+    # Rows of other programs, and of versions before, carry none.
+    file.write_text("".join(line.partition(', "checksum"')[0] + "}\n" for line in text.splitlines()))
+    assert [r.value for r in read_measurements(file)] == [1.5, 2.5]
 
 
 def test_no_file_has_no_rows_and_an_unwritable_one_is_named(tmp_path):

@@ -58,7 +58,7 @@ def results(directory):
         if path.name in ("model.safetensors", "evaluation.safetensors", "recipe.yaml"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name in ("claims.json", "prediction.json", "sweep.json"):
-            found[name] = json.loads(path.read_text().replace(f"{directory}/", ""))
+            found[name] = without_checksums(json.loads(path.read_text().replace(f"{directory}/", "")))
         elif path.name in ("measurements.jsonl", "downstream.jsonl") or "downstream" in path.parent.parent.name:
             lines = path.read_text().splitlines()
             assert len(lines) == len(set(lines)), f"{name} holds a row twice"
@@ -69,6 +69,13 @@ def results(directory):
                 {k: v for k, v in entry.items() if "runtime" not in k and "second" not in k} for entry in log
             ]
     return found
+
+
+def without_checksums(content):
+    """A result without its checksum, which is over the study's own folder too."""
+    if isinstance(content, list):
+        return [without_checksums(entry) for entry in content]
+    return {key: value for key, value in content.items() if key != "checksum"}
 
 
 def differences(ours, theirs):

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from hf_lowrank.checkpoints import Trajectory
-from hf_lowrank.checksums import FILE_NAME, damage_by_checksums
+from hf_lowrank.checksums import FILE_NAME, damage_by_checksums, write_checksums
 from hf_lowrank.errors import UserError
 from hf_lowrank.training import load_recipe, pretrain
+from hf_lowrank.training.facts import read_facts
+from hf_lowrank.training.resume import damage_of
 
 FILES = [
     "config.json",
@@ -87,8 +89,6 @@ def same_weights(one, other):
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_damage_is_seen(whole, tmp_path, name):
-    from hf_lowrank.training.resume import damage_of
-
     for how in DAMAGES:
         if (name, how) == (FILE_NAME, "removed"):
             continue  # checkpoints of other programs have none
@@ -142,6 +142,51 @@ def test_the_checksums_are_those_of_the_files(whole):
         content = (folder / name).read_bytes()
         assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     assert damage_by_checksums(folder) is None
+
+
+def test_files_in_folders_have_checksums_too(tmp_path):
+    shard = tmp_path / "checkpoint-2" / "optimizer_0" / "__0_0.distcp"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"state")
+    write_checksums(tmp_path / "checkpoint-2")
+    assert damage_by_checksums(tmp_path / "checkpoint-2") is None
+    shard.write_bytes(b"stale")
+    assert damage_by_checksums(tmp_path / "checkpoint-2") == (
+        "optimizer_0/__0_0.distcp is not what was written: its checksum differs"
+    )
+
+
+def test_a_checkpoint_of_a_run_with_checksums_is_not_whole_without(whole, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(whole[1], copy)
+    (copy / "checkpoint-6" / FILE_NAME).unlink()
+    assert damage_of(copy / "checkpoint-6") == f"{FILE_NAME} is missing"
+
+
+BEGINNING = {
+    "recipe.yaml": "recipe.yaml",
+    "facts.json": "facts.json",
+    "evaluation.safetensors": "evaluation.safetensors",
+    "tokenizer": "tokenizer/tokenizer.json",
+    "checkpoint-0": "checkpoint-0/model.safetensors",
+}
+
+
+@pytest.mark.parametrize("name", BEGINNING)
+def test_what_a_run_began_with_is_refused_when_damaged_and_written_again(whole, tmp_path, name):
+    recipe, run = whole
+    for how in DAMAGES[:-1]:
+        copy = tmp_path / how / "run"
+        shutil.copytree(run, copy)
+        file = copy / BEGINNING[name]
+        damage(file, how, random.Random(f"{name} {how}"))
+        with pytest.raises(UserError, match=file.name.replace(".", r"\.")):
+            pretrain(recipe, copy)
+        (shutil.rmtree if (copy / name).is_dir() else os.remove)(copy / name)
+        pretrain(recipe, copy)
+        if name != "facts.json":
+            assert file.read_bytes() == (run / BEGINNING[name]).read_bytes()
+        assert read_facts(copy)["corpus_fingerprint"] == read_facts(run)["corpus_fingerprint"]
 
 
 def test_a_disk_that_takes_no_more_is_said_in_a_line(whole, tmp_path, monkeypatch):
