@@ -131,7 +131,10 @@ def _compared(
             raise UserError(f"{run}: has no score of {task} at step {step}")
         row = max(rows, key=lambda row: row.step)
         chosen.append(row)
-        items = read_item_scores(item_file(run / FILE_NAME, row.step, task))
+        file = item_file(run / FILE_NAME, row.step, task)
+        items = read_item_scores(file)
+        if len(items) < row.n:
+            raise UserError(f"{file}: holds {len(items)} of {row.n} items; evaluate that checkpoint again")
         scores.append({str(item["item"]): float(item[metric]) for item in items if metric in item})
     if chosen[0].items != chosen[1].items or scores[0].keys() != scores[1].keys():
         raise UserError(f"{task}: {runs[0]} and {runs[1]} were scored on different items; evaluate one of them again")

@@ -28,6 +28,7 @@ from hf_lowrank.downstream.scores import (
     Score,
     append_scores,
     item_file,
+    read_item_scores,
     read_scores,
     write_item_scores,
 )
@@ -180,7 +181,7 @@ class _Runner:
             row
             for row in self.rows
             if row.step == step and name in (row.task, row.group) and row.limit == self.limit
-            and row.lm_eval_version == lm_eval.__version__
+            and row.lm_eval_version == lm_eval.__version__ and self._has_items(row)
         ]  # fmt: skip
         if name not in OFFLINE:
             return bool(rows)
@@ -188,6 +189,15 @@ class _Runner:
             return any(row.items == self._own_items(name) for row in rows)
         except UserError:
             return False  # the same fault is reported when the task is loaded
+
+    def _has_items(self, row: Score) -> bool:
+        """Whether the scores of the single items are there, undamaged; a group's mean has none."""
+        if any(other.group == row.task for other in self.rows):
+            return True
+        try:
+            return len(read_item_scores(item_file(self.table, row.step, row.task))) >= row.n
+        except UserError:
+            return False
 
     def _own_items(self, name: str) -> str:
         return items_for(self.trajectory, name).parent.name.rpartition("-")[2][:16]
