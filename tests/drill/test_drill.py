@@ -1,0 +1,47 @@
+"""Seeded faults against the command line: what can go on goes on to the same bits, or is refused by name.
+
+`HF_LOWRANK_DRILL_SEEDS=17` (or `0:500`) chooses the seeds of both tests, to repeat one that failed.
+"""
+
+import os
+
+import pytest
+
+from tests.drill.faults import FILE_KINDS, KINDS, METHODS, STUDY_FILE_KINDS, plan_of
+from tests.drill.run import drill_seeds
+
+SHORT = "2,5,9"
+LONG = "0:500"
+
+
+def seeds_of(text):
+    first, _, end = text.partition(":")
+    return list(range(int(first), int(end))) if end else [int(seed) for seed in text.split(",")]
+
+
+def run_drill(seeds, folder):
+    results = drill_seeds(seeds_of(os.environ.get("HF_LOWRANK_DRILL_SEEDS", seeds)), None, folder)
+    assert [breach for result in results for breach in result["breaches"]] == []
+    return results
+
+
+def test_a_short_drill(tmp_path):
+    results = run_drill(SHORT, tmp_path)
+    assert all(result["struck"] for result in results)
+
+
+def test_a_plan_follows_from_its_seed_and_all_are_drawn():
+    plans = [plan_of(seed) for seed in range(500)]
+    assert plans == [plan_of(seed) for seed in range(500)]
+    assert {plan.kind for plan in plans} == set(KINDS)
+    assert {plan.method for plan in plans} == set(METHODS)
+    damages = {plan.damage.file_kind for plan in plans if plan.damage}
+    assert damages == {*FILE_KINDS, *STUDY_FILE_KINDS}
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(6 * 3600)
+def test_the_whole_drill(tmp_path):
+    results = run_drill(LONG, tmp_path)
+    assert len(results) >= 1
+    assert {result["outcome"] for result in results} <= {"survived", "refused"}
