@@ -12,6 +12,8 @@ from typing import Protocol
 from safetensors import SafetensorError, safe_open
 
 from hf_lowrank.checkpoint_revisions import INDEX, WEIGHTS, HubSource, RemoteTensors
+from hf_lowrank.checksums import FILE_NAME as CHECKSUMS
+from hf_lowrank.checksums import lacks_checksums
 from hf_lowrank.errors import UserError
 
 STEP_FOLDER = re.compile(r"(?:checkpoint|(?:global_?)?step)[-_]?(\d+)")
@@ -150,6 +152,8 @@ def _half_written(folder: Path) -> str | None:
         return "config.json is missing"
     if not any((folder / name).is_file() for name in (WEIGHTS, INDEX, "pytorch_model.bin")):
         return f"{WEIGHTS} is missing"
+    if lacks_checksums(folder):
+        return f"{CHECKSUMS} is missing"
     if not (folder / "trainer_state.json").is_file() and (folder / "optimizer.pt").is_file():
         try:
             weight_files(folder)

@@ -31,6 +31,12 @@ def write_checksums(folder: Path) -> None:
     write_text(folder / FILE_NAME, json.dumps(entries, indent=1) + "\n")
 
 
+def lacks_checksums(folder: Path) -> bool:
+    """Whether a checkpoint is half-written: a run that began with checksums ends every checkpoint with them."""
+    beginning = folder.parent / "checkpoint-0" / FILE_NAME
+    return folder.name.startswith("checkpoint-") and beginning.is_file() and not (folder / FILE_NAME).is_file()
+
+
 def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str | None:
     """What differs from `checksums.json`; None where nothing does, or where the run keeps no checksums.
 
@@ -40,9 +46,7 @@ def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str
     """
     file = folder / FILE_NAME
     if not file.is_file():
-        # A run that began with checksums has them in every checkpoint: without, one is half-written.
-        expected = folder.name.startswith("checkpoint-") and (folder.parent / "checkpoint-0" / FILE_NAME).is_file()
-        return f"{FILE_NAME} is missing" if expected else None
+        return f"{FILE_NAME} is missing" if lacks_checksums(folder) else None
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         written = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in entries.items()}

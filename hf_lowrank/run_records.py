@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from hf_lowrank.checksums import check_checksums, read_sealed_text, unsealed
+from hf_lowrank.checksums import check_checksums, lacks_checksums, read_sealed_text, unsealed
 from hf_lowrank.downstream.scores import FILE_NAME as SCORES_FILE
 from hf_lowrank.downstream.scores import Score, read_scores
 from hf_lowrank.errors import UserError
@@ -214,7 +214,7 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     found = {}
     for entry in folder.iterdir():
         match = _CHECKPOINT.fullmatch(entry.name)
-        if match and (entry / "config.json").is_file():
+        if match and (entry / "config.json").is_file() and not lacks_checksums(entry):
             found[int(match[1])] = entry
     return dict(sorted(found.items()))
 

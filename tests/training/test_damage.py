@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.checksums import FILE_NAME, damage_by_checksums, write_checksums
 from hf_lowrank.errors import UserError
+from hf_lowrank.run_records import load_run
 from hf_lowrank.training import load_recipe, pretrain
 from hf_lowrank.training.facts import read_facts
 from hf_lowrank.training.resume import damage_of
@@ -161,6 +162,9 @@ def test_a_checkpoint_of_a_run_with_checksums_is_not_whole_without(whole, tmp_pa
     shutil.copytree(whole[1], copy)
     (copy / "checkpoint-6" / FILE_NAME).unlink()
     assert damage_of(copy / "checkpoint-6") == f"{FILE_NAME} is missing"
+    with pytest.warns(UserWarning, match=f"checkpoint-6: skipped, half-written: {FILE_NAME} is missing"):
+        assert Trajectory(copy).steps == [0, 2, 4]
+    assert load_run(copy).steps == (0, 2, 4)
 
 
 BEGINNING = {
