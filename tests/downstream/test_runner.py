@@ -243,3 +243,15 @@ def test_parts_that_a_killed_process_left_are_merged(run, scored, tmp_path, monk
     append_scores(folder / ".downstream-1.part.jsonl", rows)
     monkeypatch.setattr(runner_module._Runner, "_score", lambda *_: pytest.fail("scored again"))
     assert evaluate(run, steps="last", output=tmp_path / "left") == rows
+
+
+def test_damaged_scores_of_items_are_made_again(scored, run, tmp_path):
+    copy = tmp_path / run.name
+    shutil.copytree(run, copy)
+    row = next(row for row in scored if row.run == run.name and row.group is None and row.task.startswith("pylib_"))
+    file = item_file(copy / "downstream.jsonl", row.step, row.task)
+    whole = file.read_text()
+    for content in (whole.replace("0.", "1.", 1), whole[: len(whole) // 2], whole.partition("\n")[0] + "\n"):
+        file.write_text(content)
+        assert evaluate(copy, tasks=[row.task], steps=row.step) == read_scores(copy)
+        assert file.read_text() == whole

@@ -9,8 +9,10 @@ import sys
 import pytest
 import yaml
 
+from hf_lowrank.checksums import read_sealed_text, sealed, sealed_text, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub import push
+from hf_lowrank.hub.contents import push_file
 from hf_lowrank.hub.privacy import one_line, without_private
 from tests.hub.server import TOKEN
 
@@ -115,3 +117,17 @@ def test_what_is_taken_out(before, after):
 def test_one_line():
     assert one_line(ValueError("a\n  b")) == "a b"
     assert one_line(ValueError("")) == "ValueError"
+
+
+def test_what_is_cleaned_carries_the_checksum_of_what_is_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/marked-person")
+    row = {"metric": "loss", "value": 1.5, "reason": "/home/marked-person/run: no space"}
+    (tmp_path / "measurements.jsonl").write_text(json.dumps(sealed(row)) + "\n")
+    (tmp_path / "facts.json").write_text(json.dumps(sealed({"device": "/home/marked-person/cpu"})))
+    (tmp_path / "recipe.yaml").write_text(sealed_text("data: /home/marked-person/text\n"))
+    sent = {name: push_file(name, tmp_path / name).read().decode() for name in os.listdir(tmp_path)}
+    assert "marked-person" not in str(sent)
+    assert unsealed(json.loads(sent["measurements.jsonl"]))["value"] == 1.5
+    unsealed(json.loads(sent["facts.json"]))
+    (tmp_path / "recipe.yaml").write_text(sent["recipe.yaml"])
+    assert read_sealed_text(tmp_path / "recipe.yaml").count("checksum") == 1
