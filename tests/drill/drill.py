@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -102,9 +104,18 @@ class _Drill:
         elif ended.status == 0 and strike.kind in ("disk full", "read-only") and ended.struck:
             # What came after the last write.
             self.found.struck = True
+        if strike.kind == "clock":
+            self._shift_times(strike)
         bad = not_finite(self.run)
         if bad:
             self.breach(f"{strike.kind}: {bad} written with weights that are no numbers", ended)
+
+    def _shift_times(self, strike: Strike) -> None:
+        """The clock jumped while files were written."""
+        generator = random.Random(strike.size)
+        for file in sorted(path for path in self.place.rglob("*") if path.is_file()):
+            moment = file.stat().st_mtime + generator.uniform(-1e5, 1e5)
+            os.utime(file, (moment, moment))
 
     def _second(self, first: Child) -> Ended:
         """Another process gives the same call while the first stands still in the middle of its own."""

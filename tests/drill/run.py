@@ -31,6 +31,15 @@ ENVIRONMENT = {
 }
 
 
+def seeds_of(text: str) -> list[int]:
+    """The seeds that `3,17,0:500` names, each once, in that order."""
+    seeds: dict[int, None] = {}
+    for part in text.split(","):
+        first, _, end = part.partition(":")
+        seeds |= dict.fromkeys(range(int(first), int(end) if end else int(first) + 1))
+    return list(seeds)
+
+
 def results_of(file: Path) -> dict[int, dict[str, Any]]:
     """The last result of each seed; a torn last line is dropped."""
     if not file.exists():
@@ -89,14 +98,13 @@ def drill_seeds(seeds: Sequence[int], output: Path | None, folder: Path, say: An
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Drills faults by the seed.")
-    parser.add_argument("--seeds", default="0:500", help="FIRST:END, or numbers as 3,17")
+    parser.add_argument("--seeds", default="0:500", help="as 0:500, or 3,17, or both; in this order")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True, help="a line for each drill; continued where it is")
     parser.add_argument("--summary", type=Path)
     parser.add_argument("--folder", type=Path, help="where drills take place and breaches leave their runs")
     given = parser.parse_args()
-    first, _, end = given.seeds.partition(":")
-    seeds = list(range(int(first), int(end))) if end else [int(seed) for seed in given.seeds.split(",")]
+    seeds = seeds_of(given.seeds)
     os.environ.update(ENVIRONMENT)
     folder = given.folder or Path(tempfile.mkdtemp(prefix="drills-"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

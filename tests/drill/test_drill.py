@@ -8,15 +8,10 @@ import os
 import pytest
 
 from tests.drill.faults import FILE_KINDS, KINDS, METHODS, STUDY_FILE_KINDS, plan_of
-from tests.drill.run import drill_seeds
+from tests.drill.run import drill_seeds, seeds_of
 
 SHORT = "2,5,9"
 LONG = "0:500"
-
-
-def seeds_of(text):
-    first, _, end = text.partition(":")
-    return list(range(int(first), int(end))) if end else [int(seed) for seed in text.split(",")]
 
 
 def run_drill(seeds, folder):

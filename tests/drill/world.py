@@ -76,6 +76,7 @@ def make_world(folder: Path) -> World:
     """Writes corpus and recipes; imports what calls need, for all that is forked from here."""
     warm_up()
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "references", ignore_errors=True)
     write_corpus(folder)
     (folder / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
     for method, settings in METHODS.items():
