@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -113,8 +114,42 @@ class Trajectory:
         """The path of a file of the whole run, or None."""
         return self._source.extra(file)
 
-    def model(self, step: int) -> PreTrainedModel:
+    def model(self, step: int, *, device_map: str | dict[str, Any] | None = None) -> PreTrainedModel:
         """The model in float32 and eval mode, on the CPU.
+
+        Args:
+            step: one of `steps`.
+            device_map: lays the model over accelerators, as transformers does ("auto"), in place of the CPU.
+
+        Raises:
+            UserError: no such step, its files are damaged (the message names the file), or the accelerators are too
+                small for `device_map`.
+        """
+        folder = self.checked_folder(step)
+        try:
+            with _quiet_transformers():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **({} if device_map is None else {"device_map": device_map}),
+                )
+        except Exception as error:  # transformers raises whatever a broken file leads it to
+            raise UserError(f"{self.where(step)}: cannot be loaded: {_one_line(error)}") from None
+        model, missing = loaded[0], loaded[1]["missing_keys"]
+        if missing:  # transformers would go on with random weights in their place
+            raise UserError(f"{self.where(step)}: {min(missing)} is not among its weights")
+        left_out = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+        if left_out is not None:
+            raise UserError(
+                f"{self.where(step)}: is larger in float32 than the memory of the accelerators here ({left_out} was "
+                "left to the CPU or the disk); use more of them, or divide it with accelerate launch … --sharded"
+            )
+        return model.eval()
+
+    def checked_folder(self, step: int) -> Path:
+        """The checkpoint's folder, after its weights have been compared with its configuration and checksums.
 
         Raises:
             UserError: no such step, or its files are damaged; the message names the file.
@@ -122,17 +157,7 @@ class Trajectory:
         folder = self._source.folder(self._known(step), weights=True)
         check_weights(folder, exact=False)
         check_checksums(folder, ["config.json", *{file.name for file in weight_files(folder).values()}])
-        try:
-            with _quiet_transformers():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-                )
-        except Exception as error:  # transformers raises whatever a broken file leads it to
-            raise UserError(f"{self.where(step)}: cannot be loaded: {_one_line(error)}") from None
-        model, missing = loaded[0], loaded[1]["missing_keys"]
-        if missing:  # transformers would go on with random weights in their place
-            raise UserError(f"{self.where(step)}: {min(missing)} is not among its weights")
-        return model.eval()
+        return folder
 
     def dense_model(self, step: int) -> PreTrainedModel:
         """The plain architecture with dense weights, for models whose layers have them.
@@ -182,8 +207,8 @@ class Trajectory:
         remote = self._source.tensors(self._known(step))
         return list(self._files(step)) if remote is None else remote.names()
 
-    def tensor(self, step: int, name: str) -> Tensor:
-        """One tensor as it is stored, read without the rest.
+    def tensor(self, step: int, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor as it is stored, read without the rest; of its rows only those from, up to, if given.
 
         Raises:
             UserError: the checkpoint has no such tensor or the file is damaged.
@@ -193,11 +218,11 @@ class Trajectory:
             raise UserError(f"{self.where(step)}: has no tensor {name!r}; there are: {', '.join(names[:4])}, …")
         remote = self._source.tensors(step)
         if remote is not None:
-            return remote.tensor(name)
+            return remote.tensor(name) if rows is None else remote.tensor(name)[slice(*rows)]
         files = self._files(step)
         try:
             with safe_open(files[name], framework="pt") as tensors:
-                return tensors.get_tensor(name)
+                return tensors.get_tensor(name) if rows is None else tensors.get_slice(name)[slice(*rows)]
         except (SafetensorError, OSError) as error:
             raise UserError(f"{files[name]}: cannot be read: {_one_line(error)}") from None
 

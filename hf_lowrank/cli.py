@@ -73,7 +73,13 @@ def measure(
     settings: Annotated[
         Path | None, typer.Option(metavar="YAML", help="Settings of single metrics, over the preset's.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where models are evaluated.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where models are evaluated; auto: each over all accelerators.")
+    ] = None,
+    sharded: Annotated[
+        bool,
+        typer.Option("--sharded", help="Under accelerate launch, all processes hold each model together (FSDP2)."),
+    ] = False,
     evaluation_set: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Held-out sequences or a text; default: each run's own.")
     ] = None,
@@ -98,6 +104,7 @@ def measure(
         evaluation_set=evaluation_set,
         output=output,
         revisions=revisions,
+        sharded=sharded,
         progress=sys.stderr.isatty(),
     )
     without = sum(row.value != row.value for row in rows)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.locks import all_locked
-from hf_lowrank.measuring.context import Row, RunContext, StepContext, UndefinedError
+from hf_lowrank.measuring.context import Row, RunContext, StepContext
+from hf_lowrank.measuring.faults import FAULTS, LostProcessError, reason_of
 from hf_lowrank.measuring.groups import GROUPS
 from hf_lowrank.measuring.metrics import CURVES, METRICS, Metric
+from hf_lowrank.measuring.placement import OneDevice, SeveralDevices, Shards
 from hf_lowrank.measuring.plan import choose_steps, find_baseline, missing_metrics, rows_file
 from hf_lowrank.measuring.processes import Processes
 from hf_lowrank.measuring.progress import Progress
 from hf_lowrank.measuring.settings import MeasureSettings, resolve_settings
-from hf_lowrank.measuring.table import UNDEFINED, Measurement, append_measurements, read_measurements
+from hf_lowrank.measuring.table import Measurement, append_measurements, read_measurements
 
 __all__ = [
     "CURVES",
@@ -43,7 +46,6 @@ __all__ = [
 ]
 
 Run = str | os.PathLike[str] | Trajectory
-FAULTS = (ValueError, RuntimeError, OSError, MemoryError, KeyError, AttributeError, TypeError, ArithmeticError)
 
 
 def measure(
@@ -58,11 +60,13 @@ def measure(
     evaluation_set: EvaluationSet | str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     revisions: str | None = None,
+    sharded: bool = False,
     progress: bool = False,
 ) -> list[Measurement]:
     """Measures runs and returns their rows, old and new; what is there already with equal settings is not done again.
 
-    Under `accelerate launch` the checkpoints are shared out over the processes; every process returns all rows.
+    Under `accelerate launch` the checkpoints are shared out over the processes, or with `sharded` each model is
+    divided among them; every process returns all rows.
 
     Args:
         runs: run directories, folders of checkpoints, `user/repo` or `user/repo@revision`, or trajectories.
@@ -73,11 +77,15 @@ def measure(
         baseline: the run to compare with; None: the full-rank run of the same size and seed among `runs`.
         preset: "fast" or "paper".
         settings: own settings over the preset's, as a mapping or a YAML file.
-        device: where models are evaluated; None: accelerate's choice for this process.
+        device: where models are evaluated; None: accelerate's choice for this process; "auto": over all accelerators
+            of this one process, for a model that is larger than one of them.
         evaluation_set: held-out sequences (safetensors file or its folder, or a text file, which the run's
             tokenizer cuts into sequences); None: each run's own.
         output: a folder for the measurements, one subfolder a run; None: the run directories.
         revisions: which revisions of a repository are checkpoints, as a pattern such as `"step*"`.
+        sharded: the processes of the launch hold every model together (FSDP2) in place of sharing out checkpoints, for
+            a model that is larger than one device, or than its fellows' room: each has its rows of every parameter.
+            Metrics with gradients and the aligned barrier are then null rows.
         progress: shows evaluations done and time left on stderr.
 
     Returns:
@@ -85,7 +93,8 @@ def measure(
 
     Raises:
         UserError: a run, metric, step, preset, setting or the evaluation set is unusable (nothing is written then),
-            or a file cannot be written. A metric that fails for one checkpoint is a null row with the reason.
+            or a file cannot be written. A metric that fails for one checkpoint is a null row with the reason. Also
+            where processes that hold models together lose one of them: what was measured is written then.
     """
     given = [runs] if isinstance(runs, str | os.PathLike | Trajectory) else list(runs)
     if not given:
@@ -96,7 +105,7 @@ def measure(
     explicit = (
         baseline if isinstance(baseline, Trajectory) or baseline is None else Trajectory(baseline, revisions=revisions)
     )
-    processes = Processes(device)
+    processes, placement = _place(device, sharded, chosen)
     contexts = []
     for trajectory in trajectories:
         other, why_not = (explicit, None) if explicit is not None else find_baseline(trajectory, trajectories)
@@ -104,7 +113,7 @@ def measure(
             RunContext(
                 trajectory,
                 chosen,
-                processes.device,
+                placement,
                 evaluation=_evaluation(evaluation_set, trajectory),
                 baseline=other,
                 no_baseline=why_not,
@@ -113,7 +122,10 @@ def measure(
     plans = [_plan(context, wanted, steps) for context in contexts]
     files = [rows_file(context.trajectory, None if output is None else Path(output)) for context in contexts]
     with all_locked([file.parent for file in files], "measure"):
-        _measure_all(contexts, plans, files, processes, progress)
+        try:
+            _measure_all(contexts, plans, files, processes, placement, progress)
+        except LostProcessError as error:
+            raise UserError(f"measuring together ended: {error}; what was measured is written, start again") from None
     return [row for file in files for row in read_measurements(file)]
 
 
@@ -132,7 +144,7 @@ def unmeasured(
     trajectory = run if isinstance(run, Trajectory) else Trajectory(run)
     other = baseline if isinstance(baseline, Trajectory) or baseline is None else Trajectory(baseline)
     evaluation = _evaluation(evaluation_set, trajectory)
-    context = RunContext(trajectory, chosen, torch.device("cpu"), evaluation=evaluation, baseline=other)
+    context = RunContext(trajectory, chosen, OneDevice(torch.device("cpu")), evaluation=evaluation, baseline=other)
     rows = read_measurements(rows_file(trajectory, None))
     return [
         (step, metric)
@@ -140,6 +152,23 @@ def unmeasured(
         for name, ids in groups.items()
         for metric in sorted(_missing(context, step, name, ids, rows))
     ]
+
+
+def _place(device: str | torch.device | None, sharded: bool, settings: MeasureSettings) -> tuple[Processes, OneDevice]:
+    """The processes of this launch, and where they put models."""
+    if device == "auto":
+        if sharded or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "device='auto' lays a model over the accelerators of one process; start one, or divide the model "
+                "among several with sharded=True (--sharded) and no device"
+            )
+        return Processes("cpu"), SeveralDevices()
+    processes = Processes(device, together=sharded)
+    if not sharded:
+        return processes, OneDevice(processes.device)
+    if settings.memory == "low":
+        raise UserError("settings: memory must be 'copy' with sharded=True (--sharded): the copy is divided as well")
+    return processes, Shards(processes.device)
 
 
 Plan = dict[int, dict[str, set[str]]]  # step -> group -> metric ids
@@ -161,7 +190,12 @@ def _plan(context: RunContext, wanted: list[str], steps: Any) -> Plan:
 
 
 def _measure_all(
-    contexts: list[RunContext], plans: list[Plan], files: list[Path], processes: Processes, show: bool
+    contexts: list[RunContext],
+    plans: list[Plan],
+    files: list[Path],
+    processes: Processes,
+    placement: OneDevice,
+    show: bool,
 ) -> None:
     processes.merge_parts(files)
     known = [read_measurements(file) for file in files]
@@ -172,7 +206,7 @@ def _measure_all(
             missing = {name: ids for name, ids in missing.items() if ids}
             if missing:
                 work.append((index, step, missing))
-    share = processes.share(work)
+    share = processes.share(placement.same(work))
     total = sum(GROUPS[name].evaluations(contexts[i].settings) for i, _, groups in share for name in groups)
     unwritable: dict[int, UserError] = {}
     with Progress(total, show and processes.first) as bar:
@@ -187,12 +221,13 @@ def _measure_all(
                 at.vectors_wanted = context.settings.pca.count
             earlier = {index: at}
             old = {row.key: row for row in known[index]}
+            part = processes.part(files[index])
             for name, ids in groups.items():
                 bar.start(f"{context.trajectory.run.name} {step} {name}", GROUPS[name].evaluations(context.settings))
                 rows = [_measurement(context, step, row) for row in _rows(at, name, ids)]
                 rows = [row for row in rows if row.key not in old or row.to_line() != old[row.key].to_line()]
                 try:
-                    append_measurements(processes.part(files[index]), rows)
+                    placement.agreed(partial(append_measurements, part, rows if processes.writes else []))
                 except UserError as error:
                     unwritable[index] = error
                     break
@@ -213,13 +248,11 @@ def _missing(context: RunContext, step: int, group: str, ids: set[str], rows: li
 def _rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
     """The group's rows; a fault becomes null rows with its reason, and the other groups go on."""
     try:
-        rows = GROUPS[group].compute(at, ids)
+        rows = at.run.placement.agreed(lambda: GROUPS[group].compute(at, ids))
     except FAULTS as error:
-        known = isinstance(error, ValueError)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = UNDEFINED + reason if isinstance(error, UndefinedError) else reason
-        reason = reason if known else f"{type(error).__name__}: {reason}"
-        return [Row(metric=m, settings=_request(at, group, m), reason=reason[:500]) for m in sorted(ids)]
+        if getattr(error, "halfway", False):
+            at.forget_models()
+        return [Row(metric=m, settings=_request(at, group, m), reason=reason_of(error)) for m in sorted(ids)]
     return [row if row.value == row.value or row.reason else _unexplained(row) for row in rows]
 
 

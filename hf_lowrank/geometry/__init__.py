@@ -37,6 +37,7 @@ from .spectra import (
     tail_exponent,
 )
 from .statistics import Estimate
+from .team import Team
 
 __all__ = [
     "Curve",
@@ -46,6 +47,7 @@ __all__ = [
     "Layout",
     "Permutations",
     "RankOne",
+    "Team",
     "TokenLoss",
     "activation_similarity",
     "causal_lm_hidden_states",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import returning_input
+from .team import Team
 
 
 @dataclass(frozen=True)
@@ -142,13 +143,16 @@ def activation_similarity(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     hidden_states: HiddenStates = causal_lm_hidden_states,
+    team: Team | None = None,
 ) -> list[LayerSimilarity]:
     """Distance, cosine and CKA of two models' hidden states over all unmasked positions, for every layer.
 
     Args:
-        model, base: in eval mode, on one device.
+        model, base: in eval mode; sums are kept where the batches are.
         batches: pairs (ids, mask) of (B, T); mask 1 for tokens, 0 for padding.
         hidden_states: (model, ids, mask) -> tensors (B, T, H), as many for both models.
+        team: the processes that hold both models together. Each takes its share of a batch's sequences, and keeps
+            the sums of every `team.size`-th layer, to which all bring their hidden states.
 
     Raises:
         ValueError: layers differ in number or size, there is no unmasked position, or a value is not finite.
@@ -157,20 +161,48 @@ def activation_similarity(
     positions = 0
     for ids, mask in batches:
         rows = mask.flatten() == 1
-        ours, theirs = list(hidden_states(model, ids, mask)), list(hidden_states(base, ids, mask))
+        mine = (ids, mask) if team is None else (team.share(ids), team.share(mask))
+        ours, theirs = list(hidden_states(model, *mine)), list(hidden_states(base, *mine))
         if len(ours) != len(theirs):
             raise ValueError(f"the models must have as many layers, got {len(ours)} and {len(theirs)} hidden states")
         layers = layers or [_Layer() for _ in ours]
         positions += int(rows.sum())
         for index, layer in enumerate(layers):
-            x, y = (states[index].flatten(0, 1)[rows] for states in (ours, theirs))
-            if x.shape != y.shape:
-                raise ValueError(f"hidden states {index} must have one size, got {x.shape[1]} and {y.shape[1]}")
-            layer.update(x, y)
-            ours[index] = theirs[index] = rows[:0]  # let go of what is summed up
+            sizes = [states[index].shape[-1] for states in (ours, theirs)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"hidden states {index} must have one size, got {sizes[0]} and {sizes[1]}")
+            x, y = (_gathered(states[index], index, ids.shape[0], team) for states in (ours, theirs))
+            if x is not None and y is not None:
+                layer.update(*(side.flatten(0, 1).to(rows.device)[rows] for side in (x, y)))
+            ours[index] = theirs[index] = x = y = rows[:0]  # let go of what is summed up
     if positions == 0:
         raise ValueError("there is no unmasked position to compare")
-    return [layer.result(index, positions) for index, layer in enumerate(layers)]
+    if team is None:
+        return [layer.result(index, positions) for index, layer in enumerate(layers)]
+    return _results(layers, positions, team)
+
+
+def _gathered(states_BTH: Tensor, layer: int, length: int, team: Team | None) -> Tensor | None:
+    """The hidden states of all of a batch, at the process that sums up this layer; None at the others."""
+    return states_BTH if team is None else team.join_at(layer % team.size, states_BTH, length)
+
+
+def _results(layers: Sequence[_Layer], positions: int, team: Team) -> list[LayerSimilarity]:
+    """Every process's results on all of them; an error of one is raised on all."""
+    own: list[LayerSimilarity | ValueError] = []
+    for index in team.own(range(len(layers))):
+        try:
+            own.append(layers[index].result(index, positions))
+        except ValueError as error:
+            own.append(error)
+    shared = team.exchange(own)
+    results: list[LayerSimilarity] = []
+    for index in range(len(layers)):
+        result = shared[index % team.size][index // team.size]
+        if isinstance(result, ValueError):
+            raise result
+        results.append(result)
+    return results
 
 
 class _Layer:

@@ -2,7 +2,8 @@
 
 A parameter is seen as a matrix of rows (its first dimension) by columns (the rest); one-dimensional ones are a
 single row. A block is a range of whole rows. Random numbers are drawn on the CPU from a generator of their own for
-each (seed, draw, parameter), so they depend on neither device nor order.
+each (seed, draw, parameter, block), so they depend on neither device nor order, nor on how a parameter is divided
+among processes: each of them draws the blocks that it holds rows of.
 """
 
 from __future__ import annotations
@@ -10,20 +11,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from .parts import Part, as_rows, local, norms, part_of, summed, whole
 from .spectra import singular_vectors
+from .team import Team
 
 Normalize = Literal["none", "tensor", "filter"]
 BLOCK_ENTRIES = 2**18
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """A view of a parameter as (rows, columns); one-dimensional ones are one row."""
-    return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(tensor.shape[0], -1)
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -42,13 +41,18 @@ def keyed_generator(*key: object) -> torch.Generator:
 class Direction(Protocol):
     """A direction `d` in the space of a model's parameters."""
 
-    def block(self, name: str, parameter_RC: Tensor, start: int, stop: int) -> Tensor | None:
+    def block(self, name: str, parameter_RC: Tensor | Part, start: int, stop: int) -> Tensor | None:
         """d's entries (stop − start, columns) on rows of one parameter, on its device; None where `d` is 0.
 
-        `parameter_RC` is the unperturbed parameter as rows; `start` and `stop` are one of its `row_blocks`. The
-        caller may write into the result.
+        `parameter_RC` is the unperturbed parameter as rows; `start` and `stop` are one of its `row_blocks`. Of a
+        parameter that is divided among processes it is the `Part` held here, and only the entries in that part are
+        wanted. The caller may write into the result.
         """
         ...
+
+
+def _seen(parameter_RC: Tensor | Part) -> Part:
+    return parameter_RC if isinstance(parameter_RC, Part) else part_of(parameter_RC)
 
 
 @dataclass
@@ -64,23 +68,24 @@ class Gaussian:
     normalize: Normalize = "none"
     _norms: dict[str, float] = field(default_factory=dict, repr=False)
 
-    def block(self, name: str, parameter_RC: Tensor, start: int, stop: int) -> Tensor | None:
-        if self.normalize != "none" and parameter_RC.shape[0] == 1:
+    def block(self, name: str, parameter_RC: Tensor | Part, start: int, stop: int) -> Tensor | None:
+        part = _seen(parameter_RC)
+        if self.normalize != "none" and part.shape[0] == 1:
             return None
-        block = self._noise(name, start, stop, parameter_RC.shape[1]).to(parameter_RC.device)
+        block = part.cut(self._noise(name, start, stop, part.shape[1]), start).to(part.device)
         if self.normalize == "filter":
-            return _scale_rows(block, parameter_RC[start:stop])
+            return _scale_rows(block, part.held_RC[part.rows(start, stop)])
         if self.normalize == "tensor":
-            block *= float(torch.linalg.vector_norm(parameter_RC)) / self._norm(name, parameter_RC)
+            block *= part.total_norm() / self._norm(name, part.shape)
         return block
 
     def _noise(self, name: str, start: int, stop: int, columns: int) -> Tensor:
         generator = keyed_generator(self.seed, self.draw, name, start)
         return torch.randn(stop - start, columns, generator=generator)
 
-    def _norm(self, name: str, parameter_RC: Tensor) -> float:
+    def _norm(self, name: str, shape: tuple[int, int]) -> float:
         if name not in self._norms:
-            rows, columns = parameter_RC.shape
+            rows, columns = shape
             noise = (self._noise(name, start, stop, columns) for start, stop in row_blocks(rows, columns))
             self._norms[name] = sum(float(block.double().square().sum()) for block in noise) ** 0.5 or 1.0
         return self._norms[name]
@@ -103,28 +108,43 @@ class RankOne:
     pairs: Mapping[str, tuple[Tensor, Tensor]]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     normalize: Normalize = "none"
+    _norms: Mapping[str, float] = field(default_factory=dict, repr=False)
 
-    def block(self, name: str, parameter_RC: Tensor, start: int, stop: int) -> Tensor | None:
+    def __post_init__(self) -> None:
+        # Here, where every process comes by: blocks are asked for where they lie.
+        if self.normalize != "none":
+            self._norms = norms({name: t for name, t in self.tensors.items() if isinstance(t, DTensor)})
+
+    def block(self, name: str, parameter_RC: Tensor | Part, start: int, stop: int) -> Tensor | None:
         if name not in self.pairs and name not in self.tensors:
             return None
-        block = self._block(name, parameter_RC, start, stop)
-        if self.normalize == "tensor":
-            block *= float(torch.linalg.vector_norm(parameter_RC)) / (self._norm(name) or 1.0)
+        part = _seen(parameter_RC)
+        block = self._block(name, part, start, stop)
+        if self.normalize == "tensor" or (self.normalize == "filter" and not part.whole_rows):
+            block *= part.total_norm() / (self._norm(name) or 1.0)
         elif self.normalize == "filter":
-            _scale_rows(block, parameter_RC[start:stop])
+            _scale_rows(block, part.held_RC[part.rows(start, stop)])
         return block
 
-    def _block(self, name: str, parameter_RC: Tensor, start: int, stop: int) -> Tensor:
+    def _block(self, name: str, part: Part, start: int, stop: int) -> Tensor:
         if name in self.pairs:
-            u, v = self.pairs[name]
-            return torch.outer(u[start:stop].to(parameter_RC), v.to(parameter_RC))
-        return as_rows(self.tensors[name])[start:stop].to(parameter_RC, copy=True)
+            u, v = (vector.to(part.held_RC) for vector in self.pairs[name])
+            rows = part.rows(start, stop)
+            return torch.outer(u[rows.start + part.row : rows.stop + part.row], v)
+        return _there(self.tensors[name], part, start, stop)
 
     def _norm(self, name: str) -> float:
         if name in self.pairs:
             u, v = self.pairs[name]
             return float(torch.linalg.vector_norm(u) * torch.linalg.vector_norm(v))
-        return float(torch.linalg.vector_norm(self.tensors[name]))
+        return self._norms[name] if name in self._norms else float(torch.linalg.vector_norm(self.tensors[name]))
+
+
+def _there(tensor: Tensor, part: Part, start: int, stop: int) -> Tensor:
+    """A copy of rows start … stop of `tensor`, which is divided as the parameter is or whole, that lie in `part`."""
+    if isinstance(tensor, DTensor):
+        return part_of(tensor).held_RC[part.rows(start, stop)].to(part.held_RC, copy=True)
+    return part.cut(as_rows(tensor)[start:stop], start).to(part.held_RC, copy=True)
 
 
 @dataclass
@@ -133,8 +153,9 @@ class Difference:
 
     end: Mapping[str, Tensor]
 
-    def block(self, name: str, parameter_RC: Tensor, start: int, stop: int) -> Tensor | None:
-        return as_rows(self.end[name])[start:stop].to(parameter_RC, copy=True).sub_(parameter_RC[start:stop])
+    def block(self, name: str, parameter_RC: Tensor | Part, start: int, stop: int) -> Tensor | None:
+        part = _seen(parameter_RC)
+        return _there(self.end[name], part, start, stop).sub_(part.held_RC[part.rows(start, stop)])
 
 
 def weight_pca_directions(
@@ -155,16 +176,11 @@ def weight_pca_directions(
         normalize: see `RankOne`.
         known: (u (M, ≥K), v (N, ≥K)) of matrices that are decomposed already, by parameter name.
     """
-    vectors: dict[str, tuple[Tensor, Tensor]] = {}
-    own: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            own[name] = parameter.detach().clone()
-        elif known is not None and name in known:
-            vectors[name] = known[name]
-        else:
-            _, u, v = singular_vectors(as_rows(parameter.detach()), count)
-            vectors[name] = (u.float(), v.float())
+    known = known or {}
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    own = {name: parameter.clone() for name, parameter in parameters.items() if parameter.ndim < 2}
+    unknown = {name: p for name, p in parameters.items() if name not in own and name not in known}
+    vectors = {**_vectors(unknown, count), **{name: known[name] for name in parameters if name in known}}
     return [
         RankOne(
             {name: (u[:, k], v[:, k]) for name, (u, v) in vectors.items() if k < u.shape[1]},
@@ -173,6 +189,42 @@ def weight_pca_directions(
         )
         for k in range(count)
     ]
+
+
+def _vectors(matrices: Mapping[str, Tensor], count: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """(u, v) of matrices by name, float32; those that are divided among processes are shared out.
+
+    Raises:
+        ValueError, RuntimeError: a matrix cannot be decomposed; on all processes, whichever it belonged to.
+    """
+
+    def of(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        _, u, v = singular_vectors(as_rows(matrix), count)
+        return u.float(), v.float()
+
+    divided = {name: matrix for name, matrix in matrices.items() if isinstance(matrix, DTensor)}
+    found = {name: of(matrix) for name, matrix in matrices.items() if name not in divided}
+    if not divided:
+        return found
+    team = Team(next(iter(divided.values())).device_mesh.get_group())
+    names = list(divided)
+    for start in range(0, len(names), team.size):
+        batch = names[start : start + team.size]
+        mine: Tensor | None = None
+        for owner, name in enumerate(batch):
+            matrix = whole(divided[name])
+            mine = matrix if owner == team.rank else mine
+        pair: Any = None
+        try:
+            if mine is not None:
+                pair = tuple(vectors.cpu() for vectors in of(mine))
+        except (ValueError, RuntimeError) as error:
+            pair = error
+        for name, outcome in zip(batch, team.exchange(pair), strict=False):
+            if isinstance(outcome, Exception):
+                raise outcome
+            found[name] = outcome
+    return found
 
 
 def trajectory_pca_directions(
@@ -191,9 +243,11 @@ def trajectory_pca_directions(
     names = list(names)
     gram = torch.zeros(len(states), len(states), dtype=torch.float64)
     for name in names:
-        flat = torch.stack([state[name].flatten().float() for state in states]).double()
+        flat = torch.stack([local(state[name]).flatten().float() for state in states]).double()
         flat -= flat.mean(0)
         gram += (flat @ flat.mT).cpu()
+    if names:
+        gram = summed(gram, states[0][names[0]])
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     directions = []

@@ -3,6 +3,8 @@
 Two ways, with the same numbers: `memory="copy"` keeps a second set of weights and writes every point into the
 model; `memory="low"` leaves the weights alone and lets a layer's perturbed weights exist, block by block, only
 while that layer runs.
+
+Of a model that processes hold together (FSDP2) each moves its part of every parameter, by the first way.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from .directions import Direction, as_rows, row_blocks
+from .directions import Direction, row_blocks
+from .parts import Part, as_rows, local, norms, part_of
 
 Memory = Literal["copy", "low"]
 Point = Sequence[tuple[Direction, float]]
@@ -30,7 +34,7 @@ def movable(model: nn.Module, *, memory: Memory = "copy") -> Iterator[Callable[[
 
     Raises:
         ValueError: a parameter is neither float32 nor float64 (lower precision swallows the perturbation), or
-            `memory` is unknown.
+            `memory` is unknown, or "low" for a model that is divided among processes.
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -39,6 +43,8 @@ def movable(model: nn.Module, *, memory: Memory = "copy") -> Iterator[Callable[[
             raise ValueError(f"parameters must be contiguous to be perturbed, {name} is not")
     if memory not in ("copy", "low"):
         raise ValueError(f"memory must be 'copy' or 'low', got {memory!r}")
+    if memory == "low" and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError("memory must be 'copy' where a model is divided among processes: the copy is divided with it")
     training = model.training
     model.eval()
     mover = _Copy(model) if memory == "copy" else _Virtual(model)
@@ -69,14 +75,17 @@ class _Copy:
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters())
-        self.originals = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        divided = norms({name: p.detach() for name, p in self.parameters.items() if isinstance(p, DTensor)})
+        self.originals = {
+            name: part_of(parameter.detach().clone(), divided.get(name)) for name, parameter in self.parameters.items()
+        }
 
     @torch.no_grad()
     def move(self, point: Point) -> None:
         for name, parameter in self.parameters.items():
-            original = self.originals[name]
-            parameter.copy_(original)
-            add_point(name, as_rows(parameter), as_rows(original), point)
+            original, target_RC = self.originals[name], as_rows(local(parameter))
+            target_RC.copy_(original.held_RC)
+            add_point(name, target_RC, original, point)
 
     def check(self) -> None:
         """Nothing can be missed: every parameter is written."""
@@ -85,15 +94,17 @@ class _Copy:
         self.move(())
 
 
-def add_point(name: str, target_RC: Tensor, original_RC: Tensor, point: Point) -> None:
-    """`target += Σ t·d` in place."""
-    for start, stop in row_blocks(*original_RC.shape) if point else ():
-        _add_block(name, target_RC[start:stop], original_RC, (start, stop), point)
+def add_point(name: str, target_RC: Tensor, original: Part, point: Point) -> None:
+    """`target += Σ t·d` in place, on the part of the parameter that is here."""
+    for start, stop in row_blocks(*original.shape) if point else ():
+        target = target_RC[original.rows(start, stop)]
+        if target.numel():
+            _add_block(name, target, original, (start, stop), point)
 
 
-def _add_block(name: str, target: Tensor, original_RC: Tensor, rows: tuple[int, int], point: Point) -> None:
+def _add_block(name: str, target: Tensor, original: Part, rows: tuple[int, int], point: Point) -> None:
     for direction, t in point:
-        block = direction.block(name, original_RC, *rows) if t else None
+        block = direction.block(name, original.handed, *rows) if t else None
         if block is not None:
             target.add_(block, alpha=t)
 
@@ -117,7 +128,7 @@ class _Virtual:
         self.point: Point = ()
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.handles: list[Any] = []
-        self.replaced: list[nn.Module] = []
+        self.replaced: dict[nn.Module, Callable | None] = {}  # with the forward that an instance had of its own
         self.held: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self.owners: dict[nn.Module, str] = {}
         self.ran: set[nn.Module] = set()
@@ -154,16 +165,19 @@ class _Virtual:
             self._release(next(iter(self.held)))
         for handle in self.handles:
             handle.remove()
-        for module in self.replaced:
+        for module, forward in self.replaced.items():
             module.__dict__.pop("forward", None)
             module.__dict__.pop("row_block", None)
+            if forward is not None:
+                module.__dict__["forward"] = forward
 
     def _replace(self, module: nn.Module, forward: Callable) -> None:
+        self.replaced[module] = module.__dict__.get("forward")
         module.__dict__["forward"] = forward
-        self.replaced.append(module)
 
     def _linear(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
+            x = x.to(module.weight.device)  # a model over several devices brings it there in the forward replaced here
             if not self.point:
                 return functional.linear(x, module.weight, module.bias)
             self.ran.add(module)
@@ -194,6 +208,7 @@ class _Virtual:
 
     def _embedding(self, module: nn.Embedding) -> Callable[[Tensor], Tensor]:
         def forward(ids: Tensor) -> Tensor:
+            ids = ids.to(module.weight.device)
             out = functional.embedding(ids, module.weight)
             if self.point:
                 self.ran.add(module)
@@ -210,12 +225,12 @@ class _Virtual:
         """A perturbed copy of one row block."""
         name, original = self.names[id(weight)], weight.detach()
         rows = original[start:stop].clone()
-        _add_block(name, rows, original, (start, stop), self.point)
+        _add_block(name, rows, part_of(original), (start, stop), self.point)
         return rows
 
     def _whole(self, parameter: Tensor) -> Tensor:
         copy = parameter.detach().clone()
-        add_point(self.names[id(parameter)], as_rows(copy), as_rows(parameter.detach()), self.point)
+        add_point(self.names[id(parameter)], as_rows(copy), part_of(parameter.detach()), self.point)
         return copy
 
     @torch.no_grad()
@@ -226,7 +241,7 @@ class _Virtual:
         kept = [(parameter, parameter.detach().clone()) for parameter in _own_parameters(module)]
         self.held[module] = kept
         for parameter, original in kept:
-            add_point(self.names[id(parameter)], as_rows(parameter), as_rows(original), self.point)
+            add_point(self.names[id(parameter)], as_rows(parameter), part_of(original), self.point)
 
     @torch.no_grad()
     def _release(self, module: nn.Module, *_: Any) -> None:

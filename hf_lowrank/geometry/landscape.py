@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .directions import Direction, Gaussian, Normalize, weight_pca_directions
 from .engine import Memory, movable
 from .losses import Loss
+from .parts import norms
 from .statistics import Estimate, jackknife_interval, mean_interval, student_quantile
 
 
@@ -59,9 +60,10 @@ def symmetric_grid(radius: float, steps: int) -> Tensor:
 
 def weight_scale(model: nn.Module) -> float:
     """Root-mean-square entry of the parameters with two or more dimensions (all, if there are none)."""
-    parameters = [p.detach() for p in model.parameters() if p.ndim >= 2] or [p.detach() for p in model.parameters()]
-    squares = sum(float(torch.linalg.vector_norm(p)) ** 2 for p in parameters)
-    return math.sqrt(squares / sum(p.numel() for p in parameters))
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = {name: p for name, p in parameters.items() if p.ndim >= 2} or parameters
+    squares = sum(norm**2 for norm in norms(parameters).values())
+    return math.sqrt(squares / sum(p.numel() for p in parameters.values()))
 
 
 def line_curve(

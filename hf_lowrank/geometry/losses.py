@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .team import Team
+
 Loss = Callable[[nn.Module], float]
 
 
@@ -32,6 +34,8 @@ class TokenLoss:
         vocabulary_chunk: rows of the output head whose logits exist at a time; None computes all logits at once
             where a batch of them takes less than 256 MiB. Chunks need a model with `get_output_embeddings()` whose
             logits are that head's plain output; any other model is measured whole.
+        team: the processes that hold the model together: each takes its share of a batch, which is of `batch_tokens`
+            for each of them; the sums are put together in the order of the sequences.
 
     Raises:
         ValueError: shapes do not fit, or no token is predicted.
@@ -44,6 +48,7 @@ class TokenLoss:
         *,
         batch_tokens: int = 4096,
         vocabulary_chunk: int | None = None,
+        team: Team | None = None,
     ) -> None:
         mask = torch.ones_like(input_ids_NT) if attention_mask_NT is None else attention_mask_NT
         if input_ids_NT.ndim != 2 or mask.shape != input_ids_NT.shape:
@@ -57,7 +62,8 @@ class TokenLoss:
         self.tokens = int(_predicted(self.attention_mask).sum())
         if self.tokens == 0:
             raise ValueError("the evaluation sequences predict no token: all are shorter than two tokens")
-        self.batch_size = max(1, batch_tokens // input_ids_NT.shape[1])
+        self.team = team
+        self.batch_size = max(1, batch_tokens // input_ids_NT.shape[1]) * (1 if team is None else team.size)
         self.vocabulary_chunk = vocabulary_chunk
         self._chunkable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -69,7 +75,7 @@ class TokenLoss:
     @torch.no_grad()
     def per_sequence(self, model: nn.Module) -> Tensor:
         """(N,) float64: summed negative log-likelihood of each sequence."""
-        return torch.cat([self._batch(model, ids, mask).cpu() for ids, mask in self.batches(model)])
+        return torch.cat([self._together(model, ids, mask) for ids, mask in self.batches(model)])
 
     def terms(self, model: nn.Module) -> Iterator[Tensor]:
         """The loss as differentiable scalars, one a batch, that sum to it; for gradients and Hessians."""
@@ -77,8 +83,8 @@ class TokenLoss:
             with torch.enable_grad():
                 logits = self._forward(model, ids, mask)[:, :-1].float()
                 flat = logits.reshape(-1, logits.shape[-1])
-                loss = functional.cross_entropy(flat, ids[:, 1:].reshape(-1), reduction="none")
-                yield (loss.view(ids.shape[0], -1) * _predicted(mask)).sum() / self.tokens
+                loss = functional.cross_entropy(flat, ids[:, 1:].reshape(-1).to(flat.device), reduction="none")
+                yield (loss.view(ids.shape[0], -1) * _predicted(mask).to(loss.device)).sum() / self.tokens
 
     def batches(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (ids, mask) on the model's device, of equal token count but for the last."""
@@ -87,6 +93,12 @@ class TokenLoss:
             rows = slice(start, start + self.batch_size)
             yield self.input_ids[rows].to(device), self.attention_mask[rows].to(device)
 
+    def _together(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+        if self.team is None:
+            return self._batch(model, ids, mask).cpu()
+        share = self._batch(model, self.team.share(ids), self.team.share(mask)).cpu()
+        return self.team.join(share, ids.shape[0])
+
     def _batch(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         targets, counted = ids[:, 1:], _predicted(mask)
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -94,12 +106,13 @@ class TokenLoss:
         if chunk is not None and self._is_plain(model, head, ids):
             with returning_input(head):
                 hidden = self._forward(model, ids, mask)[:, :-1]
-            loss = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), head, chunk)
+            with whole_root(model):
+                loss = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), head, chunk)
         else:
             logits = self._forward(model, ids, mask)[:, :-1].float()
             flat = logits.reshape(-1, logits.shape[-1])
-            loss = functional.cross_entropy(flat, targets.reshape(-1), reduction="none")
-        return (loss.view_as(targets).double() * counted).sum(1)
+            loss = functional.cross_entropy(flat, targets.reshape(-1).to(flat.device), reduction="none")
+        return (loss.view_as(targets).double() * counted.to(loss.device)).sum(1)
 
     def _forward(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         mask_argument = mask if self.padded else None
@@ -116,13 +129,14 @@ class TokenLoss:
     def _is_plain(self, model: nn.Module, head: Any, ids: Tensor) -> bool:
         """Whether the model's logits are its head's output; some cap or scale them. Tried once per model."""
         if model not in self._chunkable:
-            few = ids[:1, :8]
+            few = self.input_ids[:1, :8].to(ids.device)  # of a team, the same for all
             mask = torch.ones_like(few)
             expected = self._forward(model, few, mask)
             with returning_input(head):
                 hidden = self._forward(model, few, mask)
             same = hidden.shape[:-1] == expected.shape[:-1] and hidden.shape[-1] == head.weight.shape[1]
-            self._chunkable[model] = same and torch.allclose(head(hidden), expected, rtol=1e-4, atol=1e-5)
+            with whole_root(model):
+                self._chunkable[model] = same and torch.allclose(head(hidden), expected, rtol=1e-4, atol=1e-5)
         return self._chunkable[model]
 
 
@@ -135,6 +149,7 @@ def chunked_cross_entropy(hidden_NH: Tensor, targets_N: Tensor, head: Any, chunk
     rows = getattr(head, "row_block", None) or (
         lambda start, stop: (head.weight[start:stop], None if head.bias is None else head.bias[start:stop])
     )
+    hidden_NH, targets_N = hidden_NH.to(head.weight.device), targets_N.to(head.weight.device)
     total = hidden_NH.new_full((hidden_NH.shape[0],), -torch.inf, dtype=torch.float32)
     chosen = torch.zeros_like(total)
     for start in range(0, head.out_features, chunk):
@@ -145,6 +160,19 @@ def chunked_cross_entropy(hidden_NH: Tensor, targets_N: Tensor, head: Any, chunk
         chosen = torch.where(inside, logits.gather(1, index[:, None]).squeeze(1), chosen)
         total = torch.logaddexp(total, logits.logsumexp(1))
     return total - chosen
+
+
+@contextmanager
+def whole_root(model: Any) -> Iterator[None]:
+    """Within, what the root of a model that FSDP2 divides holds itself (embeddings, output head) is whole."""
+    divided = hasattr(model, "unshard")
+    if divided:
+        model.unshard()
+    try:
+        yield
+    finally:
+        if divided:
+            model.reshard()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hf_lowrank.geometry import TokenLoss, activation_similarity
+from hf_lowrank.geometry import activation_similarity
 from hf_lowrank.measuring.context import Row, StepContext
 from hf_lowrank.measuring.table import UNDEFINED
 
@@ -21,11 +21,8 @@ FIELDS = {
 def activation_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """A row for each layer (`hidden_states.0` is the embedding's output) and their mean for the model."""
     base = at.baseline_for_comparison()
-    chosen = at.run.sequences
-    batches = TokenLoss(
-        chosen.input_ids, chosen.attention_mask, batch_tokens=min(at.settings.batch_tokens, BATCH_TOKENS)
-    ).batches(at.model)
-    layers = activation_similarity(at.model, at.plain_baseline_model, batches)
+    batches = at.run.token_loss(min(at.settings.batch_tokens, BATCH_TOKENS)).batches(at.model)
+    layers = activation_similarity(at.model, at.plain_baseline_model, batches, team=at.run.placement.team)
     at.run.tick()
     rows = []
     for metric in sorted(wanted):

@@ -17,6 +17,8 @@ from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
 from hf_lowrank.geometry import Estimate, TokenLoss
+from hf_lowrank.measuring.faults import UndefinedError
+from hf_lowrank.measuring.placement import OneDevice, parameters_of
 from hf_lowrank.measuring.settings import MeasureSettings
 from hf_lowrank.measuring.table import OWN_BASELINE
 
@@ -42,10 +44,6 @@ class Row:
         return cls(metric=metric, value=value, ci_low=low, ci_high=high, n=draws, **rest)
 
 
-class UndefinedError(UserError):
-    """The quantity has no meaning for this run; the message says why, and trying again will not help."""
-
-
 @dataclass
 class RunContext:
     """One run under measurement, and the run that it is compared with.
@@ -54,14 +52,14 @@ class RunContext:
         trajectory, baseline: the runs; `baseline` None where there is none.
         settings: how to measure.
         evaluation: the given held-out sequences; None: the run's own.
-        device: where models are evaluated.
+        placement: where models lie.
         no_baseline: why there is no baseline.
         tick: called once for each evaluation of a loss.
     """
 
     trajectory: Trajectory
     settings: MeasureSettings
-    device: torch.device
+    placement: OneDevice
     evaluation: EvaluationSet | None = None
     baseline: Trajectory | None = None
     no_baseline: str | None = None
@@ -83,8 +81,12 @@ class RunContext:
     @cached_property
     def loss(self) -> TokenLoss:
         """The loss of the run."""
+        return self.token_loss(self.settings.batch_tokens)
+
+    def token_loss(self, batch_tokens: int) -> TokenLoss:
+        """The loss on the run's sequences, so many tokens at a time."""
         chosen = self.sequences
-        return TokenLoss(chosen.input_ids, chosen.attention_mask, batch_tokens=self.settings.batch_tokens)
+        return TokenLoss(chosen.input_ids, chosen.attention_mask, batch_tokens=batch_tokens, team=self.placement.team)
 
     def finite_loss(self, model: torch.nn.Module, where: str) -> float:
         """The model's loss.
@@ -102,11 +104,6 @@ class RunContext:
     def evaluated_on(self) -> dict[str, Any]:
         """What a measurement of a loss stores about its sequences."""
         return {"evaluation": self.sequences.fingerprint[:16], "sequences": len(self.sequences)}
-
-
-def parameters_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, tied ones once, without their graph."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def size_of(trajectory: Trajectory) -> str:
@@ -164,9 +161,8 @@ class StepContext:
 
     @cached_property
     def model(self) -> Any:
-        """The checkpoint's model on the device, float32, eval."""
-        model: torch.nn.Module = self.trajectory.model(self.step)
-        return model.to(self.run.device)
+        """The checkpoint's model in its place, float32, eval."""
+        return self.run.placement.model(self.trajectory, self.step)
 
     @cached_property
     def center(self) -> float:
@@ -176,22 +172,20 @@ class StepContext:
     @cached_property
     def previous_weights(self) -> dict[str, Tensor]:
         """The parameters of the checkpoint before, by name."""
-        return parameters_of(self.trajectory.model(self.previous_step))
+        return self.run.placement.weights(self.trajectory, self.previous_step)
 
     @cached_property
     def previous_center(self) -> float:
         """The loss of the checkpoint before."""
-        model: torch.nn.Module = self.trajectory.model(self.previous_step)
-        return self.run.finite_loss(model.to(self.run.device), self.trajectory.where(self.previous_step))
+        model = self.run.placement.model(self.trajectory, self.previous_step)
+        return self.run.finite_loss(model, self.trajectory.where(self.previous_step))
 
     @cached_property
     def dense_model(self) -> Any:
-        """The checkpoint as the plain architecture with dense weights, on the device."""
+        """The checkpoint as the plain architecture with dense weights, in its place."""
         if self.trajectory.dense_weight_kind != "exact":
             raise UndefinedError("the layers are not linear and have no dense weights to interpolate")
-        if not hasattr(self.model, "to_dense"):
-            return self.model
-        return self.model.to_dense().eval()
+        return self.run.placement.dense_model(self.trajectory, self.step, self.model)
 
     def baseline_for_comparison(self) -> Trajectory:
         """The baseline, after what would make a comparison meaningless is ruled out.
@@ -222,24 +216,28 @@ class StepContext:
 
     @cached_property
     def plain_baseline_model(self) -> Any:
-        """The baseline's model of this step, on the device."""
-        base = self.baseline_for_comparison()
-        model: torch.nn.Module = base.model(self.step)
-        return model.to(self.run.device)
+        """The baseline's model of this step, in its place."""
+        return self.run.placement.model(self.baseline_for_comparison(), self.step)
 
     @cached_property
     def baseline_model(self) -> Any:
-        """The baseline's model of this step with dense weights, on the device."""
+        """The baseline's model of this step with dense weights, in its place."""
         base, model = self.baseline_for_comparison(), self.plain_baseline_model
         if base.dense_weight_kind != "exact":
             raise UndefinedError(f"the baseline {base.run.name} has no dense weights to interpolate")
-        return model.to_dense().eval() if hasattr(model, "to_dense") else model
+        return self.run.placement.dense_model(base, self.step, model)
 
     @cached_property
     def baseline_center(self) -> float:
         """The loss of the baseline at this step."""
         base = self.baseline_for_comparison()
         return self.run.finite_loss(self.plain_baseline_model, base.where(self.step))
+
+    def forget_models(self) -> None:
+        """Drops the models, so that they are loaded anew."""
+        for name in ("model", "dense_model", "plain_baseline_model", "baseline_model"):
+            self.__dict__.pop(name, None)
+        self.run.placement.let_go()
 
     def release(self, *, keep_weights: bool = False) -> None:
         """Drops what only this checkpoint needed; the next one may still want its weights and loss."""
@@ -248,6 +246,7 @@ class StepContext:
         for name in list(self.__dict__):
             if name not in ("run", "step", "previous_step", "center", "kept_weights", "vectors_wanted"):
                 del self.__dict__[name]
+        self.run.placement.let_go()
 
     @cached_property
     def target_values(self) -> dict[str, Tensor]:
@@ -255,8 +254,8 @@ class StepContext:
         from hf_lowrank.measuring.spectra import singular_values_of_targets, vectors_of_targets
 
         if not self.vectors_wanted:
-            return singular_values_of_targets(self.trajectory, self.step)
-        vectors = vectors_of_targets(self.trajectory, self.step, self.vectors_wanted)
+            return singular_values_of_targets(self.trajectory, self.step, self.run.placement.for_all)
+        vectors = vectors_of_targets(self.trajectory, self.step, self.vectors_wanted, self.run.placement.for_all)
         self._vectors = {name: (u.float(), v.float()) for name, (_, u, v) in vectors.items()}
         return {name: sigma for name, (sigma, _, _) in vectors.items()}
 

@@ -8,6 +8,7 @@ from hf_lowrank.measuring.context import Row, StepContext
 
 def hessian_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Top eigenvalue (its interval is the Lanczos residual's) and trace over all parameters."""
+    at.run.placement.check_whole("the Hessian")
     chosen = at.settings.hessian
     settings = {**chosen.request(), **at.run.evaluated_on}
     model = at.model.requires_grad_(True)
@@ -25,6 +26,7 @@ def hessian_rows(at: StepContext, wanted: set[str]) -> list[Row]:
 
 def critical_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Critical sharpness along the gradient on the held-out sequences."""
+    at.run.placement.check_whole("the gradient")
     model = at.model.requires_grad_(True)
     direction = gradient(model, at.run.loss.terms)
     value = critical_sharpness(

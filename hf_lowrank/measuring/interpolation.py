@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from hf_lowrank.geometry import Layout, interpolation_curve, loss_barrier, match_weights, path_grid, permute
-from hf_lowrank.measuring.context import Row, StepContext, UndefinedError, parameters_of
+from hf_lowrank.measuring.context import Row, StepContext
+from hf_lowrank.measuring.faults import UndefinedError
+from hf_lowrank.measuring.placement import parameters_of
 from hf_lowrank.measuring.spectra import first_checkpoint
 
 
@@ -44,6 +46,8 @@ def method_rows(at: StepContext, wanted: set[str]) -> list[Row]:
 def aligned_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """The barrier to the baseline after its hidden units are permuted to match (arXiv 2209.04836)."""
     base = at.baseline_for_comparison()
+    _check_dense(at)
+    at.run.placement.check_whole("matching hidden units")
     model = at.dense_model
     end = parameters_of(at.baseline_model)
     config = at.baseline_model.config.get_text_config()
@@ -57,8 +61,7 @@ def _method_rows(
     at: StepContext, end: Mapping[str, Tensor], baseline: str, wanted: set[str], settings: dict[str, Any]
 ) -> list[Row]:
     kind = "aligned_method" if any(metric.startswith("aligned") for metric in wanted) else "method"
-    if at.trajectory.dense_weight_kind != "exact":
-        raise UndefinedError("the layers are not linear and have no dense weights to interpolate")
+    _check_dense(at)
     positions = path_grid(at.settings.path.points, at.settings.path.low, at.settings.path.high)
     losses = interpolation_curve(
         at.dense_model,
@@ -70,6 +73,11 @@ def _method_rows(
         progress=at.run.tick,
     )
     return _barrier_rows(kind, positions, losses, wanted, settings, baseline)
+
+
+def _check_dense(at: StepContext) -> None:
+    if at.trajectory.dense_weight_kind != "exact":
+        raise UndefinedError("the layers are not linear and have no dense weights to interpolate")
 
 
 def _barrier_rows(

@@ -19,7 +19,8 @@ from hf_lowrank.geometry import (
     weight_pca_directions,
     weight_scale,
 )
-from hf_lowrank.measuring.context import Row, StepContext, UndefinedError, parameters_of
+from hf_lowrank.measuring.context import Row, StepContext
+from hf_lowrank.measuring.faults import UndefinedError
 
 
 def loss_rows(at: StepContext, wanted: set[str]) -> list[Row]:
@@ -92,7 +93,7 @@ def _pca_directions(at: StepContext, count: int) -> list[RankOne]:
         raise UndefinedError(
             f"{count} directions of a trajectory need {count + 1} checkpoints, there are {len(steps)}"
         )
-    states = [parameters_of(at.trajectory.model(step)) for step in steps]
+    states = [at.run.placement.weights(at.trajectory, step) for step in steps]
     return trajectory_pca_directions(states, states[0], count, normalize=chosen.normalize)[0]
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from hf_lowrank.errors import UserError
 from hf_lowrank.measuring.table import append_measurements, read_measurements
 
 T = TypeVar("T")
@@ -19,15 +20,30 @@ class Processes:
     """This process among those that measure together.
 
     Each writes what it measures into a part file beside the table; the first merges the parts, at the end and, for
-    those that a killed run left, at the beginning.
+    those that a killed run left, at the beginning. Where they hold models together, all do everything, and the first
+    writes.
+
+    Args:
+        device: where models are evaluated; None: accelerate's choice.
+        together: whether they hold models together.
+
+    Raises:
+        UserError: there are no several processes to hold models together.
     """
 
-    def __init__(self, device: str | torch.device | None = None) -> None:
+    def __init__(self, device: str | torch.device | None = None, *, together: bool = False) -> None:
+        if together and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise UserError(
+                "sharded=True (--sharded) divides every model among the processes of a launch, got one process; start "
+                "several with accelerate launch --num_processes N"
+            )
+        self.together = together
         self._state: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or device is None:
             from accelerate import PartialState
 
-            self._state = PartialState()
+            # On processors tensors travel by other means than between accelerators.
+            self._state = PartialState(cpu=together and device is not None and torch.device(device).type == "cpu")
         self.index = self._state.process_index if self._state is not None else 0
         self.count = self._state.num_processes if self._state is not None else 1
         self.device = torch.device(device) if device is not None else self._state.device
@@ -36,13 +52,20 @@ class Processes:
     def first(self) -> bool:
         return self.index == 0
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what it measures."""
+        return self.first or not self.together
+
     def share(self, work: Sequence[T]) -> list[T]:
         """This process's part of the work: consecutive items, so that neighbours share what they read."""
+        if self.together:
+            return list(work)
         return list(work[len(work) * self.index // self.count : len(work) * (self.index + 1) // self.count])
 
     def part(self, file: Path) -> Path:
         """Where this process writes rows of `file`."""
-        return file if self.count == 1 else file.with_name(f".{file.stem}-{self.index}.part.jsonl")
+        return file if self.count == 1 or self.together else file.with_name(f".{file.stem}-{self.index}.part.jsonl")
 
     def merge_parts(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -37,7 +38,11 @@ UPDATE: dict[str, Callable[[Tensor, Tensor], float]] = {
 }
 
 
-def singular_values_of_targets(trajectory: Trajectory, step: int) -> dict[str, Tensor]:
+# (work, items) -> what the work gives for each: over threads, or over processes too.
+ForAll = Callable[[Callable[[str], Any], Sequence[str]], list[Any]]
+
+
+def singular_values_of_targets(trajectory: Trajectory, step: int, for_all: ForAll = for_threads) -> dict[str, Tensor]:
     """Singular values (K,) float64 of every target's dense weight, from the factors where it is their product."""
 
     def one(module: str) -> Tensor:
@@ -46,19 +51,23 @@ def singular_values_of_targets(trajectory: Trajectory, step: int) -> dict[str, T
             return product_singular_values(*factors)
         return singular_values(trajectory.dense_weight(step, module))
 
-    return dict(zip(trajectory.targets, for_threads(one, trajectory.targets), strict=True))
+    return dict(zip(trajectory.targets, for_all(one, trajectory.targets), strict=True))
 
 
-def vectors_of_targets(trajectory: Trajectory, step: int, count: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def vectors_of_targets(
+    trajectory: Trajectory, step: int, count: int, for_all: ForAll = for_threads
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """(all σ (K,), u (M, count), v (N, count)) of every target's dense weight, from one decomposition."""
 
     def one(module: str) -> tuple[Tensor, Tensor, Tensor]:
         return singular_vectors(trajectory.dense_weight(step, module), count)
 
-    return dict(zip(trajectory.targets, for_threads(one, trajectory.targets), strict=True))
+    return dict(zip(trajectory.targets, for_all(one, trajectory.targets), strict=True))
 
 
-def singular_values_of_updates(trajectory: Trajectory, start: int, end: int) -> dict[str, Tensor]:
+def singular_values_of_updates(
+    trajectory: Trajectory, start: int, end: int, for_all: ForAll = for_threads
+) -> dict[str, Tensor]:
     """Singular values (K,) float64 of every target's change from one step to another."""
 
     def one(module: str) -> Tensor:
@@ -67,7 +76,7 @@ def singular_values_of_updates(trajectory: Trajectory, start: int, end: int) -> 
             return product_singular_values(*difference_factors(new, old))
         return singular_values(trajectory.dense_weight(end, module) - trajectory.dense_weight(start, module))
 
-    return dict(zip(trajectory.targets, for_threads(one, trajectory.targets), strict=True))
+    return dict(zip(trajectory.targets, for_all(one, trajectory.targets), strict=True))
 
 
 def weight_rows(at: StepContext, wanted: set[str]) -> list[Row]:
@@ -83,7 +92,7 @@ def update_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Metrics 11–13, against the checkpoint before."""
     if at.previous_step is None:
         return first_checkpoint(wanted)
-    deltas = singular_values_of_updates(at.trajectory, at.previous_step, at.step)
+    deltas = singular_values_of_updates(at.trajectory, at.previous_step, at.step, at.run.placement.for_all)
     values = {
         name: {m: measure(delta, at.target_values[name]) for m, measure in UPDATE.items()}
         for name, delta in deltas.items()
@@ -96,7 +105,7 @@ def total_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     first = at.trajectory.steps[0]
     if first == at.step:
         return first_checkpoint(wanted)
-    deltas = singular_values_of_updates(at.trajectory, first, at.step)
+    deltas = singular_values_of_updates(at.trajectory, first, at.step, at.run.placement.for_all)
     values = {
         name: {f"total_{m}": measure(delta, at.target_values[name]) for m, measure in UPDATE.items()}
         for name, delta in deltas.items()
@@ -108,7 +117,6 @@ def overlap_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Overlap of the top-k singular subspaces of W and of ΔW with the baseline's, mean of left and right."""
     base = at.baseline_for_comparison()
     count = at.settings.overlap.count
-    values: dict[str, dict[str, float]] = {name: {} for name in at.trajectory.targets}
 
     def overlap(ours: Tensor, theirs: Tensor) -> float:
         if not bool(ours.any()) or not bool(theirs.any()):
@@ -116,15 +124,18 @@ def overlap_rows(at: StepContext, wanted: set[str]) -> list[Row]:
         (_, u, v), (_, other_u, other_v) = singular_vectors(ours, count), singular_vectors(theirs, count)
         return (subspace_overlap(u, other_u) + subspace_overlap(v, other_v)) / 2
 
-    def one(name: str) -> None:
+    def one(name: str) -> dict[str, float]:
+        values = {}
         ours, theirs = (run.dense_weight(at.step, name) for run in (at.trajectory, base))
         if "weight_overlap" in wanted:
-            values[name]["weight_overlap"] = overlap(ours, theirs)
+            values["weight_overlap"] = overlap(ours, theirs)
         if "update_overlap" in wanted and at.previous_step in base.steps:
             ours = ours - at.trajectory.dense_weight(at.previous_step, name)
-            values[name]["update_overlap"] = overlap(ours, theirs - base.dense_weight(at.previous_step, name))
+            values["update_overlap"] = overlap(ours, theirs - base.dense_weight(at.previous_step, name))
+        return values
 
-    for_threads(one, at.trajectory.targets)
+    targets = at.trajectory.targets
+    values = dict(zip(targets, at.run.placement.for_all(one, targets), strict=True))
     settings = at.settings.overlap.request()
     rows = []
     if "update_overlap" in wanted and at.previous_step not in base.steps:

@@ -1,0 +1,36 @@
+"""What may go wrong with one metric of one checkpoint without ending the command, and how it is put down."""
+
+from __future__ import annotations
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.measuring.table import UNDEFINED
+
+FAULTS = (ValueError, RuntimeError, OSError, MemoryError, KeyError, AttributeError, TypeError, ArithmeticError)
+
+
+class UndefinedError(UserError):
+    """The quantity has no meaning for this run; the message says why, and trying again will not help."""
+
+
+class SharedFaultError(UserError):
+    """A fault that all processes know of; the message is the reason that rows give.
+
+    Attributes:
+        halfway: it may have left models in the middle of a forward pass.
+    """
+
+    def __init__(self, reason: str, *, halfway: bool) -> None:
+        super().__init__(reason)
+        self.halfway = halfway
+
+
+class LostProcessError(Exception):
+    """Processes that hold a model together cannot go on together; the message says why."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The reason of null rows."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UndefinedError):
+        reason = UNDEFINED + reason
+    return (reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}")[:500]
