@@ -16,11 +16,22 @@ from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.sharding import Sharding, check_divided_by_rows, local_part, sharding_of
 
 ADJUST_LR = ("original", "match_rms_adamw")
+NS_DTYPES = ("bfloat16", "float32")
+A, B, C = COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SMALLEST_NORM = 1e-7
 
 
-def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
-    """torch's Newton–Schulz iteration, which computes in bfloat16 and returns that."""
-    return _zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), steps, 1e-7)
+def orthogonalise(matrix: Tensor, steps: int, dtype: str = "bfloat16") -> Tensor:
+    """Newton–Schulz: the matrix with its singular values brought near one, in `dtype`; torch's own in bfloat16."""
+    if dtype == "bfloat16":
+        return _zeropower_via_newtonschulz(matrix, COEFFICIENTS, steps, SMALLEST_NORM)
+    tall = matrix.shape[0] > matrix.shape[1]
+    work = matrix.float().T if tall else matrix.float()
+    work = work / work.norm().clamp(min=SMALLEST_NORM)
+    for _ in range(steps):
+        gram = work @ work.T
+        work = torch.addmm(work, torch.addmm(gram, gram, gram, beta=B, alpha=C), work, beta=A)
+    return work.T if tall else work
 
 
 class MuonAdamW(TargetedAdamW):
@@ -30,6 +41,8 @@ class MuonAdamW(TargetedAdamW):
         params: a model (its target modules get Muon), groups, or parameters.
         lr: of both; `adjust_lr_fn="match_rms_adamw"` makes one rate fit both (arXiv 2502.16982).
         momentum, nesterov, ns_steps, adjust_lr_fn: as in `torch.optim.Muon`.
+        ns_dtype: what Newton–Schulz computes in. Torch's "bfloat16" makes a hundredth of a difference in a gradient's
+            last digit, so that runs on other numbers of processes differ visibly; "float32" keeps them together.
 
     The other arguments are `ProjectedAdamW`'s.
     """
@@ -46,6 +59,7 @@ class MuonAdamW(TargetedAdamW):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
+        ns_dtype: str = "bfloat16",
         adjust_lr_fn: str = "match_rms_adamw",
         state_dtype: str = "parameter",
         stochastic_rounding: bool = False,
@@ -61,6 +75,7 @@ class MuonAdamW(TargetedAdamW):
             "momentum": momentum,
             "nesterov": nesterov,
             "ns_steps": ns_steps,
+            "ns_dtype": ns_dtype,
             "adjust_lr_fn": adjust_lr_fn,
             "adam_variant": "torch",
             "state_dtype": state_dtype,
@@ -91,7 +106,7 @@ class MuonAdamW(TargetedAdamW):
         return "Muon"
 
     def _choices(self) -> dict[str, tuple[str, ...]]:
-        return super()._choices() | {"adjust_lr_fn": ADJUST_LR}
+        return super()._choices() | {"adjust_lr_fn": ADJUST_LR, "ns_dtype": NS_DTYPES}
 
     def _bounds(self) -> dict[str, Bound]:
         return super()._bounds() | {
@@ -137,20 +152,19 @@ class MuonAdamW(TargetedAdamW):
         """Newton–Schulz of whole matrices, each by one process; every process gets its rows."""
         sharding = self._shardings[turn[0].param]
         if sharding is None:
-            return [
-                orthogonalise(update, entry.group["ns_steps"]) for entry, update in zip(turn, updates, strict=True)
-            ]
+            return [_direction(entry, update) for entry, update in zip(turn, updates, strict=True)]
         owners = list(range(len(turn)))
         shapes = [tuple(entry.param.shape) for entry in turn]
         wholes = sharding.to_owners(updates, owners, [rows for rows, _ in shapes])
-        done = {
-            i: orthogonalise(whole, turn[i].group["ns_steps"]).to(whole.dtype).contiguous()
-            for i, whole in wholes.items()
-        }
+        done = {i: _direction(turn[i], whole).to(whole.dtype).contiguous() for i, whole in wholes.items()}
         return sharding.from_owners(done, owners, shapes, updates[0])
 
     def _kept_dtype(self, key: str, value: Tensor, group: dict[str, Any], param: Tensor) -> torch.dtype:
         return param.dtype if key == "momentum_buffer" else super()._kept_dtype(key, value, group, param)
+
+
+def _direction(entry: Entry, update: Tensor) -> Tensor:
+    return orthogonalise(update, entry.group["ns_steps"], entry.group["ns_dtype"])
 
 
 def muon_groups(

@@ -87,6 +87,7 @@ class MuonSettings(OptimizerSettings):
     momentum: float = Field(0.95, ge=0, lt=1)
     nesterov: bool = True
     ns_steps: int = Field(5, ge=1)
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
 
 

@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_lowrank.optim import muon
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.subspaces import SUBSPACES
 from tests.distributed.processes import in_processes
@@ -24,22 +23,6 @@ EVERY = ["full-rank", *METHODS]
 # Both ways of storing a basis, both sides, channel scales, a limiter, whole blocks, a handed-round matrix.
 SOME = ["galore-randomized", "galore-full", "fira", "apollo-mini", "frugal", "frugal-blocks", "muon"]
 LOSS, WEIGHT = 1e-4, 2e-4
-
-
-@pytest.fixture(autouse=True)
-def float32_muon(monkeypatch):
-    """torch's Newton–Schulz computes in bfloat16, which makes 1e-2 of a last-digit difference in the momentum."""
-    monkeypatch.setattr(muon, "orthogonalise", newton_schulz)
-
-
-def newton_schulz(matrix, steps):
-    """The iteration of torch.optim.Muon, in the matrix's own type."""
-    work = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    work = work / work.norm().clamp(min=1e-7)
-    for _ in range(steps):
-        gram = work @ work.T
-        work = 3.4445 * work + (-4.7750 * gram + 2.0315 * gram @ gram) @ work
-    return work.T if matrix.shape[0] > matrix.shape[1] else work
 
 
 def trained(names, way, steps, rank=0, world=1):

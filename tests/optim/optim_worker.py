@@ -86,7 +86,7 @@ def parallel(folder, rank, world):
     ends = {}
     for name in METHOD_CASES:
         model = net(torch.float64)
-        optimizer = make(name, model)
+        optimizer = make(name, model, **({"ns_dtype": "float32"} if name == "muon" else {}))
         wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
         for step in range(9):
             optimizer.zero_grad()
