@@ -9,7 +9,7 @@ WITNESSES := $(shell sed -n '/^# witnesses/,$$p' constraints.txt | grep '==')
 # torch goes first and exactly pinned: left to the resolver it may bring another build than the tested one.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart test drill browser-test lint format bench wheel clean
+.PHONY: quickstart test drill audit browser-test lint format bench wheel clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/hf-lowrank study recipes/studies/quickstart.yaml --output $(RUNS)
@@ -20,6 +20,23 @@ test: $(VENV)/.installed-dev
 
 drill: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill
+
+# pip-audit gets an environment of its own: the pinned one stays as it is pinned. Its report is there only if it came to
+# an end, which tells advisories that were found from a service that was not reached.
+AUDIT := $(VENV)/audit
+audit: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest tests/test_dependencies.py
+	@rm -f $(AUDIT).json
+	@test -x $(AUDIT)/bin/pip-audit \
+		|| { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet --no-input pip-audit; } \
+			> /dev/null 2>&1 \
+		|| { echo "advisories not checked: pip-audit cannot be installed"; exit 0; }; \
+	if test -x $(AUDIT)/bin/pip-audit; then \
+		$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
+			--timeout 20 --format json --output $(AUDIT).json 2> $(AUDIT).log; status=$$?; \
+		if test -s $(AUDIT).json; then cat $(AUDIT).log; exit $$status; fi; \
+		echo "advisories not checked: $$(tail -n 1 $(AUDIT).log | cut -c 1-200)"; \
+	fi
 
 # Needs Chromium (on the path, or CHROMIUM=) and npm.
 browser-test: $(VENV)/.installed-dev
@@ -40,6 +57,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/geometry.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m benchmarks.distributed
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --no-isolation --outdir dist .
