@@ -3,14 +3,11 @@
 import io
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import socket
+from functools import partial
 
 import numpy as np
 import pytest
-from accelerate import PartialState
 from rich.console import Console
 from scipy.stats import binomtest
 
@@ -21,6 +18,7 @@ from hf_lowrank.downstream.figures import score_table
 from hf_lowrank.downstream.paired import mcnemar, paired_difference
 from hf_lowrank.downstream.scores import append_scores, bootstrap, item_file, read_item_scores
 from hf_lowrank.errors import UserError
+from tests.distributed.pairs import in_two, lose_one
 
 
 @pytest.fixture(scope="module")
@@ -207,33 +205,30 @@ def test_a_scored_group_has_one_row_of_its_own(run, tmp_path, monkeypatch, by_si
     evaluate(run, tasks=["pair"], steps=5, limit=60, output=tmp_path)
 
 
-def shared(runs, output, rank, port):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
-    )
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    PartialState._reset_state()
-    evaluate(runs, output=output, tasks="pylib_syntax,pylib_cloze", limit=24)
-
-
 def test_two_processes_give_the_rows_of_one(run, other_run, tmp_path):
-    fork = multiprocessing.get_context("fork")
     alone = evaluate([run, other_run], output=tmp_path / "alone", tasks="pylib_syntax,pylib_cloze", limit=24)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    children = [
-        fork.Process(target=shared, args=([run, other_run], tmp_path / "two", rank, port)) for rank in range(2)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode == 0
+    in_two(partial(evaluate, [run, other_run], output=tmp_path / "two", tasks="pylib_syntax,pylib_cloze", limit=24))
     together = evaluate([run, other_run], output=tmp_path / "two", tasks="pylib_syntax,pylib_cloze", limit=24)
     assert sorted(map(repr, together)) == sorted(map(repr, alone))
     assert len(alone) > 0
     assert not list((tmp_path / "two").rglob("*.part.jsonl"))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_command_with_what_it_had_written(run, other_run, tmp_path, lost):
+    tasks = {"tasks": "pylib_syntax,pylib_cloze", "limit": 24}
+    alone = evaluate([run, other_run], output=tmp_path / "alone", **tasks)
+    folder, names = tmp_path / "two", (run.name, other_run.name)
+    parts = [folder / name / f".downstream-{rank}.part.jsonl" for rank, name in enumerate(names)]
+    command = partial(evaluate, [run, other_run], output=folder, **tasks)
+    assert lose_one(command, lost, lambda: bool(read_scores(parts[lost]))) not in (0, None)
+    left = [set(map(repr, read_scores(part))) for part in parts]
+    shares = [{repr(row) for row in alone if row.run == name} for name in names]
+    assert left[lost] < shares[lost]
+    assert left[1 - lost] == shares[1 - lost]
+    assert not any((folder / name / "downstream.jsonl").exists() for name in names)
+    assert sorted(map(repr, command())) == sorted(map(repr, alone))
+    assert not list(folder.rglob("*.part.jsonl"))
 
 
 def test_parts_that_a_killed_process_left_are_merged(run, scored, tmp_path, monkeypatch):

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
 import time
+from functools import partial
 
 import pytest
-from accelerate import PartialState
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.measure import measure, read_measurements
+from tests.distributed.pairs import FORK, in_two, lose_one
 
 WANTED = {
     "metrics": "loss,random,spectra,step,method,activations",
     "settings": {"random": {"draws": 2, "steps": 1}, "path": {"points": 1}},
 }
-# Forked children start at once, with everything imported.
-FORK = multiprocessing.get_context("fork")
 
 
 def rows_of(runs):
@@ -34,25 +31,8 @@ def undisturbed(two_runs, tmp_path):
     return rows_of(output / run.name for run in two_runs)
 
 
-def shared(runs, rank, port):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
-    )
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    PartialState._reset_state()
-    measure(list(runs), **WANTED)
-
-
 def test_two_processes_give_the_same_rows_as_one(two_runs, undisturbed):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    children = [FORK.Process(target=shared, args=(two_runs, rank, port)) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode == 0
+    in_two(partial(measure, list(two_runs), **WANTED))
     got = rows_of(two_runs)
     assert got.keys() == undisturbed.keys()
     for key, (value, reason) in undisturbed.items():
@@ -60,6 +40,21 @@ def test_two_processes_give_the_same_rows_as_one(two_runs, undisturbed):
         assert (got[key][0] is None) == (value is None)
         assert value is None or got[key][0] == pytest.approx(value, rel=1e-5, abs=1e-7)
     assert not list(two_runs[0].glob(".measurements*"))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_command_with_what_it_had_written(two_runs, undisturbed, lost):
+    parts = [two_runs[rank] / f".measurements-{rank}.part.jsonl" for rank in range(2)]
+    ended = lose_one(partial(measure, list(two_runs), **WANTED), lost, lambda: len(read_measurements(parts[lost])) > 1)
+    assert ended not in (0, None)
+    left = [{row.key for row in read_measurements(part)} for part in parts]
+    shares = [{key for key in undisturbed if key[0] == run.name} for run in two_runs]
+    assert left[lost] < shares[lost]
+    assert left[1 - lost] == shares[1 - lost]
+    assert not any(read_measurements(run) for run in two_runs)
+    measure(list(two_runs), **WANTED)
+    assert rows_of(two_runs) == undisturbed
+    assert not any(part.exists() for part in parts)
 
 
 def test_killed_at_any_moment_and_started_again(two_runs, undisturbed):
