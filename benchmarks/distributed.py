@@ -112,7 +112,7 @@ def main() -> None:
     print(line(["case", "door", "way", "loss", "weight", "identical", "bytes at 4", "seconds"]))
     print("|---|---|---|---|---|---|---|---|")
     doors = {"accelerate": hand, "trainer": trainer}
-    jobs = [(case, door, way) for door in doors for way in WAYS for case in options.cases.split(",")]
+    jobs = [(case, door, way) for way in WAYS for door in doors for case in options.cases.split(",")]
     for case, door, way in (job for job in jobs if job not in known):
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:

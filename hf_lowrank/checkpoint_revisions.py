@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import whole_file
+from hf_lowrank.reading import parse_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Tried in this order when nobody says which revisions are checkpoints.
@@ -125,13 +126,13 @@ class RemoteTensors:
         self.bytes_read = 0
         stored = self._cache / "header.json"
         if stored.is_file():
-            known = json.loads(stored.read_text(encoding="utf-8"))
+            known = parse_json(stored.read_text(encoding="utf-8"))
             self._start, header = known["start"], known["header"]
         else:
             first = self._get(0, FIRST_BYTES)
             (length,) = struct.unpack("<Q", first[:8])
             data = first[8 : 8 + length] if 8 + length <= len(first) else self._get(8, 8 + length)
-            self._start, header = 8 + length, json.loads(data)
+            self._start, header = 8 + length, parse_json(data)
             with whole_file(stored) as file:
                 file.write_text(json.dumps({"start": self._start, "header": header}), encoding="utf-8")
         self._entries: dict[str, Any] = {name: entry for name, entry in header.items() if name != "__metadata__"}

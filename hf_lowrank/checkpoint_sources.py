@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -15,6 +14,7 @@ from hf_lowrank.checkpoint_revisions import INDEX, WEIGHTS, HubSource, RemoteTen
 from hf_lowrank.checksums import FILE_NAME as CHECKSUMS
 from hf_lowrank.checksums import lacks_checksums
 from hf_lowrank.errors import UserError
+from hf_lowrank.reading import parse_json
 
 STEP_FOLDER = re.compile(r"(?:checkpoint|(?:global_?)?step)[-_]?(\d+)")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[^@]+)?")
@@ -106,9 +106,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
         hint = f" ({other[0]} is a pickle, which is not read)" if other else ""
         raise UserError(f"{folder}: no {WEIGHTS} there{hint}; convert the checkpoint to safetensors")
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): folder / str(file) for name, file in names.items()}
-    except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise UserError(f"{index}: not a readable weight index: {_one_line(error)}") from None
     for file in sorted(set(files.values())):
         if file.parent != folder:
@@ -165,7 +165,7 @@ def _half_written(folder: Path) -> str | None:
 def _recorded_step(folder: Path) -> int:
     state = folder / "trainer_state.json"
     try:
-        return int(json.loads(state.read_text(encoding="utf-8"))["global_step"]) if state.is_file() else 0
+        return int(parse_json(state.read_text(encoding="utf-8"))["global_step"]) if state.is_file() else 0
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{state}: has no readable global_step: {_one_line(error)}") from None
 

@@ -5,7 +5,6 @@ Reads what is on disk or on the Hub and nothing else; knows neither training nor
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from hf_lowrank.checkpoint_weights import check_weights, read_config, skeleton
 from hf_lowrank.checksums import check_checksums, read_sealed_text
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
+from hf_lowrank.reading import parse_json, parse_plain_yaml
 from hf_lowrank.targets import target_modules
 
 Factors = tuple[Tensor, Tensor, float]
@@ -85,7 +85,7 @@ class Trajectory:
         if file is None:
             return RunInfo(self._source.name, "unknown", None, None)
         try:
-            recipe = yaml.safe_load(read_sealed_text(file))
+            recipe = parse_plain_yaml(read_sealed_text(file))
             method = recipe.get("method") or {}
             name = method.get("name", "unknown") if isinstance(method, dict) else str(method)
         except (yaml.YAMLError, AttributeError, OSError, ValueError) as error:
@@ -293,7 +293,7 @@ class Trajectory:
             state = self._source.file(step, "trainer_state.json")
             if state is not None:
                 try:
-                    return list(json.loads(state.read_text(encoding="utf-8"))["log_history"])
+                    return list(parse_json(state.read_text(encoding="utf-8"))["log_history"])
                 except (ValueError, KeyError, TypeError, OSError) as error:
                     raise UserError(f"{state}: not a readable trainer state: {_one_line(error)}") from None
         return []

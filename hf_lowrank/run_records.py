@@ -17,6 +17,7 @@ from hf_lowrank.checksums import check_checksums, lacks_checksums, read_sealed_t
 from hf_lowrank.downstream.scores import FILE_NAME as SCORES_FILE
 from hf_lowrank.downstream.scores import Score, read_scores
 from hf_lowrank.errors import UserError
+from hf_lowrank.reading import parse_json, parse_plain_yaml
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 _COLUMNS = ("step", "metric", "scope", "value", "ci_low", "ci_high", "n", "baseline", "settings", "reason")
@@ -120,7 +121,7 @@ def _number(value: object) -> float | None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON: {_one_line(error)}; remove or mend the file") from None
 
@@ -163,7 +164,7 @@ def read_rows(path: Path) -> tuple[Row, ...]:
         if not line.strip():
             continue
         try:
-            row = _row(unsealed(json.loads(line)))
+            row = _row(unsealed(parse_json(line)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if number == len(lines):  # no newline at its end: torn
                 break
@@ -279,7 +280,7 @@ def load_run(folder: str | os.PathLike[str]) -> RunRecord:
     recipe: Mapping[str, Any] = {}
     if recipe_file.is_file():
         try:
-            recipe = _mapping(recipe_file, yaml.safe_load(read_sealed_text(recipe_file)) or {})
+            recipe = _mapping(recipe_file, parse_plain_yaml(read_sealed_text(recipe_file)) or {})
         except UserError:
             raise
         except (OSError, ValueError, yaml.YAMLError) as error:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
+from hf_lowrank.reading import parse_json
 
 Verdict = Literal["reproduced", "contradicted", "undecided"]
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "contradicted", "undecided")
@@ -112,7 +113,7 @@ def read_claims(path: str | os.PathLike[str]) -> list[Claim]:
     file = Path(path)
     file = file / "claims.json" if file.is_dir() else file
     try:
-        content = unsealed(json.loads(file.read_text(encoding="utf-8")))
+        content = unsealed(parse_json(file.read_text(encoding="utf-8")))
         return [_claim(entry) for entry in content["claims"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         said = " ".join(str(error).split()) or type(error).__name__

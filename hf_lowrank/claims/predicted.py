@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from hf_lowrank.claims.claim import Claim, Detail, Verdict
 from hf_lowrank.claims.words import p_text
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import plain, significant
+from hf_lowrank.reading import parse_json
 
 TEST = (
     "Two ridge regressions on checkpoints, log-perplexity alone against log-perplexity and the metrics, judged on "
@@ -79,7 +79,7 @@ def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"{file}: no readable prediction ({said}); predict again") from None

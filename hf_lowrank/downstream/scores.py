@@ -16,6 +16,7 @@ import torch
 from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
+from hf_lowrank.reading import parse_json
 from hf_lowrank.rows import row_of
 
 FILE_NAME = "downstream.jsonl"
@@ -83,7 +84,7 @@ def read_scores(path: str | os.PathLike[str]) -> list[Score]:
     lines = file.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             # A score that is not a number is null in the file.
             content = unsealed(entry) if isinstance(entry, dict) else entry
             unknown = isinstance(entry, dict) and "value" in entry and entry["value"] is None
@@ -143,7 +144,7 @@ def read_item_scores(path: Path) -> list[dict[str, Any]]:
         UserError: they are not there.
     """
     try:
-        return [unsealed(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [unsealed(parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: no readable item scores: {error}; evaluate that checkpoint again") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import yaml
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.privacy import without_private
+from hf_lowrank.reading import parse_json, parse_plain_yaml
 
 DOWNSTREAM = "downstream.jsonl"
 
@@ -20,7 +20,7 @@ DOWNSTREAM = "downstream.jsonl"
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; empty where there is none."""
     try:
-        content = yaml.safe_load(without_private(path.read_text(encoding="utf-8")))
+        content = parse_plain_yaml(without_private(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -31,7 +31,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none or it is being written."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -103,7 +103,7 @@ def scores(run: Path) -> list[dict[str, Any]]:
     rows = []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and {"step", "task", "metric"} <= row.keys() and _number(row.get("value")):

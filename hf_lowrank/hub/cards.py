@@ -20,6 +20,7 @@ from hf_lowrank.hub.card_facts import last_checkpoint, log_history, loss_at, rea
 from hf_lowrank.hub.markdown import CONTROL, Markdown, fenced, render
 from hf_lowrank.hub.pictures import PICTURES
 from hf_lowrank.hub.privacy import without_private
+from hf_lowrank.reading import parse_plain_yaml
 
 __all__ = ["log_history", "loss_at", "metric_card", "model_card", "read_yaml", "step_card"]
 
@@ -293,7 +294,7 @@ def _taken_apart(previous: str | None) -> tuple[dict[str, Any], str]:
     body = previous[match.end() :] if match else previous
     if match:
         try:
-            parsed = yaml.safe_load(match[1])
+            parsed = parse_plain_yaml(match[1])
             metadata = parsed if isinstance(parsed, dict) else {}
         except yaml.YAMLError:
             metadata = {}

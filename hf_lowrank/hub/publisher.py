@@ -8,7 +8,6 @@ order, and the first one, go through a temporary branch `incoming-…` instead.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from hf_lowrank.hub.contents import (
 from hf_lowrank.hub.pictures import draw
 from hf_lowrank.hub.privacy import one_line, without_private
 from hf_lowrank.hub.repository import INCOMING, Repository
+from hf_lowrank.reading import parse_json
 
 Dense = Literal["beside", "instead"]
 STEP = re.compile(r"step-(\d+)")
@@ -154,7 +154,7 @@ class Publisher:
         return branches
 
     def _finished(self, job: Job, branch: str, files: Files) -> Files:
-        config = json.loads(files["config.json"].read())
+        config = parse_json(files["config.json"].read())
         card = cards.step_card(
             self.repository.repo_id, self.name, job.step, branch, config=config, recipe=self.recipe()
         )
@@ -166,7 +166,7 @@ class Publisher:
     @contextmanager
     def _dense_files(self, job: Job, trained: Files) -> Iterator[Files | None]:
         """The files with the model exported to the plain architecture; None where it is plain already."""
-        model_type = json.loads(trained["config.json"].read()).get("model_type")
+        model_type = parse_json(trained["config.json"].read()).get("model_type")
         if self.dense is None or model_type != "lowrank":
             yield None
             return

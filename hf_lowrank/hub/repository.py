@@ -7,7 +7,6 @@ there and does the rest.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from huggingface_hub.hf_api import RepoFile
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.contents import MANIFEST, Files, PushFile, is_ours
 from hf_lowrank.hub.privacy import one_line
+from hf_lowrank.reading import parse_json
 
 INCOMING = "incoming-"
 LOST_UPLOAD = "LFS pointer pointed to a file that does not exist"
@@ -127,7 +127,7 @@ class Repository:
         """What the revision says about itself; empty for one that somebody else made."""
         data = self.read(MANIFEST, commit)
         try:
-            content = json.loads(data) if data is not None else {}
+            content = parse_json(data) if data is not None else {}
         except ValueError:
             return {}
         return content if isinstance(content, dict) else {}

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from hf_lowrank.reading import parse_plain_yaml
 from hf_lowrank.report.colours import looks
 from hf_lowrank.report.standings import BASELINE
 from hf_lowrank.run_records import RunRecord
@@ -52,7 +53,7 @@ def baseline_of(runs: Sequence[RunRecord], study: Path | None) -> str:
     if file is None or not file.is_file():
         return BASELINE
     try:
-        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+        said = parse_plain_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         said = None
     wanted = said.get("baseline") if isinstance(said, Mapping) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from hf_lowrank.checksums import unsealed
 from hf_lowrank.errors import UserError
+from hf_lowrank.reading import parse_json
 
 Verdict = Literal["reproduced", "contradicted", "undecided"]
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "contradicted", "undecided")
@@ -102,7 +102,7 @@ def _content(path: Path, kind: type) -> Any:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         for entry in content if isinstance(content, list) else [content]:
             unsealed(entry if isinstance(entry, dict) else {})
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from hf_lowrank.measuring.groups import GROUPS
 from hf_lowrank.measuring.metrics import METRICS
 from hf_lowrank.measuring.plan import choose_steps
 from hf_lowrank.measuring.settings import resolve_settings
+from hf_lowrank.reading import parse_json
 from hf_lowrank.study import units
 from hf_lowrank.study.checks import saved_steps
 from hf_lowrank.study.layout import Attempt, Run, Study
@@ -296,7 +297,7 @@ def _disk(
 def read_timings(directory: Path) -> dict[str, float]:
     """Seconds that units of earlier calls took, by key."""
     try:
-        timings = json.loads((directory / TIMINGS).read_text(encoding="utf-8"))
+        timings = parse_json((directory / TIMINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {

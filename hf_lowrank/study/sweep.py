@@ -10,6 +10,7 @@ from typing import Any
 from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
+from hf_lowrank.reading import parse_json
 from hf_lowrank.study.layout import Study, is_swept
 from hf_lowrank.study.spec import StudyFile
 from hf_lowrank.training.pretrain import is_finished
@@ -23,7 +24,7 @@ def final_loss(run: Path) -> float:
     checkpoint = last_whole_checkpoint(run) if is_finished(run) else None
     if checkpoint is None:
         return math.nan
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = parse_json((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
     loss = float(losses[-1]) if losses else math.nan
     return loss if math.isfinite(loss) else math.nan
@@ -69,7 +70,7 @@ def chosen_rates(file: StudyFile, directory: Path) -> dict[str, float]:
     if file.settings.sweep is None or not path.is_file():
         return {}
     try:
-        rows = [unsealed(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        rows = [unsealed(row) for row in parse_json(path.read_text(encoding="utf-8"))]
         chosen = {row["member"]: float(row["learning_rate"]) for row in rows if row["chosen"]}
         tried: dict[str, set[float]] = {}
         for row in rows:

@@ -17,6 +17,7 @@ from typing import Any
 
 from hf_lowrank.errors import DivergedError, UserError
 from hf_lowrank.files import write_text
+from hf_lowrank.reading import parse_json
 from hf_lowrank.study.layout import Attempt, Run, Study
 from hf_lowrank.study.strangers import evaluation_of, is_whole, make_view, view_work
 from hf_lowrank.training.pretrain import is_finished
@@ -168,7 +169,7 @@ def _stamps(study: Study) -> dict[str, str]:
 def read_stamps(directory: Path) -> dict[str, str]:
     """Fingerprints of the inputs by stage, as they were when the results were computed."""
     try:
-        stamps = json.loads((directory / STAMPS).read_text(encoding="utf-8"))
+        stamps = parse_json((directory / STAMPS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return stamps if isinstance(stamps, dict) else {}

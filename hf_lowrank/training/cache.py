@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.reading import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _write_index(folder: Path) -> None:
 def _damage(folder: Path) -> str | None:
     """What is wrong with the folder's content, None where it is as it was written."""
     try:
-        files = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        files = parse_json((folder / INDEX).read_text(encoding="utf-8"))
         for name, (size, digest) in files.items():
             if (folder / name).stat().st_size != size:
                 return f"{name} has another length"

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
+from hf_lowrank.reading import parse_json
 
 FILE_NAME = "facts.json"
 
@@ -29,7 +30,7 @@ def read_facts(run: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return unsealed(json.loads(file.read_text(encoding="utf-8")))
+        return unsealed(parse_json(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(

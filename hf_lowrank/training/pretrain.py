@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -35,6 +34,7 @@ from hf_lowrank.files import refusal_of, write_text
 from hf_lowrank.locks import locked
 from hf_lowrank.memory.recorder import memory_recorder
 from hf_lowrank.optim.engines import refuse_engines
+from hf_lowrank.reading import parse_json
 from hf_lowrank.training.callbacks import (
     Checksums,
     FinalCheckpoint,
@@ -239,7 +239,7 @@ def _first_difference(theirs: Any, ours: Any, key: str = "") -> str | None:
 
 
 def _is_finished(checkpoint: Path) -> bool:
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = parse_json((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return state["global_step"] >= state["max_steps"]
 
 

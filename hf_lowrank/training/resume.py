@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import struct
@@ -10,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 from hf_lowrank.checksums import damage_by_checksums
+from hf_lowrank.reading import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,10 @@ def _checkpoints(run: Path) -> list[Path]:
 def damage_of(checkpoint: Path) -> str | None:
     """Why Trainer cannot continue from `checkpoint`, None where it can."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = parse_json((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if state["global_step"] != step_of(checkpoint):
             return f"trainer_state.json says step {state['global_step']}"
-        json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        parse_json((checkpoint / "config.json").read_text(encoding="utf-8"))
         for file in _weight_files(checkpoint):
             _check_safetensors(file)
         random_states = sorted(checkpoint.glob("rng_state*.pth"))
@@ -76,7 +76,7 @@ def _weight_files(checkpoint: Path) -> list[Path]:
     index = checkpoint / "model.safetensors.index.json"
     if not index.exists():
         return [checkpoint / "model.safetensors"]
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    shards = parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()
     return [checkpoint / name for name in sorted(set(shards))]
 
 
@@ -86,7 +86,7 @@ def _check_safetensors(file: Path) -> None:
         size = file.stat().st_size
         if length > size - 8:
             raise ValueError(f"{file.name} ends within its header")
-        header = json.loads(opened.read(length))
+        header = parse_json(opened.read(length))
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     expected = 8 + length + max(ends, default=0)
     if size != expected:

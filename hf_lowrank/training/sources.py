@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.reading import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def _read_jsonl(file: Path, text_column: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{file}: line {number} is not JSON: {error.msg}") from None
             if not isinstance(row, dict):

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.reading import faults_are_yaml
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,7 +36,8 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(text: str) -> Any:
     """`text` as plain data; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    with faults_are_yaml():
+        return yaml.load(text, Loader=_Loader)
 
 
 def dump_yaml(data: dict[str, Any]) -> str:

@@ -89,13 +89,21 @@ def at(tree, path):
     return tree
 
 
+# What parsers trip over by themselves: depth, and values that their own constructors cannot make.
+STUMBLING = [
+    *(b"[" * 3000, b'{"a":' * 3000, b"1" * 5000, b"1e999", b"-Infinity"),
+    *(b"2001-99-99", b"0x_", b"!!int ", b"!!timestamp x", b"!!binary \xc3\xa9", b"&a [*a]", b"%YAML 9.9\n"),
+    *(b"\xff\xfe", b"\xef\xbb\xbf", b"\x85"),
+]
+
+
 @st.composite
 def torn(draw, contents):
     """One of `contents` (bytes) with bytes flipped, zeroed, cut off, inserted or doubled."""
     data = bytearray(draw(st.sampled_from(contents)))
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(0, len(data) - 1)))
-        action = draw(st.sampled_from(["flip", "zero", "cut", "insert", "double", "head"]))
+        action = draw(st.sampled_from(["flip", "zero", "cut", "insert", "stumble", "double", "head"]))
         length = draw(st.sampled_from([1, 2, 8, 64, 4096]))
         if action == "flip" and data:
             data[place] ^= 1 << draw(st.integers(0, 7))
@@ -105,6 +113,8 @@ def torn(draw, contents):
             del data[place:]
         elif action == "insert":
             data[place:place] = draw(st.binary(min_size=1, max_size=16))
+        elif action == "stumble":
+            data[place:place] = draw(st.sampled_from(STUMBLING))
         elif action == "double":
             data[place:place] = data[place : place + length]
         else:

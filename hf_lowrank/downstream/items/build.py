@@ -22,6 +22,7 @@ from hf_lowrank.downstream.items.passages import make_passages
 from hf_lowrank.downstream.items.syntax import make_syntax
 from hf_lowrank.downstream.sources import context_length, load_tokenizer
 from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.reading import parse_json
 
 # Raised whenever the same text would give other items.
 VERSION = 4
@@ -76,7 +77,7 @@ def items_for(trajectory: Trajectory, task: str) -> Path:
 
 @functools.lru_cache(maxsize=4)
 def _sources(data: str, run: str) -> tuple[Source, ...]:
-    return tuple(held_out_sources({"data": json.loads(data)}, run))
+    return tuple(held_out_sources({"data": parse_json(data)}, run))
 
 
 def make_items(
@@ -92,4 +93,4 @@ def make_items(
 
 def load_items(file: Path) -> list[dict[str, Any]]:
     """The items of a file that `items_for` gave."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines()]

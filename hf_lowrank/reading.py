@@ -1,0 +1,38 @@
+"""Text from files as plain data: whatever is wrong with it is the format's own error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+
+TOO_DEEP = "nested too deep"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, to which what is nested too deep is a `json.JSONDecodeError` like all else."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError(TOO_DEEP, "", 0) from None
+
+
+def parse_plain_yaml(text: str) -> Any:
+    """`yaml.safe_load`, to which values that cannot be made are a `yaml.YAMLError` like all else."""
+    with faults_are_yaml():
+        return yaml.safe_load(text)
+
+
+@contextmanager
+def faults_are_yaml() -> Iterator[None]:
+    """What PyYAML's constructors raise of their own, as for `2001-99-99`, becomes a `yaml.YAMLError`."""
+    try:
+        yield
+    except RecursionError:
+        raise yaml.YAMLError(TOO_DEEP) from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise yaml.YAMLError(f"a value cannot be read: {said}") from None
