@@ -28,7 +28,7 @@ def write_checksums(folder: Path) -> None:
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     files.pop(FILE_NAME, None)
     entries = {name: {"sha256": _digest(file), "bytes": file.stat().st_size} for name, file in sorted(files.items())}
-    write_text(folder / FILE_NAME, json.dumps(entries, indent=1) + "\n")
+    write_text(folder / FILE_NAME, json.dumps(sealed(entries), indent=1) + "\n")
 
 
 def lacks_checksums(folder: Path) -> bool:
@@ -48,7 +48,7 @@ def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str
     if not file.is_file():
         return f"{FILE_NAME} is missing" if lacks_checksums(folder) else None
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = unsealed(json.loads(file.read_text(encoding="utf-8")))
         written = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{FILE_NAME} is unreadable: {' '.join(str(error).split())[:200]}"

@@ -7,7 +7,9 @@ import re
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
+from hf_lowrank.checksums import FILE_NAME as CHECKSUMS
 from hf_lowrank.checksums import damage_by_checksums
 from hf_lowrank.reading import parse_json
 
@@ -47,11 +49,15 @@ def _checkpoints(run: Path) -> list[Path]:
 
 def damage_of(checkpoint: Path) -> str | None:
     """Why Trainer cannot continue from `checkpoint`, None where it can."""
+    if (checkpoint / CHECKSUMS).is_file():
+        damage = damage_by_checksums(checkpoint)
+        if damage is not None:
+            return damage
     try:
-        state = parse_json((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = _json(checkpoint / "trainer_state.json")
         if state["global_step"] != step_of(checkpoint):
             return f"trainer_state.json says step {state['global_step']}"
-        parse_json((checkpoint / "config.json").read_text(encoding="utf-8"))
+        _json(checkpoint / "config.json")
         for file in _weight_files(checkpoint):
             _check_safetensors(file)
         random_states = sorted(checkpoint.glob("rng_state*.pth"))
@@ -72,11 +78,18 @@ def damage_of(checkpoint: Path) -> str | None:
         return " ".join(str(error).split()) or type(error).__name__
 
 
+def _json(file: Path) -> Any:
+    try:
+        return parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} is no JSON: {error}") from None
+
+
 def _weight_files(checkpoint: Path) -> list[Path]:
     index = checkpoint / "model.safetensors.index.json"
     if not index.exists():
         return [checkpoint / "model.safetensors"]
-    shards = parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()
+    shards = _json(index)["weight_map"].values()
     return [checkpoint / name for name in sorted(set(shards))]
 
 
