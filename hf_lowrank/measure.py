@@ -10,6 +10,7 @@ counts.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -44,6 +45,8 @@ __all__ = [
     "read_measurements",
     "unmeasured",
 ]
+
+logger = logging.getLogger(__name__)
 
 Run = str | os.PathLike[str] | Trajectory
 
@@ -226,6 +229,7 @@ def _measure_all(
                 bar.start(f"{context.trajectory.run.name} {step} {name}", GROUPS[name].evaluations(context.settings))
                 rows = [_measurement(context, step, row) for row in _rows(at, name, ids)]
                 rows = [row for row in rows if row.key not in old or row.to_line() != old[row.key].to_line()]
+                rows = _without_lost(rows, known[index], context.trajectory.where(step))
                 try:
                     placement.agreed(partial(append_measurements, part, rows if processes.writes else []))
                 except UserError as error:
@@ -235,6 +239,15 @@ def _measure_all(
     processes.merge_parts(files)
     if unwritable:
         raise next(iter(unwritable.values()))
+
+
+def _without_lost(rows: list[Measurement], known: list[Measurement], where: str) -> list[Measurement]:
+    """The rows without failures of what was measured before the checkpoint or its run was damaged: that stays."""
+    measured = {(row.run, row.step, row.metric) for row in known if row.scope == "model" and not row.failed}
+    lost = [r for r in rows if r.failed and not r.settings and (r.run, r.step, r.metric) in measured]
+    for reason in dict.fromkeys(row.reason for row in lost):
+        logger.warning("%s cannot be measured again, what was measured stays: %s", where, reason)
+    return [row for row in rows if row not in lost]
 
 
 def _missing(context: RunContext, step: int, group: str, ids: set[str], rows: list[Measurement]) -> set[str]:

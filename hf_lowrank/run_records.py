@@ -169,7 +169,8 @@ def read_rows(path: Path) -> tuple[Row, ...]:
             if number == len(lines):  # no newline at its end: torn
                 break
             raise UserError(
-                f"{path}: line {number} is not a measurement ({_one_line(error)}); remove the line and measure again"
+                f"{path}: line {number} is not a measurement ({_one_line(error)}); "
+                "remove it and the lines after it, and measure again"
             ) from None
         key = (
             row.step,

@@ -90,7 +90,10 @@ def read_scores(path: str | os.PathLike[str]) -> list[Score]:
             unknown = isinstance(entry, dict) and "value" in entry and entry["value"] is None
             row = row_of(Score, {**content, "value": math.nan} if unknown else content)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}: line {number} is no score: {_one_line(error)}; remove that line") from None
+            raise UserError(
+                f"{file}: line {number} is no score: {_one_line(error)}; "
+                "remove it and the lines after it, and evaluate again"
+            ) from None
         key = (row.run, row.step, row.task, row.metric, row.limit)
         rows.pop(key, None)
         rows[key] = row

@@ -135,7 +135,10 @@ def read_measurements(path: str | os.PathLike[str]) -> list[Measurement]:
             row = _parse(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             message = " ".join(str(error).split())
-            raise UserError(f"{file}: line {number} is no measurement: {message}; remove that line") from None
+            raise UserError(
+                f"{file}: line {number} is no measurement: {message}; "
+                "remove it and the lines after it, and measure again"
+            ) from None
         rows.pop(row.key, None)
         rows[row.key] = row
     return _without_mended(list(rows.values()))

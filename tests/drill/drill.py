@@ -211,8 +211,7 @@ class _Drill:
         line = re.search(r"line (\d+)", said)
         if line and broken.suffix == ".jsonl" and broken.is_file():
             rows = broken.read_bytes().split(b"\n")
-            del rows[int(line[1]) - 1]
-            broken.write_bytes(b"\n".join(rows))
+            broken.write_bytes(b"".join(row + b"\n" for row in rows[: int(line[1]) - 1]))
             return
         match = re.fullmatch(r"checkpoint-(\d+)", broken.parent.name)
         if match and match[1] != "0":

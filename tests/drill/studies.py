@@ -16,6 +16,7 @@ from tests.drill.oracle import damaged_checkpoints, differences, snapshot
 from tests.drill.processes import Child, Ended, Job
 from tests.drill.world import TASKS, World, settle
 
+LONGEST = 3600.0
 MEMBERS = ("full_rank", "galore")
 STUDY = {
     "name": "drill",
@@ -80,7 +81,7 @@ def _template(world: World) -> Path:
     if not directory.exists():
         (world.folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
         place = world.fresh("study-reference", cached=False)
-        ended = Child(_job(world, place, world.folder / "cache"), place).wait()
+        ended = Child(_job(world, place, world.folder / "cache"), place).wait(within=LONGEST)
         if ended is None or ended.status != 0:
             raise RuntimeError(f"a study without faults ended so: {ended}")
         directory.parent.mkdir(exist_ok=True)
@@ -89,7 +90,7 @@ def _template(world: World) -> Path:
 
 
 def _call(world: World, place: Path) -> Ended:
-    ended = Child(_job(world, place, place / "cache"), place).wait()
+    ended = Child(_job(world, place, place / "cache"), place).wait(within=LONGEST)
     assert ended is not None
     return ended
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from hf_lowrank.checkpoints import Trajectory
-from hf_lowrank.checksums import FILE_NAME, damage_by_checksums, write_checksums
+from hf_lowrank.checksums import FILE_NAME, damage_by_checksums, unsealed, write_checksums
 from hf_lowrank.errors import UserError
+from hf_lowrank.measure import measure
 from hf_lowrank.run_records import load_run
 from hf_lowrank.training import load_recipe, pretrain
 from hf_lowrank.training.facts import read_facts
@@ -99,6 +100,7 @@ def test_every_damage_is_seen(whole, tmp_path, name):
         damage(copy / name, how, random.Random(f"{name} {how}"))
         fault = damage_of(copy)
         assert fault, f"{name} {how}"
+        assert name in fault
         assert "\n" not in fault
 
 
@@ -137,7 +139,7 @@ def test_the_checksums_are_those_of_the_files(whole):
     import hashlib
 
     folder = whole[1] / "checkpoint-6"
-    entries = json.loads((folder / FILE_NAME).read_text())
+    entries = unsealed(json.loads((folder / FILE_NAME).read_text()))
     assert entries.keys() == {file.name for file in folder.iterdir()} - {FILE_NAME}
     for name, entry in entries.items():
         content = (folder / name).read_bytes()
@@ -205,3 +207,30 @@ def test_a_disk_that_takes_no_more_is_said_in_a_line(whole, tmp_path, monkeypatc
     pretrain(whole[0], tmp_path / "run")
     file = "checkpoint-6/model.safetensors"
     assert same_weights(load_file(tmp_path / "run" / file), load_file(whole[1] / file))
+
+
+def test_what_was_measured_stays_when_its_checkpoint_is_damaged_later(whole, tmp_path, caplog):
+    copy = tmp_path / "run"
+    shutil.copytree(whole[1], copy)
+    wanted = {"metrics": "loss,weight_stable_rank", "steps": [2, 4]}
+    before = measure(copy, **wanted)
+    damage(copy / "evaluation.safetensors", "truncated", random.Random(0))
+    with caplog.at_level("WARNING", logger="hf_lowrank"):
+        assert measure(copy, **wanted) == before
+    assert any("what was measured stays: " in record.getMessage() for record in caplog.records)
+
+
+def test_a_table_is_completed_from_its_damaged_line_on(whole, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(whole[1], copy)
+    wanted = {"metrics": "loss,weight_stable_rank", "steps": [2, 4]}
+    before = measure(copy, **wanted)
+    table = copy / "measurements.jsonl"
+    lines = table.read_bytes().splitlines(keepends=True)
+    for number in range(1, len(lines), 3):
+        damaged = lines[number].replace(b'"step": ', b'"step":1')
+        table.write_bytes(b"".join([*lines[:number], damaged, *lines[number + 1 :]]))
+        with pytest.raises(UserError, match=f"line {number + 1} .*remove it and the lines after it"):
+            measure(copy, **wanted)
+        table.write_bytes(b"".join(lines[:number]))
+        assert {row.key: row for row in measure(copy, **wanted)} == {row.key: row for row in before}
