@@ -265,7 +265,9 @@ def _rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
     except FAULTS as error:
         if getattr(error, "halfway", False):
             at.forget_models()
-        return [Row(metric=m, settings=_request(at, group, m), reason=reason_of(error)) for m in sorted(ids)]
+        beside = getattr(error, "baseline", None)
+        reason = reason_of(error)
+        return [Row(metric=m, baseline=beside, settings=_request(at, group, m), reason=reason) for m in sorted(ids)]
     return [row if row.value == row.value or row.reason else _unexplained(row) for row in rows]
 
 

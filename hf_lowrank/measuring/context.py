@@ -224,7 +224,8 @@ class StepContext:
         """The baseline's model of this step with dense weights, in its place."""
         base, model = self.baseline_for_comparison(), self.plain_baseline_model
         if base.dense_weight_kind != "exact":
-            raise UndefinedError(f"the baseline {base.run.name} has no dense weights to interpolate")
+            name = base.run.name
+            raise UndefinedError(f"the baseline {name} has no dense weights to interpolate", baseline=name)
         return self.run.placement.dense_model(base, self.step, model)
 
     @cached_property

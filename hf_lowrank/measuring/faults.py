@@ -9,7 +9,15 @@ FAULTS = (ValueError, RuntimeError, OSError, MemoryError, KeyError, AttributeErr
 
 
 class UndefinedError(UserError):
-    """The quantity has no meaning for this run; the message says why, and trying again will not help."""
+    """The quantity has no meaning for this run; the message says why, and trying again will not help.
+
+    Attributes:
+        baseline: the run that it has no meaning beside; None where it has none beside any.
+    """
+
+    def __init__(self, reason: str, *, baseline: str | None = None) -> None:
+        super().__init__(reason)
+        self.baseline = baseline
 
 
 class SharedFaultError(UserError):
@@ -17,11 +25,13 @@ class SharedFaultError(UserError):
 
     Attributes:
         halfway: it may have left models in the middle of a forward pass.
+        baseline: as of UndefinedError.
     """
 
-    def __init__(self, reason: str, *, halfway: bool) -> None:
+    def __init__(self, reason: str, *, halfway: bool, baseline: str | None = None) -> None:
         super().__init__(reason)
         self.halfway = halfway
+        self.baseline = baseline
 
 
 class LostProcessError(Exception):

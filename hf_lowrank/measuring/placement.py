@@ -133,13 +133,14 @@ class Shards(OneDevice):
             LostProcessError: a process is gone, or failed within what all do together, where the others wait for it.
         """
         result: Any = None
-        reason, halfway = None, False
+        reason, halfway, beside = None, False, None
         try:
             result = work()
         except SharedFaultError:
             raise
         except FAULTS as error:
             reason, halfway = reason_of(error), not isinstance(error, UserError)
+            beside = getattr(error, "baseline", None)
         failed = torch.tensor(float(reason is not None))
         wait = [timedelta(seconds=ALONE_SECONDS)] if reason is not None else []
         sent: Any = dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.team.host, async_op=True)
@@ -148,7 +149,7 @@ class Shards(OneDevice):
         )
         if failed:
             reasons, halfways = zip(*self._together(lambda: self.team.exchange((reason, halfway))), strict=True)
-            raise SharedFaultError(_common(reasons), halfway=any(halfways))
+            raise SharedFaultError(_common(reasons), halfway=any(halfways), baseline=beside)
         return result
 
     def same(self, item: T) -> T:

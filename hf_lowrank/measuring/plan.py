@@ -91,7 +91,8 @@ def missing_metrics(
         if any(row.settings.get(key) != value for key, value in request(row.metric).items()):
             continue
         metric = METRICS[row.metric]
-        # What has no meaning (the run is its own baseline) was compared with nothing.
-        if not metric.needs_baseline or row.baseline == baseline or (row.reason or "").startswith(UNDEFINED):
+        # What has no meaning beside any run (it is its own baseline) was compared with nothing.
+        never = row.baseline is None and (row.reason or "").startswith(UNDEFINED)
+        if not metric.needs_baseline or row.baseline == baseline or never:
             done.add(row.metric)
     return metrics - done

@@ -93,3 +93,17 @@ def test_low_memory_gives_the_same_numbers(measured, tmp_path):
     for metric in ("random_sharpness", "pca1_sharpness", "pcak_sharpness", "step_barrier"):
         (row,) = [row for row in other if row.metric == metric]
         assert row.value == pytest.approx(expected[metric], rel=1e-4, abs=1e-6), (metric, row.reason)
+
+
+def test_what_has_no_meaning_beside_one_run_is_measured_beside_another(tmp_path, make_run):
+    galore, full_rank = (make_run(tmp_path / name, noise_seed=seed) for name, seed in (("galore-0", 2), ("full-0", 3)))
+    cola = write_adapted(tmp_path / "cola-0", full_rank, ADAPTERS["cola"], "cola")
+    settings = {"metrics": "method_barrier", "steps": "last", "settings": SMALL}
+    measure(galore, baseline=cola, **settings)
+    rows = measure(galore, baseline=full_rank, **settings)
+    barriers = {row.baseline: row for row in rows if row.metric == "method_barrier"}
+    assert "has no dense weights" in barriers["cola-0"].reason
+    assert math.isfinite(barriers["full-0"].value)
+    before = (tmp_path / "galore-0" / "measurements.jsonl").read_bytes()
+    measure(galore, baseline=cola, **settings)
+    assert (tmp_path / "galore-0" / "measurements.jsonl").read_bytes() == before
