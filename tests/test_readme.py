@@ -1,5 +1,7 @@
 """Every Python snippet of the README runs, in order, on a tiny model; every command it names is there."""
 
+import csv
+import json
 import re
 from pathlib import Path
 
@@ -48,3 +50,24 @@ def test_commands_are_there(capsys):
             assert option in out, (verb, option)
     for path in re.findall(r"recipes/\S+\.yaml", README):
         assert (Path(__file__).parents[1] / path).is_file(), path
+
+
+def test_the_nano_study_s_table_is_that_of_its_card():
+    with (Path(__file__).parents[1] / "model_cards" / "nano" / "answer.csv").open(newline="") as file:
+        answer = list(csv.DictReader(file))
+    section = README.partition("## What the nano study says")[2].partition("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == len(answer) == 8
+    for row, (_, perplexity, downstream, memory, distance) in zip(answer, lines, strict=True):
+        for name, text, places in (
+            ("perplexity", perplexity, 1),
+            ("downstream", downstream, 2),
+            ("distance", distance, 2),
+        ):
+            values = [f"{float(row[name + end]):.{places}f}" for end in ("", "_low", "_high") if row[name]]
+            assert re.findall(r"[\d.]+", text) == values, (row["method"], name)
+        assert memory == f"{float(row['memory']) / 2**20:.0f} MiB"
+    assert "two are reproduced" in section.replace("\n", " ")
+    claims = json.loads((Path(__file__).parents[1] / "model_cards" / "nano" / "claims.json").read_text())["claims"]
+    verdicts = [claim["verdict"] for claim in claims]
+    assert [verdicts.count(v) for v in ("reproduced", "contradicted", "undecided")] == [2, 3, 2]

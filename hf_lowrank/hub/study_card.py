@@ -29,7 +29,7 @@ from hf_lowrank.run_records import RunRecord, load_runs
 
 CARD = "README.md"
 # Written by the study's own stages, and copied as they are.
-RESULTS = ("study.yaml", "sweep.json", "claims.json", "prediction.json", "prediction.png")
+RESULTS = ("sweep.json", "claims.json", "prediction.json", "prediction.png")
 PICTURES = {
     "solutions": Picture(
         "Perplexity and the kind of solution",

@@ -50,7 +50,7 @@ def test_a_studys_card_holds_what_its_page_holds(study, tmp_path):
     drawn = {path.stem for path in (card.parent / "pictures").iterdir()}
     assert drawn == set(re.findall(r"\(pictures/([\w-]+)\.png\)", text)) == set(PICTURES) - {"pca-direction"}
     names = {path.name for path in card.parent.iterdir()}
-    assert {"report.html", "claims.json", "prediction.json", "study.yaml", "scores.csv", "measurements.csv"} <= names
+    assert {"report.html", "claims.json", "prediction.json", "scores.csv", "measurements.csv"} <= names
     assert (card.parent / "claims.json").read_bytes() == (study / "claims.json").read_bytes()
     rows = table(card.parent / "measurements.csv")
     assert {row["run"] for row in rows} == {path.name for path in (study / "runs").iterdir()}
