@@ -51,5 +51,7 @@ def _columns(cls: Any) -> dict[str, tuple[tuple[type, ...], bool]]:
 def _kinds(hint: Any) -> tuple[type, ...]:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return tuple(kind for part in typing.get_args(hint) for kind in _kinds(part))
+    if typing.get_origin(hint) is typing.Literal:
+        return tuple(type(choice) for choice in typing.get_args(hint))
     kind = typing.get_origin(hint) or hint
     return (float, int) if kind is float else (kind,)

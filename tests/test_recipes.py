@@ -293,10 +293,10 @@ def test_studies_name_recipes_that_are_there(name):
 
 def test_the_sweep_of_the_nano_study():
     study = load_study(RECIPES / "studies/nano.yaml").settings
-    assert study.sweep.learning_rate == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+    assert study.sweep.learning_rate == [1e-3, 2.5e-3, 6e-3, 1.5e-2]
     assert (study.sweep.seed, study.overrides) == (1000, [])
     assert study.sweep.overrides == ["training.save_steps=400", "training.eval_steps=100"]
-    assert study.evaluate.steps == [100, 200, 300, 400]
+    assert study.evaluate.steps == [200, 400]
     assert study.measure.pairs == "last"
     assert all(
         load_study(RECIPES / f"studies/{name}.yaml").settings.sweep is None for name in STUDIES if name != "nano"

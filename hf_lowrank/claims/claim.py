@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
 from hf_lowrank.reading import parse_json
+from hf_lowrank.rows import row_of
 
 Verdict = Literal["reproduced", "contradicted", "undecided"]
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "contradicted", "undecided")
@@ -121,15 +122,12 @@ def read_claims(path: str | os.PathLike[str]) -> list[Claim]:
 
 
 def _claim(entry: Mapping[str, Any]) -> Claim:
-    known = {name: value for name, value in entry.items() if name in {field.name for field in fields(Claim)}}
-    if known["verdict"] not in VERDICTS:
-        raise ValueError(f"unknown verdict {known['verdict']!r}")
-    names = {field.name for field in fields(Detail)}
-    known["details"] = tuple(
-        Detail(**{name: value for name, value in detail.items() if name in names})
-        for detail in entry.get("details") or ()
-    )
-    return Claim(**known)
+    details = tuple(row_of(Detail, detail) for detail in entry.get("details") or ())
+    claim = row_of(Claim, {**entry, "details": details})
+    for verdict in (claim.verdict, *(detail.verdict for detail in details if detail.verdict is not None)):
+        if verdict not in VERDICTS:
+            raise ValueError(f"unknown verdict {verdict!r:.80}")
+    return claim
 
 
 def _finite(value: Any) -> Any:

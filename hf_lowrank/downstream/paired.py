@@ -135,7 +135,10 @@ def _compared(
         items = read_item_scores(file)
         if len(items) < row.n:
             raise UserError(f"{file}: holds {len(items)} of {row.n} items; evaluate that checkpoint again")
-        scores.append({str(item["item"]): float(item[metric]) for item in items if metric in item})
+        values = {item["item"]: item[metric] for item in items if metric in item}
+        if not values or not all(isinstance(value, int | float) for value in values.values()):
+            raise UserError(f"{file}: {metric} must be a number for every item; evaluate that checkpoint again")
+        scores.append({item: float(value) for item, value in values.items()})
     if chosen[0].items != chosen[1].items or scores[0].keys() != scores[1].keys():
         raise UserError(f"{task}: {runs[0]} and {runs[1]} were scored on different items; evaluate one of them again")
     a, b = ([table[item] for item in scores[0]] for table in scores)

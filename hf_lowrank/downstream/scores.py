@@ -144,10 +144,13 @@ def read_item_scores(path: Path) -> list[dict[str, Any]]:
     """The scores of single items.
 
     Raises:
-        UserError: they are not there.
+        UserError: they are not there, or are none.
     """
     try:
-        return [unsealed(parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [unsealed(parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(row.get("item"), str) for row in rows):
+            raise ValueError("a row must be a JSON object that names its item")
+        return rows
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: no readable item scores: {error}; evaluate that checkpoint again") from None
 

@@ -63,7 +63,7 @@ def loss_at(checkpoint: Path, step: int) -> float | None:
     """The evaluation loss at a step, else the training loss last logged before it, in nats per token."""
     history = log_history(checkpoint)
     exact = [e["eval_loss"] for e in history if e.get("step") == step and "eval_loss" in e]
-    before = [e["loss"] for e in history if "loss" in e and int(e.get("step", 0)) <= step]
+    before = [e["loss"] for e in history if "loss" in e and _number(e.get("step", 0)) and e.get("step", 0) <= step]
     for value in (*exact[-1:], *before[-1:]):
         if isinstance(value, int | float) and math.isfinite(value):
             return float(value)
@@ -98,7 +98,7 @@ def scores(run: Path) -> list[dict[str, Any]]:
     """The downstream rows of the last scored step: run, step, task, metric, value, stderr, n."""
     try:
         lines = (run / DOWNSTREAM).read_text(encoding="utf-8").splitlines()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return []
     rows = []
     for line in lines:
@@ -106,10 +106,15 @@ def scores(run: Path) -> list[dict[str, Any]]:
             row = parse_json(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and {"step", "task", "metric"} <= row.keys() and _number(row.get("value")):
+        if isinstance(row, dict) and _is_score(row):
             rows.append(row)
-    last = max((int(row["step"]) for row in rows), default=0)
-    return list({(row["task"], row["metric"]): row for row in rows if int(row["step"]) == last}.values())
+    last = max((row["step"] for row in rows), default=0)
+    return list({(row["task"], row["metric"]): row for row in rows if row["step"] == last}.values())
+
+
+def _is_score(row: Mapping[str, Any]) -> bool:
+    named = isinstance(row.get("task"), str) and isinstance(row.get("metric"), str)
+    return named and isinstance(row.get("step"), int) and _number(row.get("value"))
 
 
 def _number(value: object) -> bool:

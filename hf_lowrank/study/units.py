@@ -20,10 +20,13 @@ from hf_lowrank.files import write_text
 from hf_lowrank.reading import parse_json
 from hf_lowrank.study.layout import Attempt, Run, Study
 from hf_lowrank.study.strangers import evaluation_of, is_whole, make_view, view_work
+from hf_lowrank.training.facts import read_facts, write_facts
 from hf_lowrank.training.pretrain import is_finished
 
 # Which results were computed from which inputs.
 STAMPS = ".results.json"
+# In the facts of an attempt whose loss became no number: what was said of it.
+DIVERGED = "diverged"
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,13 @@ class Unit:
 
 def sweep_units(study: Study) -> list[Unit]:
     return [
-        Unit("sweep", attempt.name, _training(study, attempt), is_finished(attempt.folder))
-        for attempt in study.attempts
+        Unit("sweep", attempt.name, _training(study, attempt), is_tried(attempt.folder)) for attempt in study.attempts
     ]
+
+
+def is_tried(attempt: Path) -> bool:
+    """Whether an attempt of the sweep has come to its end, or to numbers that are none."""
+    return is_finished(attempt) or DIVERGED in read_facts(attempt)
 
 
 def train_units(study: Study) -> list[Unit]:
@@ -239,7 +246,10 @@ def _train(work: dict[str, Any]) -> str | None:
     except DivergedError as error:
         if not work["may_diverge"]:
             raise
-        return str(error)  # a rate that is too high is an answer of the sweep
+        # A rate that is too high is an answer of the sweep.
+        run = Path(work["output"])
+        write_facts(run, {**read_facts(run), DIVERGED: str(error)})
+        return str(error)
     return None
 
 

@@ -55,7 +55,8 @@ def cached_folder(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     try:
         make(fresh)
         _write_index(fresh)
-        if folder.exists():
+        # Only what is damaged still: another process may have made it meanwhile, and be reading it.
+        if folder.exists() and _damage(folder) is not None:
             os.replace(folder, fresh.with_name(fresh.name + "-damaged"))
             shutil.rmtree(fresh.with_name(fresh.name + "-damaged"), ignore_errors=True)
         try:

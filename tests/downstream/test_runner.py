@@ -236,6 +236,7 @@ def test_parts_that_a_killed_process_left_are_merged(run, scored, tmp_path, monk
     folder = tmp_path / "left" / run.name
     folder.mkdir(parents=True)
     append_scores(folder / ".downstream-1.part.jsonl", rows)
+    shutil.copytree(run / "downstream", folder / "downstream")
     monkeypatch.setattr(runner_module._Runner, "_score", lambda *_: pytest.fail("scored again"))
     assert evaluate(run, steps="last", output=tmp_path / "left") == rows
 

@@ -40,14 +40,17 @@ class Watch:
         elif event in ("socket.connect", "os.system", "subprocess.Popen", "pickle.find_class"):
             self.breaches.append(f"{event} {arguments!r:.120}")
         elif event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree"):
-            for path in (part for part in arguments[:2] if isinstance(part, str | bytes | os.PathLike)):
+            # A name within an open folder: rmtree's, whose own event names the tree.
+            within = isinstance(arguments[-1], int) and arguments[-1] >= 0 and event != "os.mkdir"
+            for path in (part for part in arguments[:2] if isinstance(part, str | bytes | os.PathLike) and not within):
                 if not self._inside(os.fsdecode(path)):
                     self.breaches.append(f"{event} {os.fsdecode(path)}")
 
     def _inside(self, path):
         if "\0" in path or path == os.devnull or "__pycache__" in path:
             return True
-        return os.path.realpath(path).startswith(self.folder + os.sep)
+        real = os.path.realpath(path)
+        return real == self.folder or real.startswith(self.folder + os.sep)
 
 
 def _audit(event, arguments):

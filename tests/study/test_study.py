@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_lowrank.checksums import sealed_text, unsealed
 from hf_lowrank.cli import main
 from hf_lowrank.measure import read_measurements
 from hf_lowrank.run_records import load_run
@@ -158,7 +159,7 @@ def broken_run(study, folder):
     """The beginning of a run whose held-out sequences are damaged."""
     recipe = load_recipe(load_study(study).settings.members["galore"].recipe, seed=0)
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(dump_yaml(recipe.plain()))
+    (folder / "recipe.yaml").write_text(sealed_text(dump_yaml(recipe.plain())))
     (folder / "evaluation.safetensors").write_bytes(b"no tensors")
     return folder
 
@@ -170,7 +171,7 @@ def test_a_failed_run_is_named_and_stops_no_other(write_study, tmp_path, run):
     (failure,) = result.failures
     assert (failure.what, failure.stage) == ("galore-seed0", "train")
     assert "evaluation.safetensors" in failure.reason
-    assert json.loads((out / "failures.json").read_text()) == [vars(failure)]
+    assert [unsealed(entry) for entry in json.loads((out / "failures.json").read_text())] == [vars(failure)]
     assert "evaluation.safetensors" in (out / "logs" / "train" / "galore-seed0.log").read_text()
     assert [path.parent.name for path in out.rglob("measurements.jsonl")] == ["full_rank-seed0"]
     assert result.page is not None
@@ -231,8 +232,13 @@ def test_the_sweep_takes_the_rate_of_the_lowest_loss(write_study, tmp_path, run)
     ]
     final = []
     for row in rows:
-        state = json.loads((out / row["run"] / "checkpoint-12" / "trainer_state.json").read_text())
-        final.append([entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry][-1])
+        file = out / row["run"] / "checkpoint-12" / "trainer_state.json"
+        if file.exists():
+            log = json.loads(file.read_text())["log_history"]
+            final.append([entry["eval_loss"] for entry in log if "eval_loss" in entry][-1])
+        else:
+            assert row["learning_rate"] == 1e9  # it diverged and was stopped
+            final.append(math.inf)
         assert yaml.safe_load((out / row["run"] / "recipe.yaml").read_text())["seed"] == 5
     losses = [loss if math.isfinite(loss) else math.inf for loss in final]
     assert [row["chosen"] for row in rows] == [loss == min(losses) for loss in losses]

@@ -267,3 +267,20 @@ def test_a_stream_holds_out_its_head(tmp_path, monkeypatch):
     assert again[300 - 64]["ids"].tolist() == rows[0]["ids"].tolist()
     with pytest.raises(UserError, match="evaluation_sequences must be at most 300"):
         prepare_corpus(settings.model_copy(update={"evaluation_sequences": 301}))
+
+
+def test_what_another_process_made_meanwhile_stays_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_LOWRANK_CACHE", str(tmp_path))
+
+    def make(folder):
+        (folder / "words.txt").write_text("the same")
+
+    def slowly(folder):
+        make(folder)
+        there.append(cached_folder("things", "key", make))
+        inodes.append((there[0] / "words.txt").stat().st_ino)
+
+    there, inodes = [], []
+    assert cached_folder("things", "key", slowly) == there[0]
+    assert (there[0] / "words.txt").stat().st_ino == inodes[0]
+    assert [path.name for path in tmp_path.iterdir()] == [there[0].name]
