@@ -17,6 +17,7 @@ from typing import Any
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
+from hf_lowrank.reading import parse_json
 
 FILE_NAME = "checksums.json"
 SEAL = "checksum"
@@ -48,7 +49,7 @@ def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str
     if not file.is_file():
         return f"{FILE_NAME} is missing" if lacks_checksums(folder) else None
     try:
-        entries = unsealed(json.loads(file.read_text(encoding="utf-8")))
+        entries = unsealed(parse_json(file.read_text(encoding="utf-8")))
         written = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{FILE_NAME} is unreadable: {' '.join(str(error).split())[:200]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -84,13 +85,13 @@ def _acquire(folder: Path, file: Path, wait: float) -> int | None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.read(handle, 32).decode(errors="replace").strip()
+            holder = os.read(handle, 32).strip()
             os.close(handle)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 logger.debug("%s: no lock: %s", folder, error)
                 return None
             if time.monotonic() >= deadline:
-                who = f" (pid {holder})" if holder else ""
+                who = f" (pid {int(holder)})" if re.fullmatch(rb"[0-9]+", holder) else ""
                 raise UserError(
                     f"{folder}: is in use by another hf-lowrank process{who}; wait until it has ended, or end it"
                 ) from None

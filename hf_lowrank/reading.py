@@ -10,14 +10,23 @@ from typing import Any
 import yaml
 
 TOO_DEEP = "nested too deep"
+TOO_LONG = "an integer of too many digits"
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, to which what is nested too deep is a `json.JSONDecodeError` like all else."""
+    """`json.loads`, to which depth and integers that Python cannot hold are a `json.JSONDecodeError` like all else.
+
+    Raises:
+        json.JSONDecodeError, UnicodeDecodeError: what is no JSON, in whatever way.
+    """
     try:
         return json.loads(text)
     except RecursionError:
         raise json.JSONDecodeError(TOO_DEEP, "", 0) from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:  # Python's limit on the digits of an integer
+        raise json.JSONDecodeError(TOO_LONG, "", 0) from None
 
 
 def parse_plain_yaml(text: str) -> Any:

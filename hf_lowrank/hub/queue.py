@@ -17,7 +17,7 @@ from hf_lowrank.hub.contents import CONFIGURATION, STATE, TOKENIZER
 from hf_lowrank.hub.publisher import Job
 
 FOLDER = "push-queue"
-ENTRY = re.compile(r"checkpoint-(\d+)")
+ENTRY = re.compile(r"checkpoint-(0|[1-9][0-9]*)")  # as `add` names them; \d would take digits of other scripts too
 SCRAP = ".scrap-"
 
 

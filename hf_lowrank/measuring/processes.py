@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,9 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.measuring.table import append_measurements, read_measurements
 
 T = TypeVar("T")
+
+# Shares of the work may take hours more than others; a launcher ends all processes when it loses one.
+LONGEST_WAIT = timedelta(days=30)
 
 
 class Processes:
@@ -28,7 +32,8 @@ class Processes:
         together: whether they hold models together.
 
     Raises:
-        UserError: there are no several processes to hold models together.
+        UserError: there are no several processes to hold models together, or those that are there cannot be joined;
+            later: a process was lost.
     """
 
     def __init__(self, device: str | torch.device | None = None, *, together: bool = False) -> None:
@@ -39,11 +44,21 @@ class Processes:
             )
         self.together = together
         self._state: Any = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or device is None:
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if several or device is None:
             from accelerate import PartialState
+            from accelerate.utils import parse_flag_from_env
 
-            # On processors tensors travel by other means than between accelerators.
-            self._state = PartialState(cpu=together and device is not None and torch.device(device).type == "cpu")
+            # Between processors tensors travel by other means than between accelerators, and accelerate joins them
+            # only where it is told to.
+            cpu = torch.device(device).type == "cpu" if device is not None else not torch.accelerator.is_available()
+            options = {} if together or not several else {"timeout": LONGEST_WAIT}
+            self._state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
+            if several and self._state.num_processes == 1:
+                raise UserError(
+                    f"accelerate cannot join {os.environ['WORLD_SIZE']} processes on {self._state.device.type}, they "
+                    "would all do the same work; start one, or choose --device cpu"
+                )
         self.index = self._state.process_index if self._state is not None else 0
         self.count = self._state.num_processes if self._state is not None else 1
         self.device = torch.device(device) if device is not None else self._state.device
@@ -93,4 +108,9 @@ class Processes:
 
     def _wait(self) -> None:
         if self.count > 1:
-            self._state.wait_for_everyone()
+            try:
+                self._state.wait_for_everyone()
+            except RuntimeError:  # the connection to it ends with a process
+                raise UserError(
+                    "another process of this launch was lost; what was written stays, start again to go on"
+                ) from None

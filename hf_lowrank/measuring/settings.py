@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.reading import parse_plain_yaml
 
 
 class _Block(BaseModel):
@@ -113,7 +114,7 @@ def resolve_settings(
     if own is not None and not isinstance(own, Mapping):
         where = os.fspath(own)
         try:
-            own = yaml.safe_load(Path(where).read_text(encoding="utf-8")) or {}
+            own = parse_plain_yaml(Path(where).read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
         if not isinstance(own, Mapping):

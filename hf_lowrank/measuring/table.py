@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
+from hf_lowrank.reading import parse_json
 from hf_lowrank.rows import row_of
 
 FILE_NAME = "measurements.jsonl"
@@ -132,7 +133,7 @@ def read_measurements(path: str | os.PathLike[str]) -> list[Measurement]:
         if not line.strip():
             continue
         try:
-            row = _parse(json.loads(line))
+            row = _parse(parse_json(line))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             message = " ".join(str(error).split())
             raise UserError(

@@ -255,6 +255,11 @@ class TargetedAdamW(Optimizer):
         """With `layerwise` and without accelerate: backward passes in this context end no optimizer step."""
         return nullcontext() if self._layerwise is None else self._layerwise.accumulating()
 
+    @property
+    def skipped(self) -> frozenset[str]:
+        """Names of this process's parameters that went without a step because their gradient was not finite."""
+        return frozenset(self._warned)
+
     def _finite(self, entries: Sequence[Entry]) -> list[Entry]:
         by_kind: dict[tuple[Any, ...], list[Entry]] = {}
         for entry in entries:

@@ -41,7 +41,11 @@ class FinalCheckpoint(TrainerCallback):
 
 
 class NumbersOnly(TrainerCallback):
-    """A loss that is no number ends the run, and weights that are none are never saved."""
+    """A loss that is no number ends the run, and what weights came to by numbers that are none is never saved.
+
+    The package's optimizers skip a gradient that is not finite and warn. A run that goes on so trains by another
+    algorithm than its recipe's, and would be compared as if it had not.
+    """
 
     def on_log(
         self,
@@ -57,10 +61,22 @@ class NumbersOnly(TrainerCallback):
                 raise _diverged(args, state, f"{name} is {value}")
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
-        if control.should_save and anywhere(not all_finite(model), args.device):
+        if not control.should_save:
+            return
+        if anywhere(not all_finite(model), args.device):
             raise _diverged(args, state, "weights are no numbers")
+        skipped = sorted(getattr(getattr(optimizer, "optimizer", optimizer), "skipped", ()))
+        if anywhere(bool(skipped), args.device):
+            named = f" (of {skipped[0]})" if skipped else ""
+            raise _diverged(args, state, f"a gradient{named} has been no number")
 
 
 def _diverged(args: TrainingArguments, state: TrainerState, what: str) -> DivergedError:

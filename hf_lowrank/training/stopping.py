@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
+from hf_lowrank.reading import parse_json
 from hf_lowrank.training.callbacks import anywhere
 from hf_lowrank.training.resume import step_of
 
@@ -105,7 +106,7 @@ def remove_interim(run: Path, before: int) -> None:
 def _read_mark(checkpoint: Path) -> tuple[list[float], int]:
     file = checkpoint / MARK
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         return [float(loss) for loss in content["losses"]], int(content["last_logged"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged ({' '.join(str(error).split())}); remove {checkpoint}") from None
