@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from hf_lowrank.measuring.context import Row, RunContext, StepContext
 from hf_lowrank.measuring.faults import FAULTS, LostProcessError, reason_of
 from hf_lowrank.measuring.groups import GROUPS
 from hf_lowrank.measuring.metrics import CURVES, METRICS, Metric
-from hf_lowrank.measuring.placement import OneDevice, SeveralDevices, Shards
+from hf_lowrank.measuring.placement import OneDevice, Replicas, SeveralDevices, Shards
 from hf_lowrank.measuring.plan import choose_steps, find_baseline, missing_metrics, rows_file
 from hf_lowrank.measuring.processes import Processes
 from hf_lowrank.measuring.progress import Progress
@@ -68,8 +68,9 @@ def measure(
 ) -> list[Measurement]:
     """Measures runs and returns their rows, old and new; what is there already with equal settings is not done again.
 
-    Under `accelerate launch` the checkpoints are shared out over the processes, or with `sharded` each model is
-    divided among them; every process returns all rows.
+    Under `accelerate launch` the checkpoints are shared out over the processes; those that do not go up, or a single
+    one, they measure together, each some of the draws, points and matrices. With `sharded` each model is divided
+    among them. Every process returns all rows, which are those of one process.
 
     Args:
         runs: run directories, folders of checkpoints, `user/repo` or `user/repo@revision`, or trajectories.
@@ -175,6 +176,7 @@ def _place(device: str | torch.device | None, sharded: bool, settings: MeasureSe
 
 
 Plan = dict[int, dict[str, set[str]]]  # step -> group -> metric ids
+Unit = tuple[int, int, dict[str, set[str]]]  # number of the run, step, group -> metric ids
 
 
 def _plan(context: RunContext, wanted: list[str], steps: Any) -> Plan:
@@ -202,43 +204,68 @@ def _measure_all(
 ) -> None:
     processes.merge_parts(files)
     known = [read_measurements(file) for file in files]
-    work: list[tuple[int, int, dict[str, set[str]]]] = []
+    work: list[Unit] = []
     for index, (context, plan) in enumerate(zip(contexts, plans, strict=True)):
         for step, groups in plan.items():
             missing = {name: _missing(context, step, name, ids, known[index]) for name, ids in groups.items()}
             missing = {name: ids for name, ids in missing.items() if ids}
             if missing:
                 work.append((index, step, missing))
-    share = processes.share(placement.same(work))
-    total = sum(GROUPS[name].evaluations(contexts[i].settings) for i, _, groups in share for name in groups)
+    whole, rest = processes.rounds(placement.same(work))
+    share = processes.share(whole, lambda unit: 1 + _evaluations(contexts, [unit]))
+    total = _evaluations(contexts, share) + _evaluations(contexts, rest) // processes.count
     unwritable: dict[int, UserError] = {}
     with Progress(total, show and processes.first) as bar:
-        earlier: dict[int, StepContext] = {}
-        for index, step, groups in share:
-            if index in unwritable:
-                continue
-            context = contexts[index]
-            context.tick = bar.tick
-            at = StepContext(context, step, earlier.get(index))
-            if "pca" in groups and context.settings.pca.basis == "weights" and not context.trajectory.adapted:
-                at.vectors_wanted = context.settings.pca.count
-            earlier = {index: at}
-            old = {row.key: row for row in known[index]}
-            part = processes.part(files[index])
-            for name, ids in groups.items():
-                bar.start(f"{context.trajectory.run.name} {step} {name}", GROUPS[name].evaluations(context.settings))
-                rows = [_measurement(context, step, row) for row in _rows(at, name, ids)]
-                rows = [row for row in rows if row.key not in old or row.to_line() != old[row.key].to_line()]
-                rows = _without_lost(rows, known[index], context.trajectory.where(step))
-                try:
-                    placement.agreed(partial(append_measurements, part, rows if processes.writes else []))
-                except UserError as error:
-                    unwritable[index] = error
-                    break
-            at.release(keep_weights="step" in groups)
+        measure_units = partial(_measure_units, files=files, known=known, unwritable=unwritable, bar=bar)
+        measure_units(share, contexts, processes, writes=processes.writes)
+        if rest:
+            together = Replicas(processes.device)
+            contexts = [replace(context, placement=together) for context in contexts]
+            measure_units(rest, contexts, processes, writes=processes.first)
     processes.merge_parts(files)
     if unwritable:
         raise next(iter(unwritable.values()))
+
+
+def _evaluations(contexts: Sequence[RunContext], units: Iterable[Unit]) -> int:
+    return sum(GROUPS[name].evaluations(contexts[i].settings) for i, _, groups in units for name in groups)
+
+
+def _measure_units(
+    units: Sequence[Unit],
+    contexts: Sequence[RunContext],
+    processes: Processes,
+    *,
+    files: Sequence[Path],
+    known: Sequence[list[Measurement]],
+    unwritable: dict[int, UserError],
+    bar: Progress,
+    writes: bool,
+) -> None:
+    """Measures units one after the other; `unwritable` gets the runs whose rows cannot be written."""
+    earlier: dict[int, StepContext] = {}
+    for index, step, groups in units:
+        if index in unwritable:
+            continue
+        context = contexts[index]
+        context.tick = bar.tick
+        at = StepContext(context, step, earlier.get(index))
+        if "pca" in groups and context.settings.pca.basis == "weights" and not context.trajectory.adapted:
+            at.vectors_wanted = context.settings.pca.count
+        earlier = {index: at}
+        old = {row.key: row for row in known[index]}
+        part = processes.part(files[index])
+        for name, ids in groups.items():
+            bar.start(f"{context.trajectory.run.name} {step} {name}", GROUPS[name].evaluations(context.settings))
+            rows = [_measurement(context, step, row) for row in _rows(at, name, ids)]
+            rows = [row for row in rows if row.key not in old or row.to_line() != old[row.key].to_line()]
+            rows = _without_lost(rows, known[index], context.trajectory.where(step))
+            try:
+                context.placement.agreed(partial(append_measurements, part, rows if writes else []))
+            except UserError as error:
+                unwritable[index] = error
+                break
+        at.release(keep_weights="step" in groups)
 
 
 def _without_lost(rows: list[Measurement], known: list[Measurement], where: str) -> list[Measurement]:

@@ -70,7 +70,7 @@ def evaluate(
     """Scores checkpoints of runs and returns all their rows, old and new; what is there is not scored again.
 
     Rows go to `downstream.jsonl` in each run directory, scores of single items to `downstream/step-N/TASK.jsonl`.
-    Under `accelerate launch` the checkpoints are shared out over the processes; every process returns all rows.
+    Under `accelerate launch` the tasks of all checkpoints are shared out over the processes; each returns all rows.
 
     Args:
         runs: run directories, folders of checkpoints, `user/repo` or `user/repo@revision`, or trajectories.
@@ -123,9 +123,17 @@ def evaluate(
         with processes.first_alone():
             missing = [runner.missing(chosen, names) for runner, (_, chosen, _) in zip(runners, plans, strict=True)]
         bar.update(total - sum(len(left) for steps_of in missing for left in steps_of.values()))
-        share = processes.share([(place, step) for place, left in enumerate(missing) for step in left])
-        for place, runner in enumerate(runners):
-            runner.run({step: missing[place][step] for at, step in share if at == place})
+        work = [
+            (place, step, name)
+            for place, left in enumerate(missing)
+            for step, wanted in left.items()
+            for name in wanted
+        ]
+        shares: list[dict[int, list[str]]] = [{} for _ in runners]
+        for place, step, name in processes.share(work):
+            shares[place].setdefault(step, []).append(name)
+        for runner, share in zip(runners, shares, strict=True):
+            runner.run(share)
         processes.merge_parts(tables, read_scores, append_scores)
     return [row for table in tables for row in read_scores(table)]
 

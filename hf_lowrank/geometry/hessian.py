@@ -18,6 +18,7 @@ from .directions import keyed_generator
 from .engine import Memory, movable
 from .losses import Loss
 from .statistics import Estimate, mean_interval
+from .team import Team, each
 
 Terms = Callable[[nn.Module], Iterable[Tensor]]
 
@@ -102,17 +103,23 @@ def hessian_trace(
     probes: int = 10,
     seed: int = 0,
     progress: Callable[[], None] | None = None,
+    replicas: Team | None = None,
 ) -> Estimate:
-    """Trace of the Hessian by Hutchinson's estimator with Rademacher probes, and its Student-t interval."""
+    """Trace of the Hessian by Hutchinson's estimator with Rademacher probes, and its Student-t interval.
+
+    `replicas` as for `line_curve`: they divide the probes.
+    """
     names, parameters = _trainable(model)
-    draws = []
+
+    def draw(probe: int) -> float:
+        vector = _random_like(names, parameters, (seed, probe), _signs)
+        product = hessian_vector_product(model, terms, vector)
+        if progress:
+            progress()
+        return float(_flat(product) @ _flat(vector))
+
     with _eval(model):
-        for probe in range(probes):
-            vector = _random_like(names, parameters, (seed, probe), _signs)
-            product = hessian_vector_product(model, terms, vector)
-            draws.append(float(_flat(product) @ _flat(vector)))
-            if progress:
-                progress()
+        draws = each(draw, range(probes), replicas)
     return mean_interval(draws)
 
 

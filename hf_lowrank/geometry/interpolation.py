@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .directions import Difference
 from .engine import Memory, movable
 from .losses import Loss
+from .team import Team, each
 
 
 def path_grid(points: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -33,6 +34,7 @@ def interpolation_curve(
     ends: tuple[float, float] | None = None,
     memory: Memory = "copy",
     progress: Callable[[], None] | None = None,
+    replicas: Team | None = None,
 ) -> Tensor:
     """Losses (P,) float64 at `(1−t) θ₀ + t θ₁` for positions `t`; values outside [0, 1] extrapolate.
 
@@ -43,6 +45,7 @@ def interpolation_curve(
         positions: `t`, any order.
         ends: losses at 0 and 1 if known already; they are not evaluated again.
         memory, progress: as for `line_curve`.
+        replicas: processes with the same models, which divide the positions among them; all call this.
 
     Raises:
         ValueError: parameters of the two differ in name or shape; the message names one.
@@ -61,16 +64,19 @@ def interpolation_curve(
         raise ValueError(f"the models must have the same parameters; {extra[0]} is missing in the first")
     difference = Difference({name: tensor.detach() for name, tensor in tensors.items()})
     known = {} if ends is None else {0.0: ends[0], 1.0: ends[1]}
-    losses = []
+    path = torch.as_tensor(positions, dtype=torch.float64).tolist()
     with movable(model, memory=memory) as move:
-        for t in torch.as_tensor(positions, dtype=torch.float64).tolist():
-            if t not in known:
-                move([(difference, t)] if t else ())
-                known[t] = float(loss(model))
-                if progress:
-                    progress()
-            losses.append(known[t])
-    return torch.tensor(losses, dtype=torch.float64)
+
+        def at(t: float) -> float:
+            move([(difference, t)] if t else ())
+            value = float(loss(model))
+            if progress:
+                progress()
+            return value
+
+        unknown = [t for t in dict.fromkeys(path) if t not in known]
+        known.update(zip(unknown, each(at, unknown, replicas), strict=True))
+    return torch.tensor([known[t] for t in path], dtype=torch.float64)
 
 
 def loss_barrier(

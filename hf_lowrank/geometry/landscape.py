@@ -18,6 +18,7 @@ from .engine import Memory, movable
 from .losses import Loss
 from .parts import norms
 from .statistics import Estimate, jackknife_interval, mean_interval, student_quantile
+from .team import Team, each
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def line_curve(
     memory: Memory = "copy",
     center: float | None = None,
     progress: Callable[[], None] | None = None,
+    replicas: Team | None = None,
 ) -> Curve:
     """Losses at `θ + t d` for every direction and offset; the weights come back bit-equal.
 
@@ -86,6 +88,7 @@ def line_curve(
         memory: `"copy"` or `"low"`, see `movable`.
         center: the loss at the model itself if known already; it is not evaluated again.
         progress: called after each evaluation.
+        replicas: processes with the same model, which divide the directions among them; all call this.
 
     Raises:
         ValueError: the grid is not symmetric around an exact 0, there is no direction, or the loss at `θ` itself is
@@ -94,7 +97,6 @@ def line_curve(
     grid = torch.as_tensor(offsets, dtype=torch.float64).sort().values
     if not bool((grid == -grid.flip(0)).all()) or not bool((grid == 0).any()):
         raise ValueError(f"offsets must be symmetric and hold 0, got {grid.tolist()}")
-    rows = []
     with movable(model, memory=memory) as move:
         if center is None:
             center = float(loss(model))
@@ -102,7 +104,8 @@ def line_curve(
                 progress()
         if not math.isfinite(center):
             raise ValueError(f"the loss at the weights themselves is {center}; nothing can be measured around it")
-        for direction in directions:
+
+        def along(direction: Direction) -> list[float]:
             row = []
             for t in grid.tolist():
                 if t == 0:
@@ -112,7 +115,9 @@ def line_curve(
                 row.append(float(loss(model)))
                 if progress:
                     progress()
-            rows.append(row)
+            return row
+
+        rows = each(along, directions, replicas)
     if not rows:
         raise ValueError("there must be at least one direction")
     return Curve(grid, torch.tensor(rows, dtype=torch.float64))
@@ -129,6 +134,7 @@ def random_curve(
     memory: Memory = "copy",
     center: float | None = None,
     progress: Callable[[], None] | None = None,
+    replicas: Team | None = None,
 ) -> Curve:
     """Losses along `draws` random directions `d ~ N(0, I)` over all parameters (arXiv 2605.13652).
 
@@ -137,7 +143,9 @@ def random_curve(
     the change of each weight). Arguments and errors as for `line_curve`.
     """
     directions = (Gaussian(seed, draw, normalize) for draw in range(draws))
-    return line_curve(model, loss, directions, offsets, memory=memory, center=center, progress=progress)
+    return line_curve(
+        model, loss, directions, offsets, memory=memory, center=center, progress=progress, replicas=replicas
+    )
 
 
 def pca_curve(
@@ -151,13 +159,14 @@ def pca_curve(
     memory: Memory = "copy",
     center: float | None = None,
     progress: Callable[[], None] | None = None,
+    replicas: Team | None = None,
 ) -> Curve:
     """Losses along the top `count` PCA directions of the weights, or along `directions` if given.
 
     See `weight_pca_directions` and `trajectory_pca_directions`. Arguments and errors as for `line_curve`.
     """
     chosen = weight_pca_directions(model, count, normalize=normalize) if directions is None else directions[:count]
-    return line_curve(model, loss, chosen, offsets, memory=memory, center=center, progress=progress)
+    return line_curve(model, loss, chosen, offsets, memory=memory, center=center, progress=progress, replicas=replicas)
 
 
 def plane(
@@ -170,19 +179,26 @@ def plane(
     y_offsets: Tensor | Sequence[float],
     memory: Memory = "copy",
     progress: Callable[[], None] | None = None,
+    replicas: Team | None = None,
 ) -> Tensor:
-    """Losses (Y, X) float64 at `θ + x d₁ + y d₂`, for a two-dimensional landscape (arXiv 1712.09913)."""
+    """Losses (Y, X) float64 at `θ + x d₁ + y d₂`, for a two-dimensional landscape (arXiv 1712.09913).
+
+    `replicas` as for `line_curve`: they divide the points.
+    """
     xs = torch.as_tensor(x_offsets, dtype=torch.float64).tolist()
     ys = torch.as_tensor(y_offsets, dtype=torch.float64).tolist()
-    losses = torch.empty(len(ys), len(xs), dtype=torch.float64)
     with movable(model, memory=memory) as move:
-        for i, y in enumerate(ys):
-            for j, x in enumerate(xs):
-                move([(first, x), (second, y)])
-                losses[i, j] = float(loss(model))
-                if progress:
-                    progress()
-    return losses
+
+        def at(point: tuple[float, float]) -> float:
+            x, y = point
+            move([(first, x), (second, y)])
+            value = float(loss(model))
+            if progress:
+                progress()
+            return value
+
+        losses = each(at, [(x, y) for y in ys for x in xs], replicas)
+    return torch.tensor(losses, dtype=torch.float64).reshape(len(ys), len(xs))
 
 
 def expected_sharpness(losses: Tensor | Sequence[float]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Team:
@@ -56,3 +57,27 @@ class Team:
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item, group=self.host)
         return items
+
+    def each(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`[work(item) for item in items]`, every process doing its own; all have a model of their own.
+
+        Raises:
+            RuntimeError: the work failed in another process; names it. What fails here is raised as it is.
+        """
+        own, fault = [], None
+        try:
+            own = [work(item) for item in self.own(items)]
+        except Exception as error:
+            fault = error
+        shares = self.exchange((own, None if fault is None else f"{type(fault).__name__}: {fault}"))
+        if fault is not None:
+            raise fault
+        for rank, (_, reason) in enumerate(shares):
+            if reason is not None:
+                raise RuntimeError(f"process {rank}: {reason}")
+        return [shares[place % self.size][0][place // self.size] for place in range(len(items))]
+
+
+def each(work: Callable[[T], R], items: Iterable[T], replicas: Team | None) -> list[R]:
+    """`[work(item) for item in items]`, divided among `replicas` where there are several."""
+    return [work(item) for item in items] if replicas is None else replicas.each(work, list(items))

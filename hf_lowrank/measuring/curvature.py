@@ -19,7 +19,14 @@ def hessian_rows(at: StepContext, wanted: set[str]) -> list[Row]:
         )
         rows.append(Row(metric="hessian_top", value=top, ci_low=top - error, ci_high=top + error, settings=settings))
     if "hessian_trace" in wanted:
-        trace = hessian_trace(model, at.run.loss.terms, probes=chosen.probes, seed=chosen.seed, progress=at.run.tick)
+        trace = hessian_trace(
+            model,
+            at.run.loss.terms,
+            probes=chosen.probes,
+            seed=chosen.seed,
+            progress=at.run.tick,
+            replicas=at.run.placement.replicas,
+        )
         rows.append(Row.of("hessian_trace", trace, settings=settings))
     return rows
 

@@ -31,6 +31,7 @@ def step_rows(at: StepContext, wanted: set[str]) -> list[Row]:
         ends=(ends[1], ends[0]),
         memory=at.settings.memory,
         progress=at.run.tick,
+        replicas=at.run.placement.replicas,
     )
     return _barrier_rows("step", positions, losses, wanted, settings, None)
 
@@ -71,6 +72,7 @@ def _method_rows(
         ends=(at.center, at.baseline_center),
         memory=at.settings.memory,
         progress=at.run.tick,
+        replicas=at.run.placement.replicas,
     )
     return _barrier_rows(kind, positions, losses, wanted, settings, baseline)
 

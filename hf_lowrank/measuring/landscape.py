@@ -45,6 +45,7 @@ def random_rows(at: StepContext, wanted: set[str]) -> list[Row]:
         memory=at.settings.memory,
         center=at.center,
         progress=at.run.tick,
+        replicas=at.run.placement.replicas,
     )
     settings = {**chosen.request(), **at.run.evaluated_on}
     rows = curve_rows("random_curve", curve, settings)
@@ -68,6 +69,7 @@ def pca_rows(at: StepContext, wanted: set[str]) -> list[Row]:
         memory=at.settings.memory,
         center=at.center,
         progress=at.run.tick,
+        replicas=at.run.placement.replicas,
     )
     rows = []
     for metric, lines in (("pca1", curve.losses[:1]), ("pcak", curve.losses)):
@@ -111,6 +113,7 @@ def plane_rows(at: StepContext, wanted: set[str]) -> list[Row]:
         y_offsets=grid,
         memory=at.settings.memory,
         progress=at.run.tick,
+        replicas=at.run.placement.replicas,
     )
     settings = {**chosen.request(), **at.run.evaluated_on}
     return [

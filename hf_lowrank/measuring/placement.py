@@ -40,9 +40,11 @@ class OneDevice:
 
     Attributes:
         team: the processes that hold models together; None: there is one.
+        replicas: the processes that each hold the model, and divide sweeps among them; None: there is one.
     """
 
     team: Team | None = None
+    replicas: Team | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -89,41 +91,19 @@ class SeveralDevices(OneDevice):
         return trajectory.model(step, device_map="auto")
 
 
-class Shards(OneDevice):
-    """Every model divided among the processes of `accelerate launch` by FSDP2, each with its rows of every parameter.
+class Together(OneDevice):
+    """Processes that go through the same checkpoints together, and tell each other of faults.
 
-    A process holds its part of the weights, twice while they are moved, and within a forward pass what is outside
-    the blocks (embeddings, output head) and one or two blocks whole; while it loads, its part and one tensor.
-
-    Args:
-        device: this process's.
+    Attributes:
+        crew: these processes.
     """
 
-    team: Team
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        # Apart from the group that gathers weights: who meets a fault tells the others here.
-        self.team = Team(self.mesh.get_group(), dist.new_group(backend="gloo"))
-
-    def model(self, trajectory: Trajectory, step: int) -> Any:
-        return self._loaded(trajectory, step, dense=False)
-
-    def dense_model(self, trajectory: Trajectory, step: int, model: Any) -> Any:
-        return self._loaded(trajectory, step, dense=True) if trajectory.adapted else model
-
-    def _loaded(self, trajectory: Trajectory, step: int, *, dense: bool) -> Any:
-        self.let_go()
-        return self.agreed(lambda: sharded_model(trajectory, step, self.mesh, self.device, dense=dense))
-
-    def weights(self, trajectory: Trajectory, step: int) -> dict[str, Tensor]:
-        return parameters_of(self.model(trajectory, step))
+    crew: Team
 
     def for_all(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        own = self.agreed(lambda: for_threads(work, self.team.own(items)))
-        shared = self._together(lambda: self.team.exchange(own))
-        return [shared[place % self.team.size][place // self.team.size] for place in range(len(items))]
+        own = self.agreed(lambda: for_threads(work, self.crew.own(items)))
+        shared = self._together(lambda: self.crew.exchange(own))
+        return [shared[place % self.crew.size][place // self.crew.size] for place in range(len(items))]
 
     def agreed(self, work: Callable[[], R]) -> R:
         """What `work` gives; a fault of one process is raised on all of them.
@@ -143,23 +123,17 @@ class Shards(OneDevice):
             beside = getattr(error, "baseline", None)
         failed = torch.tensor(float(reason is not None))
         wait = [timedelta(seconds=ALONE_SECONDS)] if reason is not None else []
-        sent: Any = dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.team.host, async_op=True)
+        sent: Any = dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.crew.host, async_op=True)
         self._together(
-            lambda: sent.wait(*wait), f"process {self.team.rank} alone failed: {reason}" if reason else None
+            lambda: sent.wait(*wait), f"process {self.crew.rank} alone failed: {reason}" if reason else None
         )
         if failed:
-            reasons, halfways = zip(*self._together(lambda: self.team.exchange((reason, halfway))), strict=True)
+            reasons, halfways = zip(*self._together(lambda: self.crew.exchange((reason, halfway))), strict=True)
             raise SharedFaultError(_common(reasons), halfway=any(halfways), baseline=beside)
         return result
 
     def same(self, item: T) -> T:
-        return self._together(lambda: self.team.exchange(item if self.team.rank == 0 else None))[0]  # type: ignore[return-value]
-
-    def check_whole(self, what: str) -> None:
-        raise UserError(f"{what} needs the whole model in one process; measure it without --sharded")
-
-    def let_go(self) -> None:
-        gc.collect()  # the hooks of FSDP2 refer to the modules that refer to them
+        return self._together(lambda: self.crew.exchange(item if self.crew.rank == 0 else None))[0]  # type: ignore[return-value]
 
     def _together(self, exchange: Callable[[], R], said: str | None = None) -> R:
         try:
@@ -168,6 +142,56 @@ class Shards(OneDevice):
             how = " ".join(str(error).split())[:200]
             waited_in_vain = said is not None and "timed out" in how.lower()
             raise LostProcessError(said if waited_in_vain else f"another process is gone ({how})") from None
+
+
+class Replicas(Together):
+    """Every model whole in every process of a launch; they divide what a metric evaluates and decomposes.
+
+    Args:
+        device: this process's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.replicas = self.crew = Team(None, dist.new_group(backend="gloo"))
+
+
+class Shards(Together):
+    """Every model divided among the processes of `accelerate launch` by FSDP2, each with its rows of every parameter.
+
+    A process holds its part of the weights, twice while they are moved, and within a forward pass what is outside
+    the blocks (embeddings, output head) and one or two blocks whole; while it loads, its part and one tensor.
+
+    Args:
+        device: this process's.
+    """
+
+    team: Team
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        # Apart from the group that gathers weights: who meets a fault tells the others here.
+        self.team = self.crew = Team(self.mesh.get_group(), dist.new_group(backend="gloo"))
+
+    def model(self, trajectory: Trajectory, step: int) -> Any:
+        return self._loaded(trajectory, step, dense=False)
+
+    def dense_model(self, trajectory: Trajectory, step: int, model: Any) -> Any:
+        return self._loaded(trajectory, step, dense=True) if trajectory.adapted else model
+
+    def _loaded(self, trajectory: Trajectory, step: int, *, dense: bool) -> Any:
+        self.let_go()
+        return self.agreed(lambda: sharded_model(trajectory, step, self.mesh, self.device, dense=dense))
+
+    def weights(self, trajectory: Trajectory, step: int) -> dict[str, Tensor]:
+        return parameters_of(self.model(trajectory, step))
+
+    def check_whole(self, what: str) -> None:
+        raise UserError(f"{what} needs the whole model in one process; measure it without --sharded")
+
+    def let_go(self) -> None:
+        gc.collect()  # the hooks of FSDP2 refer to the modules that refer to them
 
 
 def _common(reasons: Sequence[str | None]) -> str:

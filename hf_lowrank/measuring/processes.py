@@ -72,11 +72,26 @@ class Processes:
         """Whether this process writes what it measures."""
         return self.first or not self.together
 
-    def share(self, work: Sequence[T]) -> list[T]:
-        """This process's part of the work: consecutive items, so that neighbours share what they read."""
+    def share(self, work: Sequence[T], cost: Callable[[T], float] = lambda item: 1.0) -> list[T]:
+        """This process's part of the work: consecutive items, so that neighbours share what they read.
+
+        Shares cost alike as far as whole items allow: an item is its process's in whose part of the total its middle
+        lies.
+        """
         if self.together:
             return list(work)
-        return list(work[len(work) * self.index // self.count : len(work) * (self.index + 1) // self.count])
+        costs = [cost(item) for item in work]
+        total, before, own = sum(costs), 0.0, []
+        for item, weight in zip(work, costs, strict=True):
+            if min(int((before + weight / 2) / total * self.count), self.count - 1) == self.index:
+                own.append(item)
+            before += weight
+        return own
+
+    def rounds(self, work: Sequence[T]) -> tuple[list[T], list[T]]:
+        """What goes up in shares of whole items, and the rest: fewer items than processes, which do them together."""
+        rest = 0 if self.together else len(work) % self.count
+        return list(work[: len(work) - rest]), list(work[len(work) - rest :])
 
     def part(self, file: Path) -> Path:
         """Where this process writes rows of `file`."""

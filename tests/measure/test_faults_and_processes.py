@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -10,6 +12,7 @@ from functools import partial
 import pytest
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.geometry import TokenLoss
 from hf_lowrank.measure import measure, read_measurements
 from tests.distributed.pairs import FORK, in_two, lose_one
 
@@ -40,6 +43,82 @@ def test_two_processes_give_the_same_rows_as_one(two_runs, undisturbed):
         assert (got[key][0] is None) == (value is None)
         assert value is None or got[key][0] == pytest.approx(value, rel=1e-5, abs=1e-7)
     assert not list(two_runs[0].glob(".measurements*"))
+
+
+EVERYTHING = {"metrics": "all", "steps": 10, "settings": WANTED["settings"] | {
+    "random": {"draws": 3, "steps": 1}, "pca": {"count": 3}, "plane": {"steps": 1},
+    "hessian": {"iterations": 4, "probes": 3},
+}}  # fmt: skip
+
+
+def test_one_checkpoint_is_measured_by_both_to_the_bit(two_runs, tmp_path, monkeypatch):
+    evaluate, done = TokenLoss.__call__, 0
+
+    def counting(self, model):
+        nonlocal done
+        done += 1
+        return evaluate(self, model)
+
+    def counted(name):
+        measure(two_runs[1], **EVERYTHING, baseline=two_runs[0], output=tmp_path / name)
+        (tmp_path / f"{name}-{os.environ.get('RANK', '0')}.count").write_text(str(done))
+
+    monkeypatch.setattr(TokenLoss, "__call__", counting)
+    counted("one")
+    done = 0
+    in_two(partial(counted, "two"))
+    one, two = (
+        {row.to_line() for row in read_measurements(tmp_path / name / two_runs[1].name)} for name in ("one", "two")
+    )
+    assert len(one) > 100
+    assert two == one
+    # What goes from one evaluation to the next (the critical sharpness) and the centres are evaluated by both.
+    (alone,), both = (
+        [int(file.read_text()) for file in sorted(tmp_path.glob(f"{n}-*.count"))] for n in ("one", "two")
+    )
+    shared_by_both = sum(both) - alone
+    assert alone > 40
+    assert shared_by_both < 0.5 * alone, (alone, both)
+    assert abs(both[0] - both[1]) <= 10, both
+
+
+def test_a_fault_of_one_reaches_the_other(two_runs, tmp_path):
+    def failing():
+        evaluate = TokenLoss.__call__
+
+        def fail(self, model):
+            if os.environ["RANK"] == "1" and "random_curve" in [frame.function for frame in inspect.stack()]:
+                raise RuntimeError("out of paper")
+            return evaluate(self, model)
+
+        TokenLoss.__call__ = fail
+        measure(two_runs[1], metrics="loss,random", steps=10, settings=WANTED["settings"])
+
+    in_two(failing)
+    rows = {row.metric: row for row in read_measurements(two_runs[1])}
+    assert rows["loss"].value == rows["loss"].value
+    assert "process 1: RuntimeError: out of paper" in rows["random_sharpness"].reason
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_of_those_that_measure_together_is_lost(two_runs, tmp_path, lost):
+    """What was measured is there, the other process says in one line what became of it."""
+    said = tmp_path / "said"
+
+    def measured():
+        try:
+            measure(two_runs[1], metrics="loss,random,plane", steps=10, settings={"plane": {"steps": 20}})
+        except UserError as error:
+            said.write_text(str(error))
+            raise
+
+    part = two_runs[1] / ".measurements-0.part.jsonl"
+    ended = lose_one(measured, lost, lambda: any(r.metric == "random_sharpness" for r in read_measurements(part)))
+    assert ended not in (0, None)
+    if lost == 1:
+        ended_so = r"measuring together ended: another process is gone .*; what was measured is written, start again"
+        assert re.fullmatch(ended_so, said.read_text())
+    assert any(row.metric == "random_sharpness" for row in read_measurements(part))
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -8,7 +8,6 @@ from transformers import Trainer
 from hf_lowrank.errors import DivergedError, UserError
 from hf_lowrank.training import load_recipe, pretrain
 
-
 GALORE = {"method__name": "galore", "method__rank": 4, "method__update_proj_gap": 2}
 
 

@@ -1,0 +1,99 @@
+"""Measuring with several processes: the rows of one, to the bit, and how much sooner they are there.
+
+A nano run is trained for a few steps; eight of its checkpoints are shared out among the processes, and a single one is
+measured by all together, draw by draw. Every process computes on one thread. The speed-up is the time of one process
+over that of several, the processes' start left out, in turns in one run; asked is 0.8 of the number of processes, as
+far as there are cores.
+
+    python -m benchmarks.measuring_processes [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._common import machine, spread, versions, write_result
+from hf_lowrank.measure import measure, read_measurements
+from hf_lowrank.training import load_recipe, pretrain
+from tests.distributed.every_method import launch
+
+WORLDS = (1, 2, 4)
+CHECKPOINTS = 8
+CASES: dict[str, dict[str, Any]] = {
+    "eight checkpoints": {"steps": list(range(1, CHECKPOINTS + 1)), "settings": {"random": {"draws": 4}}},
+    "one checkpoint": {"steps": "last", "settings": {"random": {"draws": 24, "steps": 2}}},
+    "matrices of one checkpoint": {"steps": "last", "metrics": "weight,update"},
+}
+RECIPE = Path(__file__).parent.parent / "recipes" / "nano" / "full_rank.yaml"
+
+
+def one(rank: int, world: int, *, run: Path, output: Path, asked: dict[str, Any]) -> dict[str, float]:
+    """Seconds from when all processes are there to when all rows are."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    if world > 1:
+        torch.distributed.barrier()
+    began = time.perf_counter()
+    measure(run, output=output, device="cpu", **asked)
+    return {"seconds": time.perf_counter() - began}
+
+
+def rows(folder: Path) -> set[str]:
+    return {row.to_line() for row in read_measurements(folder)}
+
+
+def case(name: str, run: Path, folder: Path, repeats: int) -> dict[str, Any]:
+    seconds: dict[int, list[float]] = {world: [] for world in WORLDS}
+    alone, different = set[str](), dict.fromkeys(WORLDS[1:], 0)
+    for turn in range(repeats):
+        for world in WORLDS:
+            output = folder / f"{turn}-{world}"
+            job = partial(one, run=run, output=output, asked=CASES[name])
+            seconds[world].append(max(each["seconds"] for each in launch(job, world, folder / f"of-{turn}-{world}")))
+            found = rows(output / run.name)
+            alone = found if world == 1 else alone
+            if world > 1:
+                different[world] = max(different[world], len(found ^ alone))
+    cores = os.cpu_count() or 1
+    result: dict[str, Any] = {"rows": len(alone), "rows_that_differ": different, "seconds": {}, "of_linear": {}}
+    for world in WORLDS:
+        result["seconds"][world] = spread(seconds[world])
+        ratios = [first / other for first, other in zip(seconds[1], seconds[world], strict=True)]
+        if world > 1:
+            result["of_linear"][world] = spread([ratio / min(world, cores) for ratio in ratios])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        steps = {"max_steps": CHECKPOINTS, "save_steps": 1, "warmup_steps": 1}
+        run = pretrain(
+            load_recipe(RECIPE, [f"training.{key}={value}" for key, value in steps.items()]), folder / "run"
+        )
+        found = {}
+        for name in CASES:
+            found[name] = case(name, run, folder / "rows", repeats)
+            shutil.rmtree(folder / "rows")
+            print(name, found[name], flush=True)
+        write_result(
+            "measuring_processes",
+            {"machine": machine(torch.device("cpu")), "versions": versions(), "repeats": repeats, "cases": found},
+        )
+
+
+if __name__ == "__main__":
+    main()
