@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from benchmarks._common import machine, spread, versions, write_result
 from hf_lowrank.measure import measure, read_measurements
@@ -39,6 +40,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "nano" / "full_rank.yaml"
 def one(rank: int, world: int, *, run: Path, output: Path, asked: dict[str, Any]) -> dict[str, float]:
     """Seconds from when all processes are there to when all rows are."""
     torch.set_num_threads(1)
+    PartialState._reset_state()  # the training's, of one process
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     if world > 1:
         torch.distributed.barrier()

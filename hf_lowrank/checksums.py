@@ -33,9 +33,23 @@ def write_checksums(folder: Path) -> None:
 
 
 def lacks_checksums(folder: Path) -> bool:
-    """Whether a checkpoint is half-written: a run that began with checksums ends every checkpoint with them."""
-    beginning = folder.parent / "checkpoint-0" / FILE_NAME
-    return folder.name.startswith("checkpoint-") and beginning.is_file() and not (folder / FILE_NAME).is_file()
+    """Whether a checkpoint is half-written: of a run that keeps checksums every checkpoint ends with them."""
+    return (
+        folder.name.startswith("checkpoint-")
+        and not (folder / FILE_NAME).is_file()
+        and (_has_checksums(folder.parent) or _is_sealed(folder.parent / "recipe.yaml"))
+    )
+
+
+def _has_checksums(run: Path) -> bool:
+    return any(run.glob(f"checkpoint-*/{FILE_NAME}"))
+
+
+def _is_sealed(file: Path) -> bool:
+    try:
+        return _SEAL_LINE.search(file.read_text(encoding="utf-8")) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str | None:
@@ -55,10 +69,14 @@ def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str
         return f"{FILE_NAME} is unreadable: {' '.join(str(error).split())[:200]}"
     for name in sorted(written) if names is None else sorted(set(names)):
         if name not in written or ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
-            return f"{FILE_NAME} does not know {name}"
+            return f"{FILE_NAME} does not know {name[:200]}"
         digest, size = written[name]
-        if not (folder / name).is_file():
-            return f"{name} is missing"
+        try:
+            there = (folder / name).is_file()
+        except OSError:  # no file can have such a name
+            there = False
+        if not there:
+            return f"{name[:200]} is missing"
         status = (folder / name).stat()
         if status.st_size != size:
             return f"{name} has {status.st_size} bytes, {size} were written"
@@ -110,7 +128,7 @@ def read_sealed_text(file: Path) -> str:
     """
     text = file.read_text(encoding="utf-8")
     match = _SEAL_LINE.search(text)
-    if match is None and (file.parent / "checkpoint-0" / FILE_NAME).is_file():
+    if match is None and _has_checksums(file.parent):
         raise ValueError("its last line, with its checksum, is missing or damaged")
     if match is not None and match[1] != _seal_of(text[: match.start()]):
         raise ValueError("it is not what was written: its checksum differs")

@@ -222,13 +222,19 @@ def _translated(error: ValidationError, layers: Layers, section: str, model: typ
     return UserError(f"{where}: {key}: {message[:1].lower()}{message[1:]}, got {first['input']!r}")
 
 
+# What transformers' models raise at sizes and positions that they cannot have, which their configurations let through.
+UNBUILDABLE = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+)  # fmt: skip
+
+
 def _check_buildable(recipe: Recipe, layers: Layers) -> None:
     """Builds the model and its optimizer without memory, so that what cannot be built is known before anything is."""
     training_arguments = recipe.arguments(layers.path.parent)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = recipe.method.build_model(recipe.config(), recipe.settings, recipe.seed)
-    except (ValueError, TypeError, KeyError) as error:
+    except UNBUILDABLE as error:
         raise UserError(f"{layers.path}: model cannot be built: {first_line(error)}") from None
     try:
         if recipe.method.build_optimizer is not None:
@@ -238,7 +244,7 @@ def _check_buildable(recipe: Recipe, layers: Layers) -> None:
                     optimizer, recipe.settings, training_arguments, training_arguments.max_steps
                 )
         recipe.method.callbacks(recipe.settings, training_arguments)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         message = first_line(error)
         field = message.split()[0]
         if field in type(recipe.settings).model_fields:

@@ -59,17 +59,22 @@ class StopOnSignal(TrainerCallback):
         if anywhere(self._asked, args.device) and state.global_step < state.max_steps:
             self._off_schedule = not control.should_save
             self.stopped = state.global_step
-            control.should_save = control.should_training_stop = True
+            control.should_save = True
         return control
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if self.stopped is not None:
+            control.should_training_stop = True  # after the state is saved: an undisturbed run's does not say so
         if self.trainer is None or not self._off_schedule:
-            return
+            return control
         losses = _of_all_processes(self.trainer._tr_loss.item())
         if state.is_world_process_zero:
             content = {"losses": losses, "last_logged": self.trainer._globalstep_last_logged}
             write_text(folder / MARK, json.dumps(content) + "\n")
+        return control
 
     def release(self) -> None:
         """Gives the signal back."""

@@ -23,7 +23,7 @@ ALLOWED: dict[str, tuple[int, ...]] = {
     "terminated": (0, STOPPED, -15),
     "disk full": (0, 2),
     "read-only": (0, 2),
-    "memory": (0, 1, 2, -6, -9, -11),
+    "memory": (0, 1, 2, 127, -6, -9, -11),  # 127: glibc, without memory for a new thread
     "clock": (0,),
     "not a number": (0, 2),
     "two at once": (0, 2),

@@ -66,7 +66,7 @@ STUDY_FILE_KINDS = {
     "claims": "study/claims.json",
     "prediction": "study/prediction.json",
     "timings": "study/.timings.json",
-    "stamps": "study/.stamps.json",
+    "stamps": "study/.results.json",
     "member's measurements": "study/runs/*/measurements.jsonl",
     "member's facts": "study/runs/*/facts.json",
     "member's weights": "study/runs/*/checkpoint-*/model.safetensors",

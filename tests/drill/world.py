@@ -129,7 +129,7 @@ def lines(recipe: Path, place: Path, stages: tuple[str, ...]) -> list[list[str]]
     known = {
         "train": ["train", str(recipe), "--output", run],
         "measure": ["measure", run, "--metrics", METRICS, "--settings", str(recipe.parent / "settings.yaml")],
-        "evaluate": ["evaluate", run, "--tasks", TASKS, "--limit", "4", "--steps", "last"],
+        "evaluate": ["evaluate", run, "--tasks", TASKS, "--limit", "4"],
         "report": ["report", run, "--output", str(place / "report")],
     }
     return [known[stage] for stage in stages]
