@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -13,6 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_lowrank.checkpoint_weights import MOST_LAYERS
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.training.yaml_files import Layers
+
+
+SIZES = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
 
 
 def checked(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
@@ -32,11 +34,15 @@ def checked(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
         if key != "architecture" and key not in allowed:
             known = nearest(str(key), {"architecture", *allowed})
             raise UserError(f"{layers.origin(f'model.{key}')}: unknown key {f'model.{key}'!r}; {known}")
+    for key in sorted(SIZES & set(section)):
+        if isinstance(section[key], int) and section[key] < 1:
+            where = layers.origin(f"model.{key}")
+            raise UserError(f"{where}: model.{key} must be at least 1, got {section[key]!r}")
     try:
         blocks = getattr(build(section), "num_hidden_layers", 1)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # transformers raises whatever sizes that make no sense lead it to
         # The last line of a strict dataclass's complaint carries what was expected and what was given.
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         field = next((key for key in section if f"'{key}'" in str(error)), None)
         if field is None:
             raise UserError(f"{layers.path}: model: {reason}") from None

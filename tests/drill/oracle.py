@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from hf_lowrank.checksums import damage_by_checksums
 from hf_lowrank.training.resume import damage_of
 
 # What a clock, the machine or the run's own folder decides.
@@ -83,8 +84,9 @@ def not_finite(run: Path) -> list[str]:
 def damaged_checkpoints(run: Path) -> dict[str, str]:
     """The checkpoints of a run that name their damage themselves."""
     found = {}
-    for folder in sorted(run.glob("checkpoint-[1-9]*")):
-        damage = damage_of(folder)
+    for folder in sorted(run.glob("checkpoint-*")):
+        # The first checkpoint has weights only.
+        damage = damage_by_checksums(folder) if folder.name == "checkpoint-0" else damage_of(folder)
         if damage is not None:
             found[folder.name] = damage
     return found

@@ -100,6 +100,7 @@ WRONG = [
     (["training.eval_strategy=often"], ["training.eval_strategy", "often"]),
     (["model.architecture=lama"], ["model.architecture", "'lama'", "did you mean 'llama'"]),
     (["model.hiden_size=8"], ["'model.hiden_size'", "did you mean 'hidden_size'"]),
+    (["model.num_attention_heads=0"], ["model.num_attention_heads", "at least 1", "0"]),
     (["model.hidden_size=large"], ["model.hidden_size", "expected int", "large"]),
     (["data.source=web"], ["data.source", "'python-library', 'hub' or 'files'", "'web'"]),
     (["data.sequence_lenght=8"], ["'data.sequence_lenght'", "did you mean 'sequence_length'"]),
