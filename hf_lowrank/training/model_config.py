@@ -13,7 +13,6 @@ from hf_lowrank.checkpoint_weights import MOST_LAYERS
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.training.yaml_files import Layers
 
-
 SIZES = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
 
 

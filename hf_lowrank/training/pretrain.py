@@ -171,9 +171,14 @@ def is_started(run: Path) -> bool:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run directory's training has come to its last step."""
+    """Whether the run directory's training has come to its last step, and what it began with is whole."""
     checkpoint = last_whole_checkpoint(run) if is_started(run) else None
-    return checkpoint is not None and _is_finished(checkpoint)
+    if checkpoint is None or not _is_finished(checkpoint):
+        return False
+    try:
+        return _has_start(run)
+    except UserError:  # `pretrain` names it
+        return False
 
 
 def check_belongs(run: Path, recipe: Recipe) -> bool:
