@@ -34,22 +34,12 @@ def write_checksums(folder: Path) -> None:
 
 def lacks_checksums(folder: Path) -> bool:
     """Whether a checkpoint is half-written: of a run that keeps checksums every checkpoint ends with them."""
-    return (
-        folder.name.startswith("checkpoint-")
-        and not (folder / FILE_NAME).is_file()
-        and (_has_checksums(folder.parent) or _is_sealed(folder.parent / "recipe.yaml"))
-    )
+    begun = folder.name.startswith("checkpoint-") and _has_checksums(folder.parent)
+    return begun and not (folder / FILE_NAME).is_file()
 
 
 def _has_checksums(run: Path) -> bool:
     return any(run.glob(f"checkpoint-*/{FILE_NAME}"))
-
-
-def _is_sealed(file: Path) -> bool:
-    try:
-        return _SEAL_LINE.search(file.read_text(encoding="utf-8")) is not None
-    except (OSError, ValueError):
-        return False
 
 
 def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str | None:

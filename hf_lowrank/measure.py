@@ -269,9 +269,19 @@ def _measure_units(
 
 
 def _without_lost(rows: list[Measurement], known: list[Measurement], where: str) -> list[Measurement]:
-    """The rows without failures of what was measured before the checkpoint or its run was damaged: that stays."""
-    measured = {(row.run, row.step, row.metric) for row in known if row.scope == "model" and not row.failed}
-    lost = [r for r in rows if r.failed and not r.settings and (r.run, r.step, r.metric) in measured]
+    """The rows without failures of what was measured before the checkpoint, its run or its baseline was damaged."""
+    measured: dict[tuple[str, int, str], list[Measurement]] = {}
+    for row in known:
+        if row.scope == "model" and not row.failed:
+            measured.setdefault((row.run, row.step, row.metric), []).append(row)
+
+    def is_there(failure: Measurement) -> bool:
+        return any(
+            failure.baseline in (None, row.baseline) and failure.settings.items() <= row.settings.items()
+            for row in measured.get((failure.run, failure.step, failure.metric), ())
+        )
+
+    lost = [row for row in rows if row.failed and is_there(row)]
     for reason in dict.fromkeys(row.reason for row in lost):
         logger.warning("%s cannot be measured again, what was measured stays: %s", where, reason)
     return [row for row in rows if row not in lost]
