@@ -153,7 +153,8 @@ class Replicas(Together):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.replicas = self.crew = Team(None, dist.new_group(backend="gloo"))
+        # Apart from each other: who meets a fault tells the others where they do not exchange results.
+        self.replicas, self.crew = (Team(None, dist.new_group(backend="gloo")) for _ in range(2))
 
 
 class Shards(Together):

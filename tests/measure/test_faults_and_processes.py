@@ -14,6 +14,7 @@ import pytest
 from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import TokenLoss
 from hf_lowrank.measure import measure, read_measurements
+from hf_lowrank.measuring import placement
 from tests.distributed.pairs import FORK, in_two, lose_one
 
 WANTED = {
@@ -98,6 +99,29 @@ def test_a_fault_of_one_reaches_the_other(two_runs, tmp_path):
     rows = {row.metric: row for row in read_measurements(two_runs[1])}
     assert rows["loss"].value == rows["loss"].value
     assert "process 1: RuntimeError: out of paper" in rows["random_sharpness"].reason
+
+
+def test_a_process_that_fails_while_the_others_are_ahead(two_runs, tmp_path, monkeypatch):
+    """It cannot tell them; it gives up with its reason, and they notice that it is gone."""
+    monkeypatch.setattr(placement, "ALONE_SECONDS", 2.0)
+
+    def measured():
+        load = placement.OneDevice.model
+
+        def model(self, trajectory, step):
+            if os.environ["RANK"] == "1" and step != 10:
+                raise MemoryError("no room")
+            return load(self, trajectory, step)
+
+        placement.OneDevice.model = model
+        try:
+            measure(two_runs[1], metrics="step", steps=10, settings=WANTED["settings"])
+        except UserError as error:
+            (tmp_path / os.environ["RANK"]).write_text(str(error))
+
+    in_two(measured)
+    assert "process 1 alone failed: MemoryError: no room" in (tmp_path / "1").read_text()
+    assert "another process is gone" in (tmp_path / "0").read_text()
 
 
 @pytest.mark.parametrize("lost", [0, 1])
