@@ -58,6 +58,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/geometry.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python -m benchmarks.distributed
+	$(BIN)/python -m benchmarks.measuring_processes
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --no-isolation --outdir dist .
