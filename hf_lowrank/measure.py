@@ -219,6 +219,8 @@ def _measure_all(
         measure_units = partial(_measure_units, files=files, known=known, unwritable=unwritable, bar=bar)
         measure_units(share, contexts, processes, writes=processes.writes)
         if rest:
+            # All wait here for the slowest share, which may take hours; what comes then goes from step to step.
+            processes.merge_parts(files)
             together = Replicas(processes.device)
             contexts = [replace(context, placement=together) for context in contexts]
             measure_units(rest, contexts, processes, writes=processes.first)

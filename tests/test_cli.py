@@ -1,5 +1,8 @@
 """The command line itself; what the verbs do is tested with the functions that they call."""
 
+import runpy
+import sys
+
 import pytest
 
 from hf_lowrank.cli import main
@@ -18,6 +21,14 @@ def test_help_names_every_verb(capsys):
     assert status == 0
     for verb in ("train", "measure", "report", "methods", "metrics"):
         assert verb in out
+
+
+def test_it_is_a_module_for_launchers(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hf_lowrank", "methods"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("hf_lowrank", run_name="__main__")
+    assert end.value.code == 0
+    assert "galore" in capsys.readouterr().out
 
 
 def test_methods_lists_the_table(capsys):

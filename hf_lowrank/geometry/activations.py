@@ -195,10 +195,8 @@ def _results(layers: Sequence[_Layer], positions: int, team: Team) -> list[Layer
             own.append(layers[index].result(index, positions))
         except ValueError as error:
             own.append(error)
-    shared = team.exchange(own)
     results: list[LayerSimilarity] = []
-    for index in range(len(layers)):
-        result = shared[index % team.size][index // team.size]
+    for result in team.in_order(team.exchange(own), len(layers)):
         if isinstance(result, ValueError):
             raise result
         results.append(result)

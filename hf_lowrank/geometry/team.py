@@ -52,6 +52,10 @@ class Team:
         """Every `size`-th item: what this process does of work that needs no model."""
         return items[self.rank :: self.size]
 
+    def in_order(self, shares: Sequence[Sequence[R]], length: int) -> list[R]:
+        """What came of the processes' `own` items, in the order of all `length` items."""
+        return [shares[place % self.size][place // self.size] for place in range(length)]
+
     def exchange(self, item: T) -> list[T]:
         """What each process gave, in their order."""
         items: list[Any] = [None] * self.size
@@ -67,7 +71,7 @@ class Team:
         own, fault = [], None
         try:
             own = [work(item) for item in self.own(items)]
-        except Exception as error:
+        except Exception as error:  # raised again once the others, who wait, have been told
             fault = error
         shares = self.exchange((own, None if fault is None else f"{type(fault).__name__}: {fault}"))
         if fault is not None:
@@ -75,7 +79,7 @@ class Team:
         for rank, (_, reason) in enumerate(shares):
             if reason is not None:
                 raise RuntimeError(f"process {rank}: {reason}")
-        return [shares[place % self.size][0][place // self.size] for place in range(len(items))]
+        return self.in_order([done for done, _ in shares], len(items))
 
 
 def each(work: Callable[[T], R], items: Iterable[T], replicas: Team | None) -> list[R]:

@@ -22,6 +22,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import Team
 from hf_lowrank.geometry.spectra import for_threads
 from hf_lowrank.measuring.faults import FAULTS, LostProcessError, SharedFaultError, reason_of
+from hf_lowrank.measuring.processes import LONGEST_WAIT
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -102,8 +103,7 @@ class Together(OneDevice):
 
     def for_all(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         own = self.agreed(lambda: for_threads(work, self.crew.own(items)))
-        shared = self._together(lambda: self.crew.exchange(own))
-        return [shared[place % self.crew.size][place // self.crew.size] for place in range(len(items))]
+        return self.crew.in_order(self._together(lambda: self.crew.exchange(own)), len(items))
 
     def agreed(self, work: Callable[[], R]) -> R:
         """What `work` gives; a fault of one process is raised on all of them.
@@ -154,7 +154,7 @@ class Replicas(Together):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         # Apart from each other: who meets a fault tells the others where they do not exchange results.
-        self.replicas, self.crew = (Team(None, dist.new_group(backend="gloo")) for _ in range(2))
+        self.replicas, self.crew = (Team(None, dist.new_group(backend="gloo", timeout=LONGEST_WAIT)) for _ in range(2))
 
 
 class Shards(Together):

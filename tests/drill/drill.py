@@ -87,8 +87,7 @@ class _Drill:
 
     def breach(self, what: str, ended: Ended | None = None) -> None:
         said = "" if ended is None else f": status {ended.status}: {ended.output[-1500:]}"
-        told = f"seed {self.plan.seed}: {what}{said}"
-        self.found.breaches.append(told.replace(f"{self.world.folder}{os.sep}", ""))
+        self.found.breaches.append(f"seed {self.plan.seed}: {what}{said}")
 
     def _struck(self, strike: Strike) -> None:
         child = self.call(self.plan.stages, strike)

@@ -87,6 +87,7 @@ def drill_seeds(seeds: Sequence[int], output: Path | None, folder: Path, say: An
             continue
         began = time.perf_counter()
         result = asdict(drill(world, seed)) | {"seconds": round(time.perf_counter() - began, 2)}
+        result["breaches"] = [said.replace(f"{world.folder}{os.sep}", "") for said in result["breaches"]]
         done[seed] = result
         if output is not None:
             with open(output, "a", encoding="utf-8") as file:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 
 import pytest
+from accelerate import PartialState
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import TokenLoss
 from hf_lowrank.measure import measure, read_measurements
 from hf_lowrank.measuring import placement
-from tests.distributed.pairs import FORK, in_two, lose_one
+from tests.distributed.pairs import FORK, PATIENCE, in_two, lose_one
 
 WANTED = {
     "metrics": "loss,random,spectra,step,method,activations",
@@ -158,6 +162,37 @@ def test_a_lost_process_ends_the_command_with_what_it_had_written(two_runs, undi
     measure(list(two_runs), **WANTED)
     assert rows_of(two_runs) == undisturbed
     assert not any(part.exists() for part in parts)
+
+
+def test_a_launcher_starts_two_that_share(two_runs, undisturbed, tmp_path):
+    """Nothing is prepared for them here: as a user starts them, where there is no accelerator."""
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(json.dumps(WANTED["settings"]))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["--module", "hf_lowrank", "measure", *map(str, two_runs), "--metrics", WANTED["metrics"]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, *command, "--settings", str(settings)], env=environment, check=True, timeout=PATIENCE)
+    assert rows_of(two_runs) == undisturbed
+    for run in two_runs:  # two that do not know of each other write every row twice
+        assert len((run / "measurements.jsonl").read_text().splitlines()) == len(read_measurements(run))
+
+
+def test_processes_that_cannot_be_joined_are_not_left_to_the_same_work(two_runs, monkeypatch):
+    PartialState._reset_state()
+    PartialState(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="accelerate cannot join 2 processes on cpu"):
+        measure(two_runs[0], metrics="loss")
+    PartialState._reset_state()
+
+
+def test_what_was_measured_beside_a_baseline_stays_without_it(two_runs, caplog):
+    wanted = {"metrics": "method", "steps": 10, "settings": WANTED["settings"]}
+    measure(list(two_runs), **wanted)
+    before = (two_runs[1] / "measurements.jsonl").read_bytes()
+    measure(two_runs[1], **wanted)
+    assert (two_runs[1] / "measurements.jsonl").read_bytes() == before
+    assert "what was measured stays: no baseline" in caplog.text
 
 
 def test_killed_at_any_moment_and_started_again(two_runs, undisturbed):

@@ -68,6 +68,13 @@ def test_a_process_may_hold_it_twice_and_many_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_stands_in_a_lock_is_not_shown_unless_it_is_a_number(tmp_path, holder):
+    holder(tmp_path, "train")
+    (tmp_path / ".train.lock").write_bytes(b"\x1b[2J\xff")
+    with pytest.raises(UserError, match="in use by another hf-lowrank process; wait"), locked(tmp_path, "train"):
+        pass
+
+
 def test_a_run_is_trained_measured_and_evaluated_by_one_process(tmp_path, corpus, holder):
     recipe = load_recipe(write_recipe(tmp_path, corpus, "full_rank"))
     run = pretrain(recipe, tmp_path / "run")

@@ -17,7 +17,8 @@ from hf_lowrank.measure import measure
 from hf_lowrank.run_records import load_run
 from hf_lowrank.training import load_recipe, pretrain
 from hf_lowrank.training.facts import read_facts
-from hf_lowrank.training.resume import damage_of
+from hf_lowrank.training.pretrain import is_finished
+from hf_lowrank.training.resume import damage_of, last_whole_checkpoint
 
 FILES = [
     "config.json",
@@ -87,6 +88,35 @@ def damage(file, how, generator):
 
 def same_weights(one, other):
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items()) and one.keys() == other.keys()
+
+
+def test_a_half_written_checkpoint_is_none_whatever_became_of_the_first(whole, tmp_path):
+    run = shutil.copytree(whole[1], tmp_path / "run")
+    shutil.rmtree(run / "checkpoint-0")
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "checkpoint-4" / FILE_NAME).unlink()
+    assert last_whole_checkpoint(run) == run / "checkpoint-2"
+    assert Trajectory(run).steps == [2]
+
+
+@pytest.mark.parametrize("how", ["flipped", "removed"])
+def test_a_run_is_not_finished_without_what_it_began_with(whole, tmp_path, how):
+    run = shutil.copytree(whole[1], tmp_path / "run")
+    assert is_finished(run)
+    damage(run / "checkpoint-0" / "model.safetensors", how, random.Random(0))
+    assert not is_finished(run)
+    with pytest.raises(UserError, match=r"checkpoint-0: damaged: model\.safetensors .* remove that folder"):
+        pretrain(whole[0], run)
+    shutil.rmtree(run / "checkpoint-0")
+    pretrain(whole[0], run)
+    assert is_finished(run)
+    first = (folder / "checkpoint-0" / "model.safetensors" for folder in (run, whole[1]))
+    assert len({file.read_bytes() for file in first}) == 1
+
+
+def test_a_name_that_no_file_can_have_is_missing(tmp_path):
+    (tmp_path / FILE_NAME).write_text(json.dumps({"x" * 5000: {"sha256": "0", "bytes": 1}}))
+    assert damage_by_checksums(tmp_path) == "x" * 200 + " is missing"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -59,6 +59,8 @@ def test_a_stopped_run_ends_with_the_same_bits(write_recipe, tmp_path, terminate
     for name in ("checkpoint-3", "checkpoint-6"):
         one, other = (load_file(folder / name / "model.safetensors") for folder in (whole, run))
         assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+        states = [json.loads((folder / name / "trainer_state.json").read_text()) for folder in (whole, run)]
+        assert states[0]["stateful_callbacks"] == states[1]["stateful_callbacks"]
     assert timeless_log(run) == timeless_log(whole)
     assert list(json.loads((run / "facts.json").read_text())["progress"]) == ["3", "6"]
 
