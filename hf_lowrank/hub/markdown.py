@@ -7,6 +7,7 @@ becomes a character reference, which Markdown shows as the sign and never reads 
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def inline_code(text: object) -> Markdown:
     return Markdown(f"{fence}{pad}{content}{pad}{fence}")
 
 
-def render(template: str, **values: Any) -> str:
-    """A template of this package, filled; its result ends in one newline."""
+@cache
+def _environment() -> Environment:
     # Markdown is no HTML, so Jinja2's own autoescape is off and `finalize` escapes instead: every value, always.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -66,5 +67,10 @@ def render(template: str, **values: Any) -> str:
     )
     environment.globals.update(fenced=fenced)
     environment.filters.update(code=inline_code)
-    text = environment.get_template(template).render(**values)
+    return environment
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this package, filled; its result ends in one newline."""
+    text = _environment().get_template(template).render(**values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -6,10 +6,11 @@ import base64
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,6 +27,9 @@ from hf_lowrank.report.study import Study, load_study
 from hf_lowrank.report.verdicts import losses_by_method
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
 from hf_lowrank.run_records import RunRecord, load_runs
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 FILE_NAME = "report.html"
 # In the order in which they are run; together they are one script.
@@ -67,15 +71,6 @@ def write_report(
 
 def render(runs: Sequence[RunRecord], study: Study) -> str:
     """The page of `runs`, and of the study they belong to, as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("hf_lowrank.report", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     compared = groups(runs, baseline_of(runs, study.folder))
     chosen = looks([*(run.method for run in runs), *(rate.member for rate in study.sweep)])
     numbers = {name: number for number, name in enumerate(chosen)}
@@ -84,7 +79,8 @@ def render(runs: Sequence[RunRecord], study: Study) -> str:
     metrics = data["metrics"]
     several_scales = len({group.size for group in compared}) > 1
     several_sets = len({group.fingerprint for group in compared}) > 1
-    return environment.get_template("page.html.j2").render(
+    page = _environment().get_template("page.html.j2")
+    return page.render(
         groups=[{"group": group, **methods_view(group), **_of_group(group)} for group in compared],
         group_choice=_group_choice(compared, several_sets, several_scales),
         several_scales=several_scales,
@@ -122,6 +118,20 @@ def render(runs: Sequence[RunRecord], study: Study) -> str:
         runs=[_made(run) for run in runs],
         packages=_versions(),
         ground={"light": LIGHT_GROUND, "dark": DARK_GROUND},
+    )
+
+
+@cache
+def _environment() -> Environment:
+    """Kept, since compiling its templates takes ten times as long as filling them."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("hf_lowrank.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
