@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,20 +12,29 @@ import yaml
 
 TOO_DEEP = "nested too deep"
 TOO_LONG = "an integer of too many digits"
+NO_CHARACTER = "half of a surrogate pair, which is no character"
+# As JSON writes a half of a pair; whole pairs match too.
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, to which depth and integers that Python cannot hold are a `json.JSONDecodeError` like all else.
+    """`json.loads`, to which depth, integers that Python cannot hold and text that cannot be written again are a
+    `json.JSONDecodeError` like all else.
 
     Raises:
         json.JSONDecodeError, UnicodeDecodeError: what is no JSON, in whatever way.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if SURROGATE.search(text if isinstance(text, bytes) else text.encode()):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise json.JSONDecodeError(TOO_DEEP, "", 0) from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise
+    except UnicodeEncodeError:
+        raise json.JSONDecodeError(NO_CHARACTER, "", 0) from None
     except ValueError:  # Python's limit on the digits of an integer
         raise json.JSONDecodeError(TOO_LONG, "", 0) from None
 

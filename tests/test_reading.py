@@ -8,7 +8,10 @@ import yaml
 from hf_lowrank.reading import parse_json, parse_plain_yaml
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 100_000, "1" * 5000, '{"a": [-' + "9" * 5000 + "]}", "\x00", ""])
+NO_JSON = ["{", "[" * 100_000, "1" * 5000, '{"a": [-' + "9" * 5000 + "]}", "\x00", ""]
+
+
+@pytest.mark.parametrize("text", [*NO_JSON, '"\\ud800"', '{"a\\uDFFF": 1}', b'["\\udead"]', '"\ud800"'])
 def test_json(text):
     with pytest.raises(json.JSONDecodeError):
         parse_json(text)
@@ -27,4 +30,5 @@ def test_yaml(text):
 
 def test_what_is_right_is_read():
     assert parse_json('{"a": [1, 2.5, null]}') == parse_plain_yaml("a: [1, 2.5, null]") == {"a": [1, 2.5, None]}
+    assert parse_json('"\\ud83d\\ude00"') == parse_json(b'"\\uD83D\\uDE00"') == "\U0001f600"
     assert parse_json("1" * 4000) == int("1" * 4000)
