@@ -13,9 +13,11 @@ def _signed(text: str) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """`digits` significant digits: 0.0123, 24.1, 1 234; powers of ten below 0.0001 and from a million on."""
+    """`digits` significant digits: 0.0123, 24.1, 1 234; powers of ten below 0.0001 and from a million on; NaN is —."""
     if value == 0:
         return "0"
+    if not math.isfinite(value):
+        return "—" if math.isnan(value) else _signed(f"{value:+}".strip("+").replace("inf", "∞"))
     size = abs(value)
     if size < 1e-4 or size >= 1e6:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")

@@ -129,11 +129,13 @@ def _has_tables(folder: Path) -> bool:
 
 
 def usable_scores(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[Score]:
-    """The primary score of each task at each checkpoint, where guessing has a known level."""
+    """The primary score of each task at each checkpoint, if it is a number and guessing has a known level below 1."""
     wanted = None if tasks is None else set(tasks)
     best: dict[tuple[int, str], Score] = {}
     for row in scores:
-        if row.group is not None or row.chance is None or row.limit is not None or row.metric not in PRIMARY:
+        if row.group is not None or row.limit is not None or row.metric not in PRIMARY:
+            continue
+        if row.chance is None or not row.chance < 1 or not math.isfinite(row.value):
             continue
         if wanted is not None and row.task not in wanted:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -210,6 +211,8 @@ def _add_downstream(runs: Sequence[RunRecord], columns: list[Column], rows: list
 
 def _scored_cell(value: float, step: int, low: float | None = None, high: float | None = None, more: str = "") -> Cell:
     note = f"at step {step}{more}"
+    if not math.isfinite(value):
+        return Cell(None, "—", note=f"not a number {note}")
     if low is None or high is None:
         return Cell(value, significant(value), note=note)
     return Cell(value, significant(value), low, high, f"{significant(low)} – {significant(high)}", note)

@@ -191,8 +191,8 @@ def test_a_method_looks_the_same_whoever_stands_beside_it():
 
 
 def test_numbers_read_as_people_write_them():
-    assert [significant(v) for v in (0, 0.012345, 24.13, 1234.5, -0.5, 3.2e-7)] == [
-        "0", "0.0123", "24.1", "1 234", "−0.500", "3.20e−7",
+    assert [significant(v) for v in (0, 0.012345, 24.13, 1234.5, -0.5, 3.2e-7, -math.inf, math.nan)] == [
+        "0", "0.0123", "24.1", "1 234", "−0.500", "3.20e−7", "−∞", "—",
     ]  # fmt: skip
     assert [big_count(v) for v in (950, 12_345, 4_500_000, 1.2e9)] == ["950", "12.3 k", "4.50 M", "1.20 B"]
     assert [memory(v) for v in (100, 2048, 700 * 2**20, 3 * 2**30)] == ["100 B", "2.00 KiB", "700 MiB", "3.00 GiB"]

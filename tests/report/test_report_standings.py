@@ -97,6 +97,17 @@ def test_speed_is_by_processor_time_only_where_all_runs_have_it(make_run):
     assert cells(runs)[1]["fira"]["speed"].value == 100
 
 
+@pytest.mark.parametrize("change", [{"value": None}, {"chance": 1.0}, {"chance": 1.5}])
+def test_what_is_no_number_or_cannot_be_beaten_is_left_out_of_the_mean(make_run, change):
+    (run,) = three(make_run, "galore", (3.0,), tasks=TASKS)
+    rows = [json.loads(line) for line in (run / "downstream.jsonl").read_text().splitlines()]
+    (run / "downstream.jsonl").write_text("".join(json.dumps(row | change) + "\n" for row in rows))
+    assert "downstream" not in cells([run])[1]["galore"]
+    (group,) = groups(load_runs([run]))
+    own = {column.id: cell for column, cell in zip(group.columns, group.cells[0], strict=True)}["cloze:acc"]
+    assert (own.value is None and own.text == "—") == ("value" in change)
+
+
 def test_downstream_is_the_mean_above_chance_at_the_last_step(make_run):
     (run,) = three(make_run, "galore", (3.0,), tasks=TASKS)
     rows = [json.loads(line) for line in (run / "downstream.jsonl").read_text().splitlines()]
