@@ -9,7 +9,7 @@ WITNESSES := $(shell sed -n '/^# witnesses/,$$p' constraints.txt | grep '==')
 # torch goes first and exactly pinned: left to the resolver it may bring another build than the tested one.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart test drill audit browser-test lint format bench wheel clean
+.PHONY: quickstart test drill gpu-test audit browser-test lint format bench wheel clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/hf-lowrank study recipes/studies/quickstart.yaml --output $(RUNS)
@@ -20,6 +20,10 @@ test: $(VENV)/.installed-dev
 
 drill: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill
+
+# On a machine with a GPU, in an environment of its own (BIN=): the pinned torch is a CPU build.
+gpu-test:
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 # pip-audit gets an environment of its own: the pinned one stays as it is pinned. Its report is there only if it came to
 # an end, which tells advisories that were found from a service that was not reached.

@@ -54,15 +54,15 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": float(middle), "q1": float(low), "q3": float(high), "n": len(values)}
 
 
-def llama(size: str, seed: int = 0) -> LlamaForCausalLM:
-    hidden, mlp, layers, heads, _ = SIZES[size]
+def llama(size: str, seed: int = 0, layers: int | None = None) -> LlamaForCausalLM:
+    hidden, mlp, depth, heads, _ = SIZES[size]
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=hidden,
             intermediate_size=mlp,
-            num_hidden_layers=layers,
+            num_hidden_layers=layers or depth,
             num_attention_heads=heads,
             max_position_embeddings=LENGTH,
         )

@@ -1,8 +1,10 @@
 """Time and peak memory of the metrics against the pure work that they contain, and against peers from PyPI.
 
-    python benchmarks/geometry.py [--shape llama_60m|tiny] [--sequences 8] [--only landscape,spectra,…] [--output FILE]
+    python benchmarks/geometry.py [--device cpu|cuda] [--shape llama_60m|tiny] [--sequences 8]
+        [--only landscape,spectra,…] [--output FILE]
 
-Each part runs in a process of its own, so that peaks do not mix. Writes JSON with the machine, the versions and what
+On a GPU only times are taken: the memory that is counted is the process's, and the peers are small. Each part runs in
+a process of its own, so that peaks do not mix. Writes JSON with the machine, the versions and what
 was measured; a peer that is not installed is null with the reason.
 """
 
@@ -37,9 +39,9 @@ LENGTH = 256
 RESULTS = Path(__file__).parent / "results"
 
 
-def make_model(shape: str, seed: int = 0) -> LlamaForCausalLM:
+def make_model(shape: str, seed: int = 0, device: str = "cpu") -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SHAPES[shape], vocab_size=VOCABULARY[shape])).eval()
+    return LlamaForCausalLM(LlamaConfig(**SHAPES[shape], vocab_size=VOCABULARY[shape])).eval().to(device)
 
 
 def make_loss(shape: str, sequences: int, **options: Any) -> g.TokenLoss:
@@ -49,10 +51,17 @@ def make_loss(shape: str, sequences: int, **options: Any) -> g.TokenLoss:
 
 
 def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
-    start = time.perf_counter()
+    start = now()
     for _ in range(repeats):
         work()
-    return (time.perf_counter() - start) / repeats
+    return (now() - start) / repeats
+
+
+def now() -> float:
+    """The clock, once all that was asked of a GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Timed:
@@ -62,16 +71,16 @@ class Timed:
         self.loss, self.inside, self.calls = loss, 0.0, 0
 
     def __call__(self, model: torch.nn.Module) -> float:
-        start = time.perf_counter()
+        start = now()
         value = self.loss(model)
-        self.inside += time.perf_counter() - start
+        self.inside += now() - start
         self.calls += 1
         return value
 
 
-def landscape(shape: str, sequences: int) -> dict[str, Any]:
+def landscape(shape: str, sequences: int, device: str) -> dict[str, Any]:
     """Share of the time of metrics 1–6 that is inside the forward passes."""
-    model, other = make_model(shape), make_model(shape, seed=1)
+    model, other = make_model(shape, device=device), make_model(shape, 1, device)
     loss = make_loss(shape, sequences)
     loss(model)
     works: dict[str, Callable[[Timed], Any]] = {
@@ -94,10 +103,11 @@ def landscape(shape: str, sequences: int) -> dict[str, Any]:
     return result
 
 
-def spectra(shape: str, sequences: int) -> dict[str, Any]:
+def spectra(shape: str, sequences: int, device: str) -> dict[str, Any]:
     """Metrics 7–13 of all targets of two checkpoints against the plain loop of float32 svdvals."""
     old, new = (
-        [module.weight.detach() for module in target_modules(make_model(shape, seed)).values()] for seed in (0, 1)
+        [module.weight.detach() for module in target_modules(make_model(shape, seed, device)).values()]
+        for seed in (0, 1)
     )
 
     def plain() -> None:
@@ -124,7 +134,10 @@ def spectra(shape: str, sequences: int) -> dict[str, Any]:
     for matrix in old:
         (m, n), r = matrix.shape, min(matrix.shape) // 8
         pairs.append(
-            [(torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator), 1.0) for _ in range(2)]
+            [
+                (*(torch.randn(shape, generator=generator).to(device) for shape in ((m, r), (r, n))), 1.0)
+                for _ in range(2)
+            ]
         )
 
     def factors() -> None:
@@ -150,9 +163,9 @@ def spectra(shape: str, sequences: int) -> dict[str, Any]:
     }
 
 
-def activations(shape: str, sequences: int) -> dict[str, Any]:
+def activations(shape: str, sequences: int, device: str) -> dict[str, Any]:
     """Metrics 14–16 against the two models' forward passes."""
-    one, other = make_model(shape), make_model(shape, seed=1)
+    one, other = make_model(shape, device=device), make_model(shape, 1, device)
     loss = make_loss(shape, sequences, batch_tokens=BATCH_TOKENS)
     few = make_loss(shape, min(sequences, 8), batch_tokens=BATCH_TOKENS)
 
@@ -184,7 +197,7 @@ def activations(shape: str, sequences: int) -> dict[str, Any]:
     }
 
 
-def activation_memory(shape: str, sequences: int) -> dict[str, Any]:
+def activation_memory(shape: str, sequences: int, device: str) -> dict[str, Any]:
     """What metrics 14–16 need beyond the two models."""
     one, other = make_model(shape), make_model(shape, seed=1)
     loss = make_loss(shape, sequences, batch_tokens=BATCH_TOKENS)
@@ -216,7 +229,7 @@ def memory(shape: str, sequences: int, mode: str) -> dict[str, Any]:
     }
 
 
-def peers(shape: str, sequences: int) -> dict[str, Any]:
+def peers(shape: str, sequences: int, device: str) -> dict[str, Any]:
     """The same quantities by PyHessian, WeightWatcher and loss-landscapes, on a small model."""
     result: dict[str, Any] = {}
     for name, work in (
@@ -332,26 +345,36 @@ PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "spectra": spectra,
     "activations": activations,
     "activation_memory": activation_memory,
-    "memory_copy": lambda shape, sequences: memory(shape, sequences, "copy"),
-    "memory_low": lambda shape, sequences: memory(shape, sequences, "low"),
+    "memory_copy": lambda shape, sequences, device: memory(shape, sequences, "copy"),
+    "memory_low": lambda shape, sequences, device: memory(shape, sequences, "low"),
     "peers": peers,
 }
 
 
-def run_part(name: str, shape: str, sequences: int, threads: int, queue: Any) -> None:
+ON_A_GPU = ("landscape", "spectra", "activations")
+
+
+def run_part(name: str, shape: str, sequences: int, device: str, threads: int, queue: Any) -> None:
     torch.set_num_threads(threads)
-    queue.put(PARTS[name](shape, sequences))
+    queue.put(PARTS[name](shape, sequences, device))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="llama_60m")
     parser.add_argument("--sequences", type=int, default=16, help=f"of {LENGTH} tokens")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
+    parser.add_argument("--only", help="parts, comma-separated; default: all, on a GPU " + ",".join(ON_A_GPU))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--output", type=Path, default=RESULTS / "geometry.json")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    on_cpu = arguments.device == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
+        parser.error("--device must be cpu here: no GPU is available")
+    output = arguments.output or RESULTS / ("geometry.json" if on_cpu else "geometry_cuda.json")
+    parts = arguments.only.split(",") if arguments.only else PARTS if on_cpu else ON_A_GPU
     report: dict[str, Any] = {
+        "device": arguments.device if on_cpu else torch.cuda.get_device_name(),
         "shape": arguments.shape,
         "sequences": arguments.sequences,
         "sequence_length": LENGTH,
@@ -362,10 +385,11 @@ def main() -> None:
         "parts": {},
     }
     context = multiprocessing.get_context("spawn")
-    for name in arguments.only.split(","):
+    for name in parts:
         queue = context.Queue()
         process = context.Process(
-            target=run_part, args=(name, arguments.shape, arguments.sequences, arguments.threads, queue)
+            target=run_part,
+            args=(name, arguments.shape, arguments.sequences, arguments.device, arguments.threads, queue),
         )
         process.start()
         while process.is_alive() and queue.empty():
@@ -373,8 +397,8 @@ def main() -> None:
         report["parts"][name] = queue.get(timeout=5)
         process.join()
         print(name, json.dumps(report["parts"][name], indent=1))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Estimated peaks of memory beside measured ones, for every method, with and without gradient checkpointing.
 
-    python benchmarks/memory.py [--device cpu|cuda] [--scales nano,60m] [--methods galore,cola]
+    python benchmarks/memory.py [--device cpu|cuda] [--scales nano,60m] [--methods galore,cola] [--jobs 4]
 
 Each method trains for two steps in a process of its own by a plain loop. On the CPU its peak is measured twice: from
 the blocks that torch's allocator gives out, and from the resident memory of the whole process, which knows nothing of
@@ -19,6 +19,8 @@ import multiprocessing
 import os
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,7 @@ def main() -> None:
     parser.add_argument("--scales", default="nano,60m", help=f"of {', '.join(SCALES)}")
     parser.add_argument("--methods", default=",".join(METHODS), help="default: all")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="methods at a time; their processes share the device")
     parser.add_argument("--name", help="of the result file")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -212,6 +215,7 @@ def main() -> None:
     os.environ.update(MALLOC)  # for the processes to come
     name = options.name or ("memory" if device.type == "cpu" else f"memory_{device.type}")
     results = earlier(name, versions(), scales)
+    pool = ThreadPoolExecutor(options.jobs)
     for scale in scales:
         _, batch, batch_on_gpu, _ = SCALES[scale]
         batch = batch if device.type == "cpu" else batch_on_gpu
@@ -221,8 +225,9 @@ def main() -> None:
         print("|---|---|---|" + "---|---|" * len(seen))
         result: dict[str, Any] = {"scale": scale, "batch_size": batch, "rows": []}
         results.append(result)
-        for method in options.methods.split(","):
-            for row in apart(method, scale, device, options.threads):
+        one_method = partial(apart, scale=scale, device=device, threads=options.threads)
+        for rows in pool.map(one_method, options.methods.split(",")):
+            for row in rows:
                 result["rows"].append(row)
                 print(line(row), flush=True)
             result["farthest"] = max(abs(row[f"ratio_{way}"] - 1) for row in result["rows"] for way in seen)

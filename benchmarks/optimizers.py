@@ -1,6 +1,6 @@
 """Our optimizers beside the official packages and torch's AdamW, in one run, on gradients of real training steps.
 
-    python benchmarks/optimizers.py [--device cpu|cuda] [--shapes 60m,350m] [--quick]
+    python benchmarks/optimizers.py [--device cpu|cuda] [--shapes 60m,350m] [--layers 6] [--quick]
 
 Per optimizer: a plain step, what a refresh adds, the mean step at T = 200, the bytes of its state and the memory that
 a step takes for a while. All of them take turns, so that what else the machine does falls on all. The result goes to
@@ -136,9 +136,16 @@ def timed(optimizer: Optimizer, device: torch.device) -> float:
 
 
 def measure(
-    size: str, device: torch.device, dtype: torch.dtype, *, cycles: int, plain: int, only: list[str] | None
+    size: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    layers: int | None,
+    cycles: int,
+    plain: int,
+    only: list[str] | None,
 ) -> dict[str, Any]:
-    model = llama(size).to(device)
+    model = llama(size, layers=layers).to(device)
     sequences = 4 if device.type == "cpu" else 64
     gradients = real_gradients(model, steps=4, keep=2, sequences=sequences)
     model.to(dtype)
@@ -164,7 +171,10 @@ def measure(
                 rows[name]["peak_bytes_refresh"] = peak.bytes
             else:
                 first = timed(optimizer, device)
-            found = [timed(optimizer, device) for _ in range(plain)]
+            with PeakMemory(device) as peak:
+                found = [timed(optimizer, device)]
+            rows[name]["peak_bytes_plain"] = peak.bytes
+            found += [timed(optimizer, device) for _ in range(plain - 1)]
             if cycle:  # the first warms up, and starts the subspaces from nothing
                 times[name]["refresh"].append(first)
                 times[name]["plain"].extend(found[1:])
@@ -179,9 +189,9 @@ def measure(
         added = max(0.0, row["refresh"]["median"]) / GAP if row["refresh"] else 0.0
         row["mean_step"] = row["plain_step"]["median"] + added
         row["state_bytes"] = state_bytes(optimizer)
-    # Without refreshes, one at a time.
+    # A process has room left from the others' steps; there each goes alone, without refreshes.
     optimizers.clear()
-    for name, builder in builders.items():
+    for name, builder in builders.items() if device.type == "cpu" else ():
         optimizer = builder(10**9)
         optimizer.step()
         with PeakMemory(device) as peak:
@@ -189,6 +199,7 @@ def measure(
         rows[name]["peak_bytes_plain"] = peak.bytes
     return {
         "size": size,
+        "layers": len(model.model.layers),
         "dtype": str(dtype).removeprefix("torch."),
         "optimizers": rows,
         "ratios": ratios(rows, device),
@@ -235,6 +246,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", help="of 60m, 130m, 350m; default: 60m, and on a GPU 350m too")
+    parser.add_argument(
+        "--layers", type=int, help="fewer than the shape has; the official packages' SVDs take minutes"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32, on a GPU bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", help="names of optimizers, separated by ';'")
@@ -255,13 +269,13 @@ def main() -> None:
     results = []
     for shape in shapes:
         only = options.only.split(";") if options.only else None
-        results.append(measure(shape, device, dtype, cycles=cycles, plain=plain, only=only))
-        print(f"\nLLaMA-{shape}, {dtype}, {device}\n\n{table(results[-1])}")
-    name = options.name or f"optimizers_{device.type}"
-    path = write_result(
-        name,
-        {"machine": machine(device), "versions": versions(), "gap": GAP, "quick": options.quick, "results": results},
-    )
+        results.append(measure(shape, device, dtype, layers=options.layers, cycles=cycles, plain=plain, only=only))
+        print(f"\nLLaMA-{shape}, {dtype}, {device}\n\n{table(results[-1])}", flush=True)
+        where = {"machine": machine(device), "versions": versions()}
+        path = write_result(
+            options.name or f"optimizers_{device.type}",
+            {**where, "gap": GAP, "quick": options.quick, "results": results},
+        )
     print(f"\n{path}")
 
 

@@ -14,6 +14,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help="of tests/gpu; cpu tries them without")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)

@@ -7,7 +7,6 @@ import yaml
 
 from hf_lowrank.reading import parse_json, parse_plain_yaml
 
-
 NO_JSON = ["{", "[" * 100_000, "1" * 5000, '{"a": [-' + "9" * 5000 + "]}", "\x00", ""]
 
 
