@@ -155,9 +155,13 @@ def ways(device: torch.device) -> list[str]:
 
 
 def apart(method: str, scale: str, device: torch.device, threads: int) -> list[dict[str, Any]]:
-    """`one` in a process of its own, forked from one that has done nothing but import."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_lowrank.memory", "transformers.models.llama.modeling_llama"])
+    """`one` in a process of its own, forked from one that has done nothing but import.
+
+    Imports may have begun CUDA already (torchao's do), and no fork can use it then.
+    """
+    context = multiprocessing.get_context("forkserver" if device.type == "cpu" else "spawn")
+    if device.type == "cpu":
+        context.set_forkserver_preload(["hf_lowrank.memory", "transformers.models.llama.modeling_llama"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(theirs, method, scale, device, threads))
     process.start()

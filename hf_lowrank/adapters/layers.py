@@ -97,6 +97,13 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         placement: Any = base_layer.weight if self.merged else base_layer.placement
         return placement.device, placement.dtype
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's, which makes a frozen parameter that it moves or casts trainable."""
+        kept = {name: getattr(self, name)[adapter_name].requires_grad for name in self.adapter_layer_names}
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for name, trainable in kept.items():
+            getattr(self, name)[adapter_name].requires_grad_(trainable)
+
     def tensor_names(self) -> tuple[str, ...]:
         """The names under which each adapter's tensors are kept."""
         return self.adapter_layer_names

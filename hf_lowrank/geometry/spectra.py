@@ -167,7 +167,7 @@ def tail_exponent(singular_values_K: Tensor) -> float:
     (Clauset, Shalizi & Newman, arXiv 0706.1062), on `σ²` as heavy-tailed self-regularisation does
     (arXiv 1901.08276). Above 1; smaller is a heavier tail; NaN with fewer than five positive values.
     """
-    x = singular_values_K.double().square().sort().values
+    x = singular_values_K.double().cpu().square().sort().values
     x = x[x > x.max() * 1e-12] if x.numel() else x
     count = x.numel()
     if count < 5 or not x[-1] > x[0]:

@@ -20,7 +20,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 # Phases in which the model computes, so that sharded weights are gathered.
 COMPUTING = ("forward", "backward", "evaluation")
-# What cuBLAS takes from torch's allocator at its first product: by torch's default, on GPUs from sm_90 on and before.
+# What a cuBLAS handle takes from torch's allocator: by torch's default, on GPUs from sm_90 on and before. Forward and
+# backward passes run in two threads, with a handle each.
+CUBLAS_HANDLES = 2
 CUBLAS_LARGE, CUBLAS_SMALL = 32 * 2**20, 4096 * 1024 * 2 + 16 * 1024 * 8
 
 
@@ -218,8 +220,9 @@ def _library(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     if not torch.cuda.is_available():
-        return CUBLAS_SMALL
-    return CUBLAS_LARGE if torch.cuda.get_device_capability(device) >= (9, 0) else CUBLAS_SMALL
+        return CUBLAS_HANDLES * CUBLAS_SMALL
+    large = torch.cuda.get_device_capability(device) >= (9, 0)
+    return CUBLAS_HANDLES * (CUBLAS_LARGE if large else CUBLAS_SMALL)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

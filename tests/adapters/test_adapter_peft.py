@@ -141,6 +141,23 @@ def test_save_and_load(base_config, replacing, dense, ids, stir, tmp_path, low_c
     assert sum(p.requires_grad for p in trainable.parameters()) == sum(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_parameters_that_are_cast_or_moved_on_loading_stay_frozen(
+    llama_config, replacing, dense, tmp_path, is_trainable
+):
+    get_peft_model(dense(llama_config), replacing()).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        dense(llama_config).to(torch.bfloat16),
+        tmp_path,
+        is_trainable=is_trainable,
+        low_cpu_mem_usage=True,
+        autocast_adapter_dtype=False,
+    )
+    adapter = [parameter for name, parameter in loaded.named_parameters() if ".default" in name]
+    assert adapter
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in adapter} == {(torch.bfloat16, is_trainable)}
+
+
 def test_saved_files_hold_the_adapter_alone(base_config, replacing, dense):
     model = get_peft_model(dense(base_config), replacing())
     parts = {"cola_A", "cola_B"} if replacing.name != "sltrain" else {

@@ -78,7 +78,8 @@ def test_a_layer_is_that_of_the_cpu(case, device):
     for (name, here), there in zip(model.named_parameters(), copied.parameters(), strict=True):
         assert (here.grad is None) == (there.grad is None), name
         if here.grad is not None:
-            assert torch.allclose(there.grad.cpu(), here.grad, rtol=1e-9, atol=1e-12), name
+            # Rotations and norms of the model are in float32.
+            assert torch.allclose(there.grad.cpu(), here.grad, rtol=1e-4, atol=1e-6), name
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
