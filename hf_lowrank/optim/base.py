@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from hf_lowrank.optim.moments import (
     write_moments,
     zero_moment,
 )
+from hf_lowrank.optim.plan import Part, Plan
 from hf_lowrank.optim.sharding import agree_all, local_part, sharding_of
 from hf_lowrank.optim.subspaces import draw_generator
 from hf_lowrank.optim.table import parameter_table
@@ -82,6 +84,8 @@ class TargetedAdamW(Optimizer):
         self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
         self._warned: set[str] = set()
         self._settled = False
+        self._plan: Plan | None = None
+        self._stepped: list[Tensor] = []
         self._layerwise = Layerwise(self) if layerwise else None
         self._check_options(defaults, type(self).__name__)
         super().__init__(params, defaults)
@@ -93,6 +97,10 @@ class TargetedAdamW(Optimizer):
 
     def _update_targets(self, entries: Sequence[Entry]) -> None:
         raise NotImplementedError
+
+    def _plan_targets(self, entries: Sequence[Entry]) -> list[Part] | None:
+        """How to step these targets again, None where each step has to look anew."""
+        return None
 
     def _adopt(self, group: dict[str, Any], param: Tensor) -> None:
         """Checks a target and decides how it is handled."""
@@ -151,6 +159,7 @@ class TargetedAdamW(Optimizer):
 
     def _take_in(self, number: int) -> None:
         """Takes note of a group's parameters as they are now."""
+        self._plan = None
         group = self.param_groups[number]
         params = group["params"]
         names = group.get("param_names") or [f"parameter {i} of group {number}" for i in range(len(params))]
@@ -226,17 +235,52 @@ class TargetedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._plan is not None and self._step_as_planned(self._plan):
+            return loss
         self._settle()
         if self._layerwise is None:
-            self._update(
-                [
-                    entry_of(group, param)
-                    for group in self.param_groups
-                    for param in group["params"]
-                    if param.grad is not None
-                ]
-            )
+            entries = [
+                entry_of(group, param)
+                for group in self.param_groups
+                for param in group["params"]
+                if param.grad is not None
+            ]
+            self._update(entries)
+            self._plan = self._plan_of(entries)
         return loss
+
+    def _step_as_planned(self, plan: Plan) -> bool:
+        """Steps by the plan; False, and nothing is done, where it does not hold or a gradient is not finite."""
+        self._plan = None
+        if any(map(self._must_look_anew, self.param_groups)):
+            return False
+        grads = plan.gradients([param for group in self.param_groups for param in group["params"]])
+        if grads is None or not all(bool(_finite_norms(alike).all()) for alike in plan.alike(grads)):
+            return False
+        plan.step(self, grads)
+        self._plan = plan
+        return True
+
+    def _plan_of(self, entries: Sequence[Entry]) -> Plan | None:
+        """The plan for steps like that of `entries`, once the same parameters were stepped twice."""
+        params = [entry.param for entry in entries]
+        before, self._stepped = self._stepped, params
+        again = len(before) == len(params) and all(map(is_, before, params))
+        whole = all(type(param) in (Tensor, nn.Parameter) and "step" in self.state[param] for param in params)
+        if not again or not whole or any(map(self._must_look_anew, self.param_groups)):
+            return None
+        targets = self._plan_targets([entry for entry in entries if self._is_target(entry.group)])
+        if targets is None:
+            return None
+        rest = self._rest_alike([entry for entry in entries if not self._is_target(entry.group)])
+        return Plan(
+            [param for group in self.param_groups for param in group["params"]],
+            [*targets, *map(self._planned_rest, rest)],
+        )
+
+    def _must_look_anew(self, group: dict[str, Any]) -> bool:
+        """Whether weights or moments are not stepped as they are held."""
+        return bool(group["stochastic_rounding"]) or group["state_dtype"] == "8bit"
 
     def _update(self, entries: Sequence[Entry]) -> None:
         entries = self._finite(entries)
@@ -272,9 +316,7 @@ class TargetedAdamW(Optimizer):
             by_kind.setdefault((entry.grad.device, entry.grad.dtype, mesh), []).append(entry)
         good: set[Tensor] = set()
         for (*_, mesh), group in by_kind.items():
-            # A norm that overflows counts too: Adam's second moment would overflow with it.
-            norms = torch._foreach_norm([entry.grad for entry in group], dtype=_accumulation_dtype(group[0].grad))
-            flags = torch.isfinite(torch.stack(norms))
+            flags = _finite_norms([entry.grad for entry in group])
             if mesh is not None:
                 flags = agree_all(flags, mesh)
             good.update(entry.param for entry, finite in zip(group, flags.tolist(), strict=True) if finite)
@@ -292,39 +334,63 @@ class TargetedAdamW(Optimizer):
     # The rest
 
     def _update_rest(self, entries: Sequence[Entry]) -> None:
-        alike: dict[tuple[Any, ...], list[Entry]] = {}
         for entry in entries:
             state = self.state[entry.param]
             if not state:
                 state["step"] = 0
                 init_moments(state, zero_moment(entry.group["state_dtype"], entry.param), entry.group["state_dtype"])
             state["step"] += 1
-            in_place = state["exp_avg"].dtype == entry.param.dtype and not self._rounds(entry)
-            # What needs a wide copy goes one at a time.
-            alone = None if in_place else entry.param
-            key = (id(entry.group), state["step"], entry.param.device, entry.param.dtype, alone)
+        for members in self._rest_alike(entries):
+            self._step_rest(members)
+
+    def _rest_alike(self, entries: Sequence[Entry]) -> Iterable[list[Entry]]:
+        """What is stepped together; what needs a wide copy goes alone."""
+        alike: dict[tuple[Any, ...], list[Entry]] = {}
+        for entry in entries:
+            alone = None if self._in_place(entry) else entry.param
+            key = (id(entry.group), self.state[entry.param]["step"], entry.param.device, entry.param.dtype, alone)
             alike.setdefault(key, []).append(entry)
-        for (_, age, *_, alone), members in alike.items():
-            group = members[0].group
-            dtype = members[0].param.dtype if alone is None else self._wide_dtype(members[0])
-            weights = [entry.weight.to(dtype) for entry in members]
-            moments = [read_moments(self.state[entry.param]) for entry in members]
-            exp_avgs, exp_avg_sqs = ([moment.to(dtype) for moment in kind] for kind in zip(*moments, strict=True))
-            adamw_(
-                weights,
-                [entry.grad.to(dtype) for entry in members],
-                exp_avgs,
-                exp_avg_sqs,
-                age=age,
-                lr=float(group["lr"]),
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                variant=group["adam_variant"],
+        return alike.values()
+
+    def _in_place(self, entry: Entry) -> bool:
+        return self.state[entry.param]["exp_avg"].dtype == entry.param.dtype and not self._rounds(entry)
+
+    def _step_rest(self, members: Sequence[Entry]) -> None:
+        first, in_place = members[0], self._in_place(members[0])
+        group = first.group
+        weights, grads = [entry.weight for entry in members], [entry.grad for entry in members]
+        exp_avgs, exp_avg_sqs = map(
+            list, zip(*(read_moments(self.state[entry.param]) for entry in members), strict=True)
+        )
+        dtype = first.param.dtype if in_place else self._wide_dtype(first)
+        if any(tensor.dtype != dtype for tensor in (first.weight, *grads, *exp_avgs)):
+            weights, grads, exp_avgs, exp_avg_sqs = (
+                [tensor.to(dtype) for tensor in kind] for kind in (weights, grads, exp_avgs, exp_avg_sqs)
             )
-            if alone is not None:
-                write_moments(self.state[alone], exp_avgs[0], exp_avg_sqs[0])
-                self._write_weight(members[0], weights[0])
+        adamw_(
+            weights,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            age=self.state[first.param]["step"],
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            variant=group["adam_variant"],
+        )
+        if not in_place:
+            write_moments(self.state[first.param], exp_avgs[0], exp_avg_sqs[0])
+            self._write_weight(first, weights[0])
+
+    def _planned_rest(self, members: Sequence[Entry]) -> Part:
+        bare = [entry._replace(grad=entry.weight) for entry in members]  # a plan keeps no gradient alive
+
+        def update(optimizer: TargetedAdamW, grads: list[Tensor]) -> None:
+            optimizer._step_rest([entry._replace(grad=grad) for entry, grad in zip(bare, grads, strict=True)])
+
+        params = [entry.param for entry in bare]
+        return Part(bare[0].group, params, [self.state[param] for param in params], update)
 
     # Weights in sixteen bits
 
@@ -377,7 +443,13 @@ class TargetedAdamW(Optimizer):
         super().__setstate__(state)
         if "_names" not in self.__dict__:  # unpickled, not loaded
             self._names, self._warned, self._settled, self._layerwise = WeakTensorKeyDictionary(), set(), False, None
+            self._plan, self._stepped = None, []
             self._take_in_all()
+
+
+def _finite_norms(grads: list[Tensor]) -> Tensor:
+    """For each gradient whether it is finite; a norm that overflows counts too: the second moment would with it."""
+    return torch.isfinite(torch.stack(torch._foreach_norm(grads, dtype=_accumulation_dtype(grads[0]))))
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:

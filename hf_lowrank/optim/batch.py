@@ -16,8 +16,9 @@ from torch import Tensor
 from hf_lowrank.optim.adam import adam_moves, bias_gain, decay_factors
 from hf_lowrank.optim.places import ALONE, Alone
 
-# Copying small matrices into one stack costs less than a kernel for each; above this size the copy costs more.
-STACK_BELOW = 2**16
+# Copying matrices into one stack costs less than a kernel for each; above this size the copy costs more. On a GPU each
+# kernel takes the host ten microseconds, and the copy next to nothing.
+STACK_BELOW, STACK_BELOW_ON_A_GPU = 2**16, 2**23
 
 
 def project_matrix(
@@ -32,11 +33,11 @@ def project_matrix(
 
 
 def row_norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Euclidean norms of an oriented gradient's rows, (rows,).
+    """Euclidean norms of the rows of an oriented gradient, or of several: (…, rows, columns) -> (…, rows).
 
-    The norm kernel is many times slower across memory than along it; of a transposed view, squares are summed.
+    The CPU's norm kernel is many times slower across memory than along it; of a transposed view, squares are summed.
     """
-    if matrix.stride(-1) == 1:
+    if matrix.stride(-1) == 1 or matrix.is_cuda:
         return torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype)
     return matrix.to(dtype).square().sum(-1).sqrt_()
 
@@ -57,7 +58,8 @@ class Batch:
     Attributes:
         group: the options of their parameter group.
         age: which Adam step this is, from 1.
-        weights, grads: oriented views of what this process holds, (rows, columns) each.
+        transposed: whether matrices are oriented by transposing them as they are stored.
+        stored_weights, stored_grads: what this process holds, as it is stored.
         bases: one for each matrix, as this process multiplies by them; see the module.
         left_bases: (rows, rank) each, or None.
         exp_avgs, exp_avg_sqs: the moments, of the projected shape.
@@ -68,8 +70,9 @@ class Batch:
 
     group: dict[str, Any]
     age: int
-    weights: list[Tensor]
-    grads: list[Tensor]
+    transposed: bool
+    stored_weights: list[Tensor]
+    stored_grads: list[Tensor]
     bases: list[Tensor]
     left_bases: list[Tensor] | None
     exp_avgs: list[Tensor]
@@ -77,12 +80,29 @@ class Batch:
     limits: list[Tensor]
     earlier: Tensor | None = None
     place: Alone = ALONE
-    lows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.weights = self._oriented(self.stored_weights)
+        first = self.weights[0]
+        limit = STACK_BELOW_ON_A_GPU if first.is_cuda else STACK_BELOW
+        dense = self.bases[0].is_floating_point() and self.left_bases is None
+        self.stackable = dense and len(self.weights) > 1 and first.numel() <= limit
+        self.renew(self.age, self.stored_grads, self.bases)
+
+    def renew(self, age: int, stored_grads: list[Tensor], bases: list[Tensor]) -> None:
+        """The same matrices at another step."""
+        self.age, self.stored_grads, self.bases = age, stored_grads, bases
+        self._lows: Tensor | None = None
+        self._stack: Tensor | None = None
+        self._stacked_bases: Tensor | None = None
+
+    def _oriented(self, stored: list[Tensor]) -> list[Tensor]:
+        return [matrix.mT for matrix in stored] if self.transposed else stored
 
     @property
-    def stackable(self) -> bool:
-        dense = self.bases[0].is_floating_point() and self.left_bases is None
-        return dense and len(self.weights) > 1 and self.weights[0].numel() <= STACK_BELOW
+    def grads(self) -> list[Tensor]:
+        """Oriented views of the gradients, (rows, columns) each."""
+        return self._oriented(self.stored_grads)
 
     @property
     def factors(self) -> tuple[float, float]:
@@ -95,22 +115,35 @@ class Batch:
     def bias_gain(self) -> float:
         return bias_gain(self.group["betas"], self.age)
 
+    def _stored_stack(self) -> Tensor:
+        """A copy of the gradients, stacked as they are stored."""
+        if self._stack is None:
+            self._stack = torch.stack(self.stored_grads)
+        return self._stack
+
+    def _stack_of_bases(self) -> Tensor:
+        if self._stacked_bases is None:
+            self._stacked_bases = torch.stack(self.bases)
+        return self._stacked_bases
+
     def project(self) -> Tensor:
         """The projected gradients, (k, rows, rank), in the moments' type."""
-        if self.lows is None:
+        if self._lows is None:
             if self.stackable:
-                lows = torch.bmm(torch.stack(self.grads), torch.stack(self.bases))
+                stack = self._stored_stack()
+                lows = torch.bmm(stack.mT if self.transposed else stack, self._stack_of_bases())
             else:
-                lefts: list[Any] = self.left_bases or [None] * len(self.grads)
+                lefts: list[Any] = self.left_bases or [None] * len(self.stored_grads)
+                grads = self.grads
                 rank = self.exp_avgs[0].shape[-1]
-                rows = rank if self.left_bases else self.grads[0].shape[0]
-                lows = self.grads[0].new_empty(len(self.grads), rows, rank)
-                for low, grad, basis, left in zip(lows.unbind(), self.grads, self.bases, lefts, strict=True):
+                rows = rank if self.left_bases else grads[0].shape[0]
+                lows = grads[0].new_empty(len(grads), rows, rank)
+                for low, grad, basis, left in zip(lows.unbind(), grads, self.bases, lefts, strict=True):
                     project_matrix(grad, basis, left, out=low)
-            self.lows = self.place.projected(lows.to(self.exp_avgs[0].dtype))
+            self._lows = self.place.projected(lows.to(self.exp_avgs[0].dtype))
             if self.earlier is not None:
-                self.lows += self.earlier
-        return self.lows
+                self._lows += self.earlier
+        return self._lows
 
     def moves(self) -> Tensor:
         """Minus Adam's bias-corrected direction of the projected gradients, (k, rows, rank); updates the moments."""
@@ -128,10 +161,11 @@ class Batch:
         """`W ← keep · W + alpha · lift(lows)`, without a dense temporary for large matrices."""
         lows = self.place.for_lifting(lows.to(self.weights[0].dtype))
         if self.stackable:
-            bases = torch.stack(self.bases).to(lows.dtype)
+            bases = self._stack_of_bases().to(lows.dtype)
+            lifted = torch.bmm(bases, lows.mT) if self.transposed else torch.bmm(lows, bases.mT)
             if keep != 1:
-                torch._foreach_mul_(self.weights, keep)
-            torch._foreach_add_(self.weights, torch.bmm(lows, bases.mT).unbind(), alpha=alpha)
+                torch._foreach_mul_(self.stored_weights, keep)
+            torch._foreach_add_(self.stored_weights, lifted.unbind(), alpha=alpha)
             return
         for index, (weight, low, basis) in enumerate(zip(self.weights, lows.unbind(), self.bases, strict=True)):
             if not basis.is_floating_point():
@@ -144,7 +178,7 @@ class Batch:
     def residuals(self) -> Iterator[Tensor]:
         """`G − lift(project(G))` of one matrix after the other, (rows, columns)."""
         lows = self.place.for_lifting(self.project())
-        lefts: list[Any] = self.left_bases or [None] * len(self.grads)
+        lefts: list[Any] = self.left_bases or [None] * len(self.stored_grads)
         for grad, low, basis, left in zip(self.grads, lows.unbind(), self.bases, lefts, strict=True):
             if basis.is_floating_point():
                 yield grad - lift_matrix(low.to(grad.dtype), basis, grad.shape[-1], left)
@@ -153,13 +187,21 @@ class Batch:
 
     def grad_norms(self, dtype: torch.dtype) -> Tensor:
         """The norms of the gradients' rows, (k, rows)."""
+        if self.stackable:
+            stack = self._stored_stack()
+            return self.place.row_norms(row_norms(stack.mT if self.transposed else stack, dtype))
         return self.place.row_norms(torch.stack([row_norms(grad, dtype) for grad in self.grads]))
 
     def scale_rows_(self, scales: Tensor, *, alpha: float) -> None:
-        """`W ← W + alpha · diag(scales) G` with scales (k, rows)."""
+        """`W ← W + alpha · diag(scales) G` with scales (k, rows); the last that a step does."""
         self.add_scaled_gradients_(self.place.for_lifting(scales), alpha=alpha)
 
     def add_scaled_gradients_(self, scales: Tensor, *, alpha: float) -> None:
         """`scale_rows_` with the scales of all rows that this process holds of each matrix, or with (k, 1)."""
+        if self.stackable:
+            stack, self._stack = self._stored_stack(), None  # a copy, and used up here
+            stack *= (scales[:, None] if self.transposed else scales[..., None]).to(stack.dtype)
+            torch._foreach_add_(self.stored_weights, stack.unbind(), alpha=alpha)
+            return
         for weight, grad, scale in zip(self.weights, self.grads, scales.unbind(), strict=True):
             weight.addcmul_(grad, scale[:, None].to(grad.dtype), value=alpha)

@@ -19,21 +19,22 @@ from hf_lowrank.optim.batch import Batch, project_matrix
 from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.matrices import Layout, make_layout
 from hf_lowrank.optim.moments import init_moments, moment_dtype, read_moments, write_moments
+from hf_lowrank.optim.plan import Part
 from hf_lowrank.optim.refresh import Due, choose_bases
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.subspaces import (
     SUBSPACES,
     UNSTORED,
     captured_energy,
-    gaussian_matrix,
+    gaussian_matrices,
     subspace_overlap,
 )
 
 # Subspaces that may be chosen for both sides of a matrix.
 TWO_SIDED = ("svd", "randomized", "random")
 MOMENTS = ("keep", "rotate", "reset")
-# Gradient elements that one batch may hold: bounds the memory of the stacked projections.
-BATCH_ELEMENTS = 2**23
+# Gradient elements that one batch may hold: bounds the memory of what is stacked.
+BATCH_ELEMENTS, BATCH_ELEMENTS_ON_A_GPU = 2**23, 2**25
 
 Member = tuple[Entry, Layout]
 
@@ -186,6 +187,8 @@ class ProjectedAdamW(TargetedAdamW):
 
     def _update_targets(self, entries: Sequence[Entry]) -> None:
         self._refresh([entry for entry in entries if entry.param not in self._parts])
+        for entry in entries:
+            self.state[entry.param]["step"] += 1
         for members in self._alike(entries):
             self._step_members(members)
 
@@ -219,7 +222,6 @@ class ProjectedAdamW(TargetedAdamW):
         alike: dict[tuple[Any, ...], list[Member]] = {}
         for entry in entries:
             layout = self._layouts[entry.param]
-            self.state[entry.param]["step"] += 1
             if not layout.numbers:  # of a stack that has fewer matrices than there are processes
                 continue
             shape = (layout.rows, layout.columns, layout.transposed, layout.both, layout.rank)
@@ -227,7 +229,8 @@ class ProjectedAdamW(TargetedAdamW):
             key = (id(entry.group), self._age(entry), *shape, *where)
             alike.setdefault(key, []).append((entry, layout))
         for members in alike.values():
-            each = max(1, BATCH_ELEMENTS // members[0][1].param_elements)
+            most = BATCH_ELEMENTS_ON_A_GPU if members[0][0].weight.is_cuda else BATCH_ELEMENTS
+            each = max(1, most // members[0][1].param_elements)
             for start in range(0, len(members), each):
                 yield members[start : start + each]
 
@@ -245,10 +248,11 @@ class ProjectedAdamW(TargetedAdamW):
         return Batch(
             group=members[0][0].group,
             age=self._age(members[0][0]),
-            weights=[
-                view for weight, layout in zip(weights, layouts, strict=True) for view in layout.matrices(weight)
+            transposed=layouts[0].transposed,
+            stored_weights=[
+                view for weight, layout in zip(weights, layouts, strict=True) for view in layout.stored(weight)
             ],
-            grads=[view for entry, layout in members for view in layout.matrices(entry.grad)],
+            stored_grads=[view for entry, layout in members for view in layout.stored(entry.grad)],
             bases=self._bases(members),
             left_bases=place.left_bases(self._parts_of(members, "left_basis")) if layouts[0].both else None,
             exp_avgs=[p for (m, _), layout in zip(moments, layouts, strict=True) for p in layout.parts(m)],
@@ -258,6 +262,30 @@ class ProjectedAdamW(TargetedAdamW):
             place=place,
         )
 
+    def _plan_targets(self, entries: Sequence[Entry]) -> list[Part] | None:
+        if any(layout.sharding for layout in map(self._layouts.__getitem__, (entry.param for entry in entries))):
+            return None
+        if any(entry.group["stagger"] for entry in entries):  # some subspace is due at nearly every step
+            return None
+        return [self._planned(members) for members in self._alike(entries)]
+
+    def _planned(self, members: Sequence[Member]) -> Part:
+        # A plan keeps no gradient alive: weights stand in for them until there are some.
+        members = [(entry._replace(grad=entry.weight), layout) for entry, layout in members]
+        params = [entry.param for entry, _ in members]
+        states = [self.state[param] for param in params]
+        batch = self._batch(members, params, list(map(read_moments, states)))
+        stored = "basis" in states[0]
+
+        def update(optimizer: ProjectedAdamW, grads: list[Tensor]) -> None:
+            views = [view for grad, (_, layout) in zip(grads, members, strict=True) for view in layout.stored(grad)]
+            bases = batch.bases if stored else optimizer._bases(members)
+            batch.renew(optimizer._age(members[0][0]), views, bases)
+            optimizer._update_batch(batch)
+            batch.renew(batch.age, [], bases if stored else [])
+
+        return Part(members[0][0].group, params, states, update, in_subspaces=True)
+
     # Subspaces
 
     def _bases(self, members: Sequence[Member]) -> list[Tensor]:
@@ -265,20 +293,25 @@ class ProjectedAdamW(TargetedAdamW):
         place = members[0][1].place
         if "basis" in self.state[members[0][0].param]:
             return place.bases(self._parts_of(members, "basis"))
-        return place.of_whole([basis for entry, layout in members for basis in self._drawn(entry, layout)])
+        return place.of_whole(self._drawn(members))
 
     def _basis_rows(self, entry: Entry, layout: Layout) -> list[Tensor]:
         """This process's rows of the bases in use, as matrices in at least float32."""
         if "basis" in self.state[entry.param]:
             parts = layout.place.basis_rows(layout.parts(self.state[entry.param]["basis"]), layout.columns)
         else:
-            parts = list(map(layout.place.own_rows, self._drawn(entry, layout)))
+            parts = list(map(layout.place.own_rows, self._drawn([(entry, layout)])))
         return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
 
-    def _drawn(self, entry: Entry, layout: Layout) -> list[Tensor]:
+    def _drawn(self, members: Sequence[Member]) -> list[Tensor]:
         """The whole bases of a subspace that is never stored."""
-        like, refresh = entry.grad.new_empty(0, layout.columns), self.state[entry.param]["refreshes"] - 1
-        return [gaussian_matrix(like, layout.rank, (entry.group["seed"], n, refresh)) for n in layout.numbers]
+        keys = [
+            (entry.group["seed"], number, self.state[entry.param]["refreshes"] - 1)
+            for entry, layout in members
+            for number in layout.numbers
+        ]
+        like, layout = members[0][0].grad, members[0][1]
+        return list(gaussian_matrices(like, layout.columns, layout.rank, keys).unbind())
 
     def _parts_of(self, members: Sequence[Member], key: str) -> list[Tensor]:
         return [part for entry, layout in members for part in layout.parts(self.state[entry.param][key])]

@@ -14,6 +14,7 @@ from hf_lowrank.optim.batch import Batch
 from hf_lowrank.optim.core import ProjectedAdamW
 from hf_lowrank.optim.matrices import Layout
 from hf_lowrank.optim.moments import init_moments, read_moments, write_moments, zero_moment
+from hf_lowrank.optim.plan import Part
 from hf_lowrank.optim.subspaces import draw_generator
 
 STATE_FREE_RULES = ("sign", "sgd")
@@ -73,6 +74,11 @@ class FrugalAdamW(ProjectedAdamW):
         for entry in entries:
             if entry.group["subspace"] == BLOCKS:
                 self._update_block(entry, self._layouts[entry.param])
+
+    def _plan_targets(self, entries: Sequence[Entry]) -> list[Part] | None:
+        if any(entry.group["subspace"] == BLOCKS for entry in entries):
+            return None
+        return super()._plan_targets(entries)
 
     def _update_block(self, entry: Entry, layout: Layout) -> None:
         group, state = entry.group, self.state[entry.param]

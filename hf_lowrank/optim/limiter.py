@@ -32,6 +32,5 @@ def limit_growth_(norms: Tensor, kept: list[Tensor], limit: float) -> Tensor:
     before = torch.stack(kept).to(norms.dtype)
     divisors = torch.clamp(norms / (before + 1e-8), min=limit) / limit
     after = norms / divisors
-    for last, new in zip(kept, after.unbind(), strict=True):
-        last.copy_(new)
+    torch._foreach_copy_(kept, after.unbind())
     return divisors

@@ -7,6 +7,7 @@ projection of W is a right projection of its transpose, so that one set of formu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +76,11 @@ class Layout:
 
     def matrices(self, tensor: Tensor) -> list[Tensor]:
         """Oriented 2-D views of what this process holds of a weight or gradient of this layout's parameter."""
-        views = tensor.unbind(0) if self.stacked else (_as_matrix(tensor),)
-        return [view.mT if self.transposed else view for view in views]
+        return [view.mT if self.transposed else view for view in self.stored(tensor)]
+
+    def stored(self, tensor: Tensor) -> Sequence[Tensor]:
+        """The same views, oriented as they are stored."""
+        return tensor.unbind(0) if self.stacked else (_as_matrix(tensor),)
 
     def parts(self, state_tensor: Tensor) -> list[Tensor]:
         """What this process holds of a state tensor for each matrix, as views."""

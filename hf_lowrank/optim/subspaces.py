@@ -6,7 +6,7 @@ Pure functions of tensors. `SUBSPACES` is the table that a group's `subspace` na
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,14 @@ from torch import Tensor
 from hf_lowrank.optim.places import ALONE, Alone
 
 
+def draw_seed(*key: int) -> int:
+    """A seed that `key` alone decides, so that any draw can be repeated after a resume or elsewhere."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
 def draw_generator(device: torch.device, *key: int) -> torch.Generator:
-    """A generator on `device` seeded by `key` alone, so that any draw can be repeated after a resume or elsewhere."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    """A generator on `device` seeded by `key` alone."""
+    return torch.Generator(device).manual_seed(draw_seed(*key))
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,17 @@ def random_basis(request: Request) -> Tensor:
 
 def gaussian_matrix(grad: Tensor, rank: int, key: tuple[int, ...]) -> Tensor:
     """A (columns, rank) matrix of N(0, 1/rank) entries on `grad`'s device, in its type; `key` alone decides it."""
-    generator = draw_generator(grad.device, *key)
-    shape = (grad.shape[-1], rank)
-    wide = torch.randn(
-        shape, generator=generator, device=grad.device, dtype=torch.promote_types(grad.dtype, torch.float32)
-    )
-    return wide.mul_(rank**-0.5).to(grad.dtype)
+    return gaussian_matrices(grad, grad.shape[-1], rank, [key])[0]
+
+
+def gaussian_matrices(like: Tensor, columns: int, rank: int, keys: Sequence[tuple[int, ...]]) -> Tensor:
+    """Such a matrix for each of `keys`, (k, columns, rank)."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    wide = torch.empty(len(keys), columns, rank, device=like.device, dtype=dtype)
+    generator = torch.Generator(like.device)
+    for matrix, key in zip(wide.unbind(), keys, strict=True):
+        matrix.normal_(generator=generator.manual_seed(draw_seed(*key)))
+    return wide.mul_(rank**-0.5).to(like.dtype)
 
 
 def random_columns(request: Request) -> Tensor:

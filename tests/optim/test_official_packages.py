@@ -107,6 +107,7 @@ def test_apollo(monkeypatch, shape, proj_type, scale_type, rank, scale, scale_fr
         apollo_torch.APOLLOAdamW, {**group, "proj": "random"}, grads, weight_decay, watch, scale_front=scale_front
     )
     assert len({float(matrix.norm()) for matrix in matrices}) == -(-STEPS // GAP)
-    monkeypatch.setattr(core, "gaussian_matrix", lambda grad, rank, key: matrices[GAP * key[-1]])
+    drawn = lambda like, columns, rank, keys: torch.stack([matrices[GAP * key[-1]] for key in keys])  # noqa: E731
+    monkeypatch.setattr(core, "gaussian_matrices", drawn)
     ours = run(ApolloAdamW, group, grads, weight_decay)
     assert_same_paths(ours, theirs)

@@ -1,0 +1,150 @@
+"""Steps along the lists of the last step are the steps that look everything up anew."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+from hf_lowrank.optim import GaLoreAdamW, batch, param_groups
+from tests.optim.test_conformance import METHOD_CASES, PROJECTED, make, net
+
+every_projection = pytest.mark.parametrize("name", PROJECTED)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+
+
+def backward(model, step):
+    generator = torch.Generator().manual_seed(step)
+    dtype = next(model.parameters()).dtype
+    model.zero_grad()
+    model(torch.randn(5, 12, generator=generator).to(dtype)).square().sum().backward()
+
+
+def nothing(model, optimizer, step):
+    pass
+
+
+def other_rate(model, optimizer, step):
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2 / step
+        group["weight_decay"] = 0.1 * step
+
+
+def a_layer_idle(model, optimizer, step):
+    if step in (6, 7):
+        model.layers[1].weight.grad = None
+
+
+def a_gradient_that_is_none(model, optimizer, step):
+    if step == 6:
+        model.layers[2].weight.grad[0, 0] = torch.inf
+
+
+def other_tensors(model, optimizer, step):
+    if step == 6:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    if step == 7:
+        for param in model.parameters():
+            param.data = param.data.clone()
+    if step == 8:
+        for state in optimizer.state.values():
+            state["exp_avg"] = state["exp_avg"].clone()
+
+
+def in_two_types(model, optimizer, step):
+    if step == 6:
+        model.to(torch.float64)
+        optimizer.load_state_dict(optimizer.state_dict())
+        backward(model, step)
+
+
+def another_group(model, optimizer, step):
+    if step == 6:
+        optimizer.add_param_group({"params": [("extra", model.extra)], "rank": None})
+        model.extra.grad = torch.ones_like(model.extra)
+
+
+EVENTS = [nothing, other_rate, a_layer_idle, a_gradient_that_is_none, other_tensors, in_two_types, another_group]
+
+
+def trained(name, event, dtype=torch.float32, planned=True, **options):
+    model = net(dtype)
+    model.extra = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    params = [(key, param) for key, param in model.named_parameters() if key != "extra"]
+    matrices = [(key, param) for key, param in params if param.ndim == 2]
+    rank = {"rank": 1 if name == "apollo-mini" else 3}
+    rest = [(key, param) for key, param in params if param.ndim != 2]
+    optimizer = make(name, [{"params": matrices, **rank}, {"params": rest, "rank": None}], **options)
+    if not planned:
+        optimizer._plan_of = lambda entries: None
+    used = 0
+    for step in range(1, 13):
+        backward(model, step)
+        event(model, optimizer, step)
+        plan = optimizer._plan
+        optimizer.step()
+        used += plan is not None and optimizer._plan is plan
+    assert bool(used) == (planned and "stagger" not in name), used
+    return [param.detach() for param in model.parameters()]
+
+
+@every_dtype
+@every_projection
+def test_a_planned_step_is_the_step_to_the_bit(name, dtype):
+    for one, other in zip(trained(name, nothing, dtype), trained(name, nothing, dtype, planned=False), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of")
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("name", ["galore", "fira", "apollo", "frugal"])
+def test_a_plan_ends_where_it_no_longer_holds(name, event):
+    for one, other in zip(trained(name, event), trained(name, event, planned=False), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "parameter"])
+def test_moments_of_another_type(state_dtype):
+    options = {"dtype": torch.bfloat16, "state_dtype": state_dtype}
+    for one, other in zip(
+        trained("fira", nothing, **options), trained("fira", nothing, planned=False, **options), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@every_projection
+def test_matrices_are_stepped_alike_in_a_stack_and_one_by_one(name, monkeypatch):
+    stacked = trained(name, nothing, torch.float64)
+    monkeypatch.setattr(batch, "STACK_BELOW", 0)
+    for one, other in zip(stacked, trained(name, nothing, torch.float64), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_neither_gradients_nor_parameters_are_kept_alive():
+    model = net()
+    optimizer = GaLoreAdamW(param_groups(model, rank=3))
+    for step in range(5):
+        backward(model, step)
+        optimizer.step()
+    assert optimizer._plan is not None
+    grad, param = weakref.ref(model.layers[0].weight.grad), weakref.ref(model.layers[0].weight)
+    model.zero_grad()
+    assert grad() is None
+    gc.disable()
+    try:
+        del model, optimizer
+        assert param() is None
+    finally:
+        gc.enable()
+
+
+def test_every_optimizer_has_its_own_plan_or_none():
+    assert set(PROJECTED) < set(METHOD_CASES)
+    for name in METHOD_CASES:
+        model = net()
+        optimizer = make(name, model)
+        for step in range(1, 4):
+            backward(model, step)
+            optimizer.step()
+        assert (optimizer._plan is None) == (name in ("muon", "galore-stagger"))
