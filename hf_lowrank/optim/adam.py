@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,27 +43,23 @@ def adamw_(
 ) -> None:
     """One AdamW step in place, the `age`-th (from 1) of all of `params`; they share device and dtype."""
     keep, gain = decay_factors(lr, weight_decay, variant)
-    device = params[0].device
-    fused = device.type in _get_fused_kernels_supported_devices() and params[0].is_floating_point()
-    where = device if fused else torch.device("cpu")
-    steps = list(torch.full((len(params),), float(age - 1), device=where).unbind())
-    adamw(
-        list(params),
-        list(grads),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        [],
-        steps,
-        fused=fused,
-        foreach=False if fused else None,
-        amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr * gain,
-        weight_decay=(1 - keep) / (lr * gain) if lr * gain else 0.0,
-        eps=variant_eps(eps, betas[1], age, variant),
-        maximize=False,
-    )
+    options: dict[str, Any] = {
+        "lr": lr * gain,
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "weight_decay": (1 - keep) / (lr * gain) if lr * gain else 0.0,
+        "eps": variant_eps(eps, betas[1], age, variant),
+        "amsgrad": False,
+        "maximize": False,
+    }
+    lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+    if params[0].device.type in _get_fused_kernels_supported_devices() and params[0].is_floating_point():
+        # The kernel that torch.optim.AdamW ends in; all that it sorts before is sorted here already. It adds no step.
+        step = torch.full((), float(age), device=params[0].device)
+        torch._fused_adamw_(*lists, [], [step] * len(params), **options)
+        return
+    steps = list(torch.full((len(params),), float(age - 1)).unbind())
+    adamw(*lists, [], steps, fused=False, foreach=None, **options)
 
 
 def adam_moves(
