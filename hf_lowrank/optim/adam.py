@@ -52,14 +52,14 @@ def adamw_(
         "amsgrad": False,
         "maximize": False,
     }
-    lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
-    if params[0].device.type in _get_fused_kernels_supported_devices() and params[0].is_floating_point():
+    weights, directions, firsts, seconds = (list(kind) for kind in (params, grads, exp_avgs, exp_avg_sqs))
+    if weights[0].device.type in _get_fused_kernels_supported_devices() and weights[0].is_floating_point():
         # The kernel that torch.optim.AdamW ends in; all that it sorts before is sorted here already. It adds no step.
-        step = torch.full((), float(age), device=params[0].device)
-        torch._fused_adamw_(*lists, [], [step] * len(params), **options)
+        step = torch.full((), float(age), device=weights[0].device)
+        torch._fused_adamw_(weights, directions, firsts, seconds, [], [step] * len(weights), **options)
         return
-    steps = list(torch.full((len(params),), float(age - 1)).unbind())
-    adamw(*lists, [], steps, fused=False, foreach=None, **options)
+    steps = list(torch.full((len(weights),), float(age - 1)).unbind())
+    adamw(weights, directions, firsts, seconds, [], steps, fused=False, foreach=None, **options)
 
 
 def adam_moves(
