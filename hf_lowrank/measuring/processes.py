@@ -40,7 +40,7 @@ class Processes:
         if together and int(os.environ.get("WORLD_SIZE", "1")) < 2:
             raise UserError(
                 "sharded=True (--sharded) divides every model among the processes of a launch, got one process; start "
-                "several with accelerate launch --num_processes N"
+                "several with accelerate launch --num_processes N, or torchrun --nproc-per-node N on CPUs"
             )
         self.together = together
         self._state: Any = None

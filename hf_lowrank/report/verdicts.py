@@ -104,8 +104,9 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
     if saved is not None:
         parts[0] += f", with {_more_or_less(saved.mean)} memory"
     if quicker is not None:
-        same = abs(quicker.mean) < SAME
-        speed = "about the same speed" if same else f"{significant(1 + quicker.mean, 2)} times the speed"
+        times = significant(1 + quicker.mean, 2)
+        same = abs(quicker.mean) < SAME or times == "1.0"
+        speed = "about the same speed" if same else f"{times} times the speed"
         parts[0] += f"{' and' if saved is not None else ', with'} {speed}"
     sizes = {name: share.mean for name in found if (share := beside("memory", name)) is not None}
     lightest = min(sizes, key=lambda name: (sizes[name], found[name].mean), default=nearest)

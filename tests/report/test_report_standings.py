@@ -170,6 +170,18 @@ def test_the_sentence_says_what_is_lost_and_saved(make_run):
     assert "interval" not in group.trade
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(10.0, "about the same speed"), (9.7, "about the same speed"), (8.0, "1.2 times the speed"),
+                          (10.6, "0.94 times the speed")]
+)  # fmt: skip
+def test_a_speed_that_reads_as_one_is_about_the_same(make_run, seconds, said):
+    runs = [make_run(method, method) for method in ("full_rank", "galore")]
+    for run, taken in zip(runs, (10.0, seconds), strict=True):
+        amend(run, tokens_seen=1000, training_seconds=taken, cpu_seconds=taken)
+    (group,) = groups(load_runs(runs))
+    assert said in group.trade
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_terminal_has_a_line_for_each_method(make_run, width):
     runs = [run for method, loss in (("full_rank", 3.0), ("galore", 3.2), ("fira", 3.001))
