@@ -1,9 +1,9 @@
-"""Measuring with several processes: the rows of one, to the bit, and how much sooner they are there.
+"""Measuring and evaluating with several processes: the rows of one, to the bit, and how much sooner they are there.
 
 A nano run is trained for a few steps; four of its checkpoints are shared out among the processes, and a single one is
-measured by all together, draw by draw. Every process computes on one thread. The speed-up is the time of one process
-over that of several, the processes' start left out, in turns in one run; asked is 0.8 of the number of processes, as
-far as there are cores.
+measured by all together, draw by draw, or evaluated on a task, batch of items by batch. Every process computes on one
+thread. The speed-up is the time of one process over that of several, the processes' start left out, in turns in one
+run; asked is 0.8 of the number of processes, as far as there are cores.
 
     python -m benchmarks.measuring_processes [--repeats 3]
 """
@@ -21,8 +21,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from lm_eval import evaluator
+from transformers.models.llama import modeling_llama
 
 from benchmarks._common import machine, spread, versions, write_result
+from hf_lowrank.downstream import evaluate, lm_eval_model, read_scores
 from hf_lowrank.measure import measure, read_measurements
 from hf_lowrank.training import load_recipe, pretrain
 from tests.distributed.every_method import launch
@@ -33,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "four checkpoints": {"steps": list(range(1, CHECKPOINTS + 1)), "settings": {"random": {"draws": 4}}},
     "one checkpoint": {"steps": "last", "settings": {"random": {"draws": 24, "steps": 2}}},
     "matrices of one checkpoint": {"steps": "last", "metrics": "weight,update"},
+    "items of one task": {"steps": "last", "tasks": "pylib_syntax"},
 }
 RECIPE = Path(__file__).parent.parent / "recipes" / "nano" / "full_rank.yaml"
 
@@ -44,13 +48,14 @@ def one(rank: int, world: int, *, run: Path, output: Path, asked: dict[str, Any]
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     if world > 1:
         torch.distributed.barrier()
+    assert all((lm_eval_model, evaluator, modeling_llama))  # imported before the clock starts
     began = time.perf_counter()
-    measure(run, output=output, device="cpu", **asked)
+    (evaluate if "tasks" in asked else measure)(run, output=output, device="cpu", **asked)
     return {"seconds": time.perf_counter() - began}
 
 
 def rows(folder: Path) -> set[str]:
-    return {row.to_line() for row in read_measurements(folder)}
+    return {row.to_line() for row in read_measurements(folder)} | set(map(repr, read_scores(folder)))
 
 
 def case(name: str, run: Path, folder: Path, repeats: int) -> dict[str, Any]:
@@ -78,7 +83,9 @@ def case(name: str, run: Path, folder: Path, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    options = parser.parse_args()
+    repeats = options.repeats
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -87,7 +94,7 @@ def main() -> None:
             load_recipe(RECIPE, [f"training.{key}={value}" for key, value in steps.items()]), folder / "run"
         )
         found = {}
-        for name in CASES:
+        for name in options.cases:
             found[name] = case(name, run, folder / "rows", repeats)
             shutil.rmtree(folder / "rows")
             print(name, found[name], flush=True)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 import hf_lowrank.adapters  # noqa: F401  (lets the Auto classes know adapted checkpoints)
 from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.downstream.batches import consecutive_batches, generation_batches, likelihood_batches
 from hf_lowrank.downstream.sharpness import DirectionRequest, sharpness_along
 from hf_lowrank.downstream.sources import Checkpoint, find_checkpoint, tokenizer_folder
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.geometry import Team
+from hf_lowrank.geometry.team import each
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +43,15 @@ class LowRankLM(HFLM):
         show_progress: whether lm-eval's bars are shown.
         **options: as `hf` takes them.
 
+    Attributes:
+        replicas: processes that all hold the model and are asked the same; they divide the batches, which are those
+            of one process. None: there is one.
+
     Raises:
         UserError: the checkpoint or its tokenizer is not there.
     """
+
+    replicas: Team | None = None
 
     def __init__(
         self,
@@ -118,24 +128,71 @@ class LowRankLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """As `hf` for text; requests for a sharpness are answered by evaluating the loss."""
-        asked = {i: request for i, request in enumerate(requests) if DirectionRequest.is_one(request.args[0])}
-        if not asked:
-            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self.show_progress)
-        text = [request for i, request in enumerate(requests) if i not in asked]
-        likelihoods = iter(super().loglikelihood_rolling(text, disable_tqdm=True) if text else ())
-        return [self._sharpness(asked[i].args[0]) if i in asked else next(likelihoods) for i in range(len(requests))]
+        asked = [request.args[0] for request in requests if DirectionRequest.is_one(request.args[0])]
+        text = [request for request in requests if not DirectionRequest.is_one(request.args[0])]
+        sharpnesses = iter(each(self._sharpness, asked, self.replicas))
+        likelihoods = iter(self._rolling(text, disable_tqdm) if text else ())
+        return [next(sharpnesses if DirectionRequest.is_one(r.args[0]) else likelihoods) for r in requests]
 
     def _sharpness(self, text: str) -> float:
         return sharpness_along(self.model, self.evaluation_set, DirectionRequest.from_text(text))
 
+    def _rolling(self, requests: list[Any], disable_tqdm: bool) -> list[float]:
+        if self.replicas is None:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self.show_progress)
+        windows = [
+            [
+                (None, *utils.make_disjoint_window(window))
+                for window in utils.get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+                )
+            ]
+            for request in requests
+        ]
+        flat = [window for of_request in windows for window in of_request]
+        self._count(flat)
+        answers = iter(self._divided(self._answer_tokens, flat, consecutive_batches(len(flat), self.batch_size)))
+        return [sum(next(answers)[0] for _ in of_request) for of_request in windows]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As `hf`; what is sampled is not divided among processes."""
+
+        def generate(some: list[Any]) -> list[str]:
+            return super(LowRankLM, self).generate_until(some, disable_tqdm=disable_tqdm or not self.show_progress)
+
+        if self.replicas is None or any(request.args[1].get("do_sample") for request in requests):
+            return generate(requests)
+        batches = generation_batches([request.args for request in requests], self.batch_size, self.tok_encode)
+        return self._divided(generate, requests, batches)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        self._count(requests)
+        hidden = disable_tqdm or not self.show_progress
+        if self.replicas is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=hidden, override_bs=override_bs)
+        batches = likelihood_batches(requests, self.batch_size, one_for_equal_contexts=self.logits_cache)
+        return self._divided(self._answer_tokens, requests, batches)
+
+    def _answer_tokens(self, batch: list[Any]) -> list[tuple[float, bool]]:
+        return super()._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))
+
+    def _divided(
+        self, answer: Callable[[list[Any]], list[Any]], requests: Sequence[Any], batches: Sequence[Sequence[int]]
+    ) -> list[Any]:
+        """The answers to all requests; `batches` are their places."""
+        found = each(lambda places: answer([requests[place] for place in places]), batches, self.replicas)
+        answers: list[Any] = [None] * len(requests)
+        for places, values in zip(batches, found, strict=True):
+            for place, value in zip(places, values, strict=True):
+                answers[place] = value
+        return answers
+
+    def _count(self, requests: Sequence[Any]) -> None:
         room = self.max_length
         for _, context, continuation in requests:
             if len(continuation) > room:
                 raise UserError(f"an item's answer of {len(continuation)} tokens is longer than the context of {room}")
             self.cut_items += len(context) + len(continuation) > room + 1
         self.scored_items += len(requests)
-        hidden = disable_tqdm or not self.show_progress
-        return super()._loglikelihood_tokens(requests, disable_tqdm=hidden, override_bs=override_bs)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from hf_lowrank.downstream.scores import (
 from hf_lowrank.downstream.sources import load_tokenizer
 from hf_lowrank.errors import UserError
 from hf_lowrank.locks import all_locked
+from hf_lowrank.measuring.faults import LostProcessError
+from hf_lowrank.measuring.placement import OneDevice, Replicas
 from hf_lowrank.measuring.plan import choose_steps, rows_file
 from hf_lowrank.measuring.processes import Processes
 
@@ -70,7 +73,8 @@ def evaluate(
     """Scores checkpoints of runs and returns all their rows, old and new; what is there is not scored again.
 
     Rows go to `downstream.jsonl` in each run directory, scores of single items to `downstream/step-N/TASK.jsonl`.
-    Under `accelerate launch` the tasks of all checkpoints are shared out over the processes; each returns all rows.
+    Under `accelerate launch` the tasks of all checkpoints are shared out over the processes; where they do not go up,
+    the items of the rest are. Each process returns all rows.
 
     Args:
         runs: run directories, folders of checkpoints, `user/repo` or `user/repo@revision`, or trajectories.
@@ -87,7 +91,8 @@ def evaluate(
         progress: shows checkpoints × tasks done on stderr.
 
     Raises:
-        UserError: a run is unusable, no task is known, or a table cannot be written.
+        UserError: a run is unusable, no task is known, or a table cannot be written. Also where processes that share
+            out items lose one of them: what was scored is written then.
     """
     say = say or logger.warning
     given = [runs] if isinstance(runs, str | os.PathLike | Trajectory) else list(runs)
@@ -122,20 +127,38 @@ def evaluate(
         ]
         with processes.first_alone():
             missing = [runner.missing(chosen, names) for runner, (_, chosen, _) in zip(runners, plans, strict=True)]
-        bar.update(total - sum(len(left) for steps_of in missing for left in steps_of.values()))
         work = [
             (place, step, name)
             for place, left in enumerate(missing)
             for step, wanted in left.items()
             for name in wanted
         ]
-        shares: list[dict[int, list[str]]] = [{} for _ in runners]
-        for place, step, name in processes.share(work):
-            shares[place].setdefault(step, []).append(name)
-        for runner, share in zip(runners, shares, strict=True):
-            runner.run(share)
+        whole, rest = processes.rounds(work)
+        share = processes.share(whole)
+        bar.update(total - len(share) - len(rest))
+        _run_all(runners, share)
+        if rest:
+            processes.merge_parts(tables, read_scores, append_scores)
+            together = Replicas(processes.device)
+            try:
+                for runner in runners:
+                    runner.go_together(together)
+                _run_all(runners, rest)
+            except LostProcessError as error:
+                raise UserError(
+                    f"evaluating together ended: {error}; what was scored is written, start again"
+                ) from None
         processes.merge_parts(tables, read_scores, append_scores)
     return [row for table in tables for row in read_scores(table)]
+
+
+def _run_all(runners: Sequence[_Runner], work: Iterable[tuple[int, int, str]]) -> None:
+    """Scores (number of the run, step, task)."""
+    missing: list[dict[int, list[str]]] = [{} for _ in runners]
+    for place, step, name in work:
+        missing[place].setdefault(step, []).append(name)
+    for runner, left in zip(runners, missing, strict=True):
+        runner.run(left)
 
 
 def unscored(run: Run, *, tasks: Any = None, steps: Any = None, limit: int | None = None) -> list[tuple[int, str]]:
@@ -163,8 +186,17 @@ class _Runner:
     ) -> None:
         self.trajectory, self.table, self.limit, self.part = trajectory, table, limit, part
         self.batch_size, self.device, self.say, self.done = batch_size, device, say, done
+        self.placement, self.writes = OneDevice(device), True
         self.lm: Any = None
         self.rows = read_scores(table)
+
+    def go_together(self, processes: Replicas) -> None:
+        """From here on all processes do the same tasks and divide the items; the first writes and says."""
+        self.placement, self.writes = processes, processes.crew.rank == 0
+        if self.lm is not None:
+            self.lm.replicas = processes.replicas
+        if not self.writes:
+            self.say = logger.debug
 
     def missing(self, steps: Sequence[int], names: Sequence[str]) -> dict[int, list[str]]:
         """The tasks that each step has no score of; steps that have all are left out."""
@@ -212,50 +244,61 @@ class _Runner:
 
     def _load(self, name: str, steps: int) -> Work | None:
         """The task, or None and a line that says why not."""
-        metadata = {"run": self.trajectory}
+        metadata = {"run": self.trajectory} if name in OWN else None
+
+        def load() -> Work:
+            try:
+                loaded = manager(own_only=name in OWN, metadata=metadata).load([name])
+                return Work(name, loaded, self._own_items(name) if name in OFFLINE else _fingerprint(loaded))
+            except FAULTS as error:
+                raise UserError(_load_fault(name, error)) from None
+
         try:
-            loaded = manager(own_only=name in OWN, metadata=metadata if name in OWN else None).load([name])
-            items = self._own_items(name) if name in OFFLINE else _fingerprint(loaded)
-        except FAULTS as error:
-            self.say(f"{self.trajectory.run.name}: {_load_fault(name, error)}")
+            return self.placement.agreed(load)
+        except UserError as error:
+            self.say(f"{self.trajectory.run.name}: {error}")
             self.done(steps)
             return None
-        return Work(name, loaded, items)
 
     def _take(self, step: int, tasks: int) -> bool:
         """Whether the checkpoint's model is ready to be scored."""
-        from hf_lowrank.downstream.lm_eval_model import LowRankLM
-
         try:
-            model: Any = self.trajectory.model(step)
-            tokenizer = load_tokenizer(self.trajectory, step)
-            if self.lm is not None and self.lm.tokenizer.get_vocab() == tokenizer.get_vocab():
-                self.lm.replace_model(model)
-                return True
-            sequences = self.trajectory.extra("evaluation.safetensors")
-            self.lm = LowRankLM(
-                model.to(self.device),
-                tokenizer=tokenizer,
-                evaluation_set=str(sequences) if sequences else None,
-                batch_size=self.batch_size or _batch_size(model, self.device),
-                show_progress=False,
-            )
+            self.placement.agreed(partial(self._load_model, step))
             return True
         except FAULTS as error:
             self.say(f"{self.trajectory.where(step)}: {_one_line(error)}")
             self.done(tasks)
             return False
 
+    def _load_model(self, step: int) -> None:
+        from hf_lowrank.downstream.lm_eval_model import LowRankLM
+
+        model: Any = self.trajectory.model(step)
+        tokenizer = load_tokenizer(self.trajectory, step)
+        if self.lm is not None and self.lm.tokenizer.get_vocab() == tokenizer.get_vocab():
+            self.lm.replace_model(model)
+            return
+        sequences = self.trajectory.extra("evaluation.safetensors")
+        self.lm = LowRankLM(
+            model.to(self.device),
+            tokenizer=tokenizer,
+            evaluation_set=str(sequences) if sequences else None,
+            batch_size=self.batch_size or _batch_size(model, self.device),
+            show_progress=False,
+        )
+        self.lm.replicas = self.placement.replicas
+
     def _score(self, step: int, work: Work) -> None:
-        """Scores one checkpoint on one task and writes items first, then rows: rows mean that all is there."""
-        import lm_eval
+        """Scores one checkpoint on one task."""
         from lm_eval.evaluator import evaluate as lm_evaluate
 
         self.lm.cut_items = self.lm.scored_items = 0
         where = f"{self.trajectory.where(step)}: {work.name}"
         try:
             with torch.random.fork_rng(devices=[]):
-                results = lm_evaluate(self.lm, work.loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
+                results = self.placement.agreed(
+                    lambda: lm_evaluate(self.lm, work.loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
+                )
         except FAULTS as error:
             self.say(f"{where}: {_one_line(error)}")
             return
@@ -264,6 +307,12 @@ class _Runner:
                 f"{where}: {self.lm.cut_items} of {self.lm.scored_items} requests are longer than the context of "
                 f"{self.lm.max_length} tokens; their beginnings are cut, as lm-eval does"
             )
+        self.placement.agreed(lambda: self._write(step, work, results) if self.writes else None)
+
+    def _write(self, step: int, work: Work, results: Mapping[str, Any]) -> None:
+        """Writes items first, then rows: rows mean that all is there."""
+        import lm_eval
+
         run = self.trajectory.run
         common = {
             "run": run.name, "method": run.method, "seed": run.seed, "step": step, "items": work.items,

@@ -139,7 +139,7 @@ class Together(OneDevice):
         try:
             return exchange()
         except RuntimeError as error:
-            how = " ".join(str(error).split())[:200]
+            how = _short(error)
             waited_in_vain = said is not None and "timed out" in how.lower()
             raise LostProcessError(said if waited_in_vain else f"another process is gone ({how})") from None
 
@@ -154,7 +154,11 @@ class Replicas(Together):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         # Apart from each other: who meets a fault tells the others where they do not exchange results.
-        self.replicas, self.crew = (Team(None, dist.new_group(backend="gloo", timeout=LONGEST_WAIT)) for _ in range(2))
+        try:
+            groups = [dist.new_group(backend="gloo", timeout=LONGEST_WAIT) for _ in range(2)]
+        except RuntimeError as error:
+            raise LostProcessError(f"another process is gone ({_short(error)})") from None
+        self.replicas, self.crew = (Team(None, group) for group in groups)
 
 
 class Shards(Together):
@@ -193,6 +197,10 @@ class Shards(Together):
 
     def let_go(self) -> None:
         gc.collect()  # the hooks of FSDP2 refer to the modules that refer to them
+
+
+def _short(error: RuntimeError) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _common(reasons: Sequence[str | None]) -> str:

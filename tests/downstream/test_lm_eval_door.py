@@ -23,6 +23,8 @@ from hf_lowrank.downstream.sharpness import direction_requests
 from hf_lowrank.downstream.sources import find_checkpoint
 from hf_lowrank.errors import UserError
 from hf_lowrank.measure import measure
+from hf_lowrank.measuring.placement import Replicas
+from tests.distributed.pairs import in_two
 
 TEXTS = [("def f(a):\n    return", " a"), ("import os", "\nimport sys"), ("", "class A:")]
 
@@ -171,3 +173,42 @@ def test_cola_scores_too(run, tmp_path, tokenizer):
     likelihoods, _ = answers(lm)
     assert lm.max_length == 96
     assert all(value < 0 for value, _ in likelihoods)
+
+
+CODE = (
+    "import os\n\n\ndef f(a, b):\n    for x in range(a):\n        print(x, b[x])\n    return os.path.join(a, b)\n" * 4
+)
+
+
+def many_answers(lm):
+    """To 30 likelihoods, of which some share a context, 6 texts longer than the context, and 9 prompts."""
+    pairs = [(CODE[: 7 * i + 5], answer) for i in range(10) for answer in (" a", " b", "\n    return")]
+    prompts = [(CODE[: 9 * i + 1], {"until": ["\n"], "max_gen_toks": 2 + i % 2}) for i in range(9)]
+    texts = [(CODE[i:],) for i in range(6)]
+    asked = {"loglikelihood": pairs, "loglikelihood_rolling": texts, "generate_until": prompts}
+    return {
+        kind: getattr(lm, kind)([Instance(kind, {}, given, i) for i, given in enumerate(all_given)], disable_tqdm=True)
+        for kind, all_given in asked.items()
+    }
+
+
+def divided_and_alone(run, folder, logits_cache):
+    lm = LowRankLM(f"{run}@10", batch_size=4, device="cpu", logits_cache=logits_cache)
+    alone = many_answers(lm)
+    sequences = []
+    lm.model.register_forward_pre_hook(lambda _, inputs: sequences.append(len(inputs[0]) if inputs else 1))
+    whole = (many_answers(lm), len(sequences))[1]
+    lm.replicas = Replicas(torch.device("cpu")).replicas
+    divided = many_answers(lm)
+    rank = lm.replicas.rank
+    shares = {"equal": divided == alone, "share": (len(sequences) - whole) / whole}
+    (folder / f"{rank}.json").write_text(json.dumps(shares))
+
+
+@pytest.mark.parametrize("logits_cache", [True, False])
+def test_processes_that_divide_items_answer_as_one(run, tmp_path, logits_cache):
+    in_two(functools.partial(divided_and_alone, run, tmp_path, logits_cache))
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["equal"]
+        assert 0.3 < found["share"] < 0.7

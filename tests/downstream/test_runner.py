@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from rich.console import Console
 from scipy.stats import binomtest
 
@@ -15,6 +16,7 @@ from hf_lowrank.downstream import TASK_FOLDER, catalogue, compare, evaluate, rea
 from hf_lowrank.downstream import runner as runner_module
 from hf_lowrank.downstream.catalogue import OFFLINE, units, wanted_tasks
 from hf_lowrank.downstream.figures import score_table
+from hf_lowrank.downstream.lm_eval_model import LowRankLM
 from hf_lowrank.downstream.paired import mcnemar, paired_difference
 from hf_lowrank.downstream.scores import append_scores, bootstrap, item_file, read_item_scores
 from hf_lowrank.errors import UserError
@@ -212,6 +214,74 @@ def test_two_processes_give_the_rows_of_one(run, other_run, tmp_path):
     assert sorted(map(repr, together)) == sorted(map(repr, alone))
     assert len(alone) > 0
     assert not list((tmp_path / "two").rglob("*.part.jsonl"))
+
+
+def test_items_are_divided_where_tasks_do_not_go_up(run, tmp_path):
+    tasks = ("pylib_syntax", "pylib_bits_per_byte", "lowrank_random_sharpness")
+
+    def each_alone(name):
+        return [evaluate(run, output=tmp_path / name, tasks=task, steps=10, limit=24) for task in tasks][-1]
+
+    alone = each_alone("alone")
+    in_two(partial(each_alone, "two"))
+    assert sorted(map(repr, each_alone("two"))) == sorted(map(repr, alone))
+    table = run.name + "/downstream.jsonl"
+    for task in tasks:
+        items = [item_file(tmp_path / name / table, 10, task).read_bytes() for name in ("alone", "two")]
+        assert items[0] == items[1]
+    assert not list((tmp_path / "two").rglob("*.part.jsonl"))
+
+
+def test_what_cannot_be_done_together_is_said_once_and_the_rest_goes_on(run, tmp_path):
+    bad = tmp_path / run.name
+    shutil.copytree(run, bad, ignore=shutil.ignore_patterns("downstream*"))
+    for file in bad.glob("checkpoint-5/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+
+    def command():
+        lines = []
+        rows = evaluate(bad, tasks="pylib_syntax", steps=(0, 5, 10), limit=24, say=lines.append)
+        evaluate(bad, tasks="pylib_syntax", steps=5, limit=24, say=lines.append)
+        rank = PartialState().process_index
+        (tmp_path / f"{rank}.json").write_text(json.dumps([len(rows), lines]))
+
+    in_two(command)
+    said = []
+    for rank in range(2):
+        count, lines = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert count == len(read_scores(bad))
+        said += lines
+    assert {row.step for row in read_scores(bad)} == {0, 10}
+    assert len(said) == 2  # in a share of whole tasks, and where the items were to be divided
+    assert all("checkpoint-5" in line or "step 5" in line for line in said)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_lost_while_items_are_divided_ends_the_command_in_one_line(run, tmp_path, lost):
+    folder = tmp_path / "two"
+    table = folder / run.name / "downstream.jsonl"
+
+    def command():
+        answer = LowRankLM._answer_tokens
+
+        def begun(lm, batch):
+            (tmp_path / "begun").touch()
+            return answer(lm, batch)
+
+        LowRankLM._answer_tokens = begun
+        try:
+            evaluate(run, tasks="pylib_syntax", output=folder)
+        except UserError as error:
+            (tmp_path / "said").write_text(str(error))
+            raise SystemExit(2) from None
+
+    # Two of three checkpoints go up in shares, and of the third the items are begun.
+    assert lose_one(command, lost, (tmp_path / "begun").exists) == 2
+    assert "what was scored is written, start again" in (tmp_path / "said").read_text()
+    left = read_scores(table)
+    assert {row.step for row in left} == {0, 5}
+    assert evaluate(run, tasks="pylib_syntax", output=folder)[: len(left)] == left
+    assert {row.step for row in read_scores(table)} == {0, 5, 10}
 
 
 @pytest.mark.parametrize("lost", [0, 1])
