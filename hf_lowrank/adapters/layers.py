@@ -99,6 +99,8 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, which makes a frozen parameter that it moves or casts trainable."""
+        if adapter_name not in self.r:  # of a layer that the adapter leaves alone
+            return
         kept = {name: getattr(self, name)[adapter_name].requires_grad for name in self.adapter_layer_names}
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for name, trainable in kept.items():

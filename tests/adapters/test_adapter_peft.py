@@ -158,6 +158,16 @@ def test_parameters_that_are_cast_or_moved_on_loading_stay_frozen(
     assert {(parameter.dtype, parameter.requires_grad) for parameter in adapter} == {(torch.bfloat16, is_trainable)}
 
 
+def test_an_adapter_of_some_layers_loads_beside_one_of_all(llama_config, replacing, dense, tmp_path):
+    model = get_peft_model(dense(llama_config), replacing())
+    model.add_adapter("partial", replacing(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(dense(llama_config), replacing())
+    other.load_adapter(str(tmp_path / "partial"), adapter_name="partial", low_cpu_mem_usage=True)
+    assert sum(parameter.numel() for name, parameter in other.named_parameters() if ".partial" in name) > 0
+    assert not any(parameter.is_meta for parameter in other.parameters())
+
+
 def test_saved_files_hold_the_adapter_alone(base_config, replacing, dense):
     model = get_peft_model(dense(base_config), replacing())
     parts = {"cola_A", "cola_B"} if replacing.name != "sltrain" else {
