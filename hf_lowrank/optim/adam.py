@@ -52,14 +52,49 @@ def adamw_(
         "amsgrad": False,
         "maximize": False,
     }
-    weights, directions, firsts, seconds = (list(kind) for kind in (params, grads, exp_avgs, exp_avg_sqs))
-    if weights[0].device.type in _get_fused_kernels_supported_devices() and weights[0].is_floating_point():
+    fused, plain = _by_layout(list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)))
+    if fused:
+        weights, directions, firsts, seconds = (list(kind) for kind in zip(*fused, strict=True))
         # The kernel that torch.optim.AdamW ends in; all that it sorts before is sorted here already. It adds no step.
-        step = torch.full((), float(age), device=weights[0].device)
+        step = torch.full((), float(age), dtype=torch.float32, device=params[0].device)
         torch._fused_adamw_(weights, directions, firsts, seconds, [], [step] * len(weights), **options)
-        return
-    steps = list(torch.full((len(weights),), float(age - 1)).unbind())
-    adamw(weights, directions, firsts, seconds, [], steps, fused=False, foreach=None, **options)
+    if plain:
+        weights, directions, firsts, seconds = (list(kind) for kind in zip(*plain, strict=True))
+        steps = list(torch.full((len(weights),), float(age - 1), dtype=torch.float32).unbind())
+        adamw(weights, directions, firsts, seconds, [], steps, fused=False, foreach=None, **options)
+
+
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _by_layout(entries: list[Four]) -> tuple[list[Four], list[Four]]:
+    """What the fused kernel can step, and the rest.
+
+    The kernel goes through memory as if weight, gradient and moments lay there alike and without gaps; it asks for
+    no shape and no stride.
+    """
+    first = entries[0][0]
+    if first.device.type not in _get_fused_kernels_supported_devices() or not first.is_floating_point():
+        return [], entries
+    fused: list[Four] = []
+    plain: list[Four] = []
+    for four in entries:
+        shape, stride = four[0].shape, four[0].stride()
+        same = all(tensor.shape == shape and tensor.stride() == stride for tensor in four[1:])
+        (fused if same and _is_dense(four[0]) else plain).append(four)
+    return fused, plain
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill a piece of memory, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def adam_moves(

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ from hf_lowrank.optim.moments import (
     write_moments,
     zero_moment,
 )
-from hf_lowrank.optim.plan import Part, Plan
+from hf_lowrank.optim.plan import Entry, Part, Plan, with_gradient
 from hf_lowrank.optim.sharding import agree_all, local_part, sharding_of
 from hf_lowrank.optim.subspaces import draw_generator
 from hf_lowrank.optim.table import parameter_table
@@ -46,21 +46,6 @@ FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "max_
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Bound = tuple[Callable[[Any], bool], str]
-
-
-class Entry(NamedTuple):
-    """A parameter that is to be stepped.
-
-    Attributes:
-        group: its group.
-        param: the parameter, whose state this is.
-        weight, grad: what this process holds of it and of its gradient.
-    """
-
-    group: dict[str, Any]
-    param: Tensor
-    weight: Tensor
-    grad: Tensor
 
 
 def entry_of(group: dict[str, Any], param: Tensor) -> Entry:
@@ -79,7 +64,9 @@ def is_count(value: Any) -> bool:
 class TargetedAdamW(Optimizer):
     """AdamW for all but the target groups, whose update a subclass gives in `_update_targets`."""
 
-    def __init__(self, params: Any, defaults: dict[str, Any], *, layerwise: bool = False) -> None:
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], *, layerwise: bool = False, diagnostics: bool = False
+    ) -> None:
         self._forget()
         self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
         self._warned: set[str] = set()
@@ -87,6 +74,7 @@ class TargetedAdamW(Optimizer):
         self._plan: Plan | None = None
         self._stepped: list[Tensor] = []
         self._layerwise = Layerwise(self) if layerwise else None
+        self.diagnostics: dict[str, dict[str, float]] | None = {} if diagnostics else None
         self._check_options(defaults, type(self).__name__)
         super().__init__(params, defaults)
 
@@ -99,7 +87,7 @@ class TargetedAdamW(Optimizer):
         raise NotImplementedError
 
     def _plan_targets(self, entries: Sequence[Entry]) -> list[Part] | None:
-        """How to step these targets again, None where each step has to look anew."""
+        """How to step these targets again, with parameters in the place of gradients; None for no plan."""
         return None
 
     def _adopt(self, group: dict[str, Any], param: Tensor) -> None:
@@ -237,6 +225,7 @@ class TargetedAdamW(Optimizer):
                 loss = closure()
         if self._plan is not None and self._step_as_planned(self._plan):
             return loss
+        self._plan = None
         self._settle()
         if self._layerwise is None:
             entries = [
@@ -251,14 +240,10 @@ class TargetedAdamW(Optimizer):
 
     def _step_as_planned(self, plan: Plan) -> bool:
         """Steps by the plan; False, and nothing is done, where it does not hold or a gradient is not finite."""
-        self._plan = None
-        if any(map(self._must_look_anew, self.param_groups)):
+        taken = plan.take(self)
+        if taken is None or not all(bool(_finite_norms(alike).all()) for alike in plan.alike(taken[0])):
             return False
-        grads = plan.gradients([param for group in self.param_groups for param in group["params"]])
-        if grads is None or not all(bool(_finite_norms(alike).all()) for alike in plan.alike(grads)):
-            return False
-        plan.step(self, grads)
-        self._plan = plan
+        plan.step(self, *taken)
         return True
 
     def _plan_of(self, entries: Sequence[Entry]) -> Plan | None:
@@ -266,21 +251,14 @@ class TargetedAdamW(Optimizer):
         params = [entry.param for entry in entries]
         before, self._stepped = self._stepped, params
         again = len(before) == len(params) and all(map(is_, before, params))
-        whole = all(type(param) in (Tensor, nn.Parameter) and "step" in self.state[param] for param in params)
-        if not again or not whole or any(map(self._must_look_anew, self.param_groups)):
+        if not again or not all(type(param) in (Tensor, nn.Parameter) and self.state.get(param) for param in params):
             return None
-        targets = self._plan_targets([entry for entry in entries if self._is_target(entry.group)])
+        bare = [with_gradient(entry, entry.param) for entry in entries]  # a plan keeps no gradient alive
+        targets = self._plan_targets([entry for entry in bare if self._is_target(entry.group)])
         if targets is None:
             return None
-        rest = self._rest_alike([entry for entry in entries if not self._is_target(entry.group)])
-        return Plan(
-            [param for group in self.param_groups for param in group["params"]],
-            [*targets, *map(self._planned_rest, rest)],
-        )
-
-    def _must_look_anew(self, group: dict[str, Any]) -> bool:
-        """Whether weights or moments are not stepped as they are held."""
-        return bool(group["stochastic_rounding"]) or group["state_dtype"] == "8bit"
+        rest = [entry for entry in bare if not self._is_target(entry.group)]
+        return Plan(self, [*targets, Part(rest, lambda optimizer, entries, _: optimizer._update_rest(entries))])
 
     def _update(self, entries: Sequence[Entry]) -> None:
         entries = self._finite(entries)
@@ -383,15 +361,6 @@ class TargetedAdamW(Optimizer):
             write_moments(self.state[first.param], exp_avgs[0], exp_avg_sqs[0])
             self._write_weight(first, weights[0])
 
-    def _planned_rest(self, members: Sequence[Entry]) -> Part:
-        bare = [entry._replace(grad=entry.weight) for entry in members]  # a plan keeps no gradient alive
-
-        def update(optimizer: TargetedAdamW, grads: list[Tensor]) -> None:
-            optimizer._step_rest([entry._replace(grad=grad) for entry, grad in zip(bare, grads, strict=True)])
-
-        params = [entry.param for entry in bare]
-        return Part(bare[0].group, params, [self.state[param] for param in params], update)
-
     # Weights in sixteen bits
 
     def _rounds(self, entry: Entry) -> bool:
@@ -422,6 +391,9 @@ class TargetedAdamW(Optimizer):
 
         torch casts every floating state to its parameter's type; here each tensor keeps the type in which this
         optimizer holds it, so that resuming is exact.
+
+        Raises:
+            UserError: moments of another shape than this optimizer's, by name; it then needs another state.
         """
         super().load_state_dict(state_dict)
         saved_ids = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -433,6 +405,17 @@ class TargetedAdamW(Optimizer):
                     loaded = value.to(device=param.device, dtype=dtype)
                     self.state[param][key] = loaded.clone() if loaded is value else loaded
         self._take_in_all()
+        for group, param in params:
+            for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                kept, expected = self.state.get(param, {}).get(key), self._moment_shape(group, param)
+                if kept is not None and kept.shape != expected:
+                    raise UserError(
+                        f"{key} of {self.name_of(param)} must have shape {tuple(expected)}, got {tuple(kept.shape)}; "
+                        "the loaded state is that of other parameters, or of another rank"
+                    )
+
+    def _moment_shape(self, group: dict[str, Any], param: Tensor) -> torch.Size | tuple[int, ...]:
+        return param.shape
 
     def _kept_dtype(self, key: str, value: Tensor, group: dict[str, Any], param: Tensor) -> torch.dtype:
         if key in ("exp_avg", "exp_avg_sq") and value.is_floating_point():
@@ -443,7 +426,7 @@ class TargetedAdamW(Optimizer):
         super().__setstate__(state)
         if "_names" not in self.__dict__:  # unpickled, not loaded
             self._names, self._warned, self._settled, self._layerwise = WeakTensorKeyDictionary(), set(), False, None
-            self._plan, self._stepped = None, []
+            self._plan, self._stepped, self.diagnostics = None, [], None
             self._take_in_all()
 
 

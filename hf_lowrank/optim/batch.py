@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,26 @@ from torch import Tensor
 from hf_lowrank.optim.adam import adam_moves, bias_gain, decay_factors
 from hf_lowrank.optim.places import ALONE, Alone
 
-# Copying matrices into one stack costs less than a kernel for each; above this size the copy costs more. On a GPU each
-# kernel takes the host ten microseconds, and the copy next to nothing.
-STACK_BELOW, STACK_BELOW_ON_A_GPU = 2**16, 2**23
+
+class Limits(NamedTuple):
+    """Elements of gradients.
+
+    Attributes:
+        stacked: of the largest matrices that are copied into a stack.
+        batch: of all matrices of a batch, which bounds the memory of the stack.
+    """
+
+    stacked: int
+    batch: int
+
+
+# A stack saves a kernel for each matrix, and costs the copy. On an accelerator each kernel takes the host ten
+# microseconds, and the copy next to nothing.
+ON_CPU, ON_ACCELERATOR = Limits(2**16, 2**23), Limits(2**23, 2**25)
+
+
+def batch_limits(device: torch.device) -> Limits:
+    return ON_CPU if device.type == "cpu" else ON_ACCELERATOR
 
 
 def project_matrix(
@@ -37,7 +54,7 @@ def row_norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
     The CPU's norm kernel is many times slower across memory than along it; of a transposed view, squares are summed.
     """
-    if matrix.stride(-1) == 1 or matrix.is_cuda:
+    if matrix.stride(-1) == 1 or matrix.device.type != "cpu":
         return torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype)
     return matrix.to(dtype).square().sum(-1).sqrt_()
 
@@ -83,15 +100,9 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.weights = self._oriented(self.stored_weights)
-        first = self.weights[0]
-        limit = STACK_BELOW_ON_A_GPU if first.is_cuda else STACK_BELOW
+        limits, count, elements = batch_limits(self.weights[0].device), len(self.weights), self.weights[0].numel()
         dense = self.bases[0].is_floating_point() and self.left_bases is None
-        self.stackable = dense and len(self.weights) > 1 and first.numel() <= limit
-        self.renew(self.age, self.stored_grads, self.bases)
-
-    def renew(self, age: int, stored_grads: list[Tensor], bases: list[Tensor]) -> None:
-        """The same matrices at another step."""
-        self.age, self.stored_grads, self.bases = age, stored_grads, bases
+        self.stackable = dense and count > 1 and elements <= limits.stacked and count * elements <= limits.batch
         self._lows: Tensor | None = None
         self._stack: Tensor | None = None
         self._stacked_bases: Tensor | None = None
@@ -131,6 +142,8 @@ class Batch:
         if self._lows is None:
             if self.stackable:
                 stack = self._stored_stack()
+                if not self.limits:  # only what goes outside of the subspace needs the gradients again
+                    self._stack = None
                 lows = torch.bmm(stack.mT if self.transposed else stack, self._stack_of_bases())
             else:
                 lefts: list[Any] = self.left_bases or [None] * len(self.stored_grads)

@@ -15,11 +15,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim.base import Bound, Entry, Params, TargetedAdamW, entry_of, is_count
-from hf_lowrank.optim.batch import Batch, project_matrix
+from hf_lowrank.optim.batch import Batch, batch_limits, project_matrix
 from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.matrices import Layout, make_layout
 from hf_lowrank.optim.moments import init_moments, moment_dtype, read_moments, write_moments
-from hf_lowrank.optim.plan import Part
+from hf_lowrank.optim.plan import Part, State
 from hf_lowrank.optim.refresh import Due, choose_bases
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.subspaces import (
@@ -33,8 +33,6 @@ from hf_lowrank.optim.subspaces import (
 # Subspaces that may be chosen for both sides of a matrix.
 TWO_SIDED = ("svd", "randomized", "random")
 MOMENTS = ("keep", "rotate", "reset")
-# Gradient elements that one batch may hold: bounds the memory of what is stacked.
-BATCH_ELEMENTS, BATCH_ELEMENTS_ON_A_GPU = 2**23, 2**25
 
 Member = tuple[Entry, Layout]
 
@@ -121,14 +119,13 @@ class ProjectedAdamW(TargetedAdamW):
             "seed": seed,
             **(own or {}),
         }
-        self.diagnostics: dict[str, dict[str, float]] | None = {} if diagnostics else None
         if isinstance(params, nn.Module):
             if defaults["rank"] is None:
                 raise UserError(f"{type(self).__name__} of a model needs rank, a number from 1")
             params = param_groups(
                 params, rank=defaults["rank"], target_modules=target_modules, weight_decay=defaults["weight_decay"]
             )
-        super().__init__(params, defaults, layerwise=layerwise)
+        super().__init__(params, defaults, layerwise=layerwise, diagnostics=diagnostics)
         if not any(group["rank"] is not None for group in self.param_groups):
             raise UserError(
                 f"{type(self).__name__} needs at least one group with a rank; pass the model itself with rank=, "
@@ -193,12 +190,12 @@ class ProjectedAdamW(TargetedAdamW):
             self._step_members(members)
 
     def _step_members(self, members: Sequence[Member]) -> None:
-        entries = [entry for entry, _ in members]
+        entries, states = [entry for entry, _ in members], [self.state[entry.param] for entry, _ in members]
         wide = [entry.weight.float() if self._rounds(entry) else entry.weight for entry in entries]
-        moments = [read_moments(self.state[entry.param]) for entry in entries]
+        moments = list(map(read_moments, states))
         self._update_batch(self._batch(members, wide, moments))
-        for entry, weight, kinds in zip(entries, wide, moments, strict=True):
-            write_moments(self.state[entry.param], *kinds)
+        for entry, state, weight, kinds in zip(entries, states, wide, moments, strict=True):
+            write_moments(state, *kinds)
             self._write_weight(entry, weight)
 
     def _target_state(self, entry: Entry, layout: Layout) -> dict[str, Any]:
@@ -218,7 +215,7 @@ class ProjectedAdamW(TargetedAdamW):
         return state
 
     def _alike(self, entries: Sequence[Entry]) -> Iterator[list[Member]]:
-        """Members of equal layout, type, place and age; none above `BATCH_ELEMENTS` unless of one parameter."""
+        """Members of equal layout, type, place and age; not above the limit of a batch unless of one parameter."""
         alike: dict[tuple[Any, ...], list[Member]] = {}
         for entry in entries:
             layout = self._layouts[entry.param]
@@ -229,8 +226,7 @@ class ProjectedAdamW(TargetedAdamW):
             key = (id(entry.group), self._age(entry), *shape, *where)
             alike.setdefault(key, []).append((entry, layout))
         for members in alike.values():
-            most = BATCH_ELEMENTS_ON_A_GPU if members[0][0].weight.is_cuda else BATCH_ELEMENTS
-            each = max(1, most // members[0][1].param_elements)
+            each = max(1, batch_limits(members[0][0].weight.device).batch // members[0][1].param_elements)
             for start in range(0, len(members), each):
                 yield members[start : start + each]
 
@@ -244,13 +240,15 @@ class ProjectedAdamW(TargetedAdamW):
     ) -> Batch:
         layouts = [layout for _, layout in members]
         place = layouts[0].place
-        earlier = [part for entry, _ in members for part in self._parts.pop(entry.param, ())]
+        earlier = [part for entry, _ in members for part in self._parts.pop(entry.param, ())] if self._parts else []
         return Batch(
             group=members[0][0].group,
             age=self._age(members[0][0]),
             transposed=layouts[0].transposed,
             stored_weights=[
-                view for weight, layout in zip(weights, layouts, strict=True) for view in layout.stored(weight)
+                view
+                for (entry, layout), weight in zip(members, weights, strict=True)
+                for view in layout.stored_in(weight, self.name_of(entry.param))
             ],
             stored_grads=[view for entry, layout in members for view in layout.stored(entry.grad)],
             bases=self._bases(members),
@@ -263,28 +261,9 @@ class ProjectedAdamW(TargetedAdamW):
         )
 
     def _plan_targets(self, entries: Sequence[Entry]) -> list[Part] | None:
-        if any(layout.sharding for layout in map(self._layouts.__getitem__, (entry.param for entry in entries))):
-            return None
         if any(entry.group["stagger"] for entry in entries):  # some subspace is due at nearly every step
             return None
-        return [self._planned(members) for members in self._alike(entries)]
-
-    def _planned(self, members: Sequence[Member]) -> Part:
-        # A plan keeps no gradient alive: weights stand in for them until there are some.
-        members = [(entry._replace(grad=entry.weight), layout) for entry, layout in members]
-        params = [entry.param for entry, _ in members]
-        states = [self.state[param] for param in params]
-        batch = self._batch(members, params, list(map(read_moments, states)))
-        stored = "basis" in states[0]
-
-        def update(optimizer: ProjectedAdamW, grads: list[Tensor]) -> None:
-            views = [view for grad, (_, layout) in zip(grads, members, strict=True) for view in layout.stored(grad)]
-            bases = batch.bases if stored else optimizer._bases(members)
-            batch.renew(optimizer._age(members[0][0]), views, bases)
-            optimizer._update_batch(batch)
-            batch.renew(batch.age, [], bases if stored else [])
-
-        return Part(members[0][0].group, params, states, update, in_subspaces=True)
+        return list(map(_planned, self._alike(entries)))
 
     # Subspaces
 
@@ -408,10 +387,28 @@ class ProjectedAdamW(TargetedAdamW):
         self._update([entry_of(group, param)])
         self._parts.pop(param, None)
 
+    def _moment_shape(self, group: dict[str, Any], param: Tensor) -> torch.Size | tuple[int, ...]:
+        layout = self._layouts.get(param)
+        return param.shape if layout is None else layout.state_shape(*layout.low_shape)
+
     def _kept_dtype(self, key: str, value: Tensor, group: dict[str, Any], param: Tensor) -> torch.dtype:
         if key in ("basis", "left_basis") and value.is_floating_point():
             return param.dtype
         return super()._kept_dtype(key, value, group, param)
+
+
+def _planned(members: Sequence[Member]) -> Part:
+    entries, layouts = [entry for entry, _ in members], [layout for _, layout in members]
+
+    def is_due(optimizer: ProjectedAdamW, states: list[State]) -> bool:
+        return any(map(optimizer._is_due, entries, layouts, states))
+
+    def update(optimizer: ProjectedAdamW, entries: list[Entry], states: list[State]) -> None:
+        for state in states:
+            state["step"] += 1
+        optimizer._step_members(list(zip(entries, layouts, strict=True)))
+
+    return Part(entries, update, is_due, of_one_age=True)
 
 
 def _dense(basis: Tensor, layout: Layout) -> Tensor:

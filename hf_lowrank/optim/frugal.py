@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_lowrank.optim.adam import adamw_, decay_factors
@@ -141,6 +142,9 @@ class FrugalAdamW(ProjectedAdamW):
                 if state and not self._is_chosen(self._layouts[param], group["seed"], state["refreshes"] - 1):
                     for key in _MOMENTS:
                         state.pop(key, None)
+
+    def _moment_shape(self, group: dict[str, Any], param: Tensor) -> torch.Size | tuple[int, ...]:
+        return param.shape if group["subspace"] == BLOCKS else super()._moment_shape(group, param)
 
     def _group_of(self, number: int) -> int:
         """The group of parameter `number` of a state dict."""

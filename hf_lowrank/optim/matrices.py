@@ -31,6 +31,7 @@ class Layout:
         transposed: whether the oriented matrix is the transpose of the stored one (a left projection).
         both: whether rows are projected as well (`proj_type="full"`).
         stacked: whether the first dimension counts matrices.
+        channels_last: whether a kernel's columns are in the order of that memory format; it is free.
         rank: the rank of the subspace.
         index: the number of the first matrix among all of the optimizer's; keys its random draws.
         sharding: how the parameter's rows are divided among processes, None where they are not.
@@ -45,6 +46,7 @@ class Layout:
     stacked: bool
     rank: int
     index: int
+    channels_last: bool = False
     sharding: Sharding | None = None
     place: Alone = ALONE
 
@@ -80,20 +82,31 @@ class Layout:
 
     def stored(self, tensor: Tensor) -> Sequence[Tensor]:
         """The same views, oriented as they are stored."""
-        return tensor.unbind(0) if self.stacked else (_as_matrix(tensor),)
+        return tensor.unbind(0) if self.stacked else (_as_matrix(tensor, self.channels_last),)
 
     def parts(self, state_tensor: Tensor) -> list[Tensor]:
         """What this process holds of a state tensor for each matrix, as views."""
         state_tensor = local_part(state_tensor)
         return list(state_tensor.unbind(0)) if self.stacked else [state_tensor]
 
+    def stored_in(self, weight: Tensor, name: str) -> Sequence[Tensor]:
+        """`stored`, of a weight that is written to.
 
-def _as_matrix(tensor: Tensor) -> Tensor:
+        Raises:
+            UserError: the memory format is no longer that which the layout was made for; names the parameter.
+        """
+        views = self.stored(weight)
+        if weight.ndim > 2 and not views[0]._is_view():
+            raise UserError(
+                f"{name} is in another memory format than when the optimizer was made; convert the model before"
+            )
+        return views
+
+
+def _as_matrix(tensor: Tensor, channels_last: bool) -> Tensor:
     if tensor.ndim == 2:
         return tensor
-    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.permute(0, 2, 3, 1).flatten(1)  # still a view; the order of a kernel's columns is free
-    return tensor.flatten(1)
+    return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).flatten(1)
 
 
 def is_transposed(rows: int, columns: int, proj_type: str) -> bool:
@@ -128,7 +141,8 @@ def make_layout(param: Tensor, name: str, *, rank: int, proj_type: str, matrix: 
         raise UserError(f"matrix='stack' needs three dimensions, {name} has shape {tuple(param.shape)}")
     check_divided_by_rows(param, name)
     held = local_part(param.detach())
-    if not stacked and held.ndim > 2 and _as_matrix(held).data_ptr() != held.data_ptr():
+    channels_last = not stacked and held.ndim == 4 and held.is_contiguous(memory_format=torch.channels_last)
+    if not stacked and held.ndim > 2 and not _as_matrix(held, channels_last)._is_view():
         raise UserError(f"{name} of shape {tuple(param.shape)} must be contiguous to be seen as a matrix")
     count = param.shape[0] if stacked else 1
     rows, columns = param.shape[-2:] if stacked else (param.shape[0], math.prod(param.shape[1:]))
@@ -161,6 +175,7 @@ def make_layout(param: Tensor, name: str, *, rank: int, proj_type: str, matrix: 
         stacked=stacked,
         rank=rank,
         index=index,
+        channels_last=channels_last,
         sharding=sharding,
         place=place,
     )

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hf_lowrank.optim import GaLoreAdamW, batch, param_groups
 from tests.optim.test_conformance import METHOD_CASES, PROJECTED, make, net
@@ -65,7 +66,64 @@ def another_group(model, optimizer, step):
         model.extra.grad = torch.ones_like(model.extra)
 
 
-EVENTS = [nothing, other_rate, a_layer_idle, a_gradient_that_is_none, other_tensors, in_two_types, another_group]
+def another_state(model, optimizer, step):
+    if step == 6:
+        for param, state in list(optimizer.state.items()):
+            optimizer.state[param] = dict(state)
+    if step == 8:
+        optimizer.state.pop(model.layers[1].weight)
+    if step == 10:
+        optimizer.state.clear()
+
+
+def tensors_moved_under_their_state(model, optimizer, step):
+    if step in (6, 9):
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    value.data = value.data.clone()
+
+
+def other_groups(model, optimizer, step):
+    if step == 6:
+        optimizer.param_groups = [{**group, "lr": 1e-4} for group in optimizer.param_groups]
+
+
+def of_other_ages(model, optimizer, step):
+    if step == 6:
+        state = optimizer.state[model.layers[1].weight]
+        state["step"] = state.get("reset_at", 0) + 1
+    if step == 8:
+        vector = next(param for param in model.parameters() if param.ndim == 1 and optimizer.state[param])
+        optimizer.state[vector]["step"] = 2
+
+
+def refreshed_by_hand(model, optimizer, step):
+    if step == 6:
+        optimizer.state[model.layers[1].weight]["refreshes"] = 0
+
+
+def staggered(model, optimizer, step):
+    if step == 6:
+        for group in optimizer.param_groups:
+            group["stagger"] = True
+
+
+EVENTS = [
+    nothing,
+    other_rate,
+    a_layer_idle,
+    a_gradient_that_is_none,
+    other_tensors,
+    in_two_types,
+    another_group,
+    another_state,
+    tensors_moved_under_their_state,
+    other_groups,
+    of_other_ages,
+    refreshed_by_hand,
+    staggered,
+]
 
 
 def trained(name, event, dtype=torch.float32, planned=True, **options):
@@ -116,7 +174,7 @@ def test_moments_of_another_type(state_dtype):
 @every_projection
 def test_matrices_are_stepped_alike_in_a_stack_and_one_by_one(name, monkeypatch):
     stacked = trained(name, nothing, torch.float64)
-    monkeypatch.setattr(batch, "STACK_BELOW", 0)
+    monkeypatch.setattr(batch, "ON_CPU", batch.Limits(0, 2**23))
     for one, other in zip(stacked, trained(name, nothing, torch.float64), strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-11)
 
@@ -137,6 +195,60 @@ def test_neither_gradients_nor_parameters_are_kept_alive():
         assert param() is None
     finally:
         gc.enable()
+
+
+def test_state_and_weights_that_were_replaced_are_not_kept_alive():
+    model = net()
+    optimizer = GaLoreAdamW(param_groups(model, rank=3))
+    for step in range(1, 5):
+        backward(model, step)
+        optimizer.step()
+    assert optimizer._plan is not None
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    kept = [StorageWeakRef(each.untyped_storage()) for each in [*tensors, *(p.data for p in model.parameters())]]
+    assert len(kept) > 10
+    del tensors
+    optimizer.state.clear()
+    for param in model.parameters():
+        param.data = torch.empty(0)
+    assert all(each.expired() for each in kept)
+
+
+def test_eight_bits_and_stochastic_rounding_are_planned_too():
+    options = {"dtype": torch.bfloat16, "state_dtype": "float32", "stochastic_rounding": True}
+    for one, other in zip(
+        trained("galore", nothing, **options), trained("galore", nothing, planned=False, **options), strict=True
+    ):
+        assert torch.equal(one, other)
+    pytest.importorskip("torchao")
+    finals = []
+    for planned in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
+        groups = param_groups(model, rank=32, target_modules="all-linear")
+        optimizer = GaLoreAdamW(groups, state_dtype="8bit", update_proj_gap=5)
+        if not planned:
+            optimizer._plan_of = lambda entries: None
+        for step in range(8):
+            model.zero_grad()
+            model(torch.randn(4, 64, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+        assert any(state["exp_avg"].dtype == torch.uint8 for state in optimizer.state.values())
+        finals.append([param.detach() for param in model.parameters()])
+    assert all(map(torch.equal, *finals))
+
+
+def test_a_batch_above_the_limit_is_not_copied_into_one_stack(monkeypatch):
+    experts = torch.nn.Parameter(torch.randn(4, 8, 6))
+    optimizer = GaLoreAdamW([{"params": [experts], "rank": 2}])
+    seen = []
+    update = GaLoreAdamW._update_batch
+    monkeypatch.setattr(GaLoreAdamW, "_update_batch", lambda self, b: (seen.append(b.stackable), update(self, b)))
+    for limit in (4 * 48, 4 * 48 - 1):
+        monkeypatch.setattr(batch, "ON_CPU", batch.Limits(48, limit))
+        experts.grad = torch.randn_like(experts)
+        optimizer.step()
+    assert seen == [True, False]
 
 
 def test_every_optimizer_has_its_own_plan_or_none():
