@@ -36,7 +36,7 @@ def units(names: Sequence[str]) -> tuple[list[str], list[str]]:
         elif name in OWN:
             found.append(name)
         else:
-            index = _index()
+            index = _all_tasks().task_index
             matches = [n for n in index if fnmatch.fnmatchcase(n, name)] if set(name) & set("*?[") else [name]
             known = [match for match in matches if match in index]
             if not known:
@@ -63,18 +63,26 @@ def _expanded(name: str, index: dict[str, Any]) -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def _index() -> dict[str, Any]:
-    """lm-eval's tasks and this package's; reading thousands of files takes seconds, so only if it is needed."""
-    return manager(own_only=False).task_index
-
-
-@lru_cache(maxsize=1)
 def _paths() -> tuple[str, ...]:
     return (str(TASK_FOLDER),)
 
 
 def manager(*, own_only: bool, metadata: dict[str, Any] | None = None) -> Any:
-    """lm-eval's task manager over this package's tasks, with lm-eval's own unless they are not needed."""
+    """lm-eval's task manager over this package's tasks, with lm-eval's own unless they are not needed.
+
+    Args:
+        metadata: passed on to this package's tasks.
+    """
+    return _manager(include_defaults=False, metadata=metadata) if own_only else _all_tasks()
+
+
+@lru_cache(maxsize=1)
+def _all_tasks() -> Any:
+    """Reading lm-eval's thousands of files takes seconds: once, and only if it is needed."""
+    return _manager(include_defaults=True)
+
+
+def _manager(**options: Any) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=list(_paths()), include_defaults=not own_only, metadata=metadata)
+    return TaskManager(include_path=list(_paths()), **options)
