@@ -1,5 +1,7 @@
 """Bad studies: each found before anything runs, in one line, and nothing is written; by function and command."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
@@ -123,7 +125,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_one_line_before_anything_runs(case, write_study, tmp_path, monkeypatch):
     # lm-eval's own thousands of tasks take seconds to list.
-    monkeypatch.setattr("hf_lowrank.downstream.catalogue._index", dict)
+    monkeypatch.setattr("hf_lowrank.downstream.catalogue._all_tasks", lambda: SimpleNamespace(task_index={}))
     changes, parts = CASES[case]
     (tmp_path / "empty").mkdir()
     study = write_study(**changes)
