@@ -52,37 +52,52 @@ def adamw_(
         "amsgrad": False,
         "maximize": False,
     }
-    fused, plain = _by_layout(list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)))
-    if fused:
-        weights, directions, firsts, seconds = (list(kind) for kind in zip(*fused, strict=True))
-        # The kernel that torch.optim.AdamW ends in; all that it sorts before is sorted here already. It adds no step.
-        step = torch.full((), float(age), dtype=torch.float32, device=params[0].device)
-        torch._fused_adamw_(weights, directions, firsts, seconds, [], [step] * len(weights), **options)
+    alike, others, plain = _by_layout(list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)))
+    if alike:
+        _fused(alike, age, options)
+    for four in others:
+        packed = tuple(tensor.contiguous() for tensor in four)
+        _fused([packed], age, options)
+        for tensor, copy in zip(four, packed, strict=True):
+            if copy is not tensor and tensor is not four[1]:
+                tensor.copy_(copy)
     if plain:
         weights, directions, firsts, seconds = (list(kind) for kind in zip(*plain, strict=True))
         steps = list(torch.full((len(weights),), float(age - 1), dtype=torch.float32).unbind())
         adamw(weights, directions, firsts, seconds, [], steps, fused=False, foreach=None, **options)
 
 
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Four = tuple[Tensor, ...]  # weight, gradient, moments
 
 
-def _by_layout(entries: list[Four]) -> tuple[list[Four], list[Four]]:
-    """What the fused kernel can step, and the rest.
+def _fused(fours: list[Four], age: int, options: dict[str, Any]) -> None:
+    weights, directions, firsts, seconds = (list(kind) for kind in zip(*fours, strict=True))
+    # The kernel that torch.optim.AdamW ends in; all that it sorts before is sorted here already. It adds no step.
+    step = torch.full((), float(age), dtype=torch.float32, device=weights[0].device)
+    torch._fused_adamw_(weights, directions, firsts, seconds, [], [step] * len(weights), **options)
+
+
+def _by_layout(fours: list[Four]) -> tuple[list[Four], list[Four], list[Four]]:
+    """What the fused kernel can step as it is, what it can step as copies, and what it cannot.
 
     The kernel goes through memory as if weight, gradient and moments lay there alike and without gaps; it asks for
-    no shape and no stride.
+    no shape and no stride. Other kernels round 16-bit numbers in between, so that results would depend on the layout.
     """
-    first = entries[0][0]
+    first = fours[0][0]
     if first.device.type not in _get_fused_kernels_supported_devices() or not first.is_floating_point():
-        return [], entries
-    fused: list[Four] = []
+        return [], [], fours
+    alike: list[Four] = []
+    others: list[Four] = []
     plain: list[Four] = []
-    for four in entries:
+    for four in fours:
         shape, stride = four[0].shape, four[0].stride()
-        same = all(tensor.shape == shape and tensor.stride() == stride for tensor in four[1:])
-        (fused if same and _is_dense(four[0]) else plain).append(four)
-    return fused, plain
+        if any(tensor.shape != shape for tensor in four[1:]):
+            plain.append(four)
+        elif _is_dense(four[0]) and all(tensor.stride() == stride for tensor in four[1:]):
+            alike.append(four)
+        else:
+            others.append(four)
+    return alike, others, plain
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -393,8 +393,18 @@ class TargetedAdamW(Optimizer):
         optimizer holds it, so that resuming is exact.
 
         Raises:
-            UserError: moments of another shape than this optimizer's, by name; it then needs another state.
+            UserError: moments of another shape than this optimizer's, by name. Whatever is raised, state and groups
+                are as they were before.
         """
+        before = {"state": self.state, "param_groups": self.param_groups}
+        try:
+            self._load(state_dict)
+        except Exception:
+            self.__dict__.update(before)
+            self._take_in_all()
+            raise
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         saved_ids = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [(group, param) for group in self.param_groups for param in group["params"]]
