@@ -1,6 +1,7 @@
 """What every test runs under: no network, no progress bars, one thread a worker."""
 
 import os
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -11,7 +12,12 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
+
+# tqdm's own lock is shared with forks: one that is killed while it holds it would stop all others for good.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 def pytest_addoption(parser):
