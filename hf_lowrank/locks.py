@@ -41,8 +41,7 @@ def locked(folder: str | os.PathLike[str], purpose: str, *, wait: float = 0.0) -
         UserError: another process holds it; names the folder and that process.
     """
     key = (os.getpid(), Path(folder).resolve() / f".{purpose}.lock")
-    if key in _held or fcntl is None or int(os.environ.get("RANK", "0")) > 0:
-        # Of the processes of one launch the first holds the lock for all.
+    if key in _held or fcntl is None or _follows():
         yield _held.get(key)
         return
     handle = _acquire(Path(folder), key[1], wait)
@@ -70,6 +69,11 @@ def all_locked(folders: Iterable[str | os.PathLike[str]], purpose: str) -> Itera
         for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
             stack.enter_context(locked(folder, purpose))
         yield
+
+
+def _follows() -> bool:
+    """Whether this is a later process of a launch: the first holds the lock for all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
 def _acquire(folder: Path, file: Path, wait: float) -> int | None:

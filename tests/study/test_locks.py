@@ -54,6 +54,16 @@ def test_a_folder_is_held_by_one_process(tmp_path, holder):
         pass  # another purpose, another folder
 
 
+@pytest.mark.parametrize(("world_size", "held"), [("2", False), (None, True)])
+def test_the_first_process_of_a_launch_holds_it_for_all(tmp_path, monkeypatch, world_size, held):
+    """A rank without a launch, as some batch systems set it, is a process of its own."""
+    monkeypatch.setenv("RANK", "1")
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    with locked(tmp_path, "train"):
+        assert (tmp_path / ".train.lock").exists() == held
+
+
 def test_it_is_free_when_its_holder_is_killed(tmp_path, holder):
     pid = holder(tmp_path, "train")
     os.kill(pid, signal.SIGKILL)
