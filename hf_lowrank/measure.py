@@ -127,7 +127,7 @@ def measure(
     files = [rows_file(context.trajectory, None if output is None else Path(output)) for context in contexts]
     with all_locked([file.parent for file in files], "measure"):
         try:
-            _measure_all(contexts, plans, files, processes, placement, progress)
+            _measure_all(contexts, plans, files, processes, progress)
         except LostProcessError as error:
             raise UserError(f"measuring together ended: {error}; what was measured is written, start again") from None
     return [row for file in files for row in read_measurements(file)]
@@ -199,19 +199,11 @@ def _measure_all(
     plans: list[Plan],
     files: list[Path],
     processes: Processes,
-    placement: OneDevice,
     show: bool,
 ) -> None:
     processes.merge_parts(files)
     known = [read_measurements(file) for file in files]
-    work: list[Unit] = []
-    for index, (context, plan) in enumerate(zip(contexts, plans, strict=True)):
-        for step, groups in plan.items():
-            missing = {name: _missing(context, step, name, ids, known[index]) for name, ids in groups.items()}
-            missing = {name: ids for name, ids in missing.items() if ids}
-            if missing:
-                work.append((index, step, missing))
-    whole, rest = processes.rounds(placement.same(work))
+    whole, rest = processes.rounds(processes.of_first(lambda: _work(contexts, plans, known)))
     share = processes.share(whole, lambda unit: 1 + _evaluations(contexts, [unit]))
     total = _evaluations(contexts, share) + _evaluations(contexts, rest) // processes.count
     unwritable: dict[int, UserError] = {}
@@ -221,12 +213,24 @@ def _measure_all(
         if rest:
             # All wait here for the slowest share, which may take hours; what comes then goes from step to step.
             processes.merge_parts(files)
-            together = Replicas(processes.device)
-            contexts = [replace(context, placement=together) for context in contexts]
-            measure_units(rest, contexts, processes, writes=processes.first)
+            with Replicas(processes.device) as together:
+                contexts = [replace(context, placement=together) for context in contexts]
+                measure_units(rest, contexts, processes, writes=processes.first)
     processes.merge_parts(files)
     if unwritable:
         raise next(iter(unwritable.values()))
+
+
+def _work(contexts: list[RunContext], plans: list[Plan], known: list[list[Measurement]]) -> list[Unit]:
+    """What is not measured yet."""
+    work: list[Unit] = []
+    for index, (context, plan) in enumerate(zip(contexts, plans, strict=True)):
+        for step, groups in plan.items():
+            missing = {name: _missing(context, step, name, ids, known[index]) for name, ids in groups.items()}
+            missing = {name: ids for name, ids in missing.items() if ids}
+            if missing:
+                work.append((index, step, missing))
+    return work
 
 
 def _evaluations(contexts: Sequence[RunContext], units: Iterable[Unit]) -> int:
@@ -263,7 +267,7 @@ def _measure_units(
             rows = [row for row in rows if row.key not in old or row.to_line() != old[row.key].to_line()]
             rows = _without_lost(rows, known[index], context.trajectory.where(step))
             try:
-                context.placement.agreed(partial(append_measurements, part, rows if writes else []))
+                context.placement.agreed(partial(append_measurements, part, rows if writes else []), apart=True)
             except UserError as error:
                 unwritable[index] = error
                 break

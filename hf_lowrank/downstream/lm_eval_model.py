@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel
 
 import hf_lowrank.adapters  # noqa: F401  (lets the Auto classes know adapted checkpoints)
@@ -130,6 +132,8 @@ class LowRankLM(HFLM):
         """As `hf` for text; requests for a sharpness are answered by evaluating the loss."""
         asked = [request.args[0] for request in requests if DirectionRequest.is_one(request.args[0])]
         text = [request for request in requests if not DirectionRequest.is_one(request.args[0])]
+        if asked:
+            self._check_same(asked)
         sharpnesses = iter(each(self._sharpness, asked, self.replicas))
         likelihoods = iter(self._rolling(text, disable_tqdm) if text else ())
         return [next(sharpnesses if DirectionRequest.is_one(r.args[0]) else likelihoods) for r in requests]
@@ -151,6 +155,7 @@ class LowRankLM(HFLM):
         ]
         flat = [window for of_request in windows for window in of_request]
         self._count(flat)
+        self._check_same(flat)
         answers = iter(self._divided(self._answer_tokens, flat, consecutive_batches(len(flat), self.batch_size)))
         return [sum(next(answers)[0] for _ in of_request) for of_request in windows]
 
@@ -160,9 +165,11 @@ class LowRankLM(HFLM):
         def generate(some: list[Any]) -> list[str]:
             return super(LowRankLM, self).generate_until(some, disable_tqdm=disable_tqdm or not self.show_progress)
 
-        if self.replicas is None or any(request.args[1].get("do_sample") for request in requests):
+        asked = [request.args for request in requests]
+        if self.replicas is None or any(normalize_gen_kwargs(options)["do_sample"] for _, options in asked):
             return generate(requests)
-        batches = generation_batches([request.args for request in requests], self.batch_size, self.tok_encode)
+        batches = generation_batches(asked, self.batch_size, self.tok_encode)
+        self._check_same(asked)
         return self._divided(generate, requests, batches)
 
     def _loglikelihood_tokens(
@@ -173,10 +180,20 @@ class LowRankLM(HFLM):
         if self.replicas is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm=hidden, override_bs=override_bs)
         batches = likelihood_batches(requests, self.batch_size, one_for_equal_contexts=self.logits_cache)
+        self._check_same(requests)
         return self._divided(self._answer_tokens, requests, batches)
 
     def _answer_tokens(self, batch: list[Any]) -> list[tuple[float, bool]]:
         return super()._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))
+
+    def _check_same(self, requests: Sequence[Any]) -> None:
+        """Requests that are divided must be equal in all processes: each answers its own and believes the others."""
+        if self.replicas is not None:
+            digests = self.replicas.exchange(hashlib.sha256(repr(requests).encode()).hexdigest())
+            if len(set(digests)) > 1:
+                raise UserError(
+                    "its requests differ from process to process, and cannot be divided among them; evaluate it in one"
+                )
 
     def _divided(
         self, answer: Callable[[list[Any]], list[Any]], requests: Sequence[Any], batches: Sequence[Sequence[int]]

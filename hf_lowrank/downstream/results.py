@@ -99,11 +99,13 @@ def doc_gold(task: Any, doc: Mapping[str, Any]) -> Any:
 
 
 def item_scores(samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each item with its scores."""
-    for sample in samples:
-        identity = sample["doc"].get("id", sample["doc_id"]) if isinstance(sample["doc"], dict) else sample["doc_id"]
+    """Each item with its scores, named by the task's own id where that is one, else by its number."""
+    own = [sample["doc"].get("id") if isinstance(sample["doc"], dict) else None for sample in samples]
+    named = set(zip(map(repr, own), (sample["filter"] for sample in samples), strict=True))
+    by_number = None in own or len(named) < len(samples)
+    for sample, identity in zip(samples, own, strict=True):
         scores = {metric: _number(sample[metric]) for metric in sample["metrics"]}
-        yield {"item": identity, "filter": sample["filter"], **scores}
+        yield {"item": str(sample["doc_id"] if by_number else identity), "filter": sample["filter"], **scores}
 
 
 def _number(value: Any) -> Any:

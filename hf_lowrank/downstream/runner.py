@@ -1,6 +1,7 @@
 """Every checkpoint of every run on every task, each once.
 
-Likelihood tasks without examples in the prompt have nothing random: seeds would change nothing, so there are none.
+What lm-eval draws (examples in the prompt, sampled answers) is drawn with its own default seeds, anew for every
+checkpoint and task: all checkpoints of all runs are asked the same, in whatever process.
 The uncertainty that is reported is that of the choice of items, by the bootstrap.
 """
 
@@ -10,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_lowrank.checkpoints import Trajectory
@@ -36,7 +39,7 @@ from hf_lowrank.downstream.scores import (
 from hf_lowrank.downstream.sources import load_tokenizer
 from hf_lowrank.errors import UserError
 from hf_lowrank.locks import all_locked
-from hf_lowrank.measuring.faults import LostProcessError
+from hf_lowrank.measuring.faults import FAULTS, LostProcessError
 from hf_lowrank.measuring.placement import OneDevice, Replicas
 from hf_lowrank.measuring.plan import choose_steps, rows_file
 from hf_lowrank.measuring.processes import Processes
@@ -45,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 Run = str | os.PathLike[str] | Trajectory
 Say = Callable[[str], None]
-FAULTS = (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError, AssertionError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -125,25 +127,25 @@ def evaluate(
             _Runner(trajectory, table, limit, batch_size, processes.device, say, bar.update, processes.part(table))
             for trajectory, _, table in plans
         ]
-        with processes.first_alone():
-            missing = [runner.missing(chosen, names) for runner, (_, chosen, _) in zip(runners, plans, strict=True)]
-        work = [
-            (place, step, name)
-            for place, left in enumerate(missing)
-            for step, wanted in left.items()
-            for name in wanted
-        ]
+        work = processes.of_first(
+            lambda: [
+                (place, step, name)
+                for place, (runner, (_, chosen, _)) in enumerate(zip(runners, plans, strict=True))
+                for step, wanted in runner.missing(chosen, names).items()
+                for name in wanted
+            ]
+        )
         whole, rest = processes.rounds(work)
         share = processes.share(whole)
         bar.update(total - len(share) - len(rest))
         _run_all(runners, share)
         if rest:
             processes.merge_parts(tables, read_scores, append_scores)
-            together = Replicas(processes.device)
             try:
-                for runner in runners:
-                    runner.go_together(together)
-                _run_all(runners, rest)
+                with Replicas(processes.device) as together:
+                    for runner in runners:
+                        runner.go_together(together)
+                    _run_all(runners, rest)
             except LostProcessError as error:
                 raise UserError(
                     f"evaluating together ended: {error}; what was scored is written, start again"
@@ -189,6 +191,8 @@ class _Runner:
         self.placement, self.writes = OneDevice(device), True
         self.lm: Any = None
         self.rows = read_scores(table)
+        self._loaded: dict[str, Work | UserError] = {}
+        self._said: set[str] = set()
 
     def go_together(self, processes: Replicas) -> None:
         """From here on all processes do the same tasks and divide the items; the first writes and says."""
@@ -247,6 +251,11 @@ class _Runner:
         metadata = {"run": self.trajectory} if name in OWN else None
 
         def load() -> Work:
+            known = self._loaded.get(name)
+            if isinstance(known, Work):
+                return known
+            if known is not None:
+                raise UserError(str(known))
             try:
                 loaded = manager(own_only=name in OWN, metadata=metadata).load([name])
                 return Work(name, loaded, self._own_items(name) if name in OFFLINE else _fingerprint(loaded))
@@ -254,19 +263,28 @@ class _Runner:
                 raise UserError(_load_fault(name, error)) from None
 
         try:
-            return self.placement.agreed(load)
+            with _lm_eval_seeds(self.device):
+                self._loaded[name] = work = self.placement.agreed(load, apart=True)
+            return work
         except UserError as error:
-            self.say(f"{self.trajectory.run.name}: {error}")
+            self._loaded.setdefault(name, error)
+            self._say_once(f"{self.trajectory.run.name}: {error}")
             self.done(steps)
             return None
+
+    def _say_once(self, line: str) -> None:
+        """Says what was not said before."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
 
     def _take(self, step: int, tasks: int) -> bool:
         """Whether the checkpoint's model is ready to be scored."""
         try:
-            self.placement.agreed(partial(self._load_model, step))
+            self.placement.agreed(partial(self._load_model, step), apart=True)
             return True
         except FAULTS as error:
-            self.say(f"{self.trajectory.where(step)}: {_one_line(error)}")
+            self._say_once(f"{self.trajectory.where(step)}: {_one_line(error)}")
             self.done(tasks)
             return False
 
@@ -295,19 +313,19 @@ class _Runner:
         self.lm.cut_items = self.lm.scored_items = 0
         where = f"{self.trajectory.where(step)}: {work.name}"
         try:
-            with torch.random.fork_rng(devices=[]):
+            with _lm_eval_seeds(self.device, work.loaded["tasks"].values()):
                 results = self.placement.agreed(
                     lambda: lm_evaluate(self.lm, work.loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
                 )
         except FAULTS as error:
-            self.say(f"{where}: {_one_line(error)}")
+            self._say_once(f"{where}: {_one_line(error)}")
             return
         if self.lm.cut_items:
             self.say(
                 f"{where}: {self.lm.cut_items} of {self.lm.scored_items} requests are longer than the context of "
                 f"{self.lm.max_length} tokens; their beginnings are cut, as lm-eval does"
             )
-        self.placement.agreed(lambda: self._write(step, work, results) if self.writes else None)
+        self.placement.agreed(lambda: self._write(step, work, results) if self.writes else None, apart=True)
 
     def _write(self, step: int, work: Work, results: Mapping[str, Any]) -> None:
         """Writes items first, then rows: rows mean that all is there."""
@@ -360,6 +378,27 @@ def _batch_size(model: Any, device: torch.device) -> int:
     logits = 2**26 if device.type == "cpu" else 2**29
     tokens = min(8192 if device.type == "cpu" else 65536, logits // words)
     return max(1, tokens // length)
+
+
+@contextmanager
+def _lm_eval_seeds(device: torch.device, tasks: Iterable[Any] = ()) -> Iterator[None]:
+    """The seeds of lm-eval's command line, for tasks that draw examples too; afterwards draws go on as before."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    # numpy's global generator, since it is the one that tasks draw from.
+    before, numpy_before = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            random.seed(DEFAULT_RANDOM_SEED)
+            np.random.seed(DEFAULT_OTHER_SEED)
+            torch.manual_seed(DEFAULT_OTHER_SEED)
+            for task in tasks:
+                task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+            yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numpy_before)
 
 
 @contextmanager

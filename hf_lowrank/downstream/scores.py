@@ -148,9 +148,9 @@ def read_item_scores(path: Path) -> list[dict[str, Any]]:
     """
     try:
         rows = [unsealed(parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not all(isinstance(row.get("item"), str) for row in rows):
+        if not all(isinstance(row.get("item"), str | int) for row in rows):
             raise ValueError("a row must be a JSON object that names its item")
-        return rows
+        return [{**row, "item": str(row["item"])} for row in rows]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: no readable item scores: {error}; evaluate that checkpoint again") from None
 

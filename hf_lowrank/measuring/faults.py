@@ -1,11 +1,14 @@
-"""What may go wrong with one metric of one checkpoint without ending the command, and how it is put down."""
+"""What may go wrong with one metric or task of one checkpoint without ending the command, and how it is put down."""
 
 from __future__ import annotations
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring.table import UNDEFINED
 
-FAULTS = (ValueError, RuntimeError, OSError, MemoryError, KeyError, AttributeError, TypeError, ArithmeticError)
+FAULTS = (
+    ValueError, RuntimeError, OSError, MemoryError, LookupError, AttributeError, TypeError, ArithmeticError,
+    AssertionError, ImportError,
+)  # fmt: skip
 
 
 class UndefinedError(UserError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import Team
 from hf_lowrank.geometry.spectra import for_threads
-from hf_lowrank.measuring.faults import FAULTS, LostProcessError, SharedFaultError, reason_of
+from hf_lowrank.measuring.faults import LostProcessError, SharedFaultError, reason_of
 from hf_lowrank.measuring.processes import LONGEST_WAIT
 
 T = TypeVar("T")
@@ -67,13 +67,13 @@ class OneDevice:
         """`[work(item) for item in items]` for work that evaluates no model."""
         return for_threads(work, items)
 
-    def agreed(self, work: Callable[[], R]) -> R:
-        """What `work` gives; a fault of one process is raised on all that hold models together."""
-        return work()
+    def agreed(self, work: Callable[[], R], *, apart: bool = False) -> R:
+        """What `work` gives; a fault of one process is raised on all that hold models together.
 
-    def same(self, item: T) -> T:
-        """What the first of the processes that hold models together gave."""
-        return item
+        Args:
+            apart: they do not wait for each other within `work`.
+        """
+        return work()
 
     def check_whole(self, what: str) -> None:
         """Raises UserError where models are not whole in this process, which `what` needs."""
@@ -102,11 +102,15 @@ class Together(OneDevice):
     crew: Team
 
     def for_all(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        own = self.agreed(lambda: for_threads(work, self.crew.own(items)))
+        own = self.agreed(lambda: for_threads(work, self.crew.own(items)), apart=True)
         return self.crew.in_order(self._together(lambda: self.crew.exchange(own)), len(items))
 
-    def agreed(self, work: Callable[[], R]) -> R:
+    def agreed(self, work: Callable[[], R], *, apart: bool = False) -> R:
         """What `work` gives; a fault of one process is raised on all of them.
+
+        Args:
+            apart: they do not wait for each other within `work`, so that who fails waits for the others however long
+                theirs takes.
 
         Raises:
             SharedFaultError: `work` failed on some process.
@@ -116,13 +120,13 @@ class Together(OneDevice):
         reason, halfway, beside = None, False, None
         try:
             result = work()
-        except SharedFaultError:
+        except (SharedFaultError, LostProcessError):
             raise
-        except FAULTS as error:
+        except Exception as error:
             reason, halfway = reason_of(error), not isinstance(error, UserError)
             beside = getattr(error, "baseline", None)
         failed = torch.tensor(float(reason is not None))
-        wait = [timedelta(seconds=ALONE_SECONDS)] if reason is not None else []
+        wait = [timedelta(seconds=ALONE_SECONDS)] if reason is not None and not apart else []
         sent: Any = dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.crew.host, async_op=True)
         self._together(
             lambda: sent.wait(*wait), f"process {self.crew.rank} alone failed: {reason}" if reason else None
@@ -131,9 +135,6 @@ class Together(OneDevice):
             reasons, halfways = zip(*self._together(lambda: self.crew.exchange((reason, halfway))), strict=True)
             raise SharedFaultError(_common(reasons), halfway=any(halfways), baseline=beside)
         return result
-
-    def same(self, item: T) -> T:
-        return self._together(lambda: self.crew.exchange(item if self.crew.rank == 0 else None))[0]  # type: ignore[return-value]
 
     def _together(self, exchange: Callable[[], R], said: str | None = None) -> R:
         try:
@@ -147,6 +148,8 @@ class Together(OneDevice):
 class Replicas(Together):
     """Every model whole in every process of a launch; they divide what a metric evaluates and decomposes.
 
+    For a `with` statement, which ends the connections; after a fault they stay, since ending one waits for the others.
+
     Args:
         device: this process's.
     """
@@ -159,6 +162,16 @@ class Replicas(Together):
         except RuntimeError as error:
             raise LostProcessError(f"another process is gone ({_short(error)})") from None
         self.replicas, self.crew = (Team(None, group) for group in groups)
+        self._groups = groups
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._together(dist.barrier)  # on the launch's own group: what the others still exchange here is not cut
+            for group in self._groups:
+                dist.destroy_process_group(group)
 
 
 class Shards(Together):

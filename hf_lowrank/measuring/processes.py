@@ -112,20 +112,27 @@ class Processes:
                     part.unlink()
         self._wait()
 
-    @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """The first process goes through the block before the others do, and leaves in the cache what they need."""
-        if not self.first:
-            self._wait()
-        yield
-        if self.first:
-            self._wait()
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives in the first process; the others wait for it, and find in the cache what it left there."""
+        made: list[Any] = [make() if self.first else None]
+        if self.count > 1:
+            from accelerate.utils import broadcast_object_list
+
+            with _lost_is_one_line():
+                broadcast_object_list(made)
+        return made[0]
 
     def _wait(self) -> None:
         if self.count > 1:
-            try:
+            with _lost_is_one_line():
                 self._state.wait_for_everyone()
-            except RuntimeError:  # the connection to it ends with a process
-                raise UserError(
-                    "another process of this launch was lost; what was written stays, start again to go on"
-                ) from None
+
+
+@contextmanager
+def _lost_is_one_line() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError:  # the connection to it ends with a process
+        raise UserError(
+            "another process of this launch was lost; what was written stays, start again to go on"
+        ) from None

@@ -212,3 +212,24 @@ def test_processes_that_divide_items_answer_as_one(run, tmp_path, logits_cache):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["equal"]
         assert 0.3 < found["share"] < 0.7
+
+
+def sampled_divided_and_alone(run, folder):
+    lm = LowRankLM(f"{run}@10", batch_size=4, device="cpu")
+    options = {"until": ["\n"], "max_gen_toks": 6, "temperature": 0.9}
+    asked = [Instance("generate_until", {}, (CODE[: 9 * i + 1], options), i) for i in range(9)]
+
+    def sampled(seed):
+        torch.manual_seed(seed)
+        return lm.generate_until(asked, disable_tqdm=True)
+
+    alone, other = sampled(0), sampled(1)
+    lm.replicas = Replicas(torch.device("cpu")).replicas
+    rank = lm.replicas.rank
+    (folder / f"{rank}.json").write_text(json.dumps([sampled(0) == alone, alone != other]))
+
+
+def test_what_is_sampled_is_sampled_as_by_one_process(run, tmp_path):
+    """Also where a temperature alone says so."""
+    in_two(functools.partial(sampled_divided_and_alone, run, tmp_path))
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [[True, True]] * 2

@@ -3,11 +3,15 @@
 import io
 import json
 import math
+import os
+import random
 import shutil
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from scipy.stats import binomtest
@@ -18,7 +22,7 @@ from hf_lowrank.downstream.catalogue import OFFLINE, units, wanted_tasks
 from hf_lowrank.downstream.figures import score_table
 from hf_lowrank.downstream.lm_eval_model import LowRankLM
 from hf_lowrank.downstream.paired import mcnemar, paired_difference
-from hf_lowrank.downstream.scores import append_scores, bootstrap, item_file, read_item_scores
+from hf_lowrank.downstream.scores import append_scores, bootstrap, item_file, read_item_scores, write_item_scores
 from hf_lowrank.errors import UserError
 from tests.distributed.pairs import in_two, lose_one
 
@@ -230,6 +234,120 @@ def test_items_are_divided_where_tasks_do_not_go_up(run, tmp_path):
         items = [item_file(tmp_path / name / table, 10, task).read_bytes() for name in ("alone", "two")]
         assert items[0] == items[1]
     assert not list((tmp_path / "two").rglob("*.part.jsonl"))
+
+
+@pytest.fixture
+def few_shot(tmp_path, monkeypatch):
+    """A task of other people's: examples drawn for the prompt, and numbers for ids, of which two are equal."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rng = random.Random(0)
+    for split, count in (("train", 40), ("test", 12)):
+        lines = [{"id": max(1, i), "word": "".join(rng.choices("abcdef", k=4))} for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = {
+        "task": "spell",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {s: str(folder / f"{s}.jsonl") for s in ("train", "test")}},
+        "output_type": "loglikelihood",
+        "training_split": "train",
+        "fewshot_split": "train",
+        "test_split": "test",
+        "num_fewshot": 2,
+        "doc_to_text": "spell {{word}}:",
+        "doc_to_target": "{{word}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+        "metadata": {"version": 1.0},
+    }
+    (folder / "spell.yaml").write_text(json.dumps(task))
+    monkeypatch.setattr(catalogue, "_paths", lambda: (str(TASK_FOLDER), str(folder)))
+    monkeypatch.setattr(runner_module, "units", lambda names: (names, []))
+    monkeypatch.setattr(runner_module, "OWN", ("spell", "none_such"))
+    return folder
+
+
+def test_examples_in_the_prompt_are_the_same_for_all_checkpoints_and_processes(run, other_run, tmp_path, few_shot):
+    table = run.name + "/downstream.jsonl"
+
+    def scored(name, steps):
+        return evaluate(run, tasks="spell", steps=steps, output=tmp_path / name)
+
+    random.seed(7)
+    expected = random.Random(7).random()
+    alone = scored("alone", 10)
+    assert random.random() == expected
+    in_two(partial(scored, "two", 10))
+    scored("later", [5, 10])
+    for name in ("two", "later"):
+        assert [row for row in read_scores(tmp_path / name / table) if row.step == 10] == alone
+        files = [item_file(tmp_path / each / table, 10, "spell") for each in ("alone", name)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    items = read_item_scores(files[0])
+    assert [item["item"] for item in items] == [str(i) for i in range(12)]
+
+
+def test_a_score_of_a_task_whose_ids_are_numbers_is_there(run, tmp_path, few_shot, monkeypatch):
+    rows = evaluate(run, tasks="spell", steps=10, output=tmp_path)
+    file = item_file(tmp_path / run.name / "downstream.jsonl", 10, "spell")
+    once = [{**item, "item": int(item["item"])} for item in read_item_scores(file)]
+    write_item_scores(file, once)
+    monkeypatch.setattr(runner_module._Runner, "_score", lambda *_: pytest.fail("scored again"))
+    assert evaluate(run, tasks="spell", steps=10, output=tmp_path) == rows
+
+
+def said_by_two(command, folder):
+    """The lines that each of two processes says in `command(say)`."""
+
+    def saying():
+        lines = []
+        command(lines.append)
+        (folder / f"{os.environ['RANK']}.said").write_text(json.dumps(lines))
+
+    in_two(saying)
+    return [json.loads((folder / f"{rank}.said").read_text()) for rank in range(2)]
+
+
+def test_requests_that_differ_are_not_divided(run, tmp_path, few_shot, monkeypatch):
+    """Else each process would believe the other's answers to questions of its own."""
+    monkeypatch.setattr(runner_module, "_lm_eval_seeds", lambda *_: nullcontext())
+    lines = said_by_two(lambda say: evaluate(run, tasks="spell", steps=10, output=tmp_path, say=say), tmp_path)
+    assert [len(said) for said in lines] == [1, 0]
+    assert "spell: its requests differ from process to process" in lines[0][0]
+    assert read_scores(tmp_path / run.name) == []
+
+
+def test_processes_that_see_different_scores_do_the_work_that_the_first_sees(run, tmp_path):
+    def command():
+        if os.environ["RANK"] == "1":
+            runner_module._Runner._is_done = lambda *_: True
+        evaluate(run, tasks="pylib_syntax", limit=24, output=tmp_path)
+
+    in_two(command)
+    assert {row.step for row in read_scores(tmp_path / run.name)} == {0, 5, 10}
+
+
+def test_a_task_that_cannot_be_loaded_is_said_once_by_a_process(run, tmp_path, few_shot):
+    lines = said_by_two(lambda say: evaluate(run, tasks="none_such", output=tmp_path, say=say), tmp_path)
+    assert [len(said) for said in lines] == [1, 1]
+    assert all("none_such" in said[0] for said in lines)
+
+
+def test_processes_that_cannot_be_joined_are_one_line(run, tmp_path):
+    def command(say):
+        def refuse(**_):
+            raise RuntimeError("connection closed by peer")
+
+        torch.distributed.new_group = refuse
+        try:
+            evaluate(run, tasks="pylib_syntax", steps=10, limit=24, output=tmp_path)
+        except UserError as error:
+            say(str(error))
+
+    for said in said_by_two(command, tmp_path):
+        assert said == [
+            "evaluating together ended: another process is gone (connection closed by peer); what was scored is "
+            "written, start again"
+        ]
 
 
 def test_what_cannot_be_done_together_is_said_once_and_the_rest_goes_on(run, tmp_path):
