@@ -45,7 +45,8 @@ def one(rank: int, world: int, *, run: Path, output: Path, asked: dict[str, Any]
     """Seconds from when all processes are there to when all rows are."""
     torch.set_num_threads(1)
     PartialState._reset_state()  # the training's, of one process
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    # OMP_NUM_THREADS as torchrun sets it: without, accelerate lets each of the processes compute on all cores.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
     if world > 1:
         torch.distributed.barrier()
     assert all((lm_eval_model, evaluator, modeling_llama))  # imported before the clock starts
