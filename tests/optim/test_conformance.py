@@ -201,6 +201,26 @@ def test_a_gradient_that_is_not_finite_touches_nothing(name):
     assert weights(model).isfinite().all()
 
 
+@pytest.mark.parametrize("lies", ["in rows", "in columns", "in float64"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "its square overflows"])
+def test_a_gradient_is_skipped_where_its_norm_is_not_finite(lies, value):
+    model = net().double() if lies == "in float64" else net()
+    optimizer = make("galore", model)
+    weight = model.layers[1].weight
+    largest = torch.finfo(weight.dtype).max
+    for hits in (largest**0.5 / 100, value):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, 1e-3)
+        if lies == "in columns":
+            weight.grad = weight.grad.mT.contiguous().mT
+        before = weight.detach().clone()
+        weight.grad[2, 3] = largest**0.5 * 2 if hits == "its square overflows" else hits
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            optimizer.step()
+        assert bool(said) == torch.equal(weight, before) == (hits is value)
+
+
 @every_method
 def test_zero_gradients_are_no_error(name):
     model = net()
