@@ -214,6 +214,9 @@ class TargetedAdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step. A parameter whose gradient is not finite is left alone, with a warning.
 
+        A step without state, at a learning rate of zero and with gradients of zero, as torch.distributed.checkpoint
+        makes it to have state to load into, is not counted.
+
         With `layerwise` the backward pass has made the step already, and this is only where Trainer expects it.
 
         Raises:
@@ -234,7 +237,10 @@ class TargetedAdamW(Optimizer):
                 for param in group["params"]
                 if param.grad is not None
             ]
+            is_trial = self._is_trial(entries)
             self._update(entries)
+            if is_trial:
+                self._begin_anew()
             self._plan = self._plan_of(entries)
         return loss
 
@@ -283,24 +289,27 @@ class TargetedAdamW(Optimizer):
         return frozenset(self._warned)
 
     def _finite(self, entries: Sequence[Entry]) -> list[Entry]:
-        by_kind: dict[tuple[Any, ...], list[Entry]] = {}
         for entry in entries:
             if entry.grad.layout != torch.strided:
                 raise UserError(
                     f"the gradient of {self.name_of(entry.param)} must be dense, got a sparse one; "
                     "use nn.Embedding(sparse=False) or another optimizer for it"
                 )
-            mesh = entry.param.device_mesh if isinstance(entry.param, DTensor) else None
-            by_kind.setdefault((entry.grad.device, entry.grad.dtype, mesh), []).append(entry)
-        good: set[Tensor] = set()
-        for (*_, mesh), group in by_kind.items():
-            flags = _finite_norms([entry.grad for entry in group])
-            if mesh is not None:
-                flags = agree_all(flags, mesh)
-            good.update(entry.param for entry, finite in zip(group, flags.tolist(), strict=True) if finite)
+        good = those_whose_gradients(_finite_norms, entries)
         if len(good) < len(entries):
             self._warn_of_skipped([entry.param for entry in entries if entry.param not in good])
         return [entry for entry in entries if entry.param in good]
+
+    def _is_trial(self, entries: Sequence[Entry]) -> bool:
+        """Whether a step only makes state, as torch.distributed.checkpoint asks for it before the first one."""
+        if self.state or any(float(group["lr"]) for group in self.param_groups):
+            return False
+        return all(entry.grad.layout == torch.strided for entry in entries) and not not_zero(entries)
+
+    def _begin_anew(self) -> None:
+        """Lets the next step be the first, of moments that are zero."""
+        for state in self.state.values():
+            state.update(dict.fromkeys(state.keys() & {"step", "refreshes", "reset_at"}, 0))
 
     def _warn_of_skipped(self, params: Sequence[Tensor]) -> None:
         new = [name for name in map(self.name_of, params) if name not in self._warned]
@@ -438,6 +447,32 @@ class TargetedAdamW(Optimizer):
             self._names, self._warned, self._settled, self._layerwise = WeakTensorKeyDictionary(), set(), False, None
             self._plan, self._stepped, self.diagnostics = None, [], None
             self._take_in_all()
+
+
+def those_whose_gradients(
+    are_so: Callable[[list[Tensor]], Tensor], entries: Sequence[Entry], *, anywhere: bool = False
+) -> set[Tensor]:
+    """The parameters whose gradients are so in all of their parts, on whatever process; `anywhere`: in one of them.
+
+    Args:
+        are_so: a flag for each of the gradients of one type and device.
+    """
+    by_kind: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        mesh = entry.param.device_mesh if isinstance(entry.param, DTensor) else None
+        by_kind.setdefault((entry.grad.device, entry.grad.dtype, mesh), []).append(entry)
+    found: set[Tensor] = set()
+    for (*_, mesh), alike in by_kind.items():
+        flags = are_so([entry.grad for entry in alike])
+        if mesh is not None:
+            flags = ~agree_all(~flags, mesh) if anywhere else agree_all(flags, mesh)
+        found.update(entry.param for entry, flag in zip(alike, flags.tolist(), strict=True) if flag)
+    return found
+
+
+def not_zero(entries: Sequence[Entry]) -> set[Tensor]:
+    """The parameters whose gradients have an entry that is not zero."""
+    return those_whose_gradients(lambda grads: torch.stack([grad.any() for grad in grads]), entries, anywhere=True)
 
 
 def _finite_norms(grads: list[Tensor]) -> Tensor:

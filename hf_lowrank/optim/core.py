@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.optim.base import Bound, Entry, Params, TargetedAdamW, entry_of, is_count
+from hf_lowrank.optim.base import Bound, Entry, Params, TargetedAdamW, entry_of, is_count, not_zero
 from hf_lowrank.optim.batch import Batch, batch_limits, project_matrix
 from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.matrices import Layout, make_layout
@@ -23,6 +23,7 @@ from hf_lowrank.optim.plan import Part, State
 from hf_lowrank.optim.refresh import Due, choose_bases
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.subspaces import (
+    OF_GRADIENTS,
     SUBSPACES,
     UNSTORED,
     captured_energy,
@@ -214,6 +215,12 @@ class ProjectedAdamW(TargetedAdamW):
                 local_part(state["residual_norm"]).fill_(torch.inf)
         return state
 
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        for state in self.state.values():
+            if "residual_norm" in state:
+                local_part(state["residual_norm"]).fill_(torch.inf)
+
     def _alike(self, entries: Sequence[Entry]) -> Iterator[list[Member]]:
         """Members of equal layout, type, place and age; not above the limit of a batch unless of one parameter."""
         alike: dict[tuple[Any, ...], list[Member]] = {}
@@ -307,7 +314,14 @@ class ProjectedAdamW(TargetedAdamW):
             state = self._target_state(entry, layout)
             if self._is_due(entry, layout, state):
                 due.append(Due(entry, layout, state))
+        # A gradient of zero says nothing of directions: the last basis stays, and the first is chosen again.
+        asked = [one.entry for one in due if one.subspace in OF_GRADIENTS]
+        silent = {entry.param for entry in asked} - not_zero(asked)
+        due = [one for one in due if one.entry.param not in silent or not one.state["refreshes"]]
         for (entry, layout, state), bases in zip(due, choose_bases(due), strict=True):
+            if entry.param in silent:
+                state.update(bases)
+                continue
             wanted = self.diagnostics is not None or entry.group["moments"] == "rotate"
             first = state["refreshes"] == 0
             before = self._basis_rows(entry, layout) if wanted and not first else None

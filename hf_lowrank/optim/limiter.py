@@ -27,9 +27,11 @@ def channel_scales(
 def limit_growth_(norms: Tensor, kept: list[Tensor], limit: float) -> Tensor:
     """The norm-growth limiter: divisors (k,) that keep each of `norms` (k,) within `limit` times its last value.
 
-    `kept` holds the last limited norms, infinite before the first, and is updated in place.
+    `kept` holds the last limited norms, infinite before the first, and is updated in place. A last norm of zero limits
+    nothing: the published rule would let it grow from 1e-8 by a hundredth a step, two thousand steps up to 1.
     """
     before = torch.stack(kept).to(norms.dtype)
+    before = torch.where(before == 0, torch.inf, before)
     divisors = torch.clamp(norms / (before + 1e-8), min=limit) / limit
     after = norms / divisors
     torch._foreach_copy_(kept, after.unbind())

@@ -18,7 +18,15 @@ from hf_lowrank.optim.base import Entry
 from hf_lowrank.optim.matrices import Layout
 from hf_lowrank.optim.places import Cut
 from hf_lowrank.optim.sharding import Sharding, local_part
-from hf_lowrank.optim.subspaces import FROM_THE_LAST, OF_INDICES, SUBSPACES, UNSTORED, Request, exact_bases
+from hf_lowrank.optim.subspaces import (
+    FROM_THE_LAST,
+    OF_GRADIENTS,
+    OF_INDICES,
+    SUBSPACES,
+    UNSTORED,
+    Request,
+    exact_bases,
+)
 
 SIDES = ("basis", "left_basis")
 Bases = dict[str, Tensor]
@@ -41,6 +49,11 @@ class Due(NamedTuple):
         if self.subspace == UNSTORED:
             return ()
         return SIDES if self.layout.both else SIDES[:1]
+
+    @property
+    def last(self) -> dict[str, Tensor]:
+        """The bases in use, by side; none before the first choice counts."""
+        return {side: self.state[side] for side in self.sides if side in self.state and self.state["refreshes"]}
 
     def whole_shape(self, side: str) -> tuple[int, ...]:
         """Shape of the basis of one whole matrix."""
@@ -78,9 +91,9 @@ def choose_bases(due: Sequence[Due]) -> list[Bases]:
 
 def _choose_held(due: Due) -> Bases:
     """The bases of matrices that this process holds whole: of a plain parameter, or of its part of a stack."""
-    entry, layout, state = due
+    entry, layout, _ = due
     numbers = layout.numbers
-    last = {side: layout.parts(state[side]) if side in state else [None] * len(numbers) for side in SIDES}
+    last = {side: layout.parts(due.last[side]) if side in due.last else [None] * len(numbers) for side in SIDES}
     chosen = [
         _choose(due, matrix, number, {side: parts[place] for side, parts in last.items()})
         for place, (matrix, number) in enumerate(zip(layout.matrices(entry.grad), numbers, strict=True))
@@ -113,10 +126,10 @@ def _choose_divided(turn: Sequence[Due], sharding: Sharding) -> list[Bases]:
     grads = sharding.to_owners(stored, owners, lengths)
     last: dict[int, dict[str, Tensor | None]] = {number: dict.fromkeys(SIDES) for number in grads}
     for side in turn[0].sides if turn[0].subspace in FROM_THE_LAST else ():
-        held = [number for number, due in enumerate(turn) if side in due.state]
+        held = [number for number, due in enumerate(turn) if side in due.last]
         if held:
             wholes = sharding.to_owners(
-                [local_part(turn[number].state[side]) for number in held],
+                [local_part(turn[number].last[side]) for number in held],
                 [owners[number] for number in held],
                 [turn[number].whole_shape(side)[0] for number in held],
             )
@@ -148,6 +161,9 @@ def _choose(due: Due, matrix: Tensor, number: int | None, last: dict[str, Tensor
     layout, group = due.layout, due.entry.group
     if due.subspace == UNSTORED:
         return {}
+    kept = {side: basis.clone() for side in due.sides if (basis := last[side]) is not None}
+    if kept and due.subspace in OF_GRADIENTS and not matrix.any():  # of a stack whose others have gradients
+        return kept
     request = Request(
         grad=matrix,
         rank=layout.rank,

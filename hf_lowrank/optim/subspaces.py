@@ -153,6 +153,7 @@ SUBSPACES: dict[str, Callable[[Request], Tensor]] = {
     "columns": random_columns,
 }
 UNSTORED = "gaussian"
-# Those whose basis is the indices of columns, and those that begin from the last basis.
+# Those whose basis is the indices of columns, those that look at the gradient, and those that begin from the last.
 OF_INDICES = ("columns",)
+OF_GRADIENTS = ("svd", "randomized")
 FROM_THE_LAST = ("randomized",)

@@ -17,7 +17,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.subspaces import SUBSPACES
 from tests.distributed.processes import in_processes
-from tests.distributed.training import METHODS, net, optimizer_of, state_bytes, train, whole_weights, wrapped
+from tests.distributed.training import (
+    METHODS,
+    net,
+    optimizer_of,
+    state_bytes,
+    step_loss,
+    train,
+    whole_weights,
+    wrapped,
+)
 
 EVERY = ["full-rank", *METHODS]
 # Both ways of storing a basis, both sides, channel scales, a limiter, whole blocks, a handed-round matrix.
@@ -31,6 +40,8 @@ def trained(names, way, steps, rank=0, world=1):
     for name in names:
         model = wrapped(net(torch.float32), way, world)
         optimizer = make(name, model)
+        if way == "fsdp" and name != "full-rank":
+            get_optimizer_state_dict(model, optimizer)  # makes state, and must leave the run as it is
         losses = train(model, optimizer, steps, rank, world)
         found[name] = {"losses": losses, "weights": whole_weights(model), "bytes": state_bytes(optimizer)}
     return found
@@ -66,6 +77,28 @@ def test_several_processes_are_one(tmp_path, names, worlds, ways, steps):
                 check_same(alone, ranks, name)
                 shares = [found[name]["bytes"] / alone[name]["bytes"] for found in ranks]
                 assert max(shares) <= (0.3 if way == "fsdp" and world == 4 else 1), (name, shares)
+
+
+def silent(rank, world):
+    """Whether the basis of a divided matrix changed where rows of its gradient are zero, and where all are."""
+    model = wrapped(net(torch.float32), "fsdp", world)
+    optimizer = make("galore-randomized", model)
+    weight = model.layers[1].weight
+    changed = []
+    for step in range(11):  # a new basis at 0, 5 and 10
+        optimizer.zero_grad()
+        step_loss(model, step, rank, world)
+        if step == 10 or (step == 5 and rank == 1):
+            weight.grad.to_local().zero_()
+        before = optimizer.state[weight]["basis"].full_tensor().clone() if step else None
+        optimizer.step()
+        if step in (5, 10):
+            changed.append(not torch.equal(optimizer.state[weight]["basis"].full_tensor(), before))
+    return changed
+
+
+def test_a_basis_stays_where_a_gradient_is_zero_in_all_processes(tmp_path):
+    assert in_processes(2, silent, tmp_path) == [[True, False]] * 2
 
 
 def saved_and_resumed(names, folder, stop, steps, how, rank, world):

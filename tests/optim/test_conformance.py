@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, MuonAdamW
@@ -233,6 +234,79 @@ def test_zero_gradients_are_no_error(name):
     assert torch.equal(weights(model), start)
     train(model, optimizer, 6)
     assert weights(model).isfinite().all()
+
+
+@every_method
+def test_state_that_is_made_before_the_first_step_changes_no_run(name):
+    undisturbed, model = net(), net()
+    optimizer = make(name, model)
+    get_optimizer_state_dict(model, optimizer)  # makes a step at a rate of zero where there is no state yet
+    assert optimizer.state
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    expected = train(undisturbed, make(name, undisturbed), 10)
+    assert train(model, optimizer, 10) == expected
+    assert torch.equal(weights(model), weights(undisturbed))
+
+
+@every_method
+def test_a_real_first_step_at_a_rate_of_zero_is_counted(name):
+    model = net()
+    optimizer = make(name, model, lr=0.0)
+    train(model, optimizer, 1)
+    assert {state["step"] for state in optimizer.state.values()} == {1}
+
+
+@every_method
+def test_gradients_that_are_zero_at_first_hold_nothing_back(name):
+    model, other = net(), net()
+    optimizer, fresh = make(name, model, weight_decay=0.0), make(name, other, weight_decay=0.0)
+    start = weights(model)
+    for _ in range(2):  # as before an output layer that starts from zero has moved
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+    assert torch.equal(weights(model), start)
+    for current, chosen in ((model, optimizer), (other, fresh)):
+        train(current, chosen, 1)
+        for param in current.parameters():
+            assert torch.isfinite(param).all()
+    moved, expected = (weights(current) - start for current in (model, other))
+    assert moved.norm() > 0.3 * expected.norm()  # Adam's moments count the steps of zero too
+    for param, witness in zip(model.parameters(), other.parameters(), strict=True):
+        state = optimizer.state[param]
+        if "basis" in state and optimizer.param_groups[0]["subspace"] in ("svd", "randomized"):
+            assert torch.equal(state["basis"], fresh.state[witness]["basis"])
+
+
+@pytest.mark.parametrize("name", ["galore", "galore-randomized", "galore-full", "galore-full-fast", "fira"])
+def test_a_gradient_of_zero_keeps_the_basis(name):
+    experts = nn.Parameter(torch.zeros(3, 8, 12))
+    matrix = nn.Parameter(torch.zeros(8, 12))
+    optimizer = make(name, [{"params": [("experts", experts), ("matrix", matrix)], "rank": 3}])
+    generator = torch.Generator().manual_seed(0)
+    before = {}
+    for step in range(9):
+        experts.grad = torch.randn(3, 8, 12, generator=generator)
+        matrix.grad = torch.randn(8, 12, generator=generator)
+        if step == 4:
+            experts.grad[1] = 0
+            matrix.grad.zero_()
+        optimizer.step()
+        bases = {
+            (param, side): optimizer.state[param][side].clone()
+            for param in (experts, matrix)
+            for side in ("basis", "left_basis")
+            if side in optimizer.state[param]
+        }
+        if step == 4:
+            for (param, side), basis in bases.items():
+                same = torch.equal if param is matrix else lambda now, last: torch.equal(now[1], last[1])
+                assert same(basis, before[param, side])
+                assert param is matrix or not torch.equal(basis[0], before[param, side][0])
+        if step == 8:
+            for key, basis in bases.items():
+                assert not torch.equal(basis, before[key])
+        before = bases
 
 
 @every_method
