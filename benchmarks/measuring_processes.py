@@ -3,7 +3,8 @@
 A nano run is trained for a few steps; four of its checkpoints are shared out among the processes, and a single one is
 measured by all together, draw by draw, or evaluated on a task, batch of items by batch. Every process computes on one
 thread. The speed-up is the time of one process over that of several, the processes' start left out, in turns in one
-run; asked is 0.8 of the number of processes, as far as there are cores.
+run; asked is 0.8 of the number of processes, as far as there are cores. Beside it stands what the machine allows: the
+same share for as many processes that each do the whole work and have nothing to do with each other.
 
     python -m benchmarks.measuring_processes [--repeats 3]
 """
@@ -41,14 +42,17 @@ CASES: dict[str, dict[str, Any]] = {
 RECIPE = Path(__file__).parent.parent / "recipes" / "nano" / "full_rank.yaml"
 
 
-def one(rank: int, world: int, *, run: Path, output: Path, asked: dict[str, Any]) -> dict[str, float]:
-    """Seconds from when all processes are there to when all rows are."""
+def one(rank: int, world: int, *, run: Path, output: Path, asked: dict[str, Any], apart: bool) -> dict[str, float]:
+    """Seconds from when all processes are there to when all rows are; `apart`, all rows of each process."""
     torch.set_num_threads(1)
     PartialState._reset_state()  # the training's, of one process
     # OMP_NUM_THREADS as torchrun sets it: without, accelerate lets each of the processes compute on all cores.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
     if world > 1:
         torch.distributed.barrier()
+    if apart:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        output = output / str(rank)
     assert all((lm_eval_model, evaluator, modeling_llama))  # imported before the clock starts
     began = time.perf_counter()
     (evaluate if "tasks" in asked else measure)(run, output=output, device="cpu", **asked)
@@ -61,23 +65,30 @@ def rows(folder: Path) -> set[str]:
 
 def case(name: str, run: Path, folder: Path, repeats: int) -> dict[str, Any]:
     seconds: dict[int, list[float]] = {world: [] for world in WORLDS}
+    apart: dict[int, list[float]] = {world: [] for world in WORLDS[1:]}
     alone, different = set[str](), dict.fromkeys(WORLDS[1:], 0)
+
+    def slowest(world: int, output: Path, *, apart: bool = False) -> float:
+        job = partial(one, run=run, output=output, asked=CASES[name], apart=apart)
+        return max(each["seconds"] for each in launch(job, world, folder / "launch"))
+
     for turn in range(repeats):
         for world in WORLDS:
             output = folder / f"{turn}-{world}"
-            job = partial(one, run=run, output=output, asked=CASES[name])
-            seconds[world].append(max(each["seconds"] for each in launch(job, world, folder / f"of-{turn}-{world}")))
+            seconds[world].append(slowest(world, output))
             found = rows(output / run.name)
             alone = found if world == 1 else alone
             if world > 1:
                 different[world] = max(different[world], len(found ^ alone))
-    cores = os.cpu_count() or 1
-    result: dict[str, Any] = {"rows": len(alone), "rows_that_differ": different, "seconds": {}, "of_linear": {}}
-    for world in WORLDS:
-        result["seconds"][world] = spread(seconds[world])
-        ratios = [first / other for first, other in zip(seconds[1], seconds[world], strict=True)]
-        if world > 1:
-            result["of_linear"][world] = spread([ratio / min(world, cores) for ratio in ratios])
+                apart[world].append(slowest(world, folder / f"apart-{turn}-{world}", apart=True))
+    result: dict[str, Any] = {"rows": len(alone), "rows_that_differ": different, "seconds": {}}
+    result["seconds"] = {world: spread(seconds[world]) for world in WORLDS}
+    result["of_linear"], result["machine_allows"] = {}, {}
+    for world in WORLDS[1:]:
+        cores = min(world, os.cpu_count() or 1)
+        together = [first / other / cores for first, other in zip(seconds[1], seconds[world], strict=True)]
+        allowed = [world * first / other / cores for first, other in zip(seconds[1], apart[world], strict=True)]
+        result["of_linear"][world], result["machine_allows"][world] = spread(together), spread(allowed)
     return result
 
 
