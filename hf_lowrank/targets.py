@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import UserError
@@ -40,7 +41,7 @@ def target_modules(model: nn.Module, patterns: str | Sequence[str] = "auto") -> 
         if patterns == "all-linear":
             chosen = linears
         elif patterns == "auto":
-            blocks = tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+            blocks = _blocks(model)
             chosen = {name: module for name, module in linears.items() if name.startswith(blocks)}
         else:
             expression = _compiled(patterns)
@@ -58,6 +59,46 @@ def target_modules(model: nn.Module, patterns: str | Sequence[str] = "auto") -> 
     if not wanted:
         raise UserError("target_modules must name at least one module, got an empty list")
     return {name: module for name, module in linears.items() if name in wanted}
+
+
+def stacked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters inside repeated blocks that are stacks of matrices, by dotted name, in module order.
+
+    transformers keeps the experts of a mixture so, (experts, rows, columns), in no linear layer.
+    """
+    found = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            continue
+        for name, param in module.named_parameters(recurse=False):
+            if param.ndim == 3 and min(param.shape[1:]) > 1:
+                found[f"{prefix}.{name}" if prefix else name] = param
+    blocks = _blocks(model)
+    return {name: param for name, param in found.items() if name.startswith(blocks)}
+
+
+def target_parameters(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters of `model` with these names or name endings (`"experts.down_proj"`), by dotted name.
+
+    Raises:
+        UserError: one matches no parameter of at least two dimensions.
+    """
+    matrices = {name: param for name, param in model.named_parameters() if param.ndim > 1}
+    chosen: dict[str, nn.Parameter] = {}
+    for wanted in names:
+        matches = {n: param for n, param in matrices.items() if n == wanted or n.endswith("." + wanted)}
+        if not matches:
+            known = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in matrices})[:12])
+            raise UserError(
+                f"target_parameters {wanted!r} matches no matrix of {type(model).__name__}; there are: {known}"
+            )
+        chosen.update(matches)
+    return chosen
+
+
+def _blocks(model: nn.Module) -> tuple[str, ...]:
+    """How names inside repeated blocks begin."""
+    return tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

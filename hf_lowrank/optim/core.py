@@ -46,7 +46,8 @@ class ProjectedAdamW(TargetedAdamW):
             with a `rank` are targets; those with `rank=None` get plain AdamW.
         lr, betas, eps, weight_decay: as in AdamW; weight decay is decoupled and acts on the whole weight.
         rank: of the subspaces, for every group that does not say its own; None for none.
-        target_modules: which linear layers are targets when `params` is a model.
+        target_modules, target_parameters: which linear layers, and which parameters beside, are targets when `params`
+            is a model, see `param_groups`.
         update_proj_gap: optimizer steps between two choices of the subspace.
         scale: multiplies the lifted update.
         proj_type: `std` (the longer side stays), `reverse_std`, `right`, `left`, or `full` (both sides).
@@ -86,6 +87,7 @@ class ProjectedAdamW(TargetedAdamW):
         *,
         rank: int | None = None,
         target_modules: str | Sequence[str] = "auto",
+        target_parameters: Sequence[str] = (),
         update_proj_gap: int = 200,
         scale: float = 1.0,
         proj_type: str = "std",
@@ -124,7 +126,11 @@ class ProjectedAdamW(TargetedAdamW):
             if defaults["rank"] is None:
                 raise UserError(f"{type(self).__name__} of a model needs rank, a number from 1")
             params = param_groups(
-                params, rank=defaults["rank"], target_modules=target_modules, weight_decay=defaults["weight_decay"]
+                params,
+                rank=defaults["rank"],
+                target_modules=target_modules,
+                target_parameters=target_parameters,
+                weight_decay=defaults["weight_decay"],
             )
         super().__init__(params, defaults, layerwise=layerwise, diagnostics=diagnostics)
         if not any(group["rank"] is not None for group in self.param_groups):

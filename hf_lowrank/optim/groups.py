@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim.engines import refuse_flattened_model
+from hf_lowrank.targets import stacked_parameters
 from hf_lowrank.targets import target_modules as select_target_modules
+from hf_lowrank.targets import target_parameters as select_target_parameters
 
 # Trainer's own exemptions from weight decay (`Trainer.get_decay_parameter_names`): biases and norms.
 NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
@@ -27,6 +30,7 @@ def param_groups(
     *,
     rank: int,
     target_modules: str | Sequence[str] = "auto",
+    target_parameters: Sequence[str] = (),
     weight_decay: float = 0.0,
     **group_options: Any,
 ) -> list[dict[str, Any]]:
@@ -36,13 +40,22 @@ def param_groups(
     `rank=None` and get plain AdamW. Weight decay spares what Trainer spares: biases and norms.
     Empty groups are left out.
 
+    Args:
+        target_modules: which linear layers are targets, see `hf_lowrank.targets.target_modules`.
+        target_parameters: names, or their endings, of parameters that are targets beside, such as the stacks in which
+            transformers keeps a mixture's experts (`"experts.gate_up_proj"`). There is a warning where such stacks
+            are left to AdamW.
+
     Raises:
-        UserError: `target_modules` matches nothing, or nothing trainable; `rank` is too large for a target; or an
-            engine has flattened the parameters (FSDP1, DeepSpeed ZeRO-3).
+        UserError: `target_modules` or `target_parameters` match nothing, or nothing trainable; `rank` is too large
+            for a target; or an engine has flattened the parameters (FSDP1, DeepSpeed ZeRO-3).
     """
     refuse_flattened_model(model)
     modules = select_target_modules(model, target_modules)
     targets = {id(module.weight) for module in modules.values()}
+    targets.update(map(id, select_target_parameters(model, target_parameters).values()))
+    if target_modules == "auto":
+        _warn_of_stacks(model, targets)
     decayed = decayed_names(model)
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, param in model.named_parameters():
@@ -53,10 +66,10 @@ def param_groups(
             groups[key] = {"params": [], "weight_decay": weight_decay if key[1] else 0.0, "rank": None}
             if key[0]:
                 groups[key].update(group_options, rank=rank)
-        if key[0] and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(param.shape)):
-            raise UserError(
-                f"rank must be from 1 to {min(param.shape)} for {name} of shape {tuple(param.shape)}, got {rank!r}"
-            )
+        stacked = param.ndim == 3 and group_options.get("matrix") != "flatten"
+        most = min(param.shape[1:] if stacked else (param.shape[0], param[0].numel())) if key[0] else 0
+        if key[0] and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most):
+            raise UserError(f"rank must be from 1 to {most} for {name} of shape {tuple(param.shape)}, got {rank!r}")
         groups[key]["params"].append((name, param))
     if not any(target for target, _ in groups):
         raise UserError(
@@ -65,6 +78,20 @@ def param_groups(
     ordered = [groups[key] for key in sorted(groups, reverse=True)]
     check_coverage(model, ordered)
     return ordered
+
+
+def _warn_of_stacks(model: nn.Module, targets: set[int]) -> None:
+    stacks = {n: param for n, param in stacked_parameters(model).items() if param.requires_grad}
+    left = [name for name, param in stacks.items() if id(param) not in targets]
+    if left:
+        count = sum(stacks[name].numel() for name in left)
+        share = count / sum(param.numel() for param in model.parameters() if param.requires_grad)
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(
+            f"{left[0]}{more} are stacks of matrices, in no linear layer, and get plain AdamW: {share:.0%} of what is "
+            "trained; methods with a rank take them by target_parameters",
+            stacklevel=3,
+        )
 
 
 def group_parameters(group: Mapping[str, Any]) -> list[Tensor]:
