@@ -7,7 +7,8 @@ run is measured on the same matrices that it was trained on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Container, Sequence
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -75,6 +76,26 @@ def stacked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 found[f"{prefix}.{name}" if prefix else name] = param
     blocks = _blocks(model)
     return {name: param for name, param in found.items() if name.startswith(blocks)}
+
+
+def warn_of_stacks(model: nn.Module, fate: str, taken: Container[int] = ()) -> None:
+    """Warns where a method that was to choose its targets itself leaves such stacks out.
+
+    Args:
+        fate: what becomes of them.
+        taken: the `id`s of those that are targets.
+    """
+    stacks = {
+        n: param for n, param in stacked_parameters(model).items() if param.requires_grad and id(param) not in taken
+    }
+    if stacks:
+        share = sum(map(nn.Parameter.numel, stacks.values())) / sum(map(nn.Parameter.numel, model.parameters()))
+        more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
+        warnings.warn(
+            f"{next(iter(stacks))}{more}, {share:.0%} of the model, are stacks of matrices, in no linear layer, "
+            f"and {fate}",
+            stacklevel=4,
+        )
 
 
 def target_parameters(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:

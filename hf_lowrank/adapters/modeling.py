@@ -20,7 +20,7 @@ from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.adapters.linears import check_rank, dense_linear, linear_shape
 from hf_lowrank.adapters.relora import reinitialise
 from hf_lowrank.errors import UserError
-from hf_lowrank.targets import target_modules
+from hf_lowrank.targets import target_modules, warn_of_stacks
 
 PASSED_BY_NAME = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
 
@@ -171,7 +171,10 @@ def inject(lm: nn.Module, adapter: PeftConfig) -> None:
     devices: list[int] = []
     with torch.random.fork_rng(devices=devices):
         if isinstance(adapter, LoraConfig):
-            layers = target_modules(lm, _patterns(adapter.target_modules))
+            patterns = _patterns(adapter.target_modules)
+            layers = target_modules(lm, patterns)
+            if patterns == "auto":
+                warn_of_stacks(lm, "stay as they are")
             for name, layer in layers.items():
                 check_rank(name, adapter.r, *linear_shape(layer))
             adapter.target_modules = sorted(layers)

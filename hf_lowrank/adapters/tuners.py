@@ -18,7 +18,7 @@ from hf_lowrank.adapters.functional import KEPT_BY_COLA_M
 from hf_lowrank.adapters.layers import CoLALinear, ReplacedLinear, SLTrainLinear
 from hf_lowrank.adapters.registration import register_with_peft
 from hf_lowrank.errors import UserError
-from hf_lowrank.targets import LINEAR_TYPES, target_modules
+from hf_lowrank.targets import LINEAR_TYPES, target_modules, warn_of_stacks
 
 
 class ReplacingTuner(BaseTuner):
@@ -128,7 +128,10 @@ class ReplacingTuner(BaseTuner):
 
 def _auto(model: nn.Module, adapted: bool) -> Sequence[str]:
     try:
-        return list(target_modules(model))
+        found = list(target_modules(model))
+        if not adapted:
+            warn_of_stacks(model, "stay as they are")
+        return found
     except UserError:
         if adapted:
             return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +11,9 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim.engines import refuse_flattened_model
-from hf_lowrank.targets import stacked_parameters
 from hf_lowrank.targets import target_modules as select_target_modules
 from hf_lowrank.targets import target_parameters as select_target_parameters
+from hf_lowrank.targets import warn_of_stacks
 
 # Trainer's own exemptions from weight decay (`Trainer.get_decay_parameter_names`): biases and norms.
 NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
@@ -55,7 +54,7 @@ def param_groups(
     targets = {id(module.weight) for module in modules.values()}
     targets.update(map(id, select_target_parameters(model, target_parameters).values()))
     if target_modules == "auto":
-        _warn_of_stacks(model, targets)
+        warn_of_stacks(model, "get plain AdamW; methods with a rank take them by target_parameters", targets)
     decayed = decayed_names(model)
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, param in model.named_parameters():
@@ -78,20 +77,6 @@ def param_groups(
     ordered = [groups[key] for key in sorted(groups, reverse=True)]
     check_coverage(model, ordered)
     return ordered
-
-
-def _warn_of_stacks(model: nn.Module, targets: set[int]) -> None:
-    stacks = {n: param for n, param in stacked_parameters(model).items() if param.requires_grad}
-    left = [name for name, param in stacks.items() if id(param) not in targets]
-    if left:
-        count = sum(stacks[name].numel() for name in left)
-        share = count / sum(param.numel() for param in model.parameters() if param.requires_grad)
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        warnings.warn(
-            f"{left[0]}{more} are stacks of matrices, in no linear layer, and get plain AdamW: {share:.0%} of what is "
-            "trained; methods with a rank take them by target_parameters",
-            stacklevel=3,
-        )
 
 
 def group_parameters(group: Mapping[str, Any]) -> list[Tensor]:

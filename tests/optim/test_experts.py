@@ -4,12 +4,16 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from hf_lowrank.adapters import CoLAConfig, SLTrainConfig
+from hf_lowrank.adapters.modeling import inject
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, param_groups
 
+LEFT_OUT = r"model\.layers\.0\.mlp\.experts\.gate_up_proj and 3 more, 63% of the model, are stacks .* and "
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
@@ -33,11 +37,15 @@ def names(groups, *, targets):
 
 
 def test_a_warning_says_what_is_left_to_adamw(mixture):
-    share = sum(p.numel() for n, p in mixture.named_parameters() if "experts" in n) / mixture.num_parameters()
-    expected = rf"model\.layers\.0\.mlp\.experts\.gate_up_proj and 3 more are stacks .* plain AdamW: {share:.0%} of"
-    with pytest.warns(UserWarning, match=expected):
+    with pytest.warns(UserWarning, match=LEFT_OUT + "get plain AdamW; .* target_parameters"):
         groups = param_groups(mixture, rank=8)
     assert not any("experts" in name for name in names(groups, targets=True))
+
+
+@pytest.mark.parametrize("adapter", [CoLAConfig(r=4), SLTrainConfig(r=4), LoraConfig(r=4, target_modules="auto")])
+def test_a_warning_says_what_adapters_leave_dense(mixture, adapter):
+    with pytest.warns(UserWarning, match=LEFT_OUT + "stay as they are"):
+        inject(mixture, adapter)
 
 
 def test_named_experts_are_targets(mixture):
