@@ -57,6 +57,16 @@ def skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel | None:
         raise UserError(f"{folder / 'config.json'}: describes no model: {_one_line(error)}") from None
 
 
+def check_checkpoint(folder: Path) -> None:
+    """Compares a checkpoint's weights with its configuration, and both with their checksums.
+
+    Raises:
+        UserError: they are damaged; the message names the file.
+    """
+    check_weights(folder, exact=False)
+    check_checksums(folder, ["config.json", *{file.name for file in weight_files(folder).values()}])
+
+
 def check_weights(folder: Path, *, exact: bool = True) -> None:
     """Compares names and shapes in the safetensors files with the architecture of config.json, without any weights.
 

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.checkpoint_sources import open_source, weight_files
-from hf_lowrank.checkpoint_weights import check_weights, read_config, skeleton
+from hf_lowrank.checkpoint_weights import check_checkpoint, read_config, skeleton
 from hf_lowrank.checksums import check_checksums, read_sealed_text
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
@@ -155,8 +155,7 @@ class Trajectory:
             UserError: no such step, or its files are damaged; the message names the file.
         """
         folder = self._source.folder(self._known(step), weights=True)
-        check_weights(folder, exact=False)
-        check_checksums(folder, ["config.json", *{file.name for file in weight_files(folder).values()}])
+        check_checkpoint(folder)
         return folder
 
     def dense_model(self, step: int) -> PreTrainedModel:

@@ -11,7 +11,17 @@ from pathlib import Path
 
 # What a full, read-only or failing disk answers.
 REFUSALS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG}
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+    }
 )
 # How writers that are not Python say it, which name neither the file nor the reason as an error of the system.
 FOREIGN = ("PytorchStreamWriter failed", "Error while serializing: I/O error", "unexpected pos")

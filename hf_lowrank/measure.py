@@ -29,7 +29,7 @@ from hf_lowrank.measuring.faults import FAULTS, LostProcessError, reason_of
 from hf_lowrank.measuring.groups import GROUPS
 from hf_lowrank.measuring.metrics import CURVES, METRICS, Metric
 from hf_lowrank.measuring.placement import OneDevice, Replicas, SeveralDevices, Shards
-from hf_lowrank.measuring.plan import choose_steps, find_baseline, missing_metrics, rows_file
+from hf_lowrank.measuring.plan import check_apart, check_own, choose_steps, find_baseline, missing_metrics, rows_file
 from hf_lowrank.measuring.processes import Processes
 from hf_lowrank.measuring.progress import Progress
 from hf_lowrank.measuring.settings import MeasureSettings, resolve_settings
@@ -125,6 +125,7 @@ def measure(
         )
     plans = [_plan(context, wanted, steps) for context in contexts]
     files = [rows_file(context.trajectory, None if output is None else Path(output)) for context in contexts]
+    check_apart(trajectories, files)
     with all_locked([file.parent for file in files], "measure"):
         try:
             _measure_all(contexts, plans, files, processes, progress)
@@ -203,6 +204,8 @@ def _measure_all(
 ) -> None:
     processes.merge_parts(files)
     known = [read_measurements(file) for file in files]
+    for context, file, rows in zip(contexts, files, known, strict=True):
+        check_own(context.trajectory, file, rows)
     whole, rest = processes.rounds(processes.of_first(lambda: _work(contexts, plans, known)))
     share = processes.share(whole, lambda unit: 1 + _evaluations(contexts, [unit]))
     total = _evaluations(contexts, share) + _evaluations(contexts, rest) // processes.count

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_lowrank.adapters.modeling import LowRankForCausalLM
+from hf_lowrank.checkpoint_weights import check_checkpoint
 from hf_lowrank.errors import UserError
 
 TOKENIZER_FILES = (
@@ -63,7 +64,11 @@ def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: the output must be a new or empty folder")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    check_checkpoint(folder)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    except Exception as error:  # transformers raises whatever a broken file leads it to
+        raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     dense = model.to_dense() if isinstance(model, LowRankForCausalLM) else model
     dense.save_pretrained(target)
     for source in (folder, folder.parent / "tokenizer"):

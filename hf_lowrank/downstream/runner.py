@@ -41,7 +41,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.locks import all_locked
 from hf_lowrank.measuring.faults import FAULTS, LostProcessError
 from hf_lowrank.measuring.placement import OneDevice, Replicas
-from hf_lowrank.measuring.plan import choose_steps, rows_file
+from hf_lowrank.measuring.plan import check_apart, check_own, choose_steps, rows_file
 from hf_lowrank.measuring.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ def evaluate(
     from tqdm.auto import tqdm
 
     tables = [table for _, _, table in plans]
+    check_apart(trajectories, tables)
     total = sum(len(chosen) for _, chosen, _ in plans) * len(names)
     bar = tqdm(total=total, unit="task", disable=not (progress and processes.first), delay=2, leave=False)
     with all_locked([table.parent for table in tables], "evaluate"), _quiet_lm_eval(), bar:
@@ -191,6 +192,7 @@ class _Runner:
         self.placement, self.writes = OneDevice(device), True
         self.lm: Any = None
         self.rows = read_scores(table)
+        check_own(trajectory, table, self.rows)
         self._loaded: dict[str, Work | UserError] = {}
         self._said: set[str] = set()
 

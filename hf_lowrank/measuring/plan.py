@@ -74,6 +74,28 @@ def rows_file(trajectory: Trajectory, output: str | Path | None) -> Path:
     return (local.resolve().parent if is_checkpoint and local.resolve().name != name else local) / FILE_NAME
 
 
+def check_apart(trajectories: Sequence[Trajectory], files: Sequence[Path]) -> None:
+    """Raises UserError where two runs of one name would share a file of rows."""
+    owners: dict[Path, Path] = {}
+    for trajectory, file in zip(trajectories, files, strict=True):
+        owner = owners.setdefault(file.absolute(), Path(trajectory.path).resolve())
+        if owner != Path(trajectory.path).resolve():
+            raise UserError(
+                f"{file}: the rows of {owner} and {trajectory.path} would both go there; give each its own --output"
+            )
+
+
+def check_own(trajectory: Trajectory, file: Path, rows: Iterable[Any]) -> None:
+    """Raises UserError where `rows` of `file` are another run's, of the same name but another method or seed."""
+    run = trajectory.run
+    other = next((row for row in rows if (row.method, row.seed) != (run.method, run.seed)), None)
+    if other is not None:
+        raise UserError(
+            f"{file}: holds the rows of another run of that name ({other.method}, seed {other.seed}) than "
+            f"{trajectory.path} ({run.method}, seed {run.seed}); choose another --output"
+        )
+
+
 def missing_metrics(
     metrics: set[str],
     step: int,

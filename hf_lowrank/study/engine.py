@@ -94,6 +94,8 @@ def run_study(
     Raises:
         UserError: anything is wrong with the study; found before anything runs, and nothing is written.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a study starts its own processes; start it once, without torchrun or accelerate launch")
     file = load_study(path)
     directory = Path(output) if output is not None else Path("runs") / file.settings.name
     names, by_name = chosen_stages(file, stages)

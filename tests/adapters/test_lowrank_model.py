@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from hf_lowrank.adapters import (
     low_rank_factors_from_tensors,
     target_layers,
 )
+from hf_lowrank.checksums import write_checksums
 from hf_lowrank.errors import UserError
 from hf_lowrank.targets import target_modules
 
@@ -378,6 +380,25 @@ def test_export_says_what_is_wrong(llama_config, adapted, tmp_path):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match=r"full: the output must be a new or empty folder"):
         export(f"{run}@7", tmp_path / "full")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "zeroed", "gone"])
+def test_export_refuses_a_damaged_checkpoint_by_name(llama_config, adapted, tmp_path, file, how):
+    folder = tmp_path / "checkpoint-7"
+    adapted(llama_config, "sltrain").save_pretrained(folder)
+    write_checksums(folder)
+    content = bytearray((folder / file).read_bytes())
+    if how == "flipped":
+        content[-20] ^= 1
+    damaged = {"flipped": content, "cut": content[:-9], "zeroed": bytes(len(content))}
+    if how == "gone":
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(damaged[how])
+    with pytest.raises(UserError, match=re.escape(file)):
+        export(folder, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
 
 
 def test_a_missing_tensor_is_an_error_that_names_it(llama_config, method, adapted, tmp_path):

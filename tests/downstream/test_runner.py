@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import PartialState
 from rich.console import Console
 from scipy.stats import binomtest
@@ -293,6 +294,18 @@ def test_a_score_of_a_task_whose_ids_are_numbers_is_there(run, tmp_path, few_sho
     write_item_scores(file, once)
     monkeypatch.setattr(runner_module._Runner, "_score", lambda *_: pytest.fail("scored again"))
     assert evaluate(run, tasks="spell", steps=10, output=tmp_path) == rows
+
+
+def test_scores_of_another_run_of_that_name_are_not_taken_for_its_own(run, tmp_path, few_shot):
+    other = tmp_path / "other" / run.name
+    shutil.copytree(run, other)
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    (other / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "seed": 99}))
+    with pytest.raises(UserError, match=r"downstream\.jsonl: the rows of .* would both go there"):
+        evaluate([run, other], tasks="spell", steps=10, output=tmp_path)
+    evaluate(run, tasks="spell", steps=10, output=tmp_path)
+    with pytest.raises(UserError, match=r"downstream\.jsonl: holds the rows of another run .* seed 99\)"):
+        evaluate(other, tasks="spell", steps=10, output=tmp_path)
 
 
 def said_by_two(command, folder):

@@ -134,6 +134,22 @@ def test_output_goes_elsewhere_when_asked(two_runs, tmp_path):
     assert json.loads(lines[0])["run"] == "full_rank-0"
 
 
+@pytest.mark.parametrize("other", [{"seed": 7}, {"method": "galore"}])
+def test_rows_of_another_run_of_that_name_are_not_taken_for_its_own(make_run, tmp_path, other):
+    ours, theirs = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", noise_seed=9, **other)
+    out = tmp_path / "out"
+    both = r"run/measurements\.jsonl: the rows of .*/a/run and .*/b/run would both go there"
+    with pytest.raises(UserError, match=both):
+        measure([ours, theirs], metrics="loss", output=out)
+    assert not out.exists()
+    rows = measure([ours, ours], metrics="loss", output=out)
+    table = (out / "run" / "measurements.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"another run of that name \(full_rank, seed 0\) than .*/b/"):
+        measure(theirs, metrics="loss", output=out)
+    assert (out / "run" / "measurements.jsonl").read_bytes() == table
+    assert measure(ours, metrics="loss", output=out) == rows[: len(rows) // 2]
+
+
 def test_the_table_of_metrics_names_everything(two_runs):
     for metric in METRICS.values():
         assert metric.title

@@ -247,3 +247,8 @@ def test_a_study_extends_another(tmp_path, corpus):
     result = run_study(tmp_path / "study.yaml", output=tmp_path / "out", dry_run=True)
     assert result.plan.name == "upper"
     assert [member.runs for member in result.plan.members] == [1, 1]
+
+
+def test_a_study_is_started_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in refused(tmp_path / "study.yaml", tmp_path)
