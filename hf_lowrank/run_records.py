@@ -18,6 +18,7 @@ from hf_lowrank.downstream.scores import FILE_NAME as SCORES_FILE
 from hf_lowrank.downstream.scores import Score, read_scores
 from hf_lowrank.errors import UserError
 from hf_lowrank.reading import parse_json, parse_plain_yaml
+from hf_lowrank.rows import read_rows
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 _COLUMNS = ("step", "metric", "scope", "value", "ci_low", "ci_high", "n", "baseline", "settings", "reason")
@@ -147,31 +148,16 @@ def _facts(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: {error}; remove the file") from None
 
 
-def read_rows(path: Path) -> tuple[Row, ...]:
+def read_measured(path: Path) -> tuple[Row, ...]:
     """The rows of a `measurements.jsonl`, the last of each (step, metric, scope, baseline, settings).
 
     A torn last line, as a killed writer leaves it, is dropped.
 
     Raises:
-        UserError: the file is not readable, or a line before the last is no measurement.
+        UserError: the file is not readable, or a line is no measurement.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: measurements are not readable: {_one_line(error)}") from None
     rows: dict[tuple[Any, ...], Row] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _row(unsealed(parse_json(line)))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if number == len(lines):  # no newline at its end: torn
-                break
-            raise UserError(
-                f"{path}: line {number} is not a measurement ({_one_line(error)}); "
-                "remove it and the lines after it, and measure again"
-            ) from None
+    for row in read_rows(path, lambda entry: _row(unsealed(entry)), "measurement", "measure"):
         key = (
             row.step,
             row.metric,
@@ -287,7 +273,7 @@ def load_run(folder: str | os.PathLike[str]) -> RunRecord:
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{recipe_file}: not readable as YAML: {_one_line(error)}") from None
     facts = _facts(path / "facts.json")
-    rows = read_rows(rows_file) if rows_file.is_file() else ()
+    rows = read_measured(rows_file) if rows_file.is_file() else ()
     method = recipe.get("method")
     seed = recipe.get("seed")
     return RunRecord(

@@ -17,7 +17,7 @@ from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
 from hf_lowrank.reading import parse_json
-from hf_lowrank.rows import row_of
+from hf_lowrank.rows import append_lines, read_rows, row_of
 
 FILE_NAME = "downstream.jsonl"
 ITEM_FOLDER = "downstream"
@@ -74,54 +74,36 @@ def read_scores(path: str | os.PathLike[str]) -> list[Score]:
     dropped.
 
     Raises:
-        UserError: a whole line is no score.
+        UserError: a line is no score; the message names its number.
     """
     file = Path(path)
     file = file / FILE_NAME if file.is_dir() else file
     if not file.is_file():
         return []
     rows: dict[tuple[Any, ...], Score] = {}
-    lines = file.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = parse_json(line)
-            # A score that is not a number is null in the file.
-            content = unsealed(entry) if isinstance(entry, dict) else entry
-            unknown = isinstance(entry, dict) and "value" in entry and entry["value"] is None
-            row = row_of(Score, {**content, "value": math.nan} if unknown else content)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{file}: line {number} is no score: {_one_line(error)}; "
-                "remove it and the lines after it, and evaluate again"
-            ) from None
+    for row in read_rows(file, _parse, "score", "evaluate"):
         key = (row.run, row.step, row.task, row.metric, row.limit)
         rows.pop(key, None)
         rows[key] = row
     return list(rows.values())
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _parse(entry: Any) -> Score:
+    # A score that is not a number is null in the file.
+    content = unsealed(entry) if isinstance(entry, dict) else entry
+    unknown = isinstance(entry, dict) and "value" in entry and entry["value"] is None
+    return row_of(Score, {**content, "value": math.nan} if unknown else content)
 
 
 def append_scores(path: Path, rows: Sequence[Score]) -> None:
     """Appends the rows in one synced write; cuts off a torn last line first.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or its end is damaged.
     """
-    data = "".join(
-        json.dumps(sealed(_plain(row)), ensure_ascii=False, allow_nan=False) + "\n" for row in rows
-    ).encode()
+    lines = (json.dumps(sealed(_plain(row)), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab+") as handle:
-            handle.seek(0)
-            whole = handle.read().rfind(b"\n") + 1
-            handle.truncate(whole)
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
+        append_lines(path, lines)
     except OSError as error:
         raise UserError(f"{path}: scores cannot be written: {error.strerror or error}") from None
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
-from hf_lowrank.reading import parse_json
-from hf_lowrank.rows import row_of
+from hf_lowrank.rows import append_lines, read_rows, row_of
 
 FILE_NAME = "measurements.jsonl"
 # How reasons begin where the quantity has no meaning, as against one that could not be had.
@@ -80,36 +79,12 @@ def append_measurements(path: str | os.PathLike[str], rows: Iterable[Measurement
     """Appends rows in one write and syncs them; cuts off a torn last line that a killed process left.
 
     Raises:
-        UserError: the file cannot be written (no space, no permission).
+        UserError: the file cannot be written (no space, no permission), or its end is damaged.
     """
-    data = "".join(row.to_line() for row in rows).encode()
-    if not data:
-        return
-    file = Path(path)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "ab+", buffering=0) as handle:
-            end = _end_of_whole_lines(handle)
-            handle.truncate(end)
-            if handle.write(data) != len(data):
-                handle.truncate(end)
-                raise OSError("short write; is the disk full?")
-            os.fsync(handle.fileno())
+        append_lines(Path(path), (row.to_line() for row in rows))
     except OSError as error:
-        raise UserError(f"{file}: measurements cannot be written: {error}") from None
-
-
-def _end_of_whole_lines(handle: Any) -> int:
-    size = handle.seek(0, os.SEEK_END)
-    end = size
-    while end > 0:
-        start = max(0, end - 65536)
-        handle.seek(start)
-        found = handle.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
+        raise UserError(f"{path}: measurements cannot be written: {error}") from None
 
 
 def read_measurements(path: str | os.PathLike[str]) -> list[Measurement]:
@@ -118,28 +93,14 @@ def read_measurements(path: str | os.PathLike[str]) -> list[Measurement]:
     A missing file has no rows; a torn last line is dropped, and so are failures that a later row made good.
 
     Raises:
-        UserError: a whole line is no measurement; the message names its number.
+        UserError: a line is no measurement; the message names its number.
     """
     file = Path(path)
     file = file / FILE_NAME if file.is_dir() else file
     if not file.exists():
         return []
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
     rows: dict[tuple[Any, ...], Measurement] = {}
-    for number, line in enumerate(lines[:-1], start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _parse(parse_json(line))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            message = " ".join(str(error).split())
-            raise UserError(
-                f"{file}: line {number} is no measurement: {message}; "
-                "remove it and the lines after it, and measure again"
-            ) from None
+    for row in read_rows(file, _parse, "measurement", "measure"):
         rows.pop(row.key, None)
         rows[row.key] = row
     return _without_mended(list(rows.values()))

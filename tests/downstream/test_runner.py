@@ -172,6 +172,11 @@ def test_damaged_tables_are_one_line(tmp_path, scored):
     file.write_bytes(b"{}\n" + file.read_bytes())
     with pytest.raises(UserError, match="line 1 is no score"):
         read_scores(file)
+    file.write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match=r"line 1 is no score: .*damage"):
+        read_scores(file)
+    with pytest.raises(UserError, match="its end is damaged"):
+        append_scores(file, scored[:2])
 
 
 def test_the_terminal_table_has_a_line_for_each_checkpoint_and_fits(scored):

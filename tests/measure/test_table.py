@@ -9,7 +9,7 @@ import pytest
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.measure import Measurement, append_measurements, read_measurements
-from hf_lowrank.run_records import read_rows
+from hf_lowrank.run_records import read_measured
 
 
 def row(step=1, value=1.0, **rest):
@@ -57,12 +57,30 @@ def test_a_foreign_line_is_named(tmp_path):
         read_measurements(file)
 
 
+@pytest.mark.parametrize("lost", [1, 30, 0.5, 1.0])
+def test_rows_that_were_overwritten_are_damage_and_not_a_torn_line(tmp_path, lost):
+    file = tmp_path / "m.jsonl"
+    append_measurements(file, [row(step) for step in range(4)])
+    whole = file.read_bytes()
+    count = lost if isinstance(lost, int) else int(lost * len(whole))
+    for filling in (b"\0", b"\xff"):
+        damaged = whole[: len(whole) - count] + filling * count
+        file.write_bytes(damaged)
+        first = damaged.count(b"\n") + 1
+        for use in (read_measurements, read_measured):
+            with pytest.raises(UserError, match=rf"m\.jsonl: line {first} is no measurement: .*damage"):
+                use(file)
+        with pytest.raises(UserError, match=r"m\.jsonl: its end is damaged"):
+            append_measurements(file, [row(9)])
+        assert file.read_bytes() == damaged
+
+
 def test_a_number_that_is_not_the_written_one_is_named(tmp_path):
     file = tmp_path / "m.jsonl"
     append_measurements(file, [row(1, 1.5), row(2, 2.5)])
     text = file.read_text()
     file.write_text(text.replace('"value": 2.5', '"value": 2.7'))
-    for read in (read_measurements, read_rows):
+    for read in (read_measurements, read_measured):
         with pytest.raises(UserError, match=r"line 2 is n.* checksum differs.*; remove "):
             read(file)
     # Rows of other programs, and of versions before, carry none.

@@ -9,7 +9,7 @@ import torch
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.report.curves import curves, plane
-from hf_lowrank.run_records import load_run, load_runs, read_rows
+from hf_lowrank.run_records import load_run, load_runs, read_measured
 
 
 def test_a_run_is_read(make_run):
@@ -45,8 +45,8 @@ def test_the_evaluation_file_outranks_the_facts(make_run):
         (lambda run: (run / "recipe.yaml").write_text("method: [galore"), "recipe.yaml: not readable as YAML"),
         (lambda run: (run / "recipe.yaml").write_text("- 1"), "recipe.yaml: must hold a mapping"),
         (lambda run: (run / "facts.json").write_text("{"), "facts.json: not readable as JSON"),
-        (lambda run: (run / "measurements.jsonl").write_text('{"a": 1}\n{}\n'), "line 1 is not a measurement"),
-        (lambda run: (run / "measurements.jsonl").write_bytes(b"\xff\xfe\n"), "measurements are not readable"),
+        (lambda run: (run / "measurements.jsonl").write_text('{"a": 1}\n{}\n'), "line 1 is no measurement"),
+        (lambda run: (run / "measurements.jsonl").write_bytes(b"\xff\xfe\n"), "line 1 is no measurement"),
         (lambda run: (run / "checkpoint-200" / "trainer_state.json").write_text("{"), "not readable as JSON"),
         (lambda run: [os.remove(p) for p in run.glob("checkpoint-*/config.json")], "no whole checkpoint"),
     ],
@@ -80,7 +80,7 @@ def test_the_last_row_of_a_key_counts_and_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "measurements.jsonl"
     lines = [json.dumps(row), json.dumps(row | {"value": 3.0}), json.dumps(row | {"step": 2, "value": None})]
     path.write_text("\n".join(lines) + "\n" + '{"step": 3, "met')
-    rows = read_rows(path)
+    rows = read_measured(path)
     assert [(r.step, r.value) for r in rows] == [(1, 3.0), (2, None)]
 
 
