@@ -18,7 +18,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.files import whole_file
 from hf_lowrank.reading import parse_json
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"
 # Tried in this order when nobody says which revisions are checkpoints.
 USUAL_NAMES = ("step*", "global_step*", "checkpoint*", "ckpt*", "iter*")
 NAMED_STEP = re.compile(r"(?:step|checkpoint|ckpt|iter)[-_]?(\d+)([km](?![a-z]))?", re.I)
@@ -64,9 +64,7 @@ class HubSource:
     def folder(self, step: int, *, weights: bool) -> Path:
         from huggingface_hub import snapshot_download
 
-        patterns = ["config.json", "generation_config.json"] + (
-            [WEIGHTS, INDEX, "model-*.safetensors"] if weights else []
-        )
+        patterns = ["config.json", "generation_config.json"] + ([WEIGHTS, INDEX, SHARDS] if weights else [])
         try:
             folder = snapshot_download(self.repository, revision=self._revisions[step], allow_patterns=patterns)
         except (OSError, ValueError, RuntimeError) as error:
@@ -88,6 +86,10 @@ class HubSource:
 
     def where(self, step: int) -> str:
         return f"{self.repository}@{self._revisions[step]}"
+
+    def fingerprint(self, step: int) -> str:
+        """Of the address: a commit may change a card alone, and weights may not be here."""
+        return hashlib.sha256(self.where(step).encode()).hexdigest()[:16]
 
     def tensors(self, step: int) -> RemoteTensors | None:
         """Reads single tensors without the rest; None where the whole file is here or the Hub gives no parts."""

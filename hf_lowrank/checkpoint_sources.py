@@ -10,9 +10,9 @@ from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from hf_lowrank.checkpoint_revisions import INDEX, WEIGHTS, HubSource, RemoteTensors
+from hf_lowrank.checkpoint_revisions import INDEX, SHARDS, WEIGHTS, HubSource, RemoteTensors
 from hf_lowrank.checksums import FILE_NAME as CHECKSUMS
-from hf_lowrank.checksums import lacks_checksums
+from hf_lowrank.checksums import fingerprint, lacks_checksums
 from hf_lowrank.errors import UserError
 from hf_lowrank.reading import parse_json
 
@@ -36,6 +36,10 @@ class Source(Protocol):
 
     def tensors(self, step: int) -> RemoteTensors | None:
         """What reads single tensors without the rest of a file that is not here; None where the file is here."""
+        ...
+
+    def fingerprint(self, step: int) -> str | None:
+        """What tells a checkpoint from another run's of that step, 16 hex digits; None where nothing can."""
         ...
 
     def extra(self, file: str) -> Path | None:
@@ -75,6 +79,11 @@ class FolderSource:
 
     def tensors(self, step: int) -> RemoteTensors | None:
         return None
+
+    def fingerprint(self, step: int) -> str | None:
+        folder = self._folders[step]
+        weights = [WEIGHTS] if (folder / WEIGHTS).is_file() else [INDEX, *(f.name for f in folder.glob(SHARDS))]
+        return fingerprint(folder, ["config.json", *weights])
 
     def extra(self, file: str) -> Path | None:
         path = self._extras / file

@@ -105,6 +105,14 @@ class Trajectory:
         """The checkpoint's folder, or `user/repo@revision`."""
         return self._source.where(self._known(step))
 
+    def fingerprint(self, step: int) -> str | None:
+        """What tells the checkpoint from another run's of that name and step, by its configuration and weights (of a
+        Hub repository, by its address): 16 hex digits, None where its files cannot be read."""
+        known: dict[int, str | None] = self.__dict__.setdefault("_fingerprints", {})
+        if step not in known:
+            known[step] = self._source.fingerprint(self._known(step))
+        return known[step]
+
     @property
     def tokenizer_source(self) -> str:
         """What `AutoTokenizer.from_pretrained` takes where the run has no tokenizer folder."""

@@ -4,8 +4,8 @@ Rows are `Measurement`s in `measurements.jsonl` of each run. Metrics of a matrix
 dotted path is the scope) and one for the model, their mean. A sweep's curve is kept for pictures: a row for each
 offset, metric `random_curve` (`pca1_curve`, `pcak_curve`, `step_path`, `method_path`), scope "model", with the
 offset as `settings["t"]`, the mean over directions as value and its 95 % band as interval; `settings` without `t`
-are those of the metric that the sweep gave. The last row of a key (all columns but the numbers and the reason)
-counts.
+are those of the metric that the sweep gave. The last row of a key (all columns but the numbers, the reason and the
+fingerprints) counts.
 """
 
 from __future__ import annotations
@@ -204,8 +204,10 @@ def _measure_all(
 ) -> None:
     processes.merge_parts(files)
     known = [read_measurements(file) for file in files]
-    for context, file, rows in zip(contexts, files, known, strict=True):
-        check_own(context.trajectory, file, rows)
+    for context, plan, file, rows in zip(contexts, plans, files, known, strict=True):
+        wanted = {metric for groups in plan.values() for ids in groups.values() for metric in ids}
+        compares = any(METRICS[metric].needs_baseline for metric in wanted)
+        check_own(context.trajectory, file, rows, context.baseline if compares else None)
     whole, rest = processes.rounds(processes.of_first(lambda: _work(contexts, plans, known)))
     share = processes.share(whole, lambda unit: 1 + _evaluations(contexts, [unit]))
     total = _evaluations(contexts, share) + _evaluations(contexts, rest) // processes.count
@@ -297,9 +299,9 @@ def _without_lost(rows: list[Measurement], known: list[Measurement], where: str)
 
 
 def _missing(context: RunContext, step: int, group: str, ids: set[str], rows: list[Measurement]) -> set[str]:
-    other = context.baseline.run.name if context.baseline is not None else None
+    ours, base = context.trajectory, context.baseline
     try:
-        return missing_metrics(ids, step, lambda metric: GROUPS[group].request(context, metric), other, rows)
+        return missing_metrics(ids, step, lambda metric: GROUPS[group].request(context, metric), ours, base, rows)
     except FAULTS:
         return ids  # the same fault becomes the reason of the rows
 
@@ -329,8 +331,17 @@ def _unexplained(row: Row) -> Row:
 
 
 def _measurement(context: RunContext, step: int, row: Row) -> Measurement:
-    run = context.trajectory.run
-    return Measurement(run=run.name, method=run.method, seed=run.seed, step=step, **asdict(row))
+    run, base = context.trajectory.run, context.baseline
+    beside = base is not None and row.baseline == base.run.name and step in base.steps
+    return Measurement(
+        run=run.name,
+        method=run.method,
+        seed=run.seed,
+        step=step,
+        **asdict(row),
+        checkpoint=context.trajectory.fingerprint(step),
+        baseline_checkpoint=base.fingerprint(step) if base is not None and beside else None,
+    )
 
 
 def _evaluation(given: EvaluationSet | str | os.PathLike[str] | None, trajectory: Trajectory) -> EvaluationSet | None:

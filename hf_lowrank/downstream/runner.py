@@ -41,7 +41,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.locks import all_locked
 from hf_lowrank.measuring.faults import FAULTS, LostProcessError
 from hf_lowrank.measuring.placement import OneDevice, Replicas
-from hf_lowrank.measuring.plan import check_apart, check_own, choose_steps, rows_file
+from hf_lowrank.measuring.plan import check_apart, check_own, choose_steps, is_of, rows_file
 from hf_lowrank.measuring.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,8 @@ def evaluate(
             _Runner(trajectory, table, limit, batch_size, processes.device, say, bar.update, processes.part(table))
             for trajectory, _, table in plans
         ]
+        for runner in runners:
+            check_own(runner.trajectory, runner.table, runner.rows)
         work = processes.of_first(
             lambda: [
                 (place, step, name)
@@ -192,7 +194,6 @@ class _Runner:
         self.placement, self.writes = OneDevice(device), True
         self.lm: Any = None
         self.rows = read_scores(table)
-        check_own(trajectory, table, self.rows)
         self._loaded: dict[str, Work | UserError] = {}
         self._said: set[str] = set()
 
@@ -227,7 +228,7 @@ class _Runner:
             row
             for row in self.rows
             if row.step == step and name in (row.task, row.group) and row.limit == self.limit
-            and row.lm_eval_version == lm_eval.__version__ and self._has_items(row)
+            and row.lm_eval_version == lm_eval.__version__ and is_of(row, self.trajectory) and self._has_items(row)
         ]  # fmt: skip
         if name not in OFFLINE:
             return bool(rows)
@@ -337,6 +338,7 @@ class _Runner:
         common = {
             "run": run.name, "method": run.method, "seed": run.seed, "step": step, "items": work.items,
             "limit": self.limit, "cut": self.lm.cut_items, "lm_eval_version": lm_eval.__version__,
+            "checkpoint": self.trajectory.fingerprint(step),
         }  # fmt: skip
         rows: list[Score] = []
         for name, samples in results["samples"].items():

@@ -46,6 +46,7 @@ class Score:
         items: fingerprint of the items; only scores of equal ones are compared item by item.
         cut: items whose beginning did not fit into the model's context and was cut, as lm-eval does.
         limit: how many items were asked for; None: all.
+        checkpoint: fingerprint of what was scored (`Trajectory.fingerprint`); None where unknown.
     """
 
     run: str
@@ -67,6 +68,7 @@ class Score:
     items: str
     cut: int = 0
     limit: int | None = None
+    checkpoint: str | None = None
 
 
 def read_scores(path: str | os.PathLike[str]) -> list[Score]:

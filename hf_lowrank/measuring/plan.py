@@ -85,8 +85,23 @@ def check_apart(trajectories: Sequence[Trajectory], files: Sequence[Path]) -> No
             )
 
 
-def check_own(trajectory: Trajectory, file: Path, rows: Iterable[Any]) -> None:
-    """Raises UserError where `rows` of `file` are another run's, of the same name but another method or seed."""
+def is_of(row: Any, trajectory: Trajectory) -> bool:
+    """Whether a row is of the checkpoint that `trajectory` has of its step, as far as one can tell."""
+    there = trajectory.fingerprint(row.step) if row.checkpoint and row.step in trajectory.steps else None
+    return there is None or row.checkpoint == there
+
+
+def is_beside(row: Measurement, baseline: Trajectory | None) -> bool:
+    """Whether a row compares with the checkpoint that `baseline` has of its step, as far as one can tell."""
+    if baseline is None or row.baseline != baseline.run.name:
+        return baseline is None and row.baseline is None
+    there = baseline.fingerprint(row.step) if row.baseline_checkpoint and row.step in baseline.steps else None
+    return there is None or row.baseline_checkpoint == there
+
+
+def check_own(trajectory: Trajectory, file: Path, rows: Sequence[Any], baseline: Trajectory | None = None) -> None:
+    """Raises UserError where `rows` of `file` are not of the checkpoints there: another run's of the same name, or of
+    one that was trained again; or where they compare with another run of the name of `baseline`."""
     run = trajectory.run
     other = next((row for row in rows if (row.method, row.seed) != (run.method, run.seed)), None)
     if other is not None:
@@ -94,13 +109,29 @@ def check_own(trajectory: Trajectory, file: Path, rows: Iterable[Any]) -> None:
             f"{file}: holds the rows of another run of that name ({other.method}, seed {other.seed}) than "
             f"{trajectory.path} ({run.method}, seed {run.seed}); choose another --output"
         )
+    valued = [row for row in rows if not getattr(row, "failed", False)]
+    other = next((row for row in valued if not is_of(row, trajectory)), None)
+    if other is not None:
+        raise UserError(
+            f"{file}: its rows of step {other.step} are not of {trajectory.where(other.step)}, but of another "
+            "checkpoint of that name, or of it before it changed; choose another --output, or move that file away"
+        )
+    if baseline is None:
+        return
+    other = next((row for row in valued if row.baseline == baseline.run.name and not is_beside(row, baseline)), None)
+    if other is not None:
+        raise UserError(
+            f"{file}: its rows of step {other.step} compare with another run named {other.baseline} than "
+            f"{baseline.path}, or with it before it changed; choose another --output, or move that file away"
+        )
 
 
 def missing_metrics(
     metrics: set[str],
     step: int,
     request: Callable[[str], dict[str, Any]],
-    baseline: str | None,
+    trajectory: Trajectory,
+    baseline: Trajectory | None,
     rows: Iterable[Measurement],
 ) -> set[str]:
     """Those of `metrics` that have no finished model row with these settings; failed ones count as missing."""
@@ -108,13 +139,13 @@ def missing_metrics(
     for row in rows:
         if row.step != step or row.scope != "model":
             continue
-        if row.metric not in metrics or row.failed:
+        if row.metric not in metrics or row.failed or not is_of(row, trajectory):
             continue
         if any(row.settings.get(key) != value for key, value in request(row.metric).items()):
             continue
         metric = METRICS[row.metric]
         # What has no meaning beside any run (it is its own baseline) was compared with nothing.
         never = row.baseline is None and (row.reason or "").startswith(UNDEFINED)
-        if not metric.needs_baseline or row.baseline == baseline or never:
+        if not metric.needs_baseline or is_beside(row, baseline) or never:
             done.add(row.metric)
     return metrics - done

@@ -35,6 +35,8 @@ class Measurement:
         baseline: the baseline's run name, for metrics that compare with one.
         settings: what defines the number beside the checkpoint.
         reason: why there is no value; a remark ("surrogate: …") beside one.
+        checkpoint, baseline_checkpoint: fingerprints of what was measured and of what it was compared with
+            (`Trajectory.fingerprint`), so that no other run of their names is taken for them; None where unknown.
     """
 
     run: str
@@ -50,6 +52,8 @@ class Measurement:
     baseline: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
+    checkpoint: str | None = None
+    baseline_checkpoint: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:

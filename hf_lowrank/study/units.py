@@ -124,7 +124,7 @@ def evaluate_units(study: Study) -> list[Unit]:
     for run in study.runs:
         if study.is_trained(run):
             work = {"kind": "evaluate", "run": str(run.folder), "keywords": keywords}
-            found.append(Unit("evaluate", run.name, work, not _unscored(work)))
+            found.append(Unit("evaluate", run.name, work, _nothing_unscored(work)))
     return found
 
 
@@ -207,6 +207,14 @@ def _nothing_unmeasured(work: dict[str, Any]) -> bool:
         return not any(
             unmeasured(work["run"], baseline=other, **keywords) for other in work.get("others", [work.get("baseline")])
         )
+    except (ValueError, OSError):
+        return False
+
+
+def _nothing_unscored(work: dict[str, Any]) -> bool:
+    """As `_nothing_unmeasured`."""
+    try:
+        return not _unscored(work)
     except (ValueError, OSError):
         return False
 

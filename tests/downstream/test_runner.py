@@ -15,6 +15,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 
 from hf_lowrank.downstream import TASK_FOLDER, catalogue, compare, evaluate, read_scores
@@ -23,6 +24,7 @@ from hf_lowrank.downstream.catalogue import OFFLINE, units, wanted_tasks
 from hf_lowrank.downstream.figures import score_table
 from hf_lowrank.downstream.lm_eval_model import LowRankLM
 from hf_lowrank.downstream.paired import mcnemar, paired_difference
+from hf_lowrank.downstream.runner import unscored
 from hf_lowrank.downstream.scores import append_scores, bootstrap, item_file, read_item_scores, write_item_scores
 from hf_lowrank.errors import UserError
 from tests.distributed.pairs import in_two, lose_one
@@ -311,6 +313,24 @@ def test_scores_of_another_run_of_that_name_are_not_taken_for_its_own(run, tmp_p
     evaluate(run, tasks="spell", steps=10, output=tmp_path)
     with pytest.raises(UserError, match=r"downstream\.jsonl: holds the rows of another run .* seed 99\)"):
         evaluate(other, tasks="spell", steps=10, output=tmp_path)
+
+
+def test_scores_are_of_the_checkpoints_that_are_there(run, tmp_path, few_shot):
+    other = tmp_path / "other" / run.name
+    shutil.copytree(run, other)
+    wanted = {"tasks": "spell", "steps": 10}
+    rows = evaluate(run, output=tmp_path, **wanted)
+    assert evaluate(other, output=tmp_path, **wanted) == rows
+    file = other / "checkpoint-10" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: weight * 1.01 for name, weight in weights.items()}, file, {"format": "pt"})
+    table = tmp_path / run.name / "downstream.jsonl"
+    before = table.read_bytes()
+    with pytest.raises(UserError, match=r"downstream\.jsonl: its rows of step 10 are not of .*/other/.*checkpoint-10"):
+        evaluate(other, output=tmp_path, **wanted)
+    assert table.read_bytes() == before
+    shutil.copy(table, other)
+    assert unscored(other, **wanted) == [(10, "spell")]
 
 
 def said_by_two(command, folder):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.checksums import sealed_text, write_checksums
 from hf_lowrank.errors import UserError
-from hf_lowrank.measure import METRICS, measure, read_measurements
+from hf_lowrank.measure import METRICS, measure, read_measurements, unmeasured
 
 SMALL = {"random": {"draws": 3, "steps": 1}}
 
@@ -148,6 +151,49 @@ def test_rows_of_another_run_of_that_name_are_not_taken_for_its_own(make_run, tm
         measure(theirs, metrics="loss", output=out)
     assert (out / "run" / "measurements.jsonl").read_bytes() == table
     assert measure(ours, metrics="loss", output=out) == rows[: len(rows) // 2]
+
+
+@pytest.mark.parametrize("with_checksums", [False, True])
+def test_rows_are_of_the_checkpoints_that_are_there(make_run, tmp_path, with_checksums):
+    """As two learning rates leave them: names, method, seed, first weights and steps are equal."""
+    ours, theirs = (make_run(tmp_path / place / "run", noise_seed=noise) for place, noise in (("a", 1), ("b", 2)))
+    for run in (ours, theirs) if with_checksums else ():
+        (run / "recipe.yaml").write_text(sealed_text((run / "recipe.yaml").read_text()))
+        for checkpoint in run.glob("checkpoint-*"):
+            write_checksums(checkpoint)
+    out, wanted = tmp_path / "out", {"metrics": "loss,weight_stable_rank"}
+    table = out / "run" / "measurements.jsonl"
+    rows = measure(ours, output=out, **wanted)
+    before = table.read_bytes()
+    with pytest.raises(UserError, match=r"run/measurements\.jsonl: its rows of step 10 are not of .*/b/run/check"):
+        measure(theirs, output=out, **wanted)
+    assert table.read_bytes() == before
+    assert measure(shutil.copytree(ours, tmp_path / "c" / "run"), output=out, **wanted) == rows
+    # Tables of before, and failures, say nothing about it.
+    old = [replace(row, checkpoint=None) for row in rows]
+    table.write_text("".join(row.to_line() for row in old))
+    assert measure(theirs, output=out, **wanted) == old
+    # A run that was trained again where it had been measured: what it was is not done.
+    shutil.copy(table.with_name("measurements.jsonl"), theirs)
+    assert unmeasured(theirs, **wanted) == []
+    (theirs / "measurements.jsonl").write_bytes(before)
+    assert {step for step, _ in unmeasured(theirs, **wanted)} == {10, 20}
+
+
+def test_comparisons_are_with_the_baseline_that_is_given(make_run, two_runs, tmp_path):
+    run, wanted = two_runs[1], {"metrics": "activation_cka,loss", "settings": SMALL, "steps": "20"}
+    twin = make_run(tmp_path / "other" / two_runs[0].name, noise_seed=5)
+    rows = measure(run, baseline=two_runs[0], **wanted)
+    table = run / "measurements.jsonl"
+    before = table.read_bytes()
+    assert unmeasured(run, baseline=twin, **wanted) == [(20, "activation_cka")]
+    with pytest.raises(UserError, match=r"rows of step 20 compare with another run named full_rank-0 than .*/other/"):
+        measure(run, baseline=twin, **wanted)
+    assert measure(run, baseline=twin, **{**wanted, "metrics": "loss"}) == rows
+    assert table.read_bytes() == before
+    other = measure(run, baseline=twin, output=tmp_path / "out", **wanted)
+    assert value(other, "activation_cka", 20) != value(rows, "activation_cka", 20)
+    assert measure(run, baseline=two_runs[0], **wanted) == rows
 
 
 def test_the_table_of_metrics_names_everything(two_runs):

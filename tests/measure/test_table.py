@@ -26,7 +26,8 @@ def test_rows_come_back_as_they_went(tmp_path):
     assert math.isnan(third.value)
     columns = list(json.loads((tmp_path / "m.jsonl").read_text().splitlines()[0]))
     assert columns[:6] == ["run", "method", "seed", "step", "metric", "scope"]
-    assert columns[6:] == ["value", "ci_low", "ci_high", "n", "baseline", "settings", "reason", "checksum"]
+    assert columns[6:] == ["value", "ci_low", "ci_high", "n", "baseline", "settings", "reason",
+                           "checkpoint", "baseline_checkpoint", "checksum"]  # fmt: skip
 
 
 def test_a_torn_last_line_is_dropped_and_repaired(tmp_path):
