@@ -43,6 +43,31 @@ def _has_checksums(run: Path) -> bool:
     return any(run.glob(f"checkpoint-*/{FILE_NAME}"))
 
 
+def checked_names(folder: Path) -> frozenset[str]:
+    """The files that `checksums.json` names; none where it is not there.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return frozenset(_written(folder)) if (folder / FILE_NAME).is_file() else frozenset()
+    except ValueError as error:
+        raise UserError(f"{folder}: damaged: {error}") from None
+
+
+def _written(folder: Path) -> dict[str, tuple[str, int]]:
+    """SHA-256 and size of each file in `folder` when it was written.
+
+    Raises:
+        ValueError: checksums.json is unreadable.
+    """
+    try:
+        entries = unsealed(parse_json((folder / FILE_NAME).read_text(encoding="utf-8")))
+        return {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{FILE_NAME} is unreadable: {' '.join(str(error).split())[:200]}") from None
+
+
 def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str | None:
     """What differs from `checksums.json`; None where nothing does, or where the run keeps no checksums.
 
@@ -50,14 +75,12 @@ def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str
         folder: a checkpoint, or a run's tokenizer.
         names: only these files; None: all that were there.
     """
-    file = folder / FILE_NAME
-    if not file.is_file():
+    if not (folder / FILE_NAME).is_file():
         return f"{FILE_NAME} is missing" if lacks_checksums(folder) else None
     try:
-        entries = unsealed(parse_json(file.read_text(encoding="utf-8")))
-        written = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{FILE_NAME} is unreadable: {' '.join(str(error).split())[:200]}"
+        written = _written(folder)
+    except ValueError as error:
+        return str(error)
     for name in sorted(written) if names is None else sorted(set(names)):
         if name not in written or ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             return f"{FILE_NAME} does not know {name[:200]}"
@@ -83,11 +106,9 @@ def fingerprint(folder: Path, names: Iterable[str]) -> str | None:
     many samples as find any two trainings different: to read all of a large model for its name would take minutes.
     """
     try:
-        entries: Mapping[str, Any] = {}
-        if (folder / FILE_NAME).is_file():
-            entries = unsealed(parse_json((folder / FILE_NAME).read_text(encoding="utf-8")))
-        marks = [(name, entries[name]["sha256"] if entries else _sampled(folder / name)) for name in sorted(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        written = _written(folder) if (folder / FILE_NAME).is_file() else None
+        marks = [(name, written[name][0] if written else _sampled(folder / name)) for name in sorted(names)]
+    except (OSError, ValueError, KeyError):
         return None  # whoever reads the files says what is wrong with them
     return _seal_of(json.dumps(marks))
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from hf_lowrank.checksums import check_checksums, lacks_checksums, read_sealed_text, unsealed
+from hf_lowrank.checksums import FILE_NAME as CHECKSUMS
+from hf_lowrank.checksums import check_checksums, checked_names, lacks_checksums, read_sealed_text, unsealed
 from hf_lowrank.downstream.scores import FILE_NAME as SCORES_FILE
 from hf_lowrank.downstream.scores import Score, read_scores
 from hf_lowrank.errors import UserError
@@ -56,6 +57,7 @@ class RunRecord:
         fingerprint: of its evaluation sequences, None where nothing says it.
         scores: its downstream scores, the last of each step, task and metric.
         size: width and depth of its model as its configuration says them; None where it says nothing.
+        planned: the step at which training ends; None where nothing says it.
     """
 
     path: Path
@@ -70,6 +72,14 @@ class RunRecord:
     fingerprint: str | None
     scores: tuple[Score, ...] = field(default=(), repr=False)
     size: tuple[int, int] | None = None
+    planned: int | None = None
+
+    @property
+    def unfinished(self) -> str:
+        """`step 400 of 1000` for a run that is still trained, or was ended early; else empty."""
+        last = self.steps[-1] if self.steps else None
+        behind = last is not None and self.planned is not None and last < self.planned
+        return f"step {last} of {self.planned}" if behind else ""
 
     def logged(self, key: str) -> list[tuple[int, float]]:
         """(step, value) pairs of one key of the log, finite ones, in step order; the last entry of a step counts."""
@@ -99,11 +109,11 @@ class RunRecord:
 
     @property
     def final_loss(self) -> float | None:
-        """Held-out loss in nats per token at the end: as logged by the Trainer, else as measured."""
+        """Held-out loss in nats per token at the end: as logged by the Trainer, else, or later, as measured."""
         logged = self.logged("eval_loss")
-        if logged:
-            return logged[-1][1]
         row = self.last("loss")
+        if logged and (row is None or row.value is None or row.step <= logged[-1][0]):
+            return logged[-1][1]
         return row.value if row else None
 
     @property
@@ -202,19 +212,27 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     found = {}
     for entry in folder.iterdir():
         match = _CHECKPOINT.fullmatch(entry.name)
-        if match and (entry / "config.json").is_file() and not lacks_checksums(entry):
+        # Its checksums are written last: with them it is whole, and what they name and is not there is damage.
+        whole = (entry / "config.json").is_file() and not lacks_checksums(entry)
+        if match and (whole or (entry / CHECKSUMS).is_file()):
             found[int(match[1])] = entry
     return dict(sorted(found.items()))
 
 
-def _log_history(checkpoints: Mapping[int, Path]) -> tuple[Mapping[str, Any], ...]:
+def _trainer_state(checkpoints: Mapping[int, Path]) -> Mapping[str, Any]:
+    """Of the last checkpoint that has one; empty where none has."""
     for step in sorted(checkpoints, reverse=True):
         path = checkpoints[step] / "trainer_state.json"
-        if path.is_file():
+        if path.is_file() or path.name in checked_names(checkpoints[step]):
             check_checksums(checkpoints[step], [path.name])
-            history = _mapping(path, _read_json(path)).get("log_history", [])
-            return tuple(entry for entry in history if isinstance(entry, Mapping))
-    return ()
+            return _mapping(path, _read_json(path))
+    return {}
+
+
+def _planned(state: Mapping[str, Any], recipe: Mapping[str, Any]) -> int | None:
+    training = recipe.get("training")
+    said = [state.get("max_steps"), training.get("max_steps") if isinstance(training, Mapping) else None]
+    return next((steps for steps in said if isinstance(steps, int) and steps > 0), None)
 
 
 def _fingerprint(folder: Path, facts: Mapping[str, Any]) -> str | None:
@@ -276,6 +294,8 @@ def load_run(folder: str | os.PathLike[str]) -> RunRecord:
     rows = read_measured(rows_file) if rows_file.is_file() else ()
     method = recipe.get("method")
     seed = recipe.get("seed")
+    state = _trainer_state(checkpoints)
+    history = state.get("log_history")
     return RunRecord(
         path=path,
         name=path.resolve().name,
@@ -284,11 +304,12 @@ def load_run(folder: str | os.PathLike[str]) -> RunRecord:
         steps=tuple(checkpoints) or tuple(sorted({row.step for row in rows})),
         recipe=recipe,
         facts=facts,
-        log=_log_history(checkpoints),
+        log=tuple(entry for entry in history if isinstance(entry, Mapping)) if isinstance(history, list) else (),
         rows=rows,
         fingerprint=_fingerprint(path, facts),
         scores=tuple(read_scores(path)),
         size=_size(checkpoints),
+        planned=_planned(state, recipe),
     )
 
 

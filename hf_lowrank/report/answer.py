@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_lowrank.formats import big_count, plain
+from hf_lowrank.formats import big_count, plain, words_list
 from hf_lowrank.report.colours import method_order
 from hf_lowrank.report.run_table import Cell, Column, mixed, table
 from hf_lowrank.report.standings import BASELINE, Standings, standings
 from hf_lowrank.report.verdicts import trade_off, verdict
 from hf_lowrank.run_records import RunRecord
+
+# Of runs that are not finished, in a sentence.
+MOST_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,11 @@ class Group:
         fingerprint: of the evaluation sequences; None where runs carry none.
         size: width and depth of the models; None where unknown.
         scale: the size in words.
-        runs: by final loss, best first, those without one last.
+        runs: by final loss, best first, those without one last, after them those that are not finished.
         columns: those that at least one run fills.
         cells: one row per run, one cell per column.
         mixed: metrics measured with different settings or at different steps in these runs: compare with care.
-        headline, standfirst: the answer in a sentence, and what it rests on.
+        headline, standfirst: the answer in a sentence, and what it rests on: finished runs, where there are any.
         trade: what is lost and saved beside the baseline; empty without it.
         standings: the table of methods.
     """
@@ -60,6 +63,7 @@ def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
     for position, ((fingerprint, size), members) in enumerate(ordered):
         members.sort(
             key=lambda run: (
+                bool(run.unfinished),
                 run.final_loss is None,
                 run.final_loss or 0.0,
                 method_order(run.method),
@@ -68,8 +72,9 @@ def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
             )
         )
         columns, cells = table(members)
-        headline, standfirst = verdict(members)
-        methods = standings(members, baseline)
+        ranked = [run for run in members if not run.unfinished] or members
+        headline, standfirst = verdict(ranked)
+        methods = standings(ranked, baseline)
         result.append(
             Group(
                 id=position,
@@ -81,12 +86,28 @@ def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
                 cells=tuple(cells),
                 mixed=mixed(members, columns),
                 headline=headline,
-                standfirst=standfirst,
-                trade=trade_off(members, methods),
+                standfirst=" ".join([standfirst, *_remarks(members)]),
+                trade=trade_off(ranked, methods),
                 standings=methods,
             )
         )
     return result
+
+
+def _remarks(runs: Sequence[RunRecord]) -> list[str]:
+    """What is not finished, and ends at different steps."""
+    behind = [f"{run.name} ({run.unfinished})" for run in runs if run.unfinished]
+    more = [f"{len(behind) - MOST_NAMED} more"] if len(behind) > MOST_NAMED else []
+    ends = sorted({run.steps[-1] for run in runs if run.steps and not run.unfinished})
+    remarks = []
+    names = words_list([*behind[:MOST_NAMED], *more]) if behind else ""
+    if len(behind) == len(runs):
+        remarks.append(f"Not finished: {names}.")
+    elif behind:
+        remarks.append(f"Left out, being not finished: {names}.")
+    if len(ends) > 1:
+        remarks.append(f"The runs end at different steps: {words_list([str(step) for step in ends])}.")
+    return remarks
 
 
 def _scale(runs: Sequence[RunRecord], size: tuple[int, int] | None, baseline: str) -> str:

@@ -40,6 +40,9 @@ class Column:
     help: str
 
 
+# What a run has only at its end.
+ENDS = ("validation_loss", "perplexity")
+
 _Read = Callable[[RunRecord], float | None]
 
 
@@ -151,18 +154,25 @@ def table(runs: Sequence[RunRecord]) -> tuple[list[Column], list[tuple[Cell, ...
     columns = _identity_columns()
     rows: list[list[Cell]] = [
         [
-            Cell(run.name, run.name),
+            Cell(run.name, f"{run.name} ({run.unfinished})" if run.unfinished else run.name),
             Cell(titles[run.method], titles[run.method]),
             Cell(run.seed, "—" if run.seed is None else str(run.seed)),
         ]
         for run in runs
     ]
+    some_finished = not all(run.unfinished for run in runs)
     for entry in _TRAINING:
         values = [entry.read(run) for run in runs]
         if any(value is not None for value in values):
             columns.append(entry.column)
-            for row, value in zip(rows, values, strict=True):
-                row.append(Cell(None, "—", note="not recorded") if value is None else Cell(value, entry.text(value)))
+            for run, row, value in zip(runs, rows, values, strict=True):
+                if value is None:
+                    row.append(Cell(None, "—", note="not recorded"))
+                elif run.unfinished and some_finished and entry.column.id in ENDS:
+                    # To be read, not to be ranked among those of finished runs.
+                    row.append(Cell(None, entry.text(value), note=f"at {run.unfinished}"))
+                else:
+                    row.append(Cell(value, entry.text(value)))
     taken = {column.id for column in columns} | {"loss", "perplexity", *SWEEPS}
     metrics = {row.metric for run in runs for row in run.rows if row.scope == "model"} - taken
     for metric in sorted(metrics, key=quantity_order):

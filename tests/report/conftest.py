@@ -45,8 +45,10 @@ def fake_run(
     width=128,
     memory=None,
     rate=0.01,
+    planned=None,
 ):
-    """One run folder; `barriers` names the runs that `method_barrier` is measured against, `tasks` what was scored."""
+    """One run folder; `planned` is its last step when it is finished, `barriers` names the runs that `method_barrier`
+    is measured against, `tasks` what was scored."""
     folder = Path(folder)
     draw = random.Random(f"{method} {seed}")
     last = steps[-1]
@@ -65,7 +67,7 @@ def fake_run(
         "method": {"name": method, "rank": 32},
         "seed": seed,
         "model": {"architecture": "llama", "hidden_size": width},
-        "training": {"learning_rate": rate, "max_steps": last},
+        "training": {"learning_rate": rate, "max_steps": planned or last},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     facts = {

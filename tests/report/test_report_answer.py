@@ -1,5 +1,6 @@
 """The answer, its statistics, its colours and its numbers, against tables and closed forms."""
 
+import io
 import math
 
 import numpy as np
@@ -107,6 +108,38 @@ def test_groups_keep_fingerprints_apart_and_sort_by_loss(make_run):
     assert "random_curve" not in ids
     cell = first.cells[0][ids.index("random_sharpness")]
     assert cell.low < cell.value < cell.high
+
+
+def test_runs_that_are_not_finished_do_not_stand_in_the_answer(make_run):
+    done = [make_run(f"{method}-0", method, loss=loss) for method, loss in (("full_rank", 3.4), ("galore", 3.3))]
+    early = make_run("fira-0", "fira", loss=3.0, planned=400)
+    (group,) = groups(load_runs([early, *done]))
+    assert [run.name for run in group.runs] == ["galore-0", "full_rank-0", "fira-0"]
+    assert group.headline.startswith("GaLore ended lowest")
+    assert group.standfirst.endswith("Left out, being not finished: fira-0 (step 200 of 400).")
+    assert "Fira" not in group.trade
+    assert [row.title for row in group.standings.rows] == ["GaLore", "Full-rank"]
+    places = {column.id: place for place, column in enumerate(group.columns)}
+    run, loss = (group.cells[2][places[name]] for name in ("run", "validation_loss"))
+    assert run.text == "fira-0 (step 200 of 400)"
+    assert (loss.value, loss.text, loss.note) == (None, "3.000", "at step 200 of 400")
+    written = Console(width=150, record=True, file=io.StringIO())
+    written.print(terminal_table([early, *done], width=150))
+    assert "fira-0 (step 200 of 400)" in written.export_text()
+    # Where none is finished there is nothing else to go by.
+    (alone,) = groups(load_runs([early]))
+    assert alone.headline == "Fira reaches perplexity 20.1"
+    assert alone.standfirst.endswith("Not finished: fira-0 (step 200 of 400).")
+    assert alone.cells[0][[column.id for column in alone.columns].index("validation_loss")].value == 3.0
+    many = [make_run(f"apollo-{seed}", "apollo", seed, planned=400) for seed in range(6)]
+    (group,) = groups(load_runs([*done, *many]))
+    assert group.standfirst.endswith("apollo-3 (step 200 of 400) and 2 more.")
+
+
+def test_runs_that_end_at_different_steps_say_so(make_run):
+    runs = [make_run("a", "full_rank"), make_run("b", "galore", steps=(0, 50, 100))]
+    (group,) = groups(load_runs(runs))
+    assert group.standfirst.endswith("The runs end at different steps: 100 and 200.")
 
 
 def test_the_terminal_table_is_readable(make_run):

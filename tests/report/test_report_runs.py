@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from hf_lowrank.checksums import sealed_text, write_checksums
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.report.curves import curves, plane
@@ -58,6 +59,32 @@ def test_damage_is_named_in_one_line(make_run, spoil, said):
         load_run(run)
     assert "\n" not in str(fault.value)
     assert str(run) in str(fault.value)
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "config.json"])
+def test_a_file_that_was_written_and_is_gone_is_damage(make_run, name):
+    run = make_run("a")
+    (run / "recipe.yaml").write_text(sealed_text((run / "recipe.yaml").read_text()))
+    for checkpoint in run.glob("checkpoint-*"):
+        write_checksums(checkpoint)
+    load_run(run)
+    (run / "checkpoint-200" / name).unlink()
+    with pytest.raises(UserError, match=rf"checkpoint-200: damaged: {name} is missing"):
+        load_run(run)
+
+
+def test_the_loss_is_the_last_that_is_known(make_run):
+    run = make_run("a", loss=3.4)
+    row = {"run": "a", "method": "galore", "seed": 0, "step": 200, "metric": "loss", "value": 3.2}
+    with open(run / "measurements.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert load_run(run).final_loss == 3.4
+    # Checkpoints from elsewhere have no trainer's state of their last step.
+    state = run / "checkpoint-200" / "trainer_state.json"
+    log = [entry for entry in json.loads(state.read_text())["log_history"] if entry["step"] <= 100]
+    (run / "checkpoint-100" / state.name).write_text(json.dumps({"log_history": log}))
+    state.unlink()
+    assert load_run(run).final_loss == 3.2
 
 
 def test_no_run_is_an_error(tmp_path, make_run):
