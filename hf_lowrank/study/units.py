@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hf_lowrank.checksums import unsealed
 from hf_lowrank.errors import DivergedError, UserError
 from hf_lowrank.files import write_text
 from hf_lowrank.reading import parse_json
@@ -150,11 +151,20 @@ def result_units(study: Study, stage: str) -> list[Unit]:
         }
     stamp = inputs_of(work)
     work["stamp"] = stamp
-    done = stage != "report" and (study.directory / RESULTS[stage]).is_file() and _stamps(study).get(stage) == stamp
+    done = stage != "report" and _stamps(study).get(stage) == stamp and _is_readable(study.directory / RESULTS[stage])
     return [Unit(stage, stage, work, done)]
 
 
 RESULTS = {"predict": "prediction.json", "claims": "claims.json", "report": "report/report.html"}
+
+
+def _is_readable(result: Path) -> bool:
+    """Whether a result is there as it was written; a damaged one is computed again."""
+    try:
+        unsealed(parse_json(result.read_text(encoding="utf-8")))
+        return True
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def inputs_of(work: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,9 @@ import yaml
 
 from hf_lowrank.checksums import sealed_text, unsealed
 from hf_lowrank.cli import main
+from hf_lowrank.errors import UserError
 from hf_lowrank.measure import read_measurements
+from hf_lowrank.report import write_report
 from hf_lowrank.run_records import load_run
 from hf_lowrank.study import load_study, run_study
 from hf_lowrank.study.sweep import choose
@@ -95,6 +98,22 @@ def test_a_second_call_does_nothing_again(finished, run):
     }  # fmt: skip
     assert [line.split(":")[0] for line in said if line.startswith("[")] == ["[1/1] report report"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data.replace(b"0.", b"1.", 1)])
+def test_a_damaged_result_is_computed_again(finished, run, tmp_path, damage):
+    study, out, _ = finished
+    copy = shutil.copytree(out, tmp_path / "out", symlinks=True)
+    file = copy / "claims.json"
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert file.read_bytes() != whole
+    with pytest.raises(UserError, match=r"claims\.json: .*; run that stage of the study again"):
+        write_report([*(copy / "runs").iterdir()], tmp_path / "page", study=copy)
+    result, _ = run(study, output=copy)
+    assert result.failures == []
+    assert result.page is not None
+    assert file.read_bytes() == whole
 
 
 def test_a_changed_setting_is_done_again_and_nothing_else(finished, run, tmp_path):
