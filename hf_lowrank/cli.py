@@ -12,6 +12,7 @@ import typer
 
 from hf_lowrank.errors import STOPPED_STATUS, StoppedError, UserError
 from hf_lowrank.files import refusal_of
+from hf_lowrank.terminal import console, echo, is_first_process, lose_no_line
 
 # typer may carry a click of its own, so the base of its usage errors is reached through a public name.
 UsageFault: type[Exception] = typer.BadParameter.__mro__[2]
@@ -39,7 +40,8 @@ def prepare() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("hf-lowrank: %(message)s"))
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        # What all processes of a launch do is said once.
+        logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
 
 
 @app.command()
@@ -55,7 +57,7 @@ def train(
     from hf_lowrank.training import load_recipe, pretrain
 
     run = pretrain(load_recipe(recipe, overrides=overrides or (), seed=seed), output=output)
-    typer.echo(f"run directory: {run}")
+    echo(f"run directory: {run}")
 
 
 @app.command()
@@ -108,7 +110,7 @@ def measure(
         progress=sys.stderr.isatty(),
     )
     without = sum(row.value != row.value for row in rows)
-    typer.echo(f"{len(rows)} measurements of {len(runs)} runs" + (f", {without} without a value" if without else ""))
+    echo(f"{len(rows)} measurements of {len(runs)} runs" + (f", {without} without a value" if without else ""))
 
 
 @app.command()
@@ -120,12 +122,10 @@ def report(
     ] = None,
 ) -> None:
     """Show runs side by side: a table here, and one self-contained page in DIR."""
-    from rich.console import Console
-
     from hf_lowrank.report import terminal_table, write_report
 
     page = write_report(runs, output, study=study)
-    Console().print(terminal_table(runs, study=study))
+    console().print(terminal_table(runs, study=study))
     typer.echo(f"page: {page}")
 
 
@@ -147,25 +147,33 @@ def evaluate(
         str | None, typer.Option(metavar="PATTERN", help="Which revisions are checkpoints, as 'step*'.")
     ] = None,
 ) -> None:
-    """Score checkpoints with lm-eval: rows of downstream.jsonl. No checkpoint and task is scored twice."""
-    from rich.console import Console
-
+    """Score checkpoints with lm-eval: rows of downstream.jsonl. No checkpoint and task is scored twice. Status 1: some
+    of what was asked for has no score."""
+    from hf_lowrank.checkpoints import Trajectory
     from hf_lowrank.downstream import evaluate as evaluate_runs
     from hf_lowrank.downstream.figures import score_table
+    from hf_lowrank.downstream.runner import asked_for
 
+    trajectories = [Trajectory(run, revisions=revisions) for run in runs]
     scores = evaluate_runs(
-        runs,
+        trajectories,
         tasks=tasks,
         steps=steps,
         limit=limit,
         batch_size=batch_size,
         device=device,
         output=output,
-        revisions=revisions,
         say=lambda line: typer.echo(line, err=True),
         progress=sys.stderr.isatty(),
     )
-    Console().print(score_table(scores))
+    asked, missing = asked_for(trajectories, scores, tasks=tasks, steps=steps, limit=limit)
+    if asked:
+        console().print(score_table(asked))
+    if missing:
+        if is_first_process():
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            typer.echo(f"hf-lowrank: without a score: {missing[0]}{more}", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -178,8 +186,6 @@ def predict(
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Writes prediction.json and .png there.")] = None,
 ) -> None:
     """Ask whether geometry adds to perplexity in predicting downstream scores, by leave-one-run-out."""
-    from rich.console import Console
-
     from hf_lowrank.downstream import predict as predict_scores
     from hf_lowrank.downstream.figures import prediction_tables
 
@@ -189,7 +195,7 @@ def predict(
     for note in prediction.notes:
         typer.echo(f"hf-lowrank: {note}", err=True)
     for table in prediction_tables(prediction):
-        Console().print(table)
+        console().print(table)
 
 
 @app.command(
@@ -274,12 +280,10 @@ def study(
 
     Recipes by seeds are trained, measured against the baseline, evaluated, and reported.
     """
-    from rich.console import Console
-
     from hf_lowrank.study import run_study
     from hf_lowrank.study.show import print_plan, print_result
 
-    console = Console()
+    out = console()
     result = run_study(
         file,
         output=output,
@@ -288,11 +292,11 @@ def study(
         jobs=jobs,
         threads=threads,
         say=lambda line: typer.echo(line, err=True),
-        show_plan=lambda plan: print_plan(plan, console),
+        show_plan=lambda plan: print_plan(plan, out),
         stream=sys.stderr if sys.stderr.isatty() else None,
     )
     if not dry_run:
-        print_result(result, console)
+        print_result(result, out)
         if result.failures:
             raise typer.Exit(1)
 
@@ -318,8 +322,6 @@ def memory(
     ] = None,
 ) -> None:
     """Tell how much memory training by a recipe takes, item by item, beside full-rank training; nothing is trained."""
-    from rich.console import Console
-
     from hf_lowrank.memory.compare import beside, compare, verdicts
     from hf_lowrank.memory.show import comparison_table, item_table
 
@@ -336,7 +338,7 @@ def memory(
         device=device,
     )
     table = item_table(comparisons[0]) if len(comparisons) == 1 else comparison_table(comparisons)
-    Console().print(table)
+    console().print(table)
     for line in verdicts(comparisons):
         typer.echo(line)
 
@@ -368,6 +370,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; user errors are one line on stderr and exit status 2."""
     command = typer.main.get_command(app)
     given = sys.argv[1:] if arguments is None else arguments
+    lose_no_line()
     try:
         status = command.main(args=given or ["--help"], prog_name="hf-lowrank", standalone_mode=False)
     except UserError as error:

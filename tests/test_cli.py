@@ -1,5 +1,6 @@
 """The command line itself; what the verbs do is tested with the functions that they call."""
 
+import io
 import runpy
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from hf_lowrank.cli import main
 from hf_lowrank.methods import METHODS
+from hf_lowrank.terminal import console, echo
 
 
 def run(capsys, *arguments):
@@ -59,3 +61,37 @@ def test_wrong_input_is_one_line_and_status_2(capsys, arguments, tmp_path, monke
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("columns", ["0", "60"])
+def test_a_terminal_without_a_width_shows_tables_all_the_same(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    console().print("some words")
+    assert "some words" in capsys.readouterr().out
+
+
+def test_later_processes_of_a_launch_say_nothing_again(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    console().print("some words")
+    echo("more words")
+    assert capsys.readouterr().out == ""
+
+
+def test_an_encoding_without_a_character_costs_that_character_alone(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit) as end:
+        main(["methods"])
+    sys.stdout.flush()
+    assert end.value.code == 0
+    assert b"galore" in raw.getvalue()
+
+
+def test_what_lm_eval_finds_wrong_with_its_arguments_is_one_line(capsys):
+    for arguments, said in ((("--tasks", "no_such_task"), "no_such_task"), (("--config", "no/such.yaml"), "no/such")):
+        status, _, err = run(capsys, "lm-eval", "run", *arguments)
+        assert status == 2
+        assert err.splitlines()[-1].startswith("hf-lowrank: ")
+        assert said in err.splitlines()[-1]
+        assert "Traceback" not in err

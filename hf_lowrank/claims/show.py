@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_lowrank.claims.claim import VERDICT_WORDS, VERDICTS, Claim, Detail
 from hf_lowrank.formats import plain, significant
+from hf_lowrank.terminal import console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,11 +24,10 @@ def claims_table(claims: Sequence[Claim], width: int | None = None) -> Table:
         width: characters; None: this terminal's. From 120 on effect, p-value and n have columns.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    room = Console().width if width is None else width
+    room = console().width if width is None else width
     wide = room >= WIDE
     table = Table(box=box.SIMPLE_HEAD, title=_title(claims), title_justify="left", width=room)
     table.add_column("Claim", ratio=3)

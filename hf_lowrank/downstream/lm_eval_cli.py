@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 from hf_lowrank.downstream.lm_eval_registry import TASK_FOLDER, register_models
+from hf_lowrank.errors import UserError
+
+# The modules of lm-eval that read its arguments.
+OWN_CHECKS = ("lm_eval._cli", "lm_eval.config")
 
 
 def run_lm_eval(arguments: Sequence[str]) -> None:
@@ -34,4 +39,11 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
         parsed.include_path = [own, parsed.include_path] if parsed.include_path else own
     if getattr(parsed, "command", None) == "run" and not parsed.model and not parsed.config:
         parsed.model = "hf-lowrank"
-    parser.execute(parsed)
+    try:
+        parser.execute(parsed)
+    except (ValueError, FileNotFoundError) as error:
+        # What its command line finds wrong with the arguments itself; faults of what it runs keep their traceback.
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, UserError) or not frame.f_globals.get("__name__", "").startswith(OWN_CHECKS):
+            raise
+        raise UserError(str(error)) from None

@@ -175,6 +175,31 @@ def unscored(run: Run, *, tasks: Any = None, steps: Any = None, limit: int | Non
     return [(step, name) for step, left in runner.missing(chosen, names).items() for name in left]
 
 
+def asked_for(
+    runs: Sequence[Trajectory],
+    scores: Iterable[Score],
+    *,
+    tasks: Any = None,
+    steps: Any = None,
+    limit: int | None = None,
+) -> tuple[list[Score], list[str]]:
+    """Those of `scores` that `evaluate` with these arguments was to make, and what has none: `run@step task`."""
+    import lm_eval
+
+    names, problems = units(wanted_tasks(tasks))
+    wanted = {
+        (run.run.name, step, name) for run in runs for step in choose_steps(run.steps, steps, "all") for name in names
+    }
+    there: dict[tuple[str, int, str], list[Score]] = {}
+    for row in scores:
+        if (row.limit, row.lm_eval_version) == (limit, lm_eval.__version__):
+            for name in {row.task, row.group} - {None}:
+                there.setdefault((row.run, row.step, str(name)), []).append(row)
+    found = {id(row): row for one in sorted(wanted) for row in there.get(one, ())}
+    missing = [f"{run}@{step} {name}" for run, step, name in sorted(wanted - set(there))]
+    return list(found.values()), [*problems, *missing]
+
+
 class _Runner:
     """One run's checkpoints; its tokenizer, tasks and encodings are made once."""
 

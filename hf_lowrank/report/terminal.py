@@ -11,6 +11,7 @@ from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.standings import Standing
 from hf_lowrank.run_records import load_runs
+from hf_lowrank.terminal import console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +51,6 @@ def terminal_table(runs: Iterable[Any], width: int | None = None, *, study: Path
         UserError: a folder is no run, has no checkpoint, or one of its files is damaged.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -63,7 +63,7 @@ def terminal_table(runs: Iterable[Any], width: int | None = None, *, study: Path
     wanted = [name for name in order if name in headings]
     widths = {name: max(map(len, [*headings[name], *(line.get(name, "—") for part in lines for line in part)]))
               for name in wanted}  # fmt: skip
-    wanted = _fitting(wanted, order, widths, Console().width if width is None else width)
+    wanted = _fitting(wanted, order, widths, console().width if width is None else width)
     table = Table(box=box.SIMPLE_HEAD, title=_title(compared), title_justify="left")
     table.caption, table.caption_justify = _caption(compared, several), "left"
     for name in wanted:

@@ -58,6 +58,8 @@ logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.yaml"
 # How a process takes its share of a step.
 PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# How gloo and NCCL say that a process is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process exit")
 
 
 def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Path:
@@ -69,7 +71,8 @@ def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Pa
 
     Raises:
         UserError: the corpus or the model cannot be had, or `output` belongs to another recipe or is in use by
-            another process: nothing is written; or it cannot be written on, or the training diverged.
+            another process: nothing is written; or it cannot be written on, another process of the launch was lost, or
+            the training diverged.
         StoppedError: SIGTERM came; the run saved, and the next call goes on.
     """
     run = Path(output) if output is not None else Path("runs") / f"{recipe.name}-seed{recipe.seed}"
@@ -78,10 +81,18 @@ def pretrain(recipe: Recipe, output: str | os.PathLike[str] | None = None) -> Pa
         try:
             return _pretrain(recipe, run, held)
         except (OSError, RuntimeError, SafetensorError) as error:
-            refusal = refusal_of(error)
+            refusal = refusal_of(error) or _loss_of_another(error)
             if refusal is None:
                 raise
             raise UserError(f"{run}: {refusal}; the next call goes on from the last whole checkpoint") from error
+
+
+def _loss_of_another(error: BaseException) -> str | None:
+    """One line where another process of this launch has ended, None where `error` is something else."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not isinstance(error, RuntimeError):
+        return None
+    lost = type(error).__name__ in ("DistNetworkError", "DistStoreError") or any(words in str(error) for words in LOST)
+    return "another process of this launch has ended, or cannot be reached" if lost else None
 
 
 def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:

@@ -18,13 +18,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 
+from hf_lowrank.checkpoints import Trajectory
+from hf_lowrank.cli import main
 from hf_lowrank.downstream import TASK_FOLDER, catalogue, compare, evaluate, read_scores
 from hf_lowrank.downstream import runner as runner_module
 from hf_lowrank.downstream.catalogue import OFFLINE, units, wanted_tasks
 from hf_lowrank.downstream.figures import score_table
 from hf_lowrank.downstream.lm_eval_model import LowRankLM
 from hf_lowrank.downstream.paired import mcnemar, paired_difference
-from hf_lowrank.downstream.runner import unscored
+from hf_lowrank.downstream.runner import asked_for, unscored
 from hf_lowrank.downstream.scores import append_scores, bootstrap, item_file, read_item_scores, write_item_scores
 from hf_lowrank.errors import UserError
 from tests.distributed.pairs import in_two, lose_one
@@ -331,6 +333,30 @@ def test_scores_are_of_the_checkpoints_that_are_there(run, tmp_path, few_shot):
     assert table.read_bytes() == before
     shutil.copy(table, other)
     assert unscored(other, **wanted) == [(10, "spell")]
+
+
+def test_the_command_shows_what_was_asked_for_and_fails_where_that_has_no_score(run, tmp_path, few_shot, capsys):
+    def command(*more):
+        with pytest.raises(SystemExit) as end:
+            main(["evaluate", str(run), "--output", str(tmp_path), "--steps", "10", "--tasks", *more])
+        return end.value.code, capsys.readouterr()
+
+    status, said = command("spell", "--limit", "4")
+    assert status == 0
+    assert "spell" in said.out
+    # What is there of other requests is no answer to this one.
+    status, said = command("no_such_task,spell", "--limit", "3")
+    assert status == 1
+    assert said.err.splitlines()[-1] == f"hf-lowrank: without a score: {run.name}@10 no_such_task"
+    assert "Traceback" not in said.err
+    rows = read_scores(tmp_path / run.name)
+    asked, missing = asked_for([Trajectory(run)], rows, tasks="spell", steps=10, limit=3)
+    assert {(row.limit, row.step) for row in asked} == {(3, 10)}
+    assert missing == []
+    assert asked_for([Trajectory(run)], rows, tasks="spell", steps=[5, 10], limit=5) == (
+        [],
+        [f"{run.name}@5 spell", f"{run.name}@10 spell"],
+    )
 
 
 def said_by_two(command, folder):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import sys
 
 import pytest
 import torch
@@ -264,3 +265,15 @@ def test_a_table_is_completed_from_its_damaged_line_on(whole, tmp_path):
             measure(copy, **wanted)
         table.write_bytes(b"".join(lines[:number]))
         assert {row.key: row for row in measure(copy, **wanted)} == {row.key: row for row in before}
+
+
+def test_a_process_of_the_launch_that_is_gone_is_one_line(whole, tmp_path, monkeypatch):
+    def lost(*_):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:45232.")
+
+    monkeypatch.setattr(sys.modules[pretrain.__module__], "_pretrain", lost)
+    with pytest.raises(RuntimeError, match="gloo"):
+        pretrain(whole[0], tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"run: another process of this launch has ended.*the next call goes on"):
+        pretrain(whole[0], tmp_path / "run")

@@ -1,0 +1,41 @@
+"""The terminal: what is printed there, once for all processes of a launch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Where a terminal says that it has no width at all.
+WIDTH = 80
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all: the others of its launch have the same to say."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def console() -> Console:
+    """Where tables go."""
+    from rich.console import Console
+
+    quiet = not is_first_process()
+    made = Console(quiet=quiet)
+    return made if made.width > 0 else Console(quiet=quiet, width=WIDTH)
+
+
+def echo(line: str) -> None:
+    """Prints a line of a command's outcome."""
+    if is_first_process():
+        print(line, flush=True)  # noqa: T201
+
+
+def lose_no_line() -> None:
+    """Lets characters that the output's encoding does not have be question marks in place of errors."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # streams that a caller put there
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
