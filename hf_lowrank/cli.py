@@ -93,6 +93,7 @@ def measure(
     ] = None,
 ) -> None:
     """Measure checkpoints: rows of measurements.jsonl. What is there already is not measured again."""
+    from hf_lowrank.formats import plain
     from hf_lowrank.measure import measure as measure_runs
 
     rows = measure_runs(
@@ -110,7 +111,7 @@ def measure(
         progress=sys.stderr.isatty(),
     )
     without = sum(row.value != row.value for row in rows)
-    echo(f"{len(rows)} measurements of {len(runs)} runs" + (f", {without} without a value" if without else ""))
+    echo(f"{len(rows)} measurements of {plain(len(runs), 'run')}" + (f", {without} without a value" if without else ""))
 
 
 @app.command()
