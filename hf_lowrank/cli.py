@@ -111,7 +111,8 @@ def measure(
         progress=sys.stderr.isatty(),
     )
     without = sum(row.value != row.value for row in rows)
-    echo(f"{len(rows)} measurements of {plain(len(runs), 'run')}" + (f", {without} without a value" if without else ""))
+    rest = f", {without} without a value" if without else ""
+    echo(f"{plain(len(rows), 'measurement')} of {plain(len(runs), 'run')}{rest}")
 
 
 @app.command()
