@@ -59,7 +59,10 @@ class Ledger(TorchDispatchMode):
         if kwargs.get("generator") is not None and _any_fake_mode():
             # A fake draw has no numbers, and the generator is left as it is.
             kwargs = {**kwargs, "generator": None}
-        result = func(*args, **kwargs)
+        if func is torch.ops.aten._grouped_mm.default and _is_fake(args[0]):
+            result = _grouped_product(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
         for tensor in _tensors(result):
             self._enter(tensor, self.kind)
         return result
@@ -135,6 +138,18 @@ def _stand_in(tensor: Tensor) -> Any:
     if tensor.dtype == torch.bool:
         return True
     return 1.0 if tensor.is_floating_point() else 1
+
+
+def _grouped_product(
+    left: Tensor, right: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """The products of a mixture's experts, which torch knows on fake tensors in bfloat16 alone.
+
+    What two matrices share is cut into groups at `offs`; a matrix against a stack has its own side cut.
+    """
+    rows, columns = left.shape[-2], right.shape[-1]
+    groups = [] if left.ndim != right.ndim else [offs.shape[0]] if offs is not None else [left.shape[0]]
+    return left.new_empty((*groups, rows, columns), dtype=out_dtype or left.dtype)
 
 
 def _nested(value: Any, shape: tuple[int, ...]) -> Any:

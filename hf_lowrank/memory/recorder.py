@@ -10,6 +10,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowrank.errors import UserError
 from hf_lowrank.memory.measured import AllocatorPeak
 from hf_lowrank.memory.units import size_text
 
@@ -46,7 +47,8 @@ def memory_recorder(
             vocabulary_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[operator]
         )
     except Exception as error:  # whatever a model or an optimizer does that tensors without memory cannot do
-        logger.warning("memory: no estimate: %s: %s", type(error).__name__, first_line(error))
+        named = isinstance(error, UserError)
+        logger.warning("memory: %s", error if named else f"no estimate: {type(error).__name__}: {first_line(error)}")
     return MemoryRecorder(expected, facts)
 
 

@@ -7,6 +7,7 @@ Trainer's: forward and loss, backward, clipping, optimizer step, gradients dropp
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from hf_lowrank.training.callbacks import drop_logits
 from hf_lowrank.training.recipe import Recipe, first_line
 
 BASES = ("basis", "left_basis")
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass
@@ -89,19 +91,28 @@ def simulate(
         vocabulary: tokens of the tokenizer, for a recipe that leaves its model's vocabulary open.
         dtype: of the weights, where it is not the recipe's.
         forward_only: stops after the first forward pass, knowing `activations`.
+
+    Raises:
+        UserError: the model cannot be built, or does what tensors without memory cannot.
     """
     args = arguments_of(recipe)
-    defaults = {} if vocabulary is None else {"vocab_size": vocabulary}
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = recipe.method.build_model(recipe.config(**defaults), recipe.settings, recipe.seed)
+    # An architecture's own special tokens may lie outside a vocabulary that is not its own.
+    defaults = {} if vocabulary is None else {"vocab_size": vocabulary, **dict.fromkeys(SPECIAL_TOKENS, 0)}
     packed = recipe.data.shape == "packed"
-    with _apart(packed), FakeTensorMode(allow_non_fake_inputs=True), StandIns():
-        _place(model, device, dtype)
-        run = _Run(recipe, args, model, device)
-        if forward_only:
-            run.forward()
-        else:
-            run.steps()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = recipe.method.build_model(recipe.config(**defaults), recipe.settings, recipe.seed)
+        with _apart(packed), FakeTensorMode(allow_non_fake_inputs=True), StandIns():
+            _place(model, device, dtype)
+            run = _Run(recipe, args, model, device)
+            if forward_only:
+                run.forward()
+            else:
+                run.steps()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a model does, or sizes that make no sense lead it to
+        raise UserError(f"{recipe.path}: no estimate: {type(error).__name__}: {first_line(error)}") from error
     return run.found
 
 
@@ -118,7 +129,7 @@ def arguments_of(recipe: Recipe) -> TrainingArguments:
 @contextmanager
 def _apart(packed: bool) -> Iterator[None]:
     """Keeps the simulation from the rest of the process: no random numbers, no other processes, no cached tensors, no
-    log lines of what is only tried out.
+    log lines and warnings of what is only tried out.
 
     transformers makes a mask of every fake batch, of a real one only where there are fillings.
     """
@@ -128,7 +139,9 @@ def _apart(packed: bool) -> Iterator[None]:
     level = package.level
     package.setLevel(logging.WARNING)
     try:
-        with torch.random.fork_rng(devices=[]), replaced(torch.distributed, "is_initialized", lambda: False), maskless:
+        alone = replaced(torch.distributed, "is_initialized", lambda: False)
+        with torch.random.fork_rng(devices=[]), alone, maskless, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         _levels.cache_clear()

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.adamw import AdamW
+from transformers import LlamaForCausalLM
 
+from hf_lowrank.errors import UserError
 from hf_lowrank.memory import estimate
 from hf_lowrank.memory.measured import AllocatorPeak
 from hf_lowrank.methods import METHODS
@@ -144,12 +146,15 @@ def test_less_is_kept_with_checkpointing_and_with_cola_m(tiny):
     assert kept[1] < 0.7 * kept[0]
 
 
+MIXTURE = ("model.architecture=mixtral", "model.num_local_experts=4", "model.num_key_value_heads=4")
 PEAKS = [
     ("full_rank", "training.gradient_checkpointing=false"),
     ("full_rank", "training.gradient_checkpointing=true"),
     ("galore", "training.gradient_checkpointing=false"),
     ("galore", "method.layerwise=true", "training.max_grad_norm=0"),
     ("sltrain", "training.gradient_checkpointing=true"),
+    ("galore", *MIXTURE, "method.target_parameters=[experts.gate_up_proj, experts.down_proj]"),
+    ("full_rank", *MIXTURE, "training.gradient_checkpointing=true"),
 ]
 
 
@@ -221,6 +226,22 @@ def test_several_processes(tiny):
     assert shared.phases["optimizer step"] == pytest.approx(alone.phases["optimizer step"] / 4, abs=8)
     more = estimate(tiny("full_rank"), world_size=8, sharding="fsdp2")
     assert more.peak < shared.peak
+
+
+def test_special_tokens_of_another_vocabulary_do_not_matter(tiny):
+    like_llama = ("model.num_key_value_heads=4", "model.tie_word_embeddings=false")
+    found = estimate(tiny("full_rank", "model.architecture=smollm3", *like_llama))
+    assert found.weights == estimate(tiny("full_rank")).weights
+
+
+def test_what_cannot_be_simulated_is_said(tiny, monkeypatch):
+    def impossible(self, *args, **kwargs):
+        raise RuntimeError("no such kernel\nand more")
+
+    recipe = tiny("full_rank")
+    monkeypatch.setattr(LlamaForCausalLM, "forward", impossible)
+    with pytest.raises(UserError, match=r"full_rank\.yaml: no estimate: RuntimeError: no such kernel$"):
+        estimate(recipe)
 
 
 def test_nothing_outside_is_touched(tiny):
