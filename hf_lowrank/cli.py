@@ -12,7 +12,7 @@ import typer
 
 from hf_lowrank.errors import STOPPED_STATUS, StoppedError, UserError
 from hf_lowrank.files import refusal_of
-from hf_lowrank.terminal import console, echo, is_first_process, lose_no_line
+from hf_lowrank.terminal import console, echo, is_first_process, lose_no_line, warn_in_lines
 
 # typer may carry a click of its own, so the base of its usage errors is reached through a public name.
 UsageFault: type[Exception] = typer.BadParameter.__mro__[2]
@@ -373,6 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = typer.main.get_command(app)
     given = sys.argv[1:] if arguments is None else arguments
     lose_no_line()
+    warn_in_lines()
     try:
         status = command.main(args=given or ["--help"], prog_name="hf-lowrank", standalone_mode=False)
     except UserError as error:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+OURS = str(Path(__file__).parent)
 # Where a terminal says that it has no width at all.
 WIDTH = 80
 
@@ -39,3 +42,15 @@ def lose_no_line() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # streams that a caller put there
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def warn_in_lines() -> None:
+    """Lets this package's own warnings read as everything else that a command says, without the source's line."""
+    usual = warnings.formatwarning
+
+    def as_line(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> str:
+        if not filename.startswith(OURS) or not issubclass(category, UserWarning):
+            return usual(message, category, filename, *rest)  # type: ignore[arg-type]
+        return f"hf-lowrank: {message}\n" if is_first_process() else ""
+
+    warnings.formatwarning = as_line  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,9 @@ def _resolve(layers: Layers) -> Recipe:
     )
     if recipe.data.streaming and "max_steps" not in recipe.training:
         raise UserError(f"{layers.path}: training.max_steps must be given with data.streaming")
-    _check_buildable(recipe, layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are said when it is built to be trained
+        _check_buildable(recipe, layers)
     return recipe
 
 
