@@ -28,7 +28,7 @@ from hf_lowrank.checksums import check_checksums, read_sealed_text
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
 from hf_lowrank.reading import parse_json, parse_plain_yaml
-from hf_lowrank.targets import target_modules
+from hf_lowrank.targets import target_modules, warn_of_stacks
 
 Factors = tuple[Tensor, Tensor, float]
 
@@ -188,6 +188,7 @@ class Trajectory:
     @cached_property
     def _targets(self) -> dict[str, Any]:
         """Target modules by the name that they have in the plain architecture."""
+        warn_of_stacks(self._skeleton, "have no spectra")
         if self._adapter is None:
             return target_modules(self._skeleton)
         from hf_lowrank.adapters.modeling import target_layers

@@ -79,7 +79,7 @@ def stacked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def warn_of_stacks(model: nn.Module, fate: str, taken: Container[int] = ()) -> None:
-    """Warns where a method that was to choose its targets itself leaves such stacks out.
+    """Warns where a choice of targets that nobody made by hand leaves such stacks out.
 
     Args:
         fate: what becomes of them.

@@ -37,6 +37,7 @@ class SubspaceSettings(OptimizerSettings):
     """Settings that the subspace methods share."""
 
     rank: int = Field(128, ge=1)
+    target_parameters: list[str] = Field([], description="targets beside, as the stacks of a mixture's experts")
     update_proj_gap: int = Field(200, ge=1)
     scale: float = Field(1.0, gt=0)
     proj_type: Literal["std", "reverse_std", "right", "left"] = "std"
@@ -100,7 +101,13 @@ def build_projected(model: nn.Module, settings: SubspaceSettings, args: Training
     """
     adam = adam_arguments(args)
     decay = adam.pop("weight_decay")
-    groups = param_groups(model, rank=settings.rank, target_modules=settings.target_modules, weight_decay=decay)
+    groups = param_groups(
+        model,
+        rank=settings.rank,
+        target_modules=settings.target_modules,
+        target_parameters=settings.target_parameters,
+        weight_decay=decay,
+    )
     return _build(model, groups, settings, args, adam)
 
 
@@ -121,7 +128,7 @@ def _build(
     if settings.layerwise:
         check_layerwise(max_grad_norm=args.max_grad_norm, fp16=args.fp16)
     check_coverage(model, groups)
-    options: dict[str, Any] = settings.model_dump(exclude={"rank", "target_modules", "seed"})
+    options: dict[str, Any] = settings.model_dump(exclude={"rank", "target_modules", "target_parameters", "seed"})
     seed = args.seed if settings.seed is None else settings.seed
     return settings.optimizer(groups, seed=seed, **adam, **options)
 

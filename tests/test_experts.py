@@ -1,6 +1,7 @@
 """The experts of a mixture, which transformers keeps as stacks of matrices in no linear layer."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,13 +9,16 @@ from peft import LoraConfig
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from hf_lowrank import Trajectory
 from hf_lowrank.adapters import CoLAConfig, SLTrainConfig
 from hf_lowrank.adapters.modeling import inject
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, param_groups
+from hf_lowrank.training import load_recipe
 
 LEFT_OUT = r"model\.layers\.0\.mlp\.experts\.gate_up_proj and 3 more, 63% of the model, are stacks .* and "
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+NANO = Path(__file__).parents[1] / "recipes" / "nano"
 
 
 @pytest.fixture
@@ -33,7 +37,9 @@ def mixture():
 
 
 def names(groups, *, targets):
-    return [name for group in groups if (group["rank"] is not None) == targets for name, _ in group["params"]]
+    """Of the parameters in groups that an optimizer is made of, or has."""
+    chosen = [group for group in groups if (group["rank"] is not None) == targets]
+    return [name for group in chosen for name in group.get("param_names") or dict(group["params"])]
 
 
 def test_a_warning_says_what_is_left_to_adamw(mixture):
@@ -72,6 +78,37 @@ def test_a_mixture_trains_with_them(mixture, method):
     assert losses[-1] < losses[0] - 1
     stack = mixture.model.layers[0].mlp.experts.gate_up_proj
     assert optimizer.state[stack]["exp_avg"].shape == (4, 48, 8)
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "apollo", "apollo_mini", "frugal"])
+def test_recipes_name_them(mixture, name, tmp_path):
+    recipe = load_recipe(
+        NANO / f"{name}.yaml",
+        [
+            "model.architecture=mixtral",
+            "model.num_local_experts=4",
+            *(() if name == "apollo_mini" else ("method.rank=8",)),
+            f"method.target_parameters={EXPERTS}",
+        ],
+    )
+    optimizer = recipe.method.build_optimizer(mixture, recipe.settings, recipe.arguments(tmp_path))
+    assert sum("experts" in name for name in names(optimizer.param_groups, targets=True)) == 4
+
+
+def test_a_recipe_that_names_none_is_refused_at_its_key():
+    wrong = "method.target_parameters=[experts.up]"
+    with pytest.raises(UserError, match=r"^--set .*: method\.target_parameters 'experts\.up' matches no matrix"):
+        load_recipe(NANO / "galore.yaml", ["model.architecture=mixtral", wrong])
+
+
+def test_spectra_say_that_they_leave_them_out(mixture, tmp_path):
+    mixture.save_pretrained(tmp_path / "checkpoint-0")
+    trajectory = Trajectory(tmp_path)
+    with pytest.warns(UserWarning, match=LEFT_OUT + "have no spectra"):
+        assert len(trajectory.targets) == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trajectory.dense_weight(0, trajectory.targets[0]).shape == (32, 32)  # once is enough
 
 
 def test_what_does_not_fit_is_said(mixture):
