@@ -165,7 +165,7 @@ def evaluate(
         batch_size=batch_size,
         device=device,
         output=output,
-        say=lambda line: typer.echo(line, err=True),
+        say=lambda line: typer.echo(f"hf-lowrank: {line}", err=True),
         progress=sys.stderr.isatty(),
     )
     asked, missing = asked_for(trajectories, scores, tasks=tasks, steps=steps, limit=limit)

@@ -24,7 +24,7 @@ REFUSALS = frozenset(
     }
 )
 # How writers that are not Python say it, which name neither the file nor the reason as an error of the system.
-FOREIGN = ("PytorchStreamWriter failed", "Error while serializing: I/O error", "unexpected pos")
+FOREIGN = ("PytorchStreamWriter failed", "Error while serializing: I/O error", "unexpected pos", "iostream error")
 
 
 def refusal_of(error: BaseException) -> str | None:

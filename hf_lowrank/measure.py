@@ -309,7 +309,7 @@ def _missing(context: RunContext, step: int, group: str, ids: set[str], rows: li
 def _rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
     """The group's rows; a fault becomes null rows with its reason, and the other groups go on."""
     try:
-        rows = at.run.placement.agreed(lambda: GROUPS[group].compute(at, ids))
+        rows = at.run.placement.agreed(lambda: _computed(at, group, ids))
     except FAULTS as error:
         if getattr(error, "halfway", False):
             at.forget_models()
@@ -317,6 +317,12 @@ def _rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
         reason = reason_of(error)
         return [Row(metric=m, baseline=beside, settings=_request(at, group, m), reason=reason) for m in sorted(ids)]
     return [row if row.value == row.value or row.reason else _unexplained(row) for row in rows]
+
+
+def _computed(at: StepContext, group: str, ids: set[str]) -> list[Row]:
+    if at.trajectory.fingerprint(at.step) is None:
+        at.trajectory.checked_folder(at.step)  # says what is wrong, also where a metric reads nothing of it
+    return GROUPS[group].compute(at, ids)
 
 
 def _request(at: StepContext, group: str, metric: str) -> dict[str, Any]:

@@ -312,7 +312,8 @@ class _Runner:
             self.placement.agreed(partial(self._load_model, step), apart=True)
             return True
         except FAULTS as error:
-            self._say_once(f"{self.trajectory.where(step)}: {_one_line(error)}")
+            where, line = self.trajectory.where(step), _one_line(error)
+            self._say_once(line if line.startswith(where) else f"{where}: {line}")
             self.done(tasks)
             return False
 

@@ -436,6 +436,7 @@ def test_what_cannot_be_done_together_is_said_once_and_the_rest_goes_on(run, tmp
     assert {row.step for row in read_scores(bad)} == {0, 10}
     assert len(said) == 2  # in a share of whole tasks, and where the items were to be divided
     assert all("checkpoint-5" in line or "step 5" in line for line in said)
+    assert all(line.count(f"{bad}/checkpoint-5") == 1 for line in said)
 
 
 @pytest.mark.parametrize("lost", [0, 1])

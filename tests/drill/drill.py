@@ -95,7 +95,7 @@ class _Drill:
         if ended is None:
             ended = self._second(child)
         self.found.struck = self.found.struck or ended.struck
-        if ended.status not in ALLOWED[strike.kind]:
+        if (2 if ended.refused else ended.status) not in ALLOWED[strike.kind]:
             self.breach(f"{strike.kind}: not an end that it may come to", ended)
         elif ended.status == 2 and not ended.refused:
             self.breach(f"{strike.kind}: refused in more than a line", ended)
@@ -188,7 +188,7 @@ class _Drill:
             elif not ended.refused:
                 self.breach("neither the end nor a refusal in one line", ended)
                 return
-            elif broken is None or broken.name not in ended.last_line:
+            elif broken is None or broken.name not in ended.reason:
                 self.breach("refused, but not for the file that is damaged", ended)
                 return
             else:

@@ -41,8 +41,15 @@ class Ended:
 
     @property
     def refused(self) -> bool:
-        """Whether it ended as a user's error does: status 2, one line, no traceback."""
-        return self.status == 2 and self.last_line.startswith("hf-lowrank: ") and "Traceback" not in self.output
+        """Whether it ended as a user's error does, or did what could be done and named what has no score: with a line
+        for it, no traceback."""
+        start = {2: "hf-lowrank: ", 1: "hf-lowrank: without a score: "}.get(self.status or 0)
+        return start is not None and self.last_line.startswith(start) and "Traceback" not in self.output
+
+    @property
+    def reason(self) -> str:
+        """Where it says what is wrong."""
+        return self.last_line if self.status == 2 else self.output
 
 
 class Child:

@@ -180,6 +180,24 @@ def test_rows_are_of_the_checkpoints_that_are_there(make_run, tmp_path, with_che
     assert {step for step, _ in unmeasured(theirs, **wanted)} == {10, 20}
 
 
+def test_nothing_is_said_of_a_checkpoint_that_cannot_be_read(make_run, tmp_path):
+    """Not even what would need none of it: the first update has none before it."""
+    run = make_run(tmp_path / "run", method="galore")
+    (run / "recipe.yaml").write_text(sealed_text((run / "recipe.yaml").read_text()))
+    for checkpoint in run.glob("checkpoint-*"):
+        write_checksums(checkpoint)
+    checksums = run / "checkpoint-0" / "checksums.json"
+    whole = checksums.read_bytes()
+    checksums.write_bytes(b"")
+    (row,) = measure(run, metrics="update_norm", steps=0)
+    assert row.failed
+    assert "checksums.json is unreadable" in row.reason
+    checksums.write_bytes(whole)
+    (row,) = measure(run, metrics="update_norm", steps=0)
+    assert row.reason == "undefined: the first checkpoint has none before it"
+    assert row.checkpoint is not None
+
+
 def test_comparisons_are_with_the_baseline_that_is_given(make_run, two_runs, tmp_path):
     run, wanted = two_runs[1], {"metrics": "activation_cka,loss", "settings": SMALL, "steps": "20"}
     twin = make_run(tmp_path / "other" / two_runs[0].name, noise_seed=5)
