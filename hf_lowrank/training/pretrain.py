@@ -1,4 +1,4 @@
-"""From a recipe to a run directory: an unmodified Trainer, started, continued or found finished."""
+"""From a recipe to a run directory: Trainer, started, continued or found finished."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ from hf_lowrank.training.resume import is_sharded, last_whole_checkpoint, step_o
 from hf_lowrank.training.sequences import HeldOutSequences, collate
 from hf_lowrank.training.stopping import InterimRemoved, StopOnSignal, is_interim, remove_interim
 from hf_lowrank.training.tokenization import load_tokenizer, padding_id
+from hf_lowrank.training.trainer import WholeTrainer
 from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
 
 logger = logging.getLogger(__name__)
@@ -386,7 +387,7 @@ def _trainer(
         Progress(),
         *method.callbacks(settings, args),
     ]
-    trainer = Trainer(
+    trainer = WholeTrainer(
         model=model,
         args=args,
         data_collator=collate,

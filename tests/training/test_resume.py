@@ -3,12 +3,15 @@
 import json
 import multiprocessing
 import random
+import shutil
 import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from hf_lowrank.checksums import write_checksums
+from hf_lowrank.errors import UserError
 from hf_lowrank.training import load_recipe, pretrain
 
 METHODS = {
@@ -71,6 +74,42 @@ def test_a_killed_run_ends_with_the_same_bits(write_recipe, tmp_path, processes,
     assert [int(step) for step in facts["progress"]] == list(range(EVERY, STEPS + 1, EVERY))
     seconds = [costs["training_seconds"] for costs in facts["progress"].values()]
     assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "full_rank"},
+        {"name": "galore", "rank": 4, "update_proj_gap": 2, "target_parameters": ["experts.down_proj"]},
+        {"name": "cola", "r": 4},
+    ],
+    ids=lambda method: method["name"],
+)
+def test_weights_that_are_stored_under_other_names_are_continued_from(write_recipe, tmp_path, method):
+    """transformers stores a mixture's experts one by one, and its Trainer would begin them anew."""
+    mixture = {"architecture": "mixtral", "num_local_experts": 4, "num_key_value_heads": 2}
+    path = write_recipe(method=method, **{f"model__{key}": value for key, value in mixture.items()})
+    whole = pretrain(load_recipe(path), tmp_path / "whole")
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(run / "checkpoint-6")
+    pretrain(load_recipe(path), run)
+    one, other = (load_file(folder / "checkpoint-6" / "model.safetensors") for folder in (whole, run))
+    assert any("experts.3" in name for name in one)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_a_checkpoint_without_some_weights_is_not_continued_from(write_recipe, tmp_path):
+    run = pretrain(load_recipe(write_recipe()), tmp_path / "run")
+    shutil.rmtree(run / "checkpoint-6")
+    weights = run / "checkpoint-3" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    write_checksums(weights.parent)
+    with pytest.raises(UserError, match=r"checkpoint-3: cannot be continued from: model\.norm\.weight is not among"):
+        pretrain(load_recipe(write_recipe()), run)
 
 
 def _last_step(run):

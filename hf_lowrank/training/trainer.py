@@ -1,0 +1,45 @@
+"""transformers' Trainer, resuming with all the weights of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from hf_lowrank.checkpoint_sources import weight_files
+from hf_lowrank.errors import UserError
+
+
+class WholeTrainer(Trainer):
+    """Trainer loads by the names that a model's tensors have while it runs, and passes over all others with a warning.
+
+    Some architectures are stored under other names, as a mixture's experts, one by one: they would go on from their
+    first weights.
+    """
+
+    model: PreTrainedModel
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled or not _lacking(self.model, folder):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            _load_stored(self.model, folder)
+
+
+def _lacking(model: PreTrainedModel, folder: Path) -> set[str]:
+    """Tensors of `model` that are in a checkpoint under no name of theirs."""
+    return set(model.state_dict()) - set(weight_files(folder)) - set(model.all_tied_weights_keys)
+
+
+def _load_stored(model: PreTrainedModel, folder: Path) -> None:
+    loaded: Any = type(model).from_pretrained(
+        folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+    )
+    stored, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(f"{folder}: cannot be continued from: {missing[0]} is not among its weights")
+    model.load_state_dict(stored.state_dict())
