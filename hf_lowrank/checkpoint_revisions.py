@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import LowRankWarning, UserError
 from hf_lowrank.files import whole_file
 from hf_lowrank.reading import parse_json
 
@@ -194,7 +194,8 @@ def _revision_names(repository: str) -> list[str]:
         names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         if not names:
             raise UserError(f"{repository}: no such folder, and the Hub cannot be asked: {_one_line(error)}") from None
-        warnings.warn(f"{repository}: the Hub cannot be asked; taken from the local cache", stacklevel=5)
+        line = f"{repository}: the Hub cannot be asked; taken from the local cache"
+        warnings.warn(line, LowRankWarning, stacklevel=5)
         return names
     return [ref.name for ref in [*refs.branches, *refs.tags]]
 

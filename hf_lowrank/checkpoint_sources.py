@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from hf_lowrank.checkpoint_revisions import INDEX, SHARDS, WEIGHTS, HubSource, RemoteTensors
 from hf_lowrank.checksums import FILE_NAME as CHECKSUMS
 from hf_lowrank.checksums import fingerprint, lacks_checksums
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import LowRankWarning, UserError
 from hf_lowrank.reading import parse_json
 
 STEP_FOLDER = re.compile(r"(?:checkpoint|(?:global_?)?step)[-_]?(\d+)")
@@ -145,7 +145,7 @@ def _folders_of_steps(path: Path) -> dict[int, Path]:
             continue
         fault = _half_written(folder)
         if fault:
-            warnings.warn(f"{folder}: skipped, half-written: {fault}", stacklevel=4)
+            warnings.warn(f"{folder}: skipped, half-written: {fault}", LowRankWarning, stacklevel=4)
         else:
             found[int(match[1])] = folder
     return found

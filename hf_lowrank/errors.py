@@ -21,6 +21,10 @@ class UserError(ValueError):
         super().__init__(line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}")
 
 
+class LowRankWarning(UserWarning):
+    """What a user should know of and nothing stops for, in one line."""
+
+
 class DivergedError(UserError):
     """A training whose loss or weights are no numbers any more."""
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import LowRankWarning, UserError
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 
@@ -94,6 +94,7 @@ def warn_of_stacks(model: nn.Module, fate: str, taken: Container[int] = ()) -> N
         warnings.warn(
             f"{next(iter(stacks))}{more}, {share:.0%} of the model, are stacks of matrices, in no linear layer, "
             f"and {fate}",
+            LowRankWarning,
             stacklevel=4,
         )
 

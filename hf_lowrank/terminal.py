@@ -6,13 +6,13 @@ import os
 import sys
 import warnings
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hf_lowrank.errors import LowRankWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-OURS = str(Path(__file__).parent)
 # Where a terminal says that it has no width at all.
 WIDTH = 80
 
@@ -49,7 +49,7 @@ def warn_in_lines() -> None:
     usual = warnings.formatwarning
 
     def as_line(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> str:
-        if not filename.startswith(OURS) or not issubclass(category, UserWarning):
+        if not issubclass(category, LowRankWarning):
             return usual(message, category, filename, *rest)  # type: ignore[arg-type]
         return f"hf-lowrank: {message}\n" if is_first_process() else ""
 

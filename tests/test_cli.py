@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 
-from hf_lowrank import terminal
 from hf_lowrank.cli import main
+from hf_lowrank.errors import LowRankWarning
 from hf_lowrank.methods import METHODS
 from hf_lowrank.terminal import console, echo, warn_in_lines
 
@@ -82,12 +82,11 @@ def test_later_processes_of_a_launch_say_nothing_again(monkeypatch, capsys):
 def test_own_warnings_are_one_line_of_the_first_process(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     warn_in_lines()
-    message = UserWarning("a is left out")
-    assert warnings.formatwarning(message, UserWarning, terminal.__file__, 3) == "hf-lowrank: a is left out\n"
-    assert "UserWarning: a is left out" in warnings.formatwarning(message, UserWarning, __file__, 3)
-    assert "DeprecationWarning" in warnings.formatwarning("old", DeprecationWarning, terminal.__file__, 3)
+    message = LowRankWarning("a is left out")
+    assert warnings.formatwarning(message, LowRankWarning, "targets.py", 3) == "hf-lowrank: a is left out\n"
+    assert "UserWarning: old" in warnings.formatwarning(UserWarning("old"), UserWarning, "targets.py", 3)
     monkeypatch.setenv("RANK", "1")
-    assert warnings.formatwarning(message, UserWarning, terminal.__file__, 3) == ""
+    assert warnings.formatwarning(message, LowRankWarning, "targets.py", 3) == ""
 
 
 def test_an_encoding_without_a_character_costs_that_character_alone(monkeypatch):

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.errors import LowRankWarning, UserError, nearest
 from hf_lowrank.optim.adam import ADAM_VARIANTS, adamw_
 from hf_lowrank.optim.engines import flattened, flattened_by
 from hf_lowrank.optim.layerwise import Layerwise
@@ -316,7 +316,8 @@ class TargetedAdamW(Optimizer):
         self._warned.update(new)
         if new:
             names = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
-            warnings.warn(f"the gradient of {names} is not finite; such steps are skipped", stacklevel=5)
+            line = f"the gradient of {names} is not finite; such steps are skipped"
+            warnings.warn(line, LowRankWarning, stacklevel=5)
 
     # The rest
 
