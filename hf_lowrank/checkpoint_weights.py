@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.checkpoint_sources import weight_files
 from hf_lowrank.checksums import check_checksums
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import LowRankWarning, UserError
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -51,10 +56,25 @@ def skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel | None:
     if not classes and type(config) not in AutoModelForCausalLM._model_mapping:
         return None
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", LowRankWarning)  # nothing is chosen here
             return classes[0](config) if classes else AutoModelForCausalLM.from_config(config)
     except Exception as error:  # any operation may fail on a size that makes no sense
         raise UserError(f"{folder / 'config.json'}: describes no model: {_one_line(error)}") from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Loading and writing checkpoints shows one progress, the caller's, not a bar for each."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def check_checkpoint(folder: Path) -> None:

@@ -5,10 +5,8 @@ Reads what is on disk or on the Hub and nothing else; knows neither training nor
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.checkpoint_sources import open_source, weight_files
-from hf_lowrank.checkpoint_weights import check_checkpoint, read_config, skeleton
+from hf_lowrank.checkpoint_weights import check_checkpoint, quiet_transformers, read_config, skeleton
 from hf_lowrank.checksums import check_checksums, read_sealed_text
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
@@ -135,7 +132,7 @@ class Trajectory:
         """
         folder = self.checked_folder(step)
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     folder,
                     dtype=torch.float32,
@@ -319,20 +316,6 @@ class Trajectory:
             check_checksums(folder, {file.name for file in files.values()})
             cache[step] = files
         return cache[step]
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Loading many checkpoints shows one progress, the caller's, not a bar for each."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _one_line(error: BaseException) -> str:

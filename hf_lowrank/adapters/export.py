@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_lowrank.adapters.modeling import LowRankForCausalLM
-from hf_lowrank.checkpoint_weights import check_checkpoint
+from hf_lowrank.checkpoint_weights import check_checkpoint, quiet_transformers
 from hf_lowrank.errors import UserError
 
 TOKENIZER_FILES = (
@@ -66,15 +66,23 @@ def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -
         raise UserError(f"{target}: the output must be a new or empty folder")
     check_checkpoint(folder)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+        with quiet_transformers():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
     except Exception as error:  # transformers raises whatever a broken file leads it to
         raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     dense = model.to_dense() if isinstance(model, LowRankForCausalLM) else model
-    dense.save_pretrained(target)
-    for source in (folder, folder.parent / "tokenizer"):
-        found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-        for file in found:
-            shutil.copyfile(file, target / file.name)
-        if found:
-            break
+    fresh = target.with_name(f".{target.name}.making")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        with quiet_transformers():
+            dense.save_pretrained(fresh)
+        for source in (folder, folder.parent / "tokenizer"):
+            found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+            for file in found:
+                shutil.copyfile(file, fresh / file.name)
+            if found:
+                break
+        os.replace(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from hf_lowrank.adapters.dense import PREFIX, lora_dense_weight
 from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.adapters.linears import check_rank, dense_linear, linear_shape
 from hf_lowrank.adapters.relora import reinitialise
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import LowRankWarning, UserError
 from hf_lowrank.targets import target_modules, warn_of_stacks
 
 PASSED_BY_NAME = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
@@ -110,9 +111,12 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         """As for any model of transformers, but a tensor that is missing, strange or of another shape is an error."""
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("ignore_mismatched_sizes", True)  # to report them below, by name
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LowRankWarning)  # what they warn of was chosen when it was trained
+            source = pretrained_model_name_or_path
+            loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, info = loaded
-        _check_complete(pretrained_model_name_or_path, model, info)
+        _check_complete(source, model, info)
         freeze_dense_weights(model.lm)
         return (model, info) if with_info else model
 

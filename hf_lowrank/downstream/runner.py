@@ -296,12 +296,13 @@ class _Runner:
             return work
         except UserError as error:
             self._loaded.setdefault(name, error)
-            self._say_once(f"{self.trajectory.run.name}: {error}")
+            self._say_once(self.trajectory.run.name, str(error))
             self.done(steps)
             return None
 
-    def _say_once(self, line: str) -> None:
-        """Says what was not said before."""
+    def _say_once(self, where: str, line: str) -> None:
+        """Says what was not said before, beginning with where it is."""
+        line = line if line.startswith(where) else f"{where}: {line}"
         if line not in self._said:
             self._said.add(line)
             self.say(line)
@@ -312,8 +313,7 @@ class _Runner:
             self.placement.agreed(partial(self._load_model, step), apart=True)
             return True
         except FAULTS as error:
-            where, line = self.trajectory.where(step), _one_line(error)
-            self._say_once(line if line.startswith(where) else f"{where}: {line}")
+            self._say_once(self.trajectory.where(step), _one_line(error))
             self.done(tasks)
             return False
 
@@ -347,7 +347,7 @@ class _Runner:
                     lambda: lm_evaluate(self.lm, work.loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
                 )
         except FAULTS as error:
-            self._say_once(f"{where}: {_one_line(error)}")
+            self._say_once(where, _one_line(error))
             return
         if self.lm.cut_items:
             self.say(

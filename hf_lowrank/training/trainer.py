@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from hf_lowrank.checkpoint_sources import weight_files
+from hf_lowrank.checkpoint_weights import quiet_transformers
 from hf_lowrank.errors import UserError
 
 
@@ -35,9 +36,10 @@ def _lacking(model: PreTrainedModel, folder: Path) -> set[str]:
 
 
 def _load_stored(model: PreTrainedModel, folder: Path) -> None:
-    loaded: Any = type(model).from_pretrained(
-        folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
-    )
+    with quiet_transformers():
+        loaded: Any = type(model).from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+        )
     stored, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
