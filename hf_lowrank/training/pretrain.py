@@ -117,6 +117,8 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
     _check_same_corpus(run, corpus)
     sequences_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     _check_same_step(run, args, sequences_per_step)
+    workers = "one process" if args.world_size == 1 else f"{args.world_size} processes"
+    logger.info("training: %d sequences a step by %s on %s", sequences_per_step, workers, args.device.type)
     if args.max_steps <= 0 and corpus.train is not None:
         args.max_steps = math.ceil(args.num_train_epochs * len(corpus.train) / sequences_per_step)
     model = _initial_model(recipe, corpus)

@@ -16,8 +16,8 @@ from hf_lowrank.errors import UserError
 class WholeTrainer(Trainer):
     """Trainer loads by the names that a model's tensors have while it runs, and passes over all others with a warning.
 
-    Some architectures are stored under other names, as a mixture's experts, one by one: they would go on from their
-    first weights.
+    Some architectures are stored under other names, as GPT-NeoX's head, or a mixture's experts one by one: those would
+    go on from their first weights.
     """
 
     model: PreTrainedModel
