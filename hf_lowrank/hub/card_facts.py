@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.hub.privacy import without_private
+from hf_lowrank.hub.privacy import without_private_parts
 from hf_lowrank.reading import parse_json, parse_plain_yaml
 
 DOWNSTREAM = "downstream.jsonl"
@@ -20,7 +20,7 @@ DOWNSTREAM = "downstream.jsonl"
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; empty where there is none."""
     try:
-        content = parse_plain_yaml(without_private(path.read_text(encoding="utf-8")))
+        content = without_private_parts(parse_plain_yaml(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import yaml
+
 from hf_lowrank.checkpoint_sources import INDEX, weight_files
 from hf_lowrank.checksums import SEAL, sealed, sealed_text
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION
-from hf_lowrank.hub.privacy import holds_secret, without_private
+from hf_lowrank.hub.privacy import holds_secret, without_private, without_private_parts
+from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -113,24 +116,35 @@ def push_file(name: str, path: Path) -> PushFile:
         data = path.read_bytes()
         if name.endswith(".jsonl"):
             data = data[: data.rfind(b"\n") + 1]  # a last line without an end is being written
-        text = data.decode("utf-8")
         # By content, not by path: the file may grow while it is pushed.
-        cleaned = without_private(text)
-        return PushFile(name, (cleaned if cleaned == text else _sealed_again(name, cleaned)).encode())
+        return PushFile(name, _cleaned(name, data.decode("utf-8")).encode())
     if name in TOKENIZER and holds_secret(path.read_bytes()):
         raise UserError(f"{path}: holds an access token or another secret of this machine; it is not pushed")
     return PushFile(name, path)
 
 
-def _sealed_again(name: str, text: str) -> str:
-    """A file that carries checksums, after private parts were taken out of it."""
-    if name.endswith(".yaml"):
-        return sealed_text(text)
-    if name.endswith(".jsonl"):
-        rows = map(json.loads, filter(None, text.split("\n")))
-        return "".join(json.dumps(sealed(row), ensure_ascii=False) + "\n" for row in rows)
-    content = json.loads(text)
-    return json.dumps(sealed(content), indent=2) + "\n" if SEAL in content else text
+def _cleaned(name: str, text: str) -> str:
+    """A file's text without private parts, with its checksums made again where there were some; as it is otherwise."""
+    try:
+        if name.endswith(".yaml"):
+            content = parse_yaml(text)
+            cleaned = without_private_parts(content)
+            # What stands in comments goes with them.
+            return text if cleaned == content and without_private(text) == text else sealed_text(dump_yaml(cleaned))
+        if name.endswith(".jsonl"):
+            return "".join(_cleaned_json(line) + "\n" for line in text.split("\n")[:-1])
+        return _cleaned_json(text, indent=2)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return without_private(text)  # whoever reads it says what is wrong with it
+
+
+def _cleaned_json(text: str, indent: int | None = None) -> str:
+    content = json.loads(text) if text else None
+    cleaned = without_private_parts(content)
+    if cleaned == content:
+        return text
+    end = "" if indent is None else "\n"
+    return json.dumps(sealed(cleaned) if SEAL in cleaned else cleaned, indent=indent, ensure_ascii=False) + end
 
 
 def manifest(run: str, identity: str, step: int, files: Mapping[str, PushFile]) -> PushFile:

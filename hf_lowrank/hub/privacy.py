@@ -7,6 +7,7 @@ import re
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 REMOVED = "[removed]"
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
@@ -37,9 +38,32 @@ def without_private(text: str, *, token: str | None = None) -> str:
 
     Of an absolute path only the last part stays; paths relative to something, and URLs, stay as they are.
     """
-    for secret in secrets(token):
+    return _without(text, secrets(token))
+
+
+def without_private_parts(data: Any) -> Any:
+    """Plain data with each of its texts, keys too, as `without_private` leaves it.
+
+    What is written of it afterwards is whole, which a file's own text may not be: in YAML a path may begin with what
+    needs no quotes, and what is left of it not; in JSON a line's end is a letter, and what follows no beginning.
+    """
+    return _without_parts(data, secrets())
+
+
+def _without_parts(data: Any, known: tuple[str, ...]) -> Any:
+    if isinstance(data, str):
+        return _without(data, known)
+    if isinstance(data, dict):
+        return {_without_parts(key, known): _without_parts(value, known) for key, value in data.items()}
+    return [_without_parts(value, known) for value in data] if isinstance(data, list) else data
+
+
+def _without(text: str, known: tuple[str, ...]) -> str:
+    for secret in known:
         text = text.replace(secret, REMOVED)
     text = TOKEN.sub(REMOVED, text)
+    if "/" not in text:
+        return text
     text = SIGNED_QUERY.sub(r"\1", text)
     for home in (*_homes(str(Path.home())), *_homes(tempfile.gettempdir())):
         text = re.sub(r"(?<![\w.-])" + re.escape(home) + r"(?![\w.-])", "/~", text)

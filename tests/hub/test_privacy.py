@@ -14,6 +14,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.hub import push
 from hf_lowrank.hub.contents import push_file
 from hf_lowrank.hub.privacy import one_line, without_private
+from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
 from tests.hub.server import TOKEN
 
 
@@ -131,3 +132,18 @@ def test_what_is_cleaned_carries_the_checksum_of_what_is_left(tmp_path, monkeypa
     unsealed(json.loads(sent["facts.json"]))
     (tmp_path / "recipe.yaml").write_text(sent["recipe.yaml"])
     assert read_sealed_text(tmp_path / "recipe.yaml").count("checksum") == 1
+
+
+def test_what_is_cleaned_says_the_same_of_the_rest(tmp_path):
+    """Of `/data/text/*.txt` is left what YAML takes for a reference; JSON writes the end of a line as a letter."""
+    recipe = {"data": {"train_files": ["/data/text/*.txt", "a.txt"]}, "training": {"learning_rate": 1e-5}}
+    (tmp_path / "recipe.yaml").write_text(sealed_text(dump_yaml(recipe) + "# of /home/marked-person/a\n"))
+    (tmp_path / "facts.json").write_text(json.dumps({"said": "it ended:\n/home/marked-person/run/a is full"}))
+    (tmp_path / "config.json").write_text('{"torn": "/home/marked-person/ru')
+    sent = {name: push_file(name, tmp_path / name).read().decode() for name in os.listdir(tmp_path)}
+    assert "marked-person" not in str(sent)
+    recipe["data"]["train_files"][0] = "*.txt"
+    assert parse_yaml(sent["recipe.yaml"]) == recipe
+    assert json.loads(sent["facts.json"]) == {"said": "it ended:\na is full"}
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe) + "# as it was\n")
+    assert push_file("recipe.yaml", tmp_path / "recipe.yaml").read() == (tmp_path / "recipe.yaml").read_bytes()
