@@ -12,7 +12,7 @@ import typer
 
 from hf_lowrank.errors import STOPPED_STATUS, StoppedError, UserError
 from hf_lowrank.files import refusal_of
-from hf_lowrank.terminal import console, echo, is_first_process, lose_no_line, warn_in_lines
+from hf_lowrank.terminal import console, echo, is_first_process, lose_no_line, no_bars_in_logs, warn_in_lines
 
 # typer may carry a click of its own, so the base of its usage errors is reached through a public name.
 UsageFault: type[Exception] = typer.BadParameter.__mro__[2]
@@ -35,6 +35,7 @@ Runs = Annotated[
 def prepare() -> None:
     """Pre-train with low-rank methods, measure what kind of solution came out, and report it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    no_bars_in_logs()
     logger = logging.getLogger("hf_lowrank")
     if not logger.handlers:
         handler = logging.StreamHandler()

@@ -44,6 +44,14 @@ def lose_no_line() -> None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
+def no_bars_in_logs() -> None:
+    """Keeps the Hub client's bars out of what is no terminal, and to one process."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ and not (sys.stderr.isatty() and is_first_process()):
+        disable_progress_bars()
+
+
 def warn_in_lines() -> None:
     """Lets this package's own warnings read as everything else that a command says, without the source's line."""
     usual = warnings.formatwarning

@@ -4,13 +4,15 @@ import io
 import runpy
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from hf_lowrank.cli import main
 from hf_lowrank.errors import LowRankWarning
 from hf_lowrank.methods import METHODS
-from hf_lowrank.terminal import console, echo, warn_in_lines
+from hf_lowrank.terminal import console, echo, no_bars_in_logs, warn_in_lines
 
 
 def run(capsys, *arguments):
@@ -87,6 +89,16 @@ def test_own_warnings_are_one_line_of_the_first_process(monkeypatch):
     assert "UserWarning: old" in warnings.formatwarning(UserWarning("old"), UserWarning, "targets.py", 3)
     monkeypatch.setenv("RANK", "1")
     assert warnings.formatwarning(message, LowRankWarning, "targets.py", 3) == ""
+
+
+@pytest.mark.parametrize(("tty", "rank", "shown"), [(True, "0", True), (False, "0", False), (True, "1", False)])
+def test_the_hubs_bars_are_for_a_terminal(monkeypatch, tty, rank, shown):
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: tty))
+    monkeypatch.setenv("RANK", rank)
+    enable_progress_bars()
+    no_bars_in_logs()
+    assert are_progress_bars_disabled() is not shown
 
 
 def test_an_encoding_without_a_character_costs_that_character_alone(monkeypatch):
