@@ -5,6 +5,7 @@ import json
 import torch
 from safetensors.torch import save
 
+from hf_lowrank.reading import parse_json
 from tests.fuzz import mutations
 from tests.fuzz.side_files import SIDE_FILES
 
@@ -73,7 +74,7 @@ def read_adapter(folder, content):
     from hf_lowrank.adapters.configuration import adapter_from_dict
 
     try:
-        entries = json.loads(content)
+        entries = parse_json(content)
     except ValueError:
         return
     if isinstance(entries, dict):
