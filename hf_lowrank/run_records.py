@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -311,6 +311,13 @@ def load_run(folder: str | os.PathLike[str]) -> RunRecord:
         size=_size(checkpoints),
         planned=_planned(state, recipe),
     )
+
+
+def whole_lines(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs whose lines are drawn: of each method those that are finished, whose mean others would cut short, or
+    all where none is."""
+    finished = {run.method for run in runs if not run.unfinished}
+    return [run for run in runs if not run.unfinished or run.method not in finished]
 
 
 def load_runs(folders: Iterable[Any]) -> list[RunRecord]:

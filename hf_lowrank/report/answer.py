@@ -26,6 +26,7 @@ class Group:
         size: width and depth of the models; None where unknown.
         scale: the size in words.
         runs: by final loss, best first, those without one last, after them those that are not finished.
+        left_out: those that are not finished, where others are.
         columns: those that at least one run fills.
         cells: one row per run, one cell per column.
         mixed: metrics measured with different settings or at different steps in these runs: compare with care.
@@ -39,6 +40,7 @@ class Group:
     size: tuple[int, int] | None
     scale: str
     runs: tuple[RunRecord, ...]
+    left_out: tuple[RunRecord, ...]
     columns: tuple[Column, ...]
     cells: tuple[tuple[Cell, ...], ...]
     mixed: tuple[str, ...]
@@ -72,7 +74,9 @@ def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
             )
         )
         columns, cells = table(members)
-        ranked = [run for run in members if not run.unfinished] or members
+        left_out = [run for run in members if run.unfinished]
+        left_out = left_out if len(left_out) < len(members) else []
+        ranked = [run for run in members if run not in left_out]
         headline, standfirst = verdict(ranked)
         methods = standings(ranked, baseline)
         result.append(
@@ -82,6 +86,7 @@ def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
                 size=size,
                 scale=_scale(members, size, baseline),
                 runs=tuple(members),
+                left_out=tuple(left_out),
                 columns=tuple(columns),
                 cells=tuple(cells),
                 mixed=mixed(members, columns),

@@ -16,7 +16,7 @@ from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.report.catalogue import quantity, quantity_order
 from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
 from hf_lowrank.report.curves import CURVE_METRICS, Plane, curves, plane
-from hf_lowrank.run_records import RunRecord, load_runs
+from hf_lowrank.run_records import RunRecord, load_runs, whole_lines
 from hf_lowrank.statistics import Estimate, mean_interval
 
 if TYPE_CHECKING:
@@ -238,9 +238,10 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
     """What kind of solution each method found: a metric at the last step against the perplexity, in small multiples.
 
     A mark is a method's mean over its runs, a cross its 95 % intervals; equal perplexity, different height: different
-    solutions. Metrics that no run has are left out.
+    solutions. Metrics that no run has are left out, and runs that are not finished where others are.
     """
     records = [run for run in _one_evaluation_set(load_runs(runs)) if run.perplexity is not None]
+    records = [run for run in records if not run.unfinished] or records
     heights = {
         metric: {run.name: row.value for run in records if (row := run.last(metric)) is not None} for metric in metrics
     }
@@ -338,9 +339,9 @@ def _by_method(
     marks: bool = True,
 ) -> None:
     """One line for each method: its run with its own band, or the mean over its runs with the t interval."""
-    drawn = False
+    drawn, whole = False, whole_lines(records)
     for method, look in looks(run.method for run in records).items():
-        members = [run.name for run in records if run.method == method and lines.get(run.name)]
+        members = [run.name for run in whole if run.method == method and lines.get(run.name)]
         if not members:
             continue
         drawn = True

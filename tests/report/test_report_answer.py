@@ -11,6 +11,9 @@ from hf_lowrank.formats import big_count, duration, loss_text, memory, significa
 from hf_lowrank.report import terminal_table
 from hf_lowrank.report.answer import groups
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, looks
+from hf_lowrank.report.payload import payload
+from hf_lowrank.report.plots import loss_curves
+from hf_lowrank.report.study import Study
 from hf_lowrank.report.verdicts import verdict
 from hf_lowrank.run_records import load_runs
 from hf_lowrank.statistics import mean_difference, mean_interval, student_t_quantile
@@ -134,6 +137,20 @@ def test_runs_that_are_not_finished_do_not_stand_in_the_answer(make_run):
     many = [make_run(f"apollo-{seed}", "apollo", seed, planned=400) for seed in range(6)]
     (group,) = groups(load_runs([*done, *many]))
     assert group.standfirst.endswith("apollo-3 (step 200 of 400) and 2 more.")
+
+
+def test_runs_that_are_not_finished_cut_no_line_short(make_run):
+    """The mean over a method's runs ends where the shortest does."""
+    paths = [make_run("galore-0", "galore", loss=3.3), make_run("fira-0", "fira", 0, planned=400)]
+    paths.append(make_run("galore-1", "galore", 1, steps=(0, 50, 100), planned=200))
+    runs = load_runs(paths)
+    entries = payload(groups(runs), Study(), looks({run.method for run in runs}))["runs"]
+    assert [entry["name"] for entry in entries] == ["galore-0", "fira-0"]
+    assert entries[0]["loss"]["eval"]["x"][-1] == 200
+    assert entries[0]["final"]["validation_loss"] == 3.3
+    assert entries[1]["final"] == {}  # its line shows how far it is, its last values stand beside no others
+    (axes,) = loss_curves(paths).axes
+    assert [line.get_xdata()[-1] for line in axes.lines] == [200, 200]
 
 
 def test_runs_that_end_at_different_steps_say_so(make_run):
