@@ -10,7 +10,7 @@ from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from hf_lowrank.checkpoint_revisions import INDEX, SHARDS, WEIGHTS, HubSource, RemoteTensors
+from hf_lowrank.checkpoint_revisions import INDEX, WEIGHTS, HubSource, RemoteTensors
 from hf_lowrank.checksums import FILE_NAME as CHECKSUMS
 from hf_lowrank.checksums import fingerprint, lacks_checksums
 from hf_lowrank.errors import LowRankWarning, UserError
@@ -82,8 +82,13 @@ class FolderSource:
 
     def fingerprint(self, step: int) -> str | None:
         folder = self._folders[step]
-        weights = [WEIGHTS] if (folder / WEIGHTS).is_file() else [INDEX, *(f.name for f in folder.glob(SHARDS))]
-        return fingerprint(folder, ["config.json", *weights])
+        try:
+            names = (
+                {WEIGHTS} if (folder / WEIGHTS).is_file() else {file.name for file in weight_files(folder).values()}
+            )
+        except UserError:
+            return None
+        return fingerprint(folder, names)
 
     def extra(self, file: str) -> Path | None:
         path = self._extras / file

@@ -103,8 +103,8 @@ class Trajectory:
         return self._source.where(self._known(step))
 
     def fingerprint(self, step: int) -> str | None:
-        """What tells the checkpoint from another run's of that name and step, by its configuration and weights (of a
-        Hub repository, by its address): 16 hex digits, None where its files cannot be read."""
+        """What tells the checkpoint from another run's of that name and step, by its weights (of a Hub repository, by
+        its address): 16 hex digits, None where its files cannot be read."""
         known: dict[int, str | None] = self.__dict__.setdefault("_fingerprints", {})
         if step not in known:
             known[step] = self._source.fingerprint(self._known(step))

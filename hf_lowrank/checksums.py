@@ -26,10 +26,15 @@ _SEAL_LINE = re.compile(rf"# {SEAL}: ([0-9a-f]+)\n?\Z")
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes `checksums.json`: the SHA-256 and the size of every file in `folder` and in folders in it."""
+    """Writes `checksums.json`: the SHA-256 and the size of every file in `folder` and in folders in it, and of weights
+    the samples by which they are known where that file is not."""
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     files.pop(FILE_NAME, None)
-    entries = {name: {"sha256": _digest(file), "bytes": file.stat().st_size} for name, file in sorted(files.items())}
+    entries: dict[str, dict[str, Any]] = {}
+    for name, file in sorted(files.items()):
+        entries[name] = {"sha256": _digest(file), "bytes": file.stat().st_size}
+        if name.endswith(".safetensors"):
+            entries[name]["samples"] = _sampled(file)
     write_text(folder / FILE_NAME, json.dumps(sealed(entries), indent=1) + "\n")
 
 
@@ -62,10 +67,14 @@ def _written(folder: Path) -> dict[str, tuple[str, int]]:
         ValueError: checksums.json is unreadable.
     """
     try:
-        entries = unsealed(parse_json((folder / FILE_NAME).read_text(encoding="utf-8")))
+        entries = _entries(folder)
         return {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{FILE_NAME} is unreadable: {' '.join(str(error).split())[:200]}") from None
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    return unsealed(parse_json((folder / FILE_NAME).read_text(encoding="utf-8")))
 
 
 def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str | None:
@@ -100,15 +109,16 @@ def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str
 
 
 def fingerprint(folder: Path, names: Iterable[str]) -> str | None:
-    """What tells files in `folder` from others of their names, 16 hex digits; None where they cannot be read.
+    """What tells weights in `folder` from others of their names, 16 hex digits; None where they cannot be read.
 
-    Where `checksums.json` has what was written, its word is taken; else files are told apart by their sizes and by as
-    many samples as find any two trainings different: to read all of a large model for its name would take minutes.
+    They are told apart by their sizes and by as many samples as find any two trainings different: to read all of a
+    large model for its name would take minutes. Where `checksums.json` has the samples of what was written, its word
+    is taken: weights that were damaged since are still those.
     """
     try:
-        written = _written(folder) if (folder / FILE_NAME).is_file() else None
-        marks = [(name, written[name][0] if written else _sampled(folder / name)) for name in sorted(names)]
-    except (OSError, ValueError, KeyError):
+        known = _entries(folder) if (folder / FILE_NAME).is_file() else {}
+        marks = [(name, known.get(name, {}).get("samples") or _sampled(folder / name)) for name in sorted(names)]
+    except (OSError, ValueError, AttributeError):
         return None  # whoever reads the files says what is wrong with them
     return _seal_of(json.dumps(marks))
 
@@ -158,6 +168,12 @@ def sealed_text(text: str) -> str:
     return f"{content}# {SEAL}: {_seal_of(content)}\n"
 
 
+def seal_holds(text: str) -> bool:
+    """Whether a text is what was written, as far as it carries a checksum."""
+    match = _SEAL_LINE.search(text)
+    return match is None or match[1] == _seal_of(text[: match.start()])
+
+
 def read_sealed_text(file: Path) -> str:
     """A run's text file.
 
@@ -168,7 +184,7 @@ def read_sealed_text(file: Path) -> str:
     match = _SEAL_LINE.search(text)
     if match is None and _has_checksums(file.parent):
         raise ValueError("its last line, with its checksum, is missing or damaged")
-    if match is not None and match[1] != _seal_of(text[: match.start()]):
+    if not seal_holds(text):
         raise ValueError("it is not what was written: its checksum differs")
     return text
 

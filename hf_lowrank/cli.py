@@ -158,7 +158,7 @@ def evaluate(
     from hf_lowrank.downstream.runner import asked_for
 
     trajectories = [Trajectory(run, revisions=revisions) for run in runs]
-    scores = evaluate_runs(
+    evaluate_runs(
         trajectories,
         tasks=tasks,
         steps=steps,
@@ -169,7 +169,7 @@ def evaluate(
         say=lambda line: typer.echo(f"hf-lowrank: {line}", err=True),
         progress=sys.stderr.isatty(),
     )
-    asked, missing = asked_for(trajectories, scores, tasks=tasks, steps=steps, limit=limit)
+    asked, missing = asked_for(trajectories, output=output, tasks=tasks, steps=steps, limit=limit)
     if asked:
         console().print(score_table(asked))
     if missing:

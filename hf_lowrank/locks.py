@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.terminal import is_first_process
 
 try:
     import fcntl
@@ -73,7 +74,7 @@ def all_locked(folders: Iterable[str | os.PathLike[str]], purpose: str) -> Itera
 
 def _follows() -> bool:
     """Whether this is a later process of a launch: the first holds the lock for all."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+    return not is_first_process()
 
 
 def _acquire(folder: Path, file: Path, wait: float) -> int | None:

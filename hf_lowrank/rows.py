@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hf_lowrank.checksums import unsealed
+from hf_lowrank.checksums import SEAL, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.reading import parse_json
 
@@ -39,7 +39,7 @@ def read_rows(file: Path, parse: Callable[[Any], RowType], what: str, again: str
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
     for number, line in enumerate([*lines, rest], start=1):
         try:
-            if number > len(lines):
+            if number > len(lines) and not _is_row(line):
                 _check_torn(line)
             elif line.strip():
                 yield parse(parse_json(line))
@@ -65,8 +65,12 @@ def append_lines(file: Path, lines: Iterable[str]) -> None:
     with open(file, "ab+", buffering=0) as handle:
         end = _end_of_whole_lines(handle)
         handle.seek(end)
+        rest = handle.readall()
         try:
-            _check_torn(handle.read(BLOCK))
+            if _is_row(rest):  # whose newline an editor took
+                data, end = b"\n" + data, end + len(rest)
+            else:
+                _check_torn(rest)
         except ValueError as error:
             raise UserError(f"{file}: its end is damaged: {error}; remove that and try again") from None
         handle.truncate(end)
@@ -74,6 +78,15 @@ def append_lines(file: Path, lines: Iterable[str]) -> None:
             handle.truncate(end)
             raise OSError("short write; is the disk full?")
         os.fsync(handle.fileno())
+
+
+def _is_row(rest: bytes) -> bool:
+    """Whether what follows the last newline is whole, as its checksum says."""
+    try:
+        entry = parse_json(rest) if rest else None
+        return isinstance(entry, Mapping) and SEAL in entry and bool(unsealed(entry))
+    except ValueError:
+        return False
 
 
 def _check_torn(rest: bytes) -> None:

@@ -314,10 +314,9 @@ def load_run(folder: str | os.PathLike[str]) -> RunRecord:
 
 
 def whole_lines(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs whose lines are drawn: of each method those that are finished, whose mean others would cut short, or
-    all where none is."""
-    finished = {run.method for run in runs if not run.unfinished}
-    return [run for run in runs if not run.unfinished or run.method not in finished]
+    """Of runs of one method that have a line, those whose lines are drawn: those that are finished, whose mean others
+    would cut short, or all where none is."""
+    return [run for run in runs if not run.unfinished] or list(runs)
 
 
 def load_runs(folders: Iterable[Any]) -> list[RunRecord]:

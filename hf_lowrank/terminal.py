@@ -19,7 +19,8 @@ WIDTH = 80
 
 def is_first_process() -> bool:
     """Whether this process speaks for all: the others of its launch have the same to say."""
-    return int(os.environ.get("RANK", "0")) == 0
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return not (rank.isdecimal() and int(rank) > 0 and world.isdecimal() and int(world) > 1)
 
 
 def console() -> Console:

@@ -12,7 +12,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from hf_lowrank.cli import main
 from hf_lowrank.errors import LowRankWarning
 from hf_lowrank.methods import METHODS
-from hf_lowrank.terminal import console, echo, no_bars_in_logs, warn_in_lines
+from hf_lowrank.terminal import console, echo, is_first_process, no_bars_in_logs, warn_in_lines
 
 
 def run(capsys, *arguments):
@@ -76,6 +76,7 @@ def test_a_terminal_without_a_width_shows_tables_all_the_same(monkeypatch, capsy
 
 def test_later_processes_of_a_launch_say_nothing_again(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     console().print("some words")
     echo("more words")
     assert capsys.readouterr().out == ""
@@ -88,7 +89,18 @@ def test_own_warnings_are_one_line_of_the_first_process(monkeypatch):
     assert warnings.formatwarning(message, LowRankWarning, "targets.py", 3) == "hf-lowrank: a is left out\n"
     assert "UserWarning: old" in warnings.formatwarning(UserWarning("old"), UserWarning, "targets.py", 3)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert warnings.formatwarning(message, LowRankWarning, "targets.py", 3) == ""
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "first"),
+    [("0", "2", True), ("1", "2", False), ("1", "", True), ("1", "1", True), ("", "2", True), ("x", "y", True)],
+)
+def test_the_first_process_of_a_launch_speaks(monkeypatch, rank, world, first):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert is_first_process() is first
 
 
 @pytest.mark.parametrize(("tty", "rank", "shown"), [(True, "0", True), (False, "0", False), (True, "1", False)])
@@ -96,6 +108,7 @@ def test_the_hubs_bars_are_for_a_terminal(monkeypatch, tty, rank, shown):
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: tty))
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     enable_progress_bars()
     no_bars_in_logs()
     assert are_progress_bars_disabled() is not shown

@@ -24,6 +24,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
+MAKING = ".making"
+
 
 def checkpoint_folder(checkpoint: str | os.PathLike[str]) -> Path:
     """The folder that `RUN@STEP`, or the path of a checkpoint itself, names.
@@ -62,7 +64,8 @@ def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -
     """
     folder = checkpoint_folder(checkpoint)
     target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    making = target / MAKING if target.is_dir() else target.with_name(f".{target.name}{MAKING}")
+    if target.exists() and (not target.is_dir() or set(target.iterdir()) - {making}):
         raise UserError(f"{target}: the output must be a new or empty folder")
     check_checkpoint(folder)
     try:
@@ -71,18 +74,21 @@ def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -
     except Exception as error:  # transformers raises whatever a broken file leads it to
         raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     dense = model.to_dense() if isinstance(model, LowRankForCausalLM) else model
-    fresh = target.with_name(f".{target.name}.making")
-    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(making, ignore_errors=True)
     try:
         with quiet_transformers():
-            dense.save_pretrained(fresh)
+            dense.save_pretrained(making)
         for source in (folder, folder.parent / "tokenizer"):
             found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
             for file in found:
-                shutil.copyfile(file, fresh / file.name)
+                shutil.copyfile(file, making / file.name)
             if found:
                 break
-        os.replace(fresh, target)
+        if target.is_dir():  # it may be a mount or a link: it stays, and is a model with its last file
+            for file in sorted(making.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, target / file.name)
+        else:
+            os.replace(making, target)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(making, ignore_errors=True)
     return target

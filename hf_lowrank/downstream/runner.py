@@ -14,7 +14,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -169,35 +169,37 @@ def _run_all(runners: Sequence[_Runner], work: Iterable[tuple[int, int, str]]) -
 def unscored(run: Run, *, tasks: Any = None, steps: Any = None, limit: int | None = None) -> list[tuple[int, str]]:
     """The (step, task) that `evaluate` with these arguments would score in a run; no model is loaded."""
     trajectory = run if isinstance(run, Trajectory) else Trajectory(run)
-    table = rows_file(trajectory, None).with_name(FILE_NAME)
-    runner = _Runner(trajectory, table, limit, None, torch.device("cpu"), logger.warning, lambda _: None, table)
     names, chosen = units(wanted_tasks(tasks))[0], choose_steps(trajectory.steps, steps, "all")
-    return [(step, name) for step, left in runner.missing(chosen, names).items() for name in left]
+    missing = _reader(trajectory, None, limit).missing(chosen, names)
+    return [(step, name) for step, left in missing.items() for name in left]
 
 
 def asked_for(
     runs: Sequence[Trajectory],
-    scores: Iterable[Score],
     *,
+    output: str | Path | None = None,
     tasks: Any = None,
     steps: Any = None,
     limit: int | None = None,
 ) -> tuple[list[Score], list[str]]:
-    """Those of `scores` that `evaluate` with these arguments was to make, and what has none: `run@step task`."""
-    import lm_eval
-
+    """The scores that `evaluate` with these arguments was to make, and what has none: `run@step task`."""
     names, problems = units(wanted_tasks(tasks))
-    wanted = {
-        (run.run.name, step, name) for run in runs for step in choose_steps(run.steps, steps, "all") for name in names
-    }
-    there: dict[tuple[str, int, str], list[Score]] = {}
-    for row in scores:
-        if (row.limit, row.lm_eval_version) == (limit, lm_eval.__version__):
-            for name in {row.task, row.group} - {None}:
-                there.setdefault((row.run, row.step, str(name)), []).append(row)
-    found = {id(row): row for one in sorted(wanted) for row in there.get(one, ())}
-    missing = [f"{run}@{step} {name}" for run, step, name in sorted(wanted - set(there))]
-    return list(found.values()), [*problems, *missing]
+    shared = Counter(run.run.name for run in runs)
+    found: list[Score] = []
+    for run in sorted(runs, key=lambda run: run.run.name):
+        reader, label = _reader(run, output, limit), run.run.name if shared[run.run.name] == 1 else run.path
+        for step in choose_steps(run.steps, steps, "all"):
+            for name in sorted(names):
+                rows = reader.scores(step, name)
+                found += [row for row in rows if row not in found]
+                problems += [] if rows else [f"{label}@{step} {name}"]
+    return found, problems
+
+
+def _reader(trajectory: Trajectory, output: str | Path | None, limit: int | None) -> _Runner:
+    """What knows the scores of a run, and makes none."""
+    table = rows_file(trajectory, None if output is None else Path(output)).with_name(FILE_NAME)
+    return _Runner(trajectory, table, limit, None, torch.device("cpu"), logger.warning, lambda _: None, table)
 
 
 class _Runner:
@@ -246,7 +248,9 @@ class _Runner:
                     self._score(step, work)
                     self.done(1)
 
-    def _is_done(self, step: int, name: str) -> bool:
+    def scores(self, step: int, name: str) -> list[Score]:
+        """The rows of a task or a group at a step that count: of this checkpoint, with these arguments, and, of this
+        package's own tasks, of the items that the run would give now."""
         import lm_eval
 
         rows = [
@@ -255,10 +259,17 @@ class _Runner:
             if row.step == step and name in (row.task, row.group) and row.limit == self.limit
             and row.lm_eval_version == lm_eval.__version__ and is_of(row, self.trajectory) and self._has_items(row)
         ]  # fmt: skip
-        if name not in OFFLINE:
-            return bool(rows)
+        if name in OFFLINE and rows:
+            with suppress(UserError):  # where they cannot be made again, these were of what there was
+                items = self._own_items(name)
+                return [row for row in rows if row.items == items]
+        return rows
+
+    def _is_done(self, step: int, name: str) -> bool:
+        if not self.scores(step, name):
+            return False
         try:
-            return any(row.items == self._own_items(name) for row in rows)
+            return name not in OFFLINE or bool(self._own_items(name))
         except UserError:
             return False  # the same fault is reported when the task is loaded
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import yaml
 
 from hf_lowrank.checkpoint_sources import INDEX, weight_files
-from hf_lowrank.checksums import SEAL, sealed, sealed_text
+from hf_lowrank.checksums import SEAL, seal_holds, sealed, sealed_text, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION
-from hf_lowrank.hub.privacy import holds_secret, without_private, without_private_parts
+from hf_lowrank.hub.privacy import holds_secret, secrets, without_private, without_private_parts
+from hf_lowrank.reading import parse_json
 from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
 
 TOKENIZER = (
@@ -116,35 +117,53 @@ def push_file(name: str, path: Path) -> PushFile:
         data = path.read_bytes()
         if name.endswith(".jsonl"):
             data = data[: data.rfind(b"\n") + 1]  # a last line without an end is being written
+        cleaned = _cleaned(name, data.decode("utf-8")).encode()
+        if holds_secret(cleaned):  # as a number that is one
+            raise UserError(f"{path}: holds an access token or another secret of this machine; it is not pushed")
         # By content, not by path: the file may grow while it is pushed.
-        return PushFile(name, _cleaned(name, data.decode("utf-8")).encode())
+        return PushFile(name, cleaned)
     if name in TOKENIZER and holds_secret(path.read_bytes()):
         raise UserError(f"{path}: holds an access token or another secret of this machine; it is not pushed")
     return PushFile(name, path)
 
 
 def _cleaned(name: str, text: str) -> str:
-    """A file's text without private parts, with its checksums made again where there were some; as it is otherwise."""
+    """A file's text without private parts, with its checksums made again where they were right; else as it is."""
+    if name.endswith(".yaml"):
+        return _cleaned_yaml(text)
+    if name.endswith(".jsonl"):
+        known = secrets()
+        return "".join(_cleaned_json(line, known) + "\n" for line in text.split("\n")[:-1])
+    return _cleaned_json(text, secrets(), indent=2)
+
+
+def _cleaned_yaml(text: str) -> str:
+    plain = without_private(text)
     try:
-        if name.endswith(".yaml"):
-            content = parse_yaml(text)
-            cleaned = without_private_parts(content)
-            # What stands in comments goes with them.
-            return text if cleaned == content and without_private(text) == text else sealed_text(dump_yaml(cleaned))
-        if name.endswith(".jsonl"):
-            return "".join(_cleaned_json(line) + "\n" for line in text.split("\n")[:-1])
-        return _cleaned_json(text, indent=2)
+        content = parse_yaml(text)
+        cleaned = without_private_parts(content)
     except (ValueError, RecursionError, yaml.YAMLError):
-        return without_private(text)  # whoever reads it says what is wrong with it
+        return plain  # whoever reads it says what is wrong with it
+    if (cleaned == content and plain == text) or not seal_holds(text):
+        return plain
+    return sealed_text(dump_yaml(cleaned))  # comments, and what stands in them, are left behind
 
 
-def _cleaned_json(text: str, indent: int | None = None) -> str:
-    content = json.loads(text) if text else None
-    cleaned = without_private_parts(content)
-    if cleaned == content:
+def _cleaned_json(text: str, known: tuple[str, ...], indent: int | None = None) -> str:
+    plain = without_private(text, known=known)
+    if plain == text and "\\" not in text:
         return text
-    end = "" if indent is None else "\n"
-    return json.dumps(sealed(cleaned) if SEAL in cleaned else cleaned, indent=indent, ensure_ascii=False) + end
+    try:
+        content = parse_json(text)
+        cleaned = without_private_parts(content, known)
+        if cleaned == content and plain == text:
+            return text
+        if isinstance(cleaned, dict) and SEAL in cleaned:
+            unsealed(content)
+            cleaned = sealed(cleaned)
+        return json.dumps(cleaned, indent=indent, ensure_ascii=False) + ("" if indent is None else "\n")
+    except (ValueError, RecursionError):
+        return plain  # as above; a checksum that was wrong stays wrong
 
 
 def manifest(run: str, identity: str, step: int, files: Mapping[str, PushFile]) -> PushFile:

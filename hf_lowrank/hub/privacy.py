@@ -33,29 +33,37 @@ def _homes(home: str) -> tuple[str, ...]:
     return tuple(sorted((place for place in places if len(place) > 1), key=len, reverse=True))
 
 
-def without_private(text: str, *, token: str | None = None) -> str:
+def without_private(text: str, *, token: str | None = None, known: tuple[str, ...] | None = None) -> str:
     """`text` without tokens, secrets of the environment, signed queries and the folders of this machine.
 
     Of an absolute path only the last part stays; paths relative to something, and URLs, stay as they are.
     """
-    return _without(text, secrets(token))
+    return _without(text, secrets(token) if known is None else known)
 
 
-def without_private_parts(data: Any) -> Any:
+def without_private_parts(data: Any, known: tuple[str, ...] | None = None) -> Any:
     """Plain data with each of its texts, keys too, as `without_private` leaves it.
 
     What is written of it afterwards is whole, which a file's own text may not be: in YAML a path may begin with what
     needs no quotes, and what is left of it not; in JSON a line's end is a letter, and what follows no beginning.
+
+    Args:
+        known: the secrets, for whoever has many texts.
+
+    Raises:
+        ValueError: keys that differed are alike then.
     """
-    return _without_parts(data, secrets())
-
-
-def _without_parts(data: Any, known: tuple[str, ...]) -> Any:
+    known = secrets() if known is None else known
     if isinstance(data, str):
         return _without(data, known)
     if isinstance(data, dict):
-        return {_without_parts(key, known): _without_parts(value, known) for key, value in data.items()}
-    return [_without_parts(value, known) for value in data] if isinstance(data, list) else data
+        clean = {without_private_parts(k, known): without_private_parts(value, known) for k, value in data.items()}
+        if len(clean) < len(data):
+            raise ValueError("keys that differ in private parts alone")
+        return clean
+    if isinstance(data, list | tuple | set):
+        return type(data)(without_private_parts(value, known) for value in data)
+    return data
 
 
 def _without(text: str, known: tuple[str, ...]) -> str:

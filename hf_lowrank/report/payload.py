@@ -13,7 +13,7 @@ from hf_lowrank.report.colours import Look
 from hf_lowrank.report.curves import CURVE_METRICS, SWEEPS, curves, plane
 from hf_lowrank.report.standings import downstream
 from hf_lowrank.report.study import Study
-from hf_lowrank.run_records import RunRecord, whole_lines
+from hf_lowrank.run_records import RunRecord
 
 # Beyond this many points a line of a few hundred pixels does not change.
 POINTS_OF_A_LINE = 400
@@ -157,6 +157,31 @@ def _add_scores(entries: Sequence[dict[str, Any]], groups: Sequence[Group]) -> l
     return sorted(tasks.values(), key=lambda task: (task["chance"] is None, task["id"]))
 
 
+def _with_whole_lines(entries: Sequence[dict[str, Any]], unfinished: set[str]) -> list[dict[str, Any]]:
+    """Takes from runs that are not finished what finished ones of their method have: the mean of both would end where
+    theirs does."""
+    for entry in entries:
+        if entry["name"] not in unfinished:
+            continue
+        same = (entry["method"], entry["group"])
+        twins = [e for e in entries if (e["method"], e["group"]) == same and e["name"] not in unfinished]
+        for kind, line in entry["loss"].items():
+            if any(twin["loss"][kind]["x"] for twin in twins):
+                line.update(_line([]))
+        for part in ("metrics", "curves", "tasks"):
+            entry[part] = {key: v for key, v in entry[part].items() if not any(key in twin[part] for twin in twins)}
+        if any(twin["plane"] for twin in twins):
+            entry["plane"] = None
+        if any(twin["above"]["x"] for twin in twins):
+            entry["above"] = {"x": [], "y": [], "step": []}
+    return [entry for entry in entries if entry["name"] not in unfinished or _draws(entry)]
+
+
+def _draws(entry: Mapping[str, Any]) -> bool:
+    lines = any(line["x"] for line in [*entry["loss"].values(), entry["above"]])
+    return lines or any(entry[part] for part in ("metrics", "curves", "tasks", "plane"))
+
+
 def _study(study: Study, numbers: dict[str, int]) -> dict[str, Any]:
     """The sweep, and what was predicted against what was seen, by number of run."""
     sweep = [
@@ -201,7 +226,7 @@ def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -
 
     `chosen` gives every method's look, and by its order its number.
     """
-    runs = [(group.id, run) for group in groups for run in whole_lines(group.runs)]
+    runs = [(group.id, run) for group in groups for run in group.runs]
     left_out = {run.name for group in groups for run in group.left_out}
     columns = {column.id: column for group in groups for column in group.columns if column.kind == "number"}
     columns.pop("seed", None)
@@ -235,6 +260,7 @@ def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -
         for group, run in runs
     ]
     tasks = _add_scores(entries, groups)
+    entries = _with_whole_lines(entries, {run.name for _, run in runs if run.unfinished})
     metrics = sorted({metric for entry in entries for metric in entry["metrics"]}, key=quantity_order)
     return {
         "methods": [

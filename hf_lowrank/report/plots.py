@@ -238,10 +238,10 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
     """What kind of solution each method found: a metric at the last step against the perplexity, in small multiples.
 
     A mark is a method's mean over its runs, a cross its 95 % intervals; equal perplexity, different height: different
-    solutions. Metrics that no run has are left out, and runs that are not finished where others are.
+    solutions. Metrics that no run has are left out, and runs that are not finished where others of their method
+    are.
     """
     records = [run for run in _one_evaluation_set(load_runs(runs)) if run.perplexity is not None]
-    records = [run for run in records if not run.unfinished] or records
     heights = {
         metric: {run.name: row.value for run in records if (row := run.last(metric)) is not None} for metric in metrics
     }
@@ -251,11 +251,8 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
     figure, axes = _figure(len(drawn), size=(3.4, 3.0))
     for metric, place in zip(drawn, axes, strict=True):
         for method, look in looks(run.method for run in records).items():
-            points = [
-                (run.perplexity, value)
-                for run in records
-                if run.method == method and (value := heights[metric].get(run.name)) is not None
-            ]
+            having = [run for run in records if run.method == method and heights[metric].get(run.name) is not None]
+            points = [(run.perplexity, heights[metric][run.name]) for run in whole_lines(having)]
             if points:
                 x, y = (mean_interval([float(side) for side in values]) for values in zip(*points, strict=True))
                 bars = [
@@ -339,9 +336,10 @@ def _by_method(
     marks: bool = True,
 ) -> None:
     """One line for each method: its run with its own band, or the mean over its runs with the t interval."""
-    drawn, whole = False, whole_lines(records)
+    drawn = False
     for method, look in looks(run.method for run in records).items():
-        members = [run.name for run in whole if run.method == method and lines.get(run.name)]
+        having = [run for run in records if run.method == method and lines.get(run.name)]
+        members = [run.name for run in whole_lines(having)]
         if not members:
             continue
         drawn = True

@@ -35,6 +35,7 @@ from hf_lowrank.locks import locked
 from hf_lowrank.memory.recorder import memory_recorder
 from hf_lowrank.optim.engines import refuse_engines
 from hf_lowrank.reading import parse_json
+from hf_lowrank.terminal import is_first_process
 from hf_lowrank.training.callbacks import (
     Checksums,
     FinalCheckpoint,
@@ -101,7 +102,7 @@ def _pretrain(recipe: Recipe, run: Path, held: ExitStack) -> Path:
     if started:
         held.enter_context(locked(run, "train"))
     checkpoint = last_whole_checkpoint(run) if started else None
-    if checkpoint is not None and int(os.environ.get("RANK", "0")) == 0:
+    if checkpoint is not None and is_first_process():
         remove_interim(run, step_of(checkpoint))
     finished = checkpoint is not None and _is_finished(checkpoint)
     begun = started and _has_start(run)
@@ -220,6 +221,7 @@ def check_belongs(run: Path, recipe: Recipe) -> bool:
             f"{file}: not readable: {first_line(error)}; remove it, and call again with the run's recipe"
         ) from None
     ours = parse_yaml(dump_yaml(recipe.plain()))
+    theirs = _with_defaults(theirs, recipe)
     if read_facts(run).get("processes", 1) != int(os.environ.get("WORLD_SIZE", "1")):
         # Another number of processes divides a step otherwise; that it stays the same step is checked by its size.
         theirs, ours = _without(theirs, PER_PROCESS), _without(ours, PER_PROCESS)
@@ -229,6 +231,17 @@ def check_belongs(run: Path, recipe: Recipe) -> bool:
             f"{run}: the run directory belongs to another recipe: {difference}; choose another --output or remove it"
         )
     return True
+
+
+def _with_defaults(theirs: Any, recipe: Recipe) -> Any:
+    """A plain recipe with the settings that its method had not yet, when it was written, as they are by default."""
+    if not isinstance(theirs, dict) or not isinstance(theirs.get("method"), dict):
+        return theirs
+    fields = type(recipe.settings).model_fields.items()
+    defaults = {
+        name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()
+    }
+    return {**theirs, "method": {**defaults, **theirs["method"]}}
 
 
 def _digest(recipe: Recipe) -> str:

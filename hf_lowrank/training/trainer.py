@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from hf_lowrank.checkpoint_sources import weight_files
+from hf_lowrank.checkpoint_sources import INDEX, WEIGHTS, weight_files
 from hf_lowrank.checkpoint_weights import quiet_transformers
 from hf_lowrank.errors import UserError
 
@@ -24,10 +24,12 @@ class WholeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if self.is_fsdp_enabled or not _lacking(self.model, folder):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
+        has_weights = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+        stored = not self.is_fsdp_enabled and isinstance(self.model, PreTrainedModel) and has_weights
+        if stored and _lacking(self.model, folder):
             _load_stored(self.model, folder)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 def _lacking(model: PreTrainedModel, folder: Path) -> set[str]:

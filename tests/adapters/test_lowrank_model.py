@@ -363,6 +363,27 @@ def test_export_of_a_dense_checkpoint_and_by_folder(llama_config, dense, tmp_pat
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(folder), ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("kind", ["empty", "link", "current", "left"])
+def test_export_into_a_folder_that_is_there(llama_config, dense, tmp_path, ids, kind, monkeypatch):
+    model, target = dense(llama_config), tmp_path / "out"
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    place = tmp_path / "empty" if kind == "link" else target
+    place.mkdir()
+    if kind == "link":
+        target.symlink_to(place)
+    elif kind == "current":
+        monkeypatch.chdir(target)
+        target = "."
+    elif kind == "left":  # by an export that was killed
+        (target / ".making").mkdir()
+        (target / ".making" / "model.safetensors").write_bytes(b"torn")
+    before = place.stat().st_ino  # as of a mount, which cannot be replaced
+    export(tmp_path / "checkpoint-3", target)
+    assert place.stat().st_ino == before
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(place), ids), logits(model, ids))
+    assert not (place / ".making").exists()
+
+
 def test_export_says_what_is_wrong(llama_config, adapted, tmp_path):
     run = tmp_path / "run"
     adapted(llama_config, "cola").save_pretrained(run / "checkpoint-7")

@@ -349,14 +349,20 @@ def test_the_command_shows_what_was_asked_for_and_fails_where_that_has_no_score(
     assert status == 1
     assert said.err.splitlines()[-1] == f"hf-lowrank: without a score: {run.name}@10 no_such_task"
     assert "Traceback" not in said.err
-    rows = read_scores(tmp_path / run.name)
-    asked, missing = asked_for([Trajectory(run)], rows, tasks="spell", steps=10, limit=3)
+    asked, missing = asked_for([Trajectory(run)], output=tmp_path, tasks="spell", steps=10, limit=3)
     assert {(row.limit, row.step) for row in asked} == {(3, 10)}
     assert missing == []
-    assert asked_for([Trajectory(run)], rows, tasks="spell", steps=[5, 10], limit=5) == (
+    assert asked_for([Trajectory(run)], output=tmp_path, tasks="spell", steps=[5, 10], limit=5) == (
         [],
         [f"{run.name}@5 spell", f"{run.name}@10 spell"],
     )
+    # The score of one does not answer for another of its name.
+    other = shutil.copytree(run, tmp_path / "other" / run.name, ignore=shutil.ignore_patterns("downstream*"))
+    copy = shutil.copytree(run, tmp_path / "copy" / run.name, ignore=shutil.ignore_patterns("downstream*"))
+    evaluate(copy, tasks="spell", steps=10, limit=3)
+    asked, missing = asked_for([Trajectory(copy), Trajectory(other)], tasks="spell", steps=10, limit=3)
+    assert {(row.limit, row.step) for row in asked} == {(3, 10)}
+    assert missing == [f"{other}@10 spell"]
 
 
 def said_by_two(command, folder):

@@ -147,3 +147,44 @@ def test_what_is_cleaned_says_the_same_of_the_rest(tmp_path):
     assert json.loads(sent["facts.json"]) == {"said": "it ended:\na is full"}
     (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe) + "# as it was\n")
     assert push_file("recipe.yaml", tmp_path / "recipe.yaml").read() == (tmp_path / "recipe.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "left"),
+    [
+        ("facts.json", '{"a":"/home/bob/x","a":1}', {"a": 1}),
+        ("facts.json", '{"a":"\\ud800 /home/bob/q/z"}', None),
+        ("facts.json", '["/home/bob/x/y","checksum"]', ["y", "checksum"]),
+        ("facts.json", '{"/home/bob/a/x":1,"/home/bob/b/x":2}', None),
+        ("measurements.jsonl", '{"run": "/home/bob/r"}\n{"run": "r"}\n', None),
+        ("recipe.yaml", "a: !!set {/home/bob/x/y}\n", {"a": {"y"}}),
+        ("recipe.yaml", "a: [/home/bob/x/y\n", None),
+    ],
+)
+def test_nothing_private_is_left_whatever_the_file_is(tmp_path, name, text, left):
+    (tmp_path / name).write_text(text)
+    sent = push_file(name, tmp_path / name).read().decode()
+    assert "bob" not in sent
+    if left is not None:
+        assert (parse_yaml(sent) if name.endswith("yaml") else json.loads(sent)) == left
+
+
+@pytest.mark.parametrize(("name", "text"), [("facts.json", '{"a": 20240101}'), ("recipe.yaml", "port: 20240101\n")])
+def test_a_number_that_is_a_secret_is_refused(tmp_path, monkeypatch, name, text):
+    monkeypatch.setenv("DB_PASSWORD", "20240101")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}: holds an access token or another secret"):
+        push_file(name, tmp_path / name)
+
+
+def test_damage_stays_damage(tmp_path):
+    row = json.dumps(sealed({"run": "/home/bob/r", "value": 1.0})).replace("1.0", "9.0")
+    (tmp_path / "measurements.jsonl").write_text(row + "\n")
+    (tmp_path / "recipe.yaml").write_text(sealed_text("data: /home/bob/text\nseed: 0\n").replace("seed: 0", "seed: 1"))
+    sent = {name: push_file(name, tmp_path / name).read().decode() for name in os.listdir(tmp_path)}
+    assert "bob" not in str(sent)
+    with pytest.raises(ValueError, match="its checksum differs"):
+        unsealed(json.loads(sent["measurements.jsonl"]))
+    (tmp_path / "recipe.yaml").write_text(sent["recipe.yaml"])
+    with pytest.raises(ValueError, match="its checksum differs"):
+        read_sealed_text(tmp_path / "recipe.yaml")

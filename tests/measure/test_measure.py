@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.checksums import sealed_text, write_checksums
@@ -178,6 +179,31 @@ def test_rows_are_of_the_checkpoints_that_are_there(make_run, tmp_path, with_che
     assert unmeasured(theirs, **wanted) == []
     (theirs / "measurements.jsonl").write_bytes(before)
     assert {step for step, _ in unmeasured(theirs, **wanted)} == {10, 20}
+
+
+def test_rows_stay_those_of_weights_that_travelled_without_their_checksums(make_run, tmp_path):
+    """As from the Hub, where there are none, with a configuration that was cleaned; or that another tool divided."""
+    run = make_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text(sealed_text((run / "recipe.yaml").read_text()))
+    for checkpoint in run.glob("checkpoint-*"):
+        write_checksums(checkpoint)
+    rows = measure(run, metrics="loss")
+    copy = shutil.copytree(run, tmp_path / "copy" / "run", ignore=shutil.ignore_patterns("checksums.json"))
+    (copy / "recipe.yaml").write_text("method: {name: full_rank}\nseed: 0\n")
+    for config in copy.glob("*/config.json"):
+        config.write_text(config.read_text().replace("{", '{"_name_or_path": "run",', 1))
+    assert measure(copy, metrics="loss") == rows
+    assert unmeasured(copy, metrics="loss") == []
+    for step, other in ((10, 20), (20, 10)):  # under names of their own
+        weights = load_file(run / f"checkpoint-{other}" / "model.safetensors")
+        folder = copy / f"checkpoint-{step}"
+        (folder / "model.safetensors").unlink()
+        save_file(weights, folder / "part.safetensors", metadata={"format": "pt"})
+        index = {"weight_map": dict.fromkeys(weights, "part.safetensors"), "metadata": {}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Trajectory(copy).fingerprint(10) != Trajectory(copy).fingerprint(20)
+    with pytest.raises(UserError, match="its rows of step 10 are not of"):
+        measure(copy, metrics="loss")
 
 
 def test_nothing_is_said_of_a_checkpoint_that_cannot_be_read(make_run, tmp_path):

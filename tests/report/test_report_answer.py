@@ -12,7 +12,7 @@ from hf_lowrank.report import terminal_table
 from hf_lowrank.report.answer import groups
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, looks
 from hf_lowrank.report.payload import payload
-from hf_lowrank.report.plots import loss_curves
+from hf_lowrank.report.plots import loss_curves, trends
 from hf_lowrank.report.study import Study
 from hf_lowrank.report.verdicts import verdict
 from hf_lowrank.run_records import load_runs
@@ -151,6 +151,15 @@ def test_runs_that_are_not_finished_cut_no_line_short(make_run):
     assert entries[1]["final"] == {}  # its line shows how far it is, its last values stand beside no others
     (axes,) = loss_curves(paths).axes
     assert [line.get_xdata()[-1] for line in axes.lines] == [200, 200]
+    # What the finished one has not is drawn of the other.
+    (paths[0] / "measurements.jsonl").unlink()
+    runs = load_runs(paths)
+    entries = payload(groups(runs), Study(), looks({run.method for run in runs}))["runs"]
+    (early,) = [entry for entry in entries if entry["name"] == "galore-1"]
+    assert early["loss"]["eval"]["x"] == []
+    assert early["metrics"]["weight_effective_rank"]["x"] == [0, 50, 100]
+    (axes,) = trends([paths[0], paths[2]], ["weight_effective_rank"]).axes
+    assert [line.get_xdata()[-1] for line in axes.lines] == [100]
 
 
 def test_runs_that_end_at_different_steps_say_so(make_run):

@@ -174,7 +174,8 @@ def test_the_checksums_are_those_of_the_files(whole):
     assert entries.keys() == {file.name for file in folder.iterdir()} - {FILE_NAME}
     for name, entry in entries.items():
         content = (folder / name).read_bytes()
-        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        assert (entry["sha256"], entry["bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))
+        assert ("samples" in entry) == name.endswith(".safetensors")
     assert damage_by_checksums(folder) is None
 
 

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_lowrank.checksums import read_sealed_text, sealed_text
 from hf_lowrank.cli import main
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.training import load_recipe, pretrain
 from hf_lowrank.training.resume import damage_of, last_whole_checkpoint
 from hf_lowrank.training.tokenization import train_tokenizer
-from hf_lowrank.training.yaml_files import parse_yaml
+from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
 
 METHODS = {
     "full_rank": {"name": "full_rank"},
@@ -223,6 +224,17 @@ def test_another_recipes_folder_is_left_alone(write_recipe, tmp_path, overrides,
         trained(path, tmp_path / "run", *overrides)
     assert part in str(error.value)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_run_of_before_a_setting_was_there_is_the_recipes(write_recipe, tmp_path):
+    path = write_recipe(method={"name": "galore", "rank": 4})
+    run = trained(path, tmp_path / "run")
+    recipe = parse_yaml(read_sealed_text(run / "recipe.yaml"))
+    assert recipe["method"].pop("target_parameters") == []
+    (run / "recipe.yaml").write_text(sealed_text(dump_yaml(recipe)))
+    assert trained(path, run) == run
+    with pytest.raises(UserError, match=r"method\.scale is 0\.5 now, 0\.25 there"):
+        trained(path, run, "method.scale=0.5")
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(write_recipe, tmp_path):

@@ -8,11 +8,14 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 from hf_lowrank.checksums import write_checksums
 from hf_lowrank.errors import UserError
 from hf_lowrank.training import load_recipe, pretrain
+from hf_lowrank.training.trainer import WholeTrainer
 
 METHODS = {
     "full_rank": {"name": "full_rank"},
@@ -101,6 +104,19 @@ def test_weights_that_are_stored_under_other_names_are_continued_from(write_reci
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def test_adapters_of_peft_are_left_to_trainer(tiny_llama, tmp_path):
+    """A method of another package may build one."""
+    model = get_peft_model(tiny_llama, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    (adapter,) = [p for name, p in model.named_parameters() if "0.self_attn.q_proj.lora_B" in name]
+    before = adapter.detach().clone()
+    with torch.no_grad():
+        adapter.zero_()
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    WholeTrainer(model=model, args=args)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert torch.equal(adapter, before)
 
 
 def test_a_checkpoint_without_some_weights_is_not_continued_from(write_recipe, tmp_path):
