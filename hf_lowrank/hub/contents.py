@@ -117,7 +117,10 @@ def push_file(name: str, path: Path) -> PushFile:
         data = path.read_bytes()
         if name.endswith(".jsonl"):
             data = data[: data.rfind(b"\n") + 1]  # a last line without an end is being written
-        cleaned = _cleaned(name, data.decode("utf-8")).encode()
+        try:
+            cleaned = _cleaned(name, data.decode("utf-8")).encode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: damaged: it is no text in UTF-8: {error}") from None
         if holds_secret(cleaned):  # as a number that is one
             raise UserError(f"{path}: holds an access token or another secret of this machine; it is not pushed")
         # By content, not by path: the file may grow while it is pushed.

@@ -103,6 +103,8 @@ def read_run_recipe(folder, content):
 
     from hf_lowrank.checkpoints import Trajectory
     from hf_lowrank.hub.card_facts import read_yaml
+    from hf_lowrank.hub.contents import push_file
+    from hf_lowrank.methods import METHODS
     from hf_lowrank.run_records import load_run
     from hf_lowrank.training.pretrain import check_belongs
 
@@ -111,9 +113,12 @@ def read_run_recipe(folder, content):
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text(json.dumps(CONFIG))
     (checkpoint / "model.safetensors").write_bytes(b"")
+    settings = METHODS["galore"].settings(rank=4)
+    whole = {**RUN_RECIPE, "method": {"name": "galore", **settings.model_dump(mode="json")}}
     faults = []
     readers = (
-        lambda: check_belongs(folder, SimpleNamespace(plain=lambda: RUN_RECIPE)),
+        lambda: check_belongs(folder, SimpleNamespace(plain=lambda: whole, settings=settings)),
+        lambda: push_file("recipe.yaml", folder / "recipe.yaml"),
         lambda: load_run(folder),
         lambda: read_yaml(folder / "recipe.yaml"),
         lambda: Trajectory(folder).run,
@@ -127,14 +132,15 @@ def read_run_recipe(folder, content):
         raise faults[0]
 
 
-CHECKSUMS = {"model.safetensors": {"sha256": hashlib.sha256(b"weights").hexdigest(), "bytes": 7}}
+CHECKSUMS = {"model.safetensors": {"sha256": hashlib.sha256(b"weights").hexdigest(), "bytes": 7, "samples": "00"}}
 
 
 def read_checksums(folder, content):
-    from hf_lowrank.checksums import check_checksums
+    from hf_lowrank.checksums import check_checksums, fingerprint
 
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "checksums.json").write_bytes(content)
+    assert fingerprint(folder, ["model.safetensors"]) != ""
     check_checksums(folder)
 
 
