@@ -180,7 +180,7 @@ def _recorded_step(folder: Path) -> int:
     state = folder / "trainer_state.json"
     try:
         return int(parse_json(state.read_text(encoding="utf-8"))["global_step"]) if state.is_file() else 0
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{state}: has no readable global_step: {_one_line(error)}") from None
 
 

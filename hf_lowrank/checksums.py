@@ -69,7 +69,7 @@ def _written(folder: Path) -> dict[str, tuple[str, int]]:
     try:
         entries = _entries(folder)
         return {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{FILE_NAME} is unreadable: {' '.join(str(error).split())[:200]}") from None
 
 

@@ -113,7 +113,7 @@ def _read_mark(checkpoint: Path) -> tuple[list[float], int]:
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
         return [float(loss) for loss in content["losses"]], int(content["last_logged"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{file}: damaged ({' '.join(str(error).split())}); remove {checkpoint}") from None
 
 

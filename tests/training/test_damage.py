@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_lowrank.checkpoints import Trajectory
-from hf_lowrank.checksums import FILE_NAME, damage_by_checksums, unsealed, write_checksums
+from hf_lowrank.checksums import FILE_NAME, damage_by_checksums, fingerprint, unsealed, write_checksums
 from hf_lowrank.errors import UserError
 from hf_lowrank.measure import measure
 from hf_lowrank.run_records import load_run
@@ -118,6 +118,21 @@ def test_a_run_is_not_finished_without_what_it_began_with(whole, tmp_path, how):
 def test_a_name_that_no_file_can_have_is_missing(tmp_path):
     (tmp_path / FILE_NAME).write_text(json.dumps({"x" * 5000: {"sha256": "0", "bytes": 1}}))
     assert damage_by_checksums(tmp_path) == "x" * 200 + " is missing"
+
+
+@pytest.mark.parametrize("entry", [{"sha256": "0", "bytes": float("inf")}, {"sha256": "0"}, [], None])
+def test_entries_that_are_none_are_damage(tmp_path, entry):
+    (tmp_path / FILE_NAME).write_text(json.dumps({"config.json": entry}))
+    assert damage_by_checksums(tmp_path).startswith(f"{FILE_NAME} is unreadable: ")
+    assert fingerprint(tmp_path, ["config.json"]) is None
+
+
+def test_a_step_without_end_is_said(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": Infinity}')
+    with pytest.raises(UserError, match=r"trainer_state\.json: has no readable global_step"):
+        Trajectory(tmp_path)
 
 
 @pytest.mark.parametrize("name", FILES)
