@@ -83,12 +83,9 @@ class FolderSource:
     def fingerprint(self, step: int) -> str | None:
         folder = self._folders[step]
         try:
-            names = (
-                {WEIGHTS} if (folder / WEIGHTS).is_file() else {file.name for file in weight_files(folder).values()}
-            )
+            return fingerprint(folder, {file.name for file in weight_files(folder).values()})
         except UserError:
-            return None
-        return fingerprint(folder, names)
+            return None  # whoever reads the weights says what is wrong with them
 
     def extra(self, file: str) -> Path | None:
         path = self._extras / file

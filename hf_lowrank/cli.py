@@ -12,7 +12,8 @@ import typer
 
 from hf_lowrank.errors import STOPPED_STATUS, StoppedError, UserError
 from hf_lowrank.files import refusal_of
-from hf_lowrank.terminal import console, echo, is_first_process, lose_no_line, no_bars_in_logs, warn_in_lines
+from hf_lowrank.locks import is_first_process
+from hf_lowrank.terminal import console, echo, lose_no_line, no_bars_in_logs, warn_in_lines
 
 # typer may carry a click of its own, so the base of its usage errors is reached through a public name.
 UsageFault: type[Exception] = typer.BadParameter.__mro__[2]

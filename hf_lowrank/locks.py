@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.terminal import is_first_process
 
 try:
     import fcntl
@@ -42,7 +41,7 @@ def locked(folder: str | os.PathLike[str], purpose: str, *, wait: float = 0.0) -
         UserError: another process holds it; names the folder and that process.
     """
     key = (os.getpid(), Path(folder).resolve() / f".{purpose}.lock")
-    if key in _held or fcntl is None or _follows():
+    if key in _held or fcntl is None or not is_first_process():
         yield _held.get(key)
         return
     handle = _acquire(Path(folder), key[1], wait)
@@ -72,9 +71,10 @@ def all_locked(folders: Iterable[str | os.PathLike[str]], purpose: str) -> Itera
         yield
 
 
-def _follows() -> bool:
-    """Whether this is a later process of a launch: the first holds the lock for all."""
-    return not is_first_process()
+def is_first_process() -> bool:
+    """Whether this process holds locks and speaks for all: the others of its launch have the same to do and to say."""
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return not (rank.isdecimal() and int(rank) > 0 and world.isdecimal() and int(world) > 1)
 
 
 def _acquire(folder: Path, file: Path, wait: float) -> int | None:

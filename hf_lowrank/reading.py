@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,3 +55,34 @@ def faults_are_yaml() -> Iterator[None]:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise yaml.YAMLError(f"a value cannot be read: {said}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number, as in YAML 1.2, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """`text` as plain data; raises yaml.YAMLError."""
+    with faults_are_yaml():
+        return yaml.load(text, Loader=_Loader)
+
+
+def dump_yaml(data: dict[str, Any]) -> str:
+    """Plain data as YAML text that `parse_yaml` reads back equal."""
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)

@@ -313,9 +313,8 @@ def load_run(folder: str | os.PathLike[str]) -> RunRecord:
     )
 
 
-def whole_lines(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Of runs of one method that have a line, those whose lines are drawn: those that are finished, whose mean others
-    would cut short, or all where none is."""
+def finished_or_all(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Those that are finished, beside which others stand for nothing, or all where none is."""
     return [run for run in runs if not run.unfinished] or list(runs)
 
 

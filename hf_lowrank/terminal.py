@@ -9,18 +9,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hf_lowrank.errors import LowRankWarning
+from hf_lowrank.locks import is_first_process
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 # Where a terminal says that it has no width at all.
 WIDTH = 80
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks for all: the others of its launch have the same to say."""
-    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return not (rank.isdecimal() and int(rank) > 0 and world.isdecimal() and int(world) > 1)
 
 
 def console() -> Console:

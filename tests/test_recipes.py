@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from hf_lowrank.methods import METHODS
+from hf_lowrank.reading import parse_yaml
 from hf_lowrank.study.spec import load_study
 from hf_lowrank.training import load_recipe
-from hf_lowrank.training.yaml_files import parse_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TREES = ("nano", "llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b")

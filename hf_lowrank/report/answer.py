@@ -10,7 +10,7 @@ from hf_lowrank.report.colours import method_order
 from hf_lowrank.report.run_table import Cell, Column, mixed, table
 from hf_lowrank.report.standings import BASELINE, Standings, standings
 from hf_lowrank.report.verdicts import trade_off, verdict
-from hf_lowrank.run_records import RunRecord
+from hf_lowrank.run_records import RunRecord, finished_or_all
 
 # Of runs that are not finished, in a sentence.
 MOST_NAMED = 4
@@ -26,7 +26,6 @@ class Group:
         size: width and depth of the models; None where unknown.
         scale: the size in words.
         runs: by final loss, best first, those without one last, after them those that are not finished.
-        left_out: those that are not finished, where others are.
         columns: those that at least one run fills.
         cells: one row per run, one cell per column.
         mixed: metrics measured with different settings or at different steps in these runs: compare with care.
@@ -40,7 +39,6 @@ class Group:
     size: tuple[int, int] | None
     scale: str
     runs: tuple[RunRecord, ...]
-    left_out: tuple[RunRecord, ...]
     columns: tuple[Column, ...]
     cells: tuple[tuple[Cell, ...], ...]
     mixed: tuple[str, ...]
@@ -74,9 +72,7 @@ def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
             )
         )
         columns, cells = table(members)
-        left_out = [run for run in members if run.unfinished]
-        left_out = left_out if len(left_out) < len(members) else []
-        ranked = [run for run in members if run not in left_out]
+        ranked = finished_or_all(members)
         headline, standfirst = verdict(ranked)
         methods = standings(ranked, baseline)
         result.append(
@@ -86,7 +82,6 @@ def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
                 size=size,
                 scale=_scale(members, size, baseline),
                 runs=tuple(members),
-                left_out=tuple(left_out),
                 columns=tuple(columns),
                 cells=tuple(cells),
                 mixed=mixed(members, columns),

@@ -13,7 +13,7 @@ from hf_lowrank.report.colours import Look
 from hf_lowrank.report.curves import CURVE_METRICS, SWEEPS, curves, plane
 from hf_lowrank.report.standings import downstream
 from hf_lowrank.report.study import Study
-from hf_lowrank.run_records import RunRecord
+from hf_lowrank.run_records import RunRecord, finished_or_all
 
 # Beyond this many points a line of a few hundred pixels does not change.
 POINTS_OF_A_LINE = 400
@@ -227,14 +227,14 @@ def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -
     `chosen` gives every method's look, and by its order its number.
     """
     runs = [(group.id, run) for group in groups for run in group.runs]
-    left_out = {run.name for group in groups for run in group.left_out}
+    ranked = {run.name for group in groups for run in finished_or_all(group.runs)}
     columns = {column.id: column for group in groups for column in group.columns if column.kind == "number"}
     columns.pop("seed", None)
     finals = {
         run.name: {
             column.id: short(cell.value, 7)
             for column, cell in zip(group.columns, cells, strict=True)
-            if column.id in columns and isinstance(cell.value, int | float) and run.name not in left_out
+            if column.id in columns and isinstance(cell.value, int | float) and run.name in ranked
         }
         for group in groups
         for run, cells in zip(group.runs, group.cells, strict=True)

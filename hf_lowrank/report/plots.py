@@ -16,7 +16,7 @@ from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.report.catalogue import quantity, quantity_order
 from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
 from hf_lowrank.report.curves import CURVE_METRICS, Plane, curves, plane
-from hf_lowrank.run_records import RunRecord, load_runs, whole_lines
+from hf_lowrank.run_records import RunRecord, finished_or_all, load_runs
 from hf_lowrank.statistics import Estimate, mean_interval
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
     for metric, place in zip(drawn, axes, strict=True):
         for method, look in looks(run.method for run in records).items():
             having = [run for run in records if run.method == method and heights[metric].get(run.name) is not None]
-            points = [(run.perplexity, heights[metric][run.name]) for run in whole_lines(having)]
+            points = [(run.perplexity, heights[metric][run.name]) for run in finished_or_all(having)]
             if points:
                 x, y = (mean_interval([float(side) for side in values]) for values in zip(*points, strict=True))
                 bars = [
@@ -339,7 +339,7 @@ def _by_method(
     drawn = False
     for method, look in looks(run.method for run in records).items():
         having = [run for run in records if run.method == method and lines.get(run.name)]
-        members = [run.name for run in whole_lines(having)]
+        members = [run.name for run in finished_or_all(having)]
         if not members:
             continue
         drawn = True

@@ -16,6 +16,7 @@ from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError
 from hf_lowrank.files import write_text
 from hf_lowrank.locks import locked
+from hf_lowrank.reading import dump_yaml
 from hf_lowrank.study import units
 from hf_lowrank.study.checks import chosen_stages, prepare
 from hf_lowrank.study.layout import Study
@@ -24,7 +25,6 @@ from hf_lowrank.study.progress import Progress, Say
 from hf_lowrank.study.spec import StudyFile, load_study
 from hf_lowrank.study.sweep import chosen_rates, write_sweep
 from hf_lowrank.study.workers import Forks, Processes, Server, Workers
-from hf_lowrank.training.yaml_files import dump_yaml
 
 logger = logging.getLogger(__name__)
 

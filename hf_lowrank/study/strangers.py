@@ -14,9 +14,9 @@ from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.files import whole_file, write_text
 from hf_lowrank.measuring.plan import choose_steps
+from hf_lowrank.reading import dump_yaml
 from hf_lowrank.study.layout import Run, Study
 from hf_lowrank.training.pretrain import RECIPE_FILE
-from hf_lowrank.training.yaml_files import dump_yaml
 
 
 def view_work(study: Study, run: Run) -> dict[str, Any]:

@@ -31,11 +31,10 @@ from hf_lowrank.errors import StoppedError, UserError
 from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.files import refusal_of, write_text
-from hf_lowrank.locks import locked
+from hf_lowrank.locks import is_first_process, locked
 from hf_lowrank.memory.recorder import memory_recorder
 from hf_lowrank.optim.engines import refuse_engines
-from hf_lowrank.reading import parse_json
-from hf_lowrank.terminal import is_first_process
+from hf_lowrank.reading import dump_yaml, parse_json, parse_yaml
 from hf_lowrank.training.callbacks import (
     Checksums,
     FinalCheckpoint,
@@ -53,7 +52,6 @@ from hf_lowrank.training.sequences import HeldOutSequences, collate
 from hf_lowrank.training.stopping import InterimRemoved, StopOnSignal, is_interim, remove_interim
 from hf_lowrank.training.tokenization import load_tokenizer, padding_id
 from hf_lowrank.training.trainer import WholeTrainer
-from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
 
 logger = logging.getLogger(__name__)
 

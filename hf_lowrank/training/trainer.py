@@ -17,7 +17,7 @@ class WholeTrainer(Trainer):
     """Trainer loads by the names that a model's tensors have while it runs, and passes over all others with a warning.
 
     Some architectures are stored under other names, as GPT-NeoX's head, or a mixture's experts one by one: those would
-    go on from their first weights.
+    go on from their first weights. Where Trainer learns to load those this class has no more to do.
     """
 
     model: PreTrainedModel

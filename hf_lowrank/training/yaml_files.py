@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,38 +10,7 @@ from typing import Any
 import yaml
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.reading import faults_are_yaml
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as in YAML 1.2, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """`text` as plain data; raises yaml.YAMLError."""
-    with faults_are_yaml():
-        return yaml.load(text, Loader=_Loader)
-
-
-def dump_yaml(data: dict[str, Any]) -> str:
-    """Plain data as YAML text that `parse_yaml` reads back equal."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+from hf_lowrank.reading import parse_yaml
 
 
 @dataclass

@@ -140,7 +140,7 @@ def read_checksums(folder, content):
 
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "checksums.json").write_bytes(content)
-    assert fingerprint(folder, ["model.safetensors"]) != ""
+    fingerprint(folder, ["model.safetensors"])
     check_checksums(folder)
 
 

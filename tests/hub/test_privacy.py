@@ -14,7 +14,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.hub import push
 from hf_lowrank.hub.contents import push_file
 from hf_lowrank.hub.privacy import one_line, without_private
-from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
+from hf_lowrank.reading import dump_yaml, parse_yaml
 from tests.hub.server import TOKEN
 
 

@@ -15,10 +15,10 @@ from hf_lowrank.checksums import read_sealed_text, sealed_text
 from hf_lowrank.cli import main
 from hf_lowrank.errors import UserError
 from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.reading import dump_yaml, parse_yaml
 from hf_lowrank.training import load_recipe, pretrain
 from hf_lowrank.training.resume import damage_of, last_whole_checkpoint
 from hf_lowrank.training.tokenization import train_tokenizer
-from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
 
 METHODS = {
     "full_rank": {"name": "full_rank"},

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.reading import dump_yaml, parse_yaml
 from hf_lowrank.training import load_recipe
-from hf_lowrank.training.yaml_files import dump_yaml, parse_yaml
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # accelerate's own configurations and the studies stand beside the trees of recipes.
