@@ -1,12 +1,16 @@
 """A run directory as training leaves it, made by hand: held-out files on disk, a small tokenizer, small models."""
 
+import json
 import os
+import random
 
 import pytest
 import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_lowrank.downstream import TASK_FOLDER, catalogue
+from hf_lowrank.downstream import runner as runner_module
 from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.training.tokenization import train_tokenizer
 
@@ -80,3 +84,33 @@ def other_run(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="session")
 def make_run():
     return write_run
+
+
+@pytest.fixture
+def few_shot(tmp_path, monkeypatch):
+    """A task of other people's: examples drawn for the prompt, and numbers for ids, of which two are equal."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rng = random.Random(0)
+    for split, count in (("train", 40), ("test", 12)):
+        lines = [{"id": max(1, i), "word": "".join(rng.choices("abcdef", k=4))} for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = {
+        "task": "spell",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {s: str(folder / f"{s}.jsonl") for s in ("train", "test")}},
+        "output_type": "loglikelihood",
+        "training_split": "train",
+        "fewshot_split": "train",
+        "test_split": "test",
+        "num_fewshot": 2,
+        "doc_to_text": "spell {{word}}:",
+        "doc_to_target": "{{word}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+        "metadata": {"version": 1.0},
+    }
+    (folder / "spell.yaml").write_text(json.dumps(task))
+    monkeypatch.setattr(catalogue, "_paths", lambda: (str(TASK_FOLDER), str(folder)))
+    monkeypatch.setattr(runner_module, "units", lambda names: (names, []))
+    monkeypatch.setattr(runner_module, "OWN", ("spell", "none_such"))
+    return folder
