@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_lowrank.files import write_text
+from hf_lowrank.storage.files import write_text
 from hf_lowrank.training.corpus import prepare_corpus
 from hf_lowrank.training.recipe import DataSettings
 from hf_lowrank.training.sequences import collate

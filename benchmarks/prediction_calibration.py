@@ -20,7 +20,7 @@ import numpy as np
 from hf_lowrank.downstream.prediction import gain_interval, permutation_p_value
 from hf_lowrank.downstream.ridge import leave_one_run_out
 from hf_lowrank.downstream.simulation import simulated_table
-from hf_lowrank.files import write_text
+from hf_lowrank.storage.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "prediction_calibration.json"
 RUNS, STEPS, METRICS, EFFECT = 12, 5, 16, 0.5

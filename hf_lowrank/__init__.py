@@ -10,10 +10,10 @@ from hf_lowrank.adapters import (
     ReLoraScheduler,
     SLTrainConfig,
 )
-from hf_lowrank.checkpoints import Trajectory
-from hf_lowrank.measure import METRICS
 from hf_lowrank.methods import METHODS
+from hf_lowrank.metrics import METRICS
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, param_groups
+from hf_lowrank.runs.trajectory import Trajectory
 
 __version__ = version("hf-lowrank")
 

@@ -11,9 +11,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from hf_lowrank.errors import STOPPED_STATUS, StoppedError, UserError
-from hf_lowrank.files import refusal_of
-from hf_lowrank.locks import is_first_process
-from hf_lowrank.terminal import console, echo, lose_no_line, no_bars_in_logs, warn_in_lines
+from hf_lowrank.formats import console, echo, lose_no_line, no_bars_in_logs, warn_in_lines
+from hf_lowrank.storage.files import refusal_of
+from hf_lowrank.storage.locks import is_first_process
 
 # typer may carry a click of its own, so the base of its usage errors is reached through a public name.
 UsageFault: type[Exception] = typer.BadParameter.__mro__[2]
@@ -96,7 +96,7 @@ def measure(
 ) -> None:
     """Measure checkpoints: rows of measurements.jsonl. What is there already is not measured again."""
     from hf_lowrank.formats import plain
-    from hf_lowrank.measure import measure as measure_runs
+    from hf_lowrank.measuring import measure as measure_runs
 
     rows = measure_runs(
         runs,
@@ -153,10 +153,10 @@ def evaluate(
 ) -> None:
     """Score checkpoints with lm-eval: rows of downstream.jsonl. No checkpoint and task is scored twice. Status 1: some
     of what was asked for has no score."""
-    from hf_lowrank.checkpoints import Trajectory
     from hf_lowrank.downstream import evaluate as evaluate_runs
     from hf_lowrank.downstream.figures import score_table
     from hf_lowrank.downstream.runner import asked_for
+    from hf_lowrank.runs.trajectory import Trajectory
 
     trajectories = [Trajectory(run, revisions=revisions) for run in runs]
     evaluate_runs(
@@ -261,7 +261,7 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet.")],
 ) -> None:
     """Write a checkpoint as the plain dense architecture, which loads without this package."""
-    from hf_lowrank.adapters.export import export as export_dense
+    from hf_lowrank.runs.export import export as export_dense
 
     typer.echo(f"dense model: {export_dense(checkpoint, output)}")
 
@@ -362,7 +362,7 @@ def methods() -> None:
 @app.command()
 def metrics() -> None:
     """List the metrics by dimension, with their meaning."""
-    from hf_lowrank.measure import METRICS
+    from hf_lowrank.metrics import METRICS
 
     for metric in METRICS.values():
         remarks = [metric.dimension, *(["needs a baseline"] if metric.needs_baseline else [])]

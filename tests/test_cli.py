@@ -11,9 +11,9 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 
 from hf_lowrank.cli import main
 from hf_lowrank.errors import LowRankWarning
-from hf_lowrank.locks import is_first_process
+from hf_lowrank.formats import console, echo, no_bars_in_logs, warn_in_lines
 from hf_lowrank.methods import METHODS
-from hf_lowrank.terminal import console, echo, no_bars_in_logs, warn_in_lines
+from hf_lowrank.storage.locks import is_first_process
 
 
 def run(capsys, *arguments):

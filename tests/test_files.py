@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_lowrank.files import refusal_of
+from hf_lowrank.storage.files import refusal_of
 
 CONTENT = {"moments": torch.zeros(1200), "support": torch.arange(300)}
 

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.evaluation_set import EvaluationSet
-from hf_lowrank.files import whole_file, write_text
 from hf_lowrank.methods import METHODS, FullRankSettings, Method, MethodTable
+from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.storage.files import whole_file, write_text
 from hf_lowrank.targets import target_modules
 
 

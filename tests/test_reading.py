@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from hf_lowrank.reading import parse_json, parse_plain_yaml
+from hf_lowrank.storage.parsing import parse_json, parse_plain_yaml
 
 NO_JSON = ["{", "[" * 100_000, "1" * 5000, '{"a": [-' + "9" * 5000 + "]}", "\x00", ""]
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from hf_lowrank.methods import METHODS
-from hf_lowrank.reading import parse_yaml
+from hf_lowrank.storage.parsing import parse_yaml
 from hf_lowrank.study.spec import load_study
 from hf_lowrank.training import load_recipe
 

@@ -13,8 +13,8 @@ import torch
 import yaml
 
 import hf_lowrank
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.trajectory import Trajectory
 
 PACKAGE = Path(hf_lowrank.__file__).parent
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -148,7 +148,7 @@ def test_a_resumed_run_loads_no_pickle(finished, tmp_path, name, archive):
 
 
 def test_measuring_and_reporting_load_no_pickle(finished, tmp_path):
-    from hf_lowrank.measure import measure
+    from hf_lowrank.measuring import measure
     from hf_lowrank.report import write_report
 
     _, run = finished

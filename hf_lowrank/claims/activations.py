@@ -21,7 +21,7 @@ from hf_lowrank.claims.words import (
     undecided_reason,
 )
 from hf_lowrank.formats import plain, significant
-from hf_lowrank.run_records import RunRecord
+from hf_lowrank.runs.records import RunRecord
 
 # The distance, and what stands in where it was not measured: (metric, distance from its value, name).
 DISTANCES: tuple[tuple[str, Callable[[float], float], str], ...] = (

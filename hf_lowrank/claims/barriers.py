@@ -13,8 +13,8 @@ from hf_lowrank.claims.study import Study, common, kind_of, logged_losses, loss_
 from hf_lowrank.claims.verdicts import every_above
 from hf_lowrank.claims.words import detail, fewest_seeds, interval, listed, nats, seeds_and_step, undecided_reason
 from hf_lowrank.formats import loss_text
-from hf_lowrank.measuring.table import OWN_BASELINE, UNDEFINED
-from hf_lowrank.run_records import Row
+from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED
+from hf_lowrank.runs.records import Row
 from hf_lowrank.statistics import mean_interval
 
 # A perplexity 5 % higher: what no reader would call the same loss, and several times what seeds differ by.

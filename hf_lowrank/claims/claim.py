@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
-from hf_lowrank.files import write_text
-from hf_lowrank.reading import parse_json
-from hf_lowrank.rows import row_of
+from hf_lowrank.storage.checksums import sealed, unsealed
+from hf_lowrank.storage.files import write_text
+from hf_lowrank.storage.parsing import parse_json
+from hf_lowrank.storage.tables import row_of
 
 Verdict = Literal["reproduced", "contradicted", "undecided"]
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "contradicted", "undecided")

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.checksums import unsealed
 from hf_lowrank.claims.claim import Claim, Detail, Verdict
 from hf_lowrank.claims.words import p_text
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import plain, significant
-from hf_lowrank.reading import parse_json
+from hf_lowrank.storage.checksums import unsealed
+from hf_lowrank.storage.parsing import parse_json
 
 TEST = (
     "Two ridge regressions on checkpoints, log-perplexity alone against log-perplexity and the metrics, judged on "

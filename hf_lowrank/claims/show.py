@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hf_lowrank.claims.claim import VERDICT_WORDS, VERDICTS, Claim, Detail
-from hf_lowrank.formats import plain, significant
-from hf_lowrank.terminal import console
+from hf_lowrank.formats import console, plain, significant
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT
 from hf_lowrank.errors import UserError
 from hf_lowrank.report.colours import looks
-from hf_lowrank.run_records import Row, RunRecord, load_runs
+from hf_lowrank.runs.records import Row, RunRecord, load_runs
 
 Value = TypeVar("Value")
 Key = TypeVar("Key", bound=Any)

@@ -79,7 +79,7 @@ def score_table(rows: Any, *, last_only: bool = True) -> Any:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from hf_lowrank.downstream.scores import PRIMARY
+    from hf_lowrank.runs.scores import PRIMARY
 
     shown = [row for row in rows if row.group is None]
     metrics: dict[str, list[str]] = {}

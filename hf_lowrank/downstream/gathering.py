@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from hf_lowrank.checkpoints import Trajectory
-from hf_lowrank.checksums import sealed
 from hf_lowrank.downstream.prediction import FEWEST_RUNS, PERMUTATIONS, Prediction, Table, analyse
-from hf_lowrank.downstream.scores import FILE_NAME, PRIMARY, Score, read_scores
 from hf_lowrank.errors import UserError
-from hf_lowrank.files import whole_file, write_text
-from hf_lowrank.measuring.metrics import METRICS
 from hf_lowrank.measuring.plan import rows_file
-from hf_lowrank.measuring.table import OWN_BASELINE, UNDEFINED, Measurement, read_measurements
+from hf_lowrank.metrics import METRICS
+from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, read_measurements
+from hf_lowrank.runs.scores import FILE_NAME, PRIMARY, Score, read_scores
+from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.storage.checksums import sealed
+from hf_lowrank.storage.files import whole_file, write_text
 
 # The baseline compared with itself: measuring leaves that open, here it has a value, or the metric would be lost.
 TO_ITSELF = {"method_barrier": 0.0, "activation_l2": 0.0, "activation_cosine": 1.0, "activation_cka": 1.0}

@@ -16,14 +16,14 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel
 
 import hf_lowrank.adapters  # noqa: F401  (lets the Auto classes know adapted checkpoints)
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.downstream.batches import consecutive_batches, generation_batches, likelihood_batches
 from hf_lowrank.downstream.sharpness import DirectionRequest, sharpness_along
 from hf_lowrank.downstream.sources import Checkpoint, find_checkpoint, tokenizer_folder
 from hf_lowrank.errors import UserError
-from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.geometry import Team
 from hf_lowrank.geometry.team import each
+from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.downstream.items import items_for, load_items
 from hf_lowrank.downstream.lm_eval_registry import register_models
 from hf_lowrank.downstream.sharpness import DirectionRequest, Sharpness, direction_requests
 from hf_lowrank.downstream.sources import find_checkpoint
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.trajectory import Trajectory
 
 # A task that lm-eval's own command line loads from its file brings the models along.
 register_models()

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hf_lowrank.downstream.scores import FILE_NAME, Score, item_file, read_item_scores, read_scores
 from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.runs.scores import FILE_NAME, Score, item_file, read_item_scores, read_scores
 
 RESAMPLES = 4000
 

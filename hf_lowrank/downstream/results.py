@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_lowrank.downstream.catalogue import OFFLINE
-from hf_lowrank.downstream.scores import Score, bootstrap
+from hf_lowrank.runs.scores import Score, bootstrap
 
 # Scores that are shares of items, for which guessing has a level.
 FRACTIONS = {"acc", "acc_norm", "acc_bytes", "exact_match", "acc_mutual_info"}

@@ -23,11 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.downstream.catalogue import OFFLINE, OWN, manager, units, wanted_tasks
 from hf_lowrank.downstream.items import items_for
 from hf_lowrank.downstream.results import group_rows, item_scores, task_rows
-from hf_lowrank.downstream.scores import (
+from hf_lowrank.downstream.sources import load_tokenizer
+from hf_lowrank.errors import UserError
+from hf_lowrank.measuring.plan import check_apart, check_own, choose_steps, is_of, rows_file
+from hf_lowrank.processes.faults import FAULTS, LostProcessError
+from hf_lowrank.processes.launch import Processes
+from hf_lowrank.processes.placement import OneDevice, Replicas
+from hf_lowrank.runs.scores import (
     FILE_NAME,
     Score,
     append_scores,
@@ -36,13 +41,8 @@ from hf_lowrank.downstream.scores import (
     read_scores,
     write_item_scores,
 )
-from hf_lowrank.downstream.sources import load_tokenizer
-from hf_lowrank.errors import UserError
-from hf_lowrank.locks import all_locked
-from hf_lowrank.measuring.faults import FAULTS, LostProcessError
-from hf_lowrank.measuring.placement import OneDevice, Replicas
-from hf_lowrank.measuring.plan import check_apart, check_own, choose_steps, is_of, rows_file
-from hf_lowrank.measuring.processes import Processes
+from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.storage.locks import all_locked
 
 logger = logging.getLogger(__name__)
 

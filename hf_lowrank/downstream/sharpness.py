@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.geometry import (
     Gaussian,
     TokenLoss,
@@ -20,6 +19,7 @@ from hf_lowrank.geometry import (
     weight_scale,
 )
 from hf_lowrank.geometry.landscape import sharpness_per_direction
+from hf_lowrank.runs.evaluation_set import EvaluationSet
 
 MARK = "hf_lowrank direction "
 

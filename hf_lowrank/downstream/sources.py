@@ -9,10 +9,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_lowrank.checkpoint_sources import STEP_FOLDER
-from hf_lowrank.checkpoints import Trajectory
-from hf_lowrank.checksums import check_checksums
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.sources import STEP_FOLDER
+from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.storage.checksums import check_checksums
 
 AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+|last)")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.checkpoint_weights import check_weights
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.privacy import one_line
 from hf_lowrank.hub.publisher import Dense, Job, Publisher
 from hf_lowrank.hub.push import check_repo_id
 from hf_lowrank.hub.queue import Queue
 from hf_lowrank.hub.repository import Repository, UnreachedError, understood
+from hf_lowrank.runs.weights import check_weights
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import yaml
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.privacy import without_private_parts
-from hf_lowrank.reading import parse_json, parse_plain_yaml
+from hf_lowrank.storage.parsing import parse_json, parse_plain_yaml
 
 DOWNSTREAM = "downstream.jsonl"
 
@@ -79,7 +79,7 @@ def evaluated_loss(checkpoint: Path, step: int) -> float | None:
 
 def measured(run: Path) -> tuple[int, list[Any]] | None:
     """The last measured step and its rows of the whole model, the last of each metric and baseline, or None."""
-    from hf_lowrank.measuring.table import FILE_NAME, read_measurements
+    from hf_lowrank.runs.measurements import FILE_NAME, read_measurements
 
     if not (run / FILE_NAME).is_file():
         return None

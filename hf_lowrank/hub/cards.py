@@ -20,7 +20,7 @@ from hf_lowrank.hub.card_facts import last_checkpoint, log_history, loss_at, rea
 from hf_lowrank.hub.markdown import CONTROL, Markdown, fenced, render
 from hf_lowrank.hub.pictures import PICTURES
 from hf_lowrank.hub.privacy import without_private
-from hf_lowrank.reading import parse_plain_yaml
+from hf_lowrank.storage.parsing import parse_plain_yaml
 
 __all__ = ["log_history", "loss_at", "metric_card", "model_card", "read_yaml", "step_card"]
 
@@ -137,7 +137,7 @@ def metric_card(
     Args:
         title, summary: its name, and what it measures in a sentence or two.
         usage: Python that calls it.
-        metrics: entries with `id`, `summary`, `better` and `unit`, as those of `hf_lowrank.measure.METRICS`.
+        metrics: entries with `id`, `summary`, `better` and `unit`, as those of `hf_lowrank.metrics.METRICS`.
         limits: sentences.
         citation: BibTeX, or nothing.
         tags, sdk: metadata of the Space.
@@ -241,7 +241,7 @@ def _score_result(row: Mapping[str, Any]) -> EvalResult:
 
 def _metric_rows(rows: Sequence[Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     from hf_lowrank.formats import significant
-    from hf_lowrank.measuring.metrics import METRICS
+    from hf_lowrank.metrics import METRICS
 
     order = list(METRICS)
     shown, notes = [], []

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import yaml
 
-from hf_lowrank.checkpoint_sources import INDEX, weight_files
-from hf_lowrank.checksums import SEAL, seal_holds, sealed, sealed_text, unsealed
 from hf_lowrank.errors import UserError
-from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION
 from hf_lowrank.hub.privacy import holds_secret, secrets, without_private, without_private_parts
-from hf_lowrank.reading import dump_yaml, parse_json, parse_yaml
+from hf_lowrank.runs.evaluation_set import FILE_NAME as EVALUATION
+from hf_lowrank.runs.sources import INDEX, weight_files
+from hf_lowrank.storage.checksums import SEAL, seal_holds, sealed, sealed_text, unsealed
+from hf_lowrank.storage.parsing import dump_yaml, parse_json, parse_yaml
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

@@ -92,7 +92,7 @@ def draw(run: Path) -> dict[str, bytes]:
 def _report_pictures(run: Path) -> dict[str, bytes]:
     """The report's figures of this one run."""
     from hf_lowrank.report.plots import PLOTS
-    from hf_lowrank.run_records import load_run
+    from hf_lowrank.runs.records import load_run
 
     try:
         load_run(run)
@@ -112,7 +112,7 @@ def _report_pictures(run: Path) -> dict[str, bytes]:
 
 def _baseline(run: Path) -> str | None:
     """The run that most metrics were compared with; barriers may be to many others too."""
-    from hf_lowrank.measuring.table import FILE_NAME, read_measurements
+    from hf_lowrank.runs.measurements import FILE_NAME, read_measurements
 
     rows = read_measurements(run / FILE_NAME) if (run / FILE_NAME).is_file() else []
     compared = {(row.metric, row.baseline) for row in rows if row.baseline is not None}
@@ -135,7 +135,7 @@ def _losses(run: Path) -> dict[str, Points]:
 
 def _random_line(run: Path) -> list[tuple[float, float, float, float]]:
     """(offset, mean loss, low, high) along random directions at the last step that has them."""
-    from hf_lowrank.measuring.table import FILE_NAME, read_measurements
+    from hf_lowrank.runs.measurements import FILE_NAME, read_measurements
 
     rows = read_measurements(run / FILE_NAME) if (run / FILE_NAME).is_file() else []
     rows = [r for r in rows if r.metric == "random_curve" and _finite(r.settings.get("t")) and math.isfinite(r.value)]

@@ -34,7 +34,7 @@ from hf_lowrank.hub.contents import (
 from hf_lowrank.hub.pictures import draw
 from hf_lowrank.hub.privacy import one_line, without_private
 from hf_lowrank.hub.repository import INCOMING, Repository
-from hf_lowrank.reading import parse_json
+from hf_lowrank.storage.parsing import parse_json
 
 Dense = Literal["beside", "instead"]
 STEP = re.compile(r"step-(\d+)")
@@ -170,7 +170,7 @@ class Publisher:
         if self.dense is None or model_type != "lowrank":
             yield None
             return
-        from hf_lowrank.adapters.export import export
+        from hf_lowrank.runs.export import export
 
         if not hasattr(self, "_scratch"):
             self._scratch = tempfile.TemporaryDirectory(prefix="hf-lowrank-dense-")

@@ -14,13 +14,13 @@ from typing import Literal, TypeVar
 
 from huggingface_hub.utils import validate_repo_id
 
-from hf_lowrank.checkpoint_sources import open_source
-from hf_lowrank.checkpoint_weights import check_weights
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.privacy import one_line
 from hf_lowrank.hub.publisher import MAIN, Dense, Job, Publisher
 from hf_lowrank.hub.queue import Queue
 from hf_lowrank.hub.repository import Repository, UnreachedError, understood
+from hf_lowrank.runs.sources import open_source
+from hf_lowrank.runs.weights import check_weights
 
 logger = logging.getLogger(__name__)
 

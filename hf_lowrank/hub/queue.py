@@ -12,9 +12,9 @@ import shutil
 import uuid
 from pathlib import Path
 
-from hf_lowrank.checkpoint_sources import INDEX, weight_files
 from hf_lowrank.hub.contents import CONFIGURATION, STATE, TOKENIZER
 from hf_lowrank.hub.publisher import Job
+from hf_lowrank.runs.sources import INDEX, weight_files
 
 FOLDER = "push-queue"
 ENTRY = re.compile(r"checkpoint-(0|[1-9][0-9]*)")  # as `add` names them; \d would take digits of other scripts too

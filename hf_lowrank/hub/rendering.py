@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.files import whole_file, write_text
 from hf_lowrank.hub.card_facts import read_yaml, section
 from hf_lowrank.hub.cards import model_card
 from hf_lowrank.hub.pictures import PICTURES, draw
+from hf_lowrank.storage.files import whole_file, write_text
 
 NAME = re.compile(r"\w[\w-]*", re.ASCII)
 

@@ -28,7 +28,7 @@ from huggingface_hub.hf_api import RepoFile
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.contents import MANIFEST, Files, PushFile, is_ours
 from hf_lowrank.hub.privacy import one_line
-from hf_lowrank.reading import parse_json
+from hf_lowrank.storage.parsing import parse_json
 
 INCOMING = "incoming-"
 LOST_UPLOAD = "LFS pointer pointed to a file that does not exist"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.files import whole_file, write_text
 from hf_lowrank.formats import duration, plain
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END, own_words
 from hf_lowrank.hub.markdown import Markdown, render
@@ -25,7 +24,8 @@ from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.plots import PLOTS
 from hf_lowrank.report.study import load_study
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
-from hf_lowrank.run_records import RunRecord, load_runs
+from hf_lowrank.runs.records import RunRecord, load_runs
+from hf_lowrank.storage.files import whole_file, write_text
 
 CARD = "README.md"
 # Written by the study's own stages, and copied as they are.

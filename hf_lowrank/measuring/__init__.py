@@ -1,1 +1,16 @@
-"""Running the metrics over trajectories: the parts behind `hf_lowrank.measure`."""
+"""Running the metrics over trajectories."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["measure", "unmeasured"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when they are asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hf_lowrank.measuring import runner
+
+    return getattr(runner, name)

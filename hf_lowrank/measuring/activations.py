@@ -6,7 +6,7 @@ import math
 
 from hf_lowrank.geometry import activation_similarity
 from hf_lowrank.measuring.context import Row, StepContext
-from hf_lowrank.measuring.table import UNDEFINED
+from hf_lowrank.runs.measurements import UNDEFINED
 
 # All hidden states of both models are held for one batch: so many tokens keep that below 200 MiB at 60M parameters.
 BATCH_TOKENS = 512

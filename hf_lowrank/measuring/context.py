@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
-from hf_lowrank.evaluation_set import FILE_NAME, EvaluationSet
 from hf_lowrank.geometry import Estimate, TokenLoss
-from hf_lowrank.measuring.faults import UndefinedError
-from hf_lowrank.measuring.placement import OneDevice, parameters_of
 from hf_lowrank.measuring.settings import MeasureSettings
-from hf_lowrank.measuring.table import OWN_BASELINE
+from hf_lowrank.processes.faults import UndefinedError
+from hf_lowrank.processes.placement import OneDevice, parameters_of
+from hf_lowrank.runs.evaluation_set import FILE_NAME, EvaluationSet
+from hf_lowrank.runs.measurements import OWN_BASELINE
+from hf_lowrank.runs.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)

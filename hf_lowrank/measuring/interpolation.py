@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hf_lowrank.geometry import Layout, interpolation_curve, loss_barrier, match_weights, path_grid, permute
 from hf_lowrank.measuring.context import Row, StepContext
-from hf_lowrank.measuring.faults import UndefinedError
-from hf_lowrank.measuring.placement import parameters_of
 from hf_lowrank.measuring.spectra import first_checkpoint
+from hf_lowrank.processes.faults import UndefinedError
+from hf_lowrank.processes.placement import parameters_of
 
 
 def step_rows(at: StepContext, wanted: set[str]) -> list[Row]:

@@ -20,7 +20,7 @@ from hf_lowrank.geometry import (
     weight_scale,
 )
 from hf_lowrank.measuring.context import Row, StepContext
-from hf_lowrank.measuring.faults import UndefinedError
+from hf_lowrank.processes.faults import UndefinedError
 
 
 def loss_rows(at: StepContext, wanted: set[str]) -> list[Row]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
-from hf_lowrank.measuring.metrics import METRICS
+from hf_lowrank.metrics import METRICS
+from hf_lowrank.runs.trajectory import Trajectory
 
 
 def checkpoint_of(text: str) -> tuple[Trajectory, int]:
@@ -37,7 +37,7 @@ def measure_pairs(
 
     Args:
         predictions, references: as many checkpoints, `RUN/checkpoint-N` or `user/repo@step-N`; a pair has one step.
-        options: `metrics`, `preset`, `settings`, `device` and `evaluation_set`, as for `hf_lowrank.measure.measure`.
+        options: `metrics`, `preset`, `settings`, `device` and `evaluation_set`, as for `hf_lowrank.measuring.measure`.
 
     Returns:
         By metric id the model's values in the order given, None where there is none; under `"reasons"` for every
@@ -46,7 +46,7 @@ def measure_pairs(
     Raises:
         UserError: numbers or steps differ, a checkpoint cannot be found, or an option is not allowed.
     """
-    from hf_lowrank.measure import measure
+    from hf_lowrank.measuring import measure
 
     if len(predictions) != len(references):
         raise UserError(f"there must be a reference for each prediction, got {len(predictions)} and {len(references)}")

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring.context import size_of
-from hf_lowrank.measuring.metrics import METRICS
-from hf_lowrank.measuring.table import FILE_NAME, UNDEFINED, Measurement
+from hf_lowrank.metrics import METRICS
+from hf_lowrank.runs.measurements import FILE_NAME, UNDEFINED, Measurement
+from hf_lowrank.runs.trajectory import Trajectory
 
 BASELINE_METHOD = "full_rank"
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.reading import parse_plain_yaml
+from hf_lowrank.storage.parsing import parse_plain_yaml
 
 
 class _Block(BaseModel):

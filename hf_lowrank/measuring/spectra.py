@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.geometry import (
     effective_rank,
     product_singular_values,
@@ -22,7 +21,8 @@ from hf_lowrank.geometry import (
 )
 from hf_lowrank.geometry.spectra import difference_factors, for_threads, singular_vectors
 from hf_lowrank.measuring.context import Row, StepContext
-from hf_lowrank.measuring.table import UNDEFINED
+from hf_lowrank.runs.measurements import UNDEFINED
+from hf_lowrank.runs.trajectory import Trajectory
 
 WEIGHT: dict[str, Callable[[Tensor], float]] = {
     "weight_effective_rank": lambda sigma: effective_rank(sigma) / sigma.numel(),

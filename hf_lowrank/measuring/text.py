@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from hf_lowrank.checkpoints import Trajectory
-from hf_lowrank.checksums import check_checksums
 from hf_lowrank.errors import UserError
-from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.storage.checksums import check_checksums
 
 SEQUENCE_LENGTH = 256
 

@@ -10,7 +10,7 @@ from hf_lowrank.report.colours import method_order
 from hf_lowrank.report.run_table import Cell, Column, mixed, table
 from hf_lowrank.report.standings import BASELINE, Standings, standings
 from hf_lowrank.report.verdicts import trade_off, verdict
-from hf_lowrank.run_records import RunRecord, finished_or_all
+from hf_lowrank.runs.records import RunRecord, finished_or_all
 
 # Of runs that are not finished, in a sentence.
 MOST_NAMED = 4

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_lowrank.run_records import RunRecord
+from hf_lowrank.runs.records import RunRecord
 
 
 @dataclass(frozen=True)

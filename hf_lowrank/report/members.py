@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from hf_lowrank.reading import parse_plain_yaml
 from hf_lowrank.report.colours import looks
 from hf_lowrank.report.standings import BASELINE
-from hf_lowrank.run_records import RunRecord
+from hf_lowrank.runs.records import RunRecord
+from hf_lowrank.storage.parsing import parse_plain_yaml
 
 _MEMBER = re.compile(r"(.+)-seed-?\d+$")
 # What changes nothing of what is learnt.

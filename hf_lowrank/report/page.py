@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.files import write_text
 from hf_lowrank.formats import big_count, plain, words_list
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.catalogue import DIMENSIONS
@@ -26,7 +25,8 @@ from hf_lowrank.report.payload import payload, script_json
 from hf_lowrank.report.study import Study, load_study
 from hf_lowrank.report.verdicts import losses_by_method
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
-from hf_lowrank.run_records import RunRecord, load_runs
+from hf_lowrank.runs.records import RunRecord, load_runs
+from hf_lowrank.storage.files import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment

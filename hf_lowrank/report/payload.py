@@ -13,7 +13,7 @@ from hf_lowrank.report.colours import Look
 from hf_lowrank.report.curves import CURVE_METRICS, SWEEPS, curves, plane
 from hf_lowrank.report.standings import downstream
 from hf_lowrank.report.study import Study
-from hf_lowrank.run_records import RunRecord, finished_or_all
+from hf_lowrank.runs.records import RunRecord, finished_or_all
 
 # Beyond this many points a line of a few hundred pixels does not change.
 POINTS_OF_A_LINE = 400

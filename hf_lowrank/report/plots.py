@@ -16,7 +16,7 @@ from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.report.catalogue import quantity, quantity_order
 from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
 from hf_lowrank.report.curves import CURVE_METRICS, Plane, curves, plane
-from hf_lowrank.run_records import RunRecord, finished_or_all, load_runs
+from hf_lowrank.runs.records import RunRecord, finished_or_all, load_runs
 from hf_lowrank.statistics import Estimate, mean_interval
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from hf_lowrank.report.catalogue import Dimension, quantity, quantity_order
 from hf_lowrank.report.colours import looks
 from hf_lowrank.report.curves import SWEEPS
 from hf_lowrank.report.standings import downstream
-from hf_lowrank.run_records import RunRecord
+from hf_lowrank.runs.records import RunRecord
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hf_lowrank.downstream.gathering import above_chance, shared_tasks, usable_s
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import loss_text, memory, signed, significant
 from hf_lowrank.report.colours import looks, method_order
-from hf_lowrank.run_records import RunRecord
+from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.statistics import Estimate, mean_difference, mean_interval
 
 # Claims about methods need at least this many seeds of each.

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_lowrank.checksums import unsealed
 from hf_lowrank.errors import UserError
-from hf_lowrank.reading import parse_json
+from hf_lowrank.storage.checksums import unsealed
+from hf_lowrank.storage.parsing import parse_json
 
 Verdict = Literal["reproduced", "contradicted", "undecided"]
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "contradicted", "undecided")

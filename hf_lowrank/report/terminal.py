@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_lowrank.formats import loss_text, memory, significant
+from hf_lowrank.formats import console, loss_text, memory, significant
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.standings import Standing
-from hf_lowrank.run_records import load_runs
-from hf_lowrank.terminal import console
+from hf_lowrank.runs.records import load_runs
 
 if TYPE_CHECKING:
     from rich.table import Table

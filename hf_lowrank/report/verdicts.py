@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hf_lowrank.formats import loss_text, plain, significant, words_list
 from hf_lowrank.report.colours import looks, method_order
 from hf_lowrank.report.standings import SEEDS_FOR_A_VERDICT, Standings, beaten, by_seed, read, versus
-from hf_lowrank.run_records import RunRecord
+from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.statistics import Estimate, mean_interval
 
 # Shares of memory and speed below this are called the same.

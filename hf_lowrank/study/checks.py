@@ -7,9 +7,9 @@ from pathlib import Path
 
 from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.measuring.metrics import METRICS
 from hf_lowrank.measuring.plan import choose_steps
 from hf_lowrank.measuring.settings import resolve_settings
+from hf_lowrank.metrics import METRICS
 from hf_lowrank.study.layout import Attempt, Run, Study, attempts_of, is_swept, member_recipe, runs_of
 from hf_lowrank.study.members import check_members
 from hf_lowrank.study.spec import STAGES, StudyFile

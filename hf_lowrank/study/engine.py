@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from hf_lowrank.checksums import sealed
 from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError
-from hf_lowrank.files import write_text
-from hf_lowrank.locks import locked
-from hf_lowrank.reading import dump_yaml
+from hf_lowrank.storage.checksums import sealed
+from hf_lowrank.storage.files import write_text
+from hf_lowrank.storage.locks import locked
+from hf_lowrank.storage.parsing import dump_yaml
 from hf_lowrank.study import units
 from hf_lowrank.study.checks import chosen_stages, prepare
 from hf_lowrank.study.layout import Study

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.study.spec import MemberSettings, StudyFile, StudySettings
 from hf_lowrank.training.pretrain import is_finished
 from hf_lowrank.training.recipe import Recipe, load_recipe

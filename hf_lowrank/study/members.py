@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring.context import size_of
+from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.study.layout import Run
 from hf_lowrank.study.spec import StudyFile
 from hf_lowrank.training.recipe import Recipe

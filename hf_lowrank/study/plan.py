@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.files import write_text
 from hf_lowrank.measuring.groups import GROUPS
-from hf_lowrank.measuring.metrics import METRICS
 from hf_lowrank.measuring.plan import choose_steps
 from hf_lowrank.measuring.settings import resolve_settings
-from hf_lowrank.reading import parse_json
+from hf_lowrank.metrics import METRICS
+from hf_lowrank.runs.facts import read_facts
+from hf_lowrank.storage.files import write_text
+from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.study import units
 from hf_lowrank.study.checks import saved_steps
 from hf_lowrank.study.layout import Attempt, Run, Study
 from hf_lowrank.study.probe import Costs, probe
 from hf_lowrank.study.progress import duration
-from hf_lowrank.training.facts import read_facts
 from hf_lowrank.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)

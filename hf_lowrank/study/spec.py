@@ -69,7 +69,7 @@ class SweepSettings(_Block):
 
 
 class MeasureSettings(_Block):
-    """`measure:`: keywords of `hf_lowrank.measure.measure`, and `pairs`."""
+    """`measure:`: keywords of `hf_lowrank.measuring.measure`, and `pairs`."""
 
     metrics: Names = Field(default=None, description="ids, dimensions or groups")
     steps: Steps = Field(default=None, description="all, last, or numbers")

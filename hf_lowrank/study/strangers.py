@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.checkpoint_sources import open_source
-from hf_lowrank.checkpoints import Trajectory
-from hf_lowrank.checksums import sealed_text
-from hf_lowrank.evaluation_set import FILE_NAME as EVALUATION_FILE
-from hf_lowrank.evaluation_set import EvaluationSet
-from hf_lowrank.files import whole_file, write_text
 from hf_lowrank.measuring.plan import choose_steps
-from hf_lowrank.reading import dump_yaml
+from hf_lowrank.runs.evaluation_set import FILE_NAME as EVALUATION_FILE
+from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.sources import open_source
+from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.storage.checksums import sealed_text
+from hf_lowrank.storage.files import whole_file, write_text
+from hf_lowrank.storage.parsing import dump_yaml
 from hf_lowrank.study.layout import Run, Study
 from hf_lowrank.training.pretrain import RECIPE_FILE
 

@@ -7,14 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
-from hf_lowrank.files import write_text
-from hf_lowrank.reading import parse_json
+from hf_lowrank.runs.resume import last_whole_checkpoint
+from hf_lowrank.storage.checksums import sealed, unsealed
+from hf_lowrank.storage.files import write_text
+from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.study.layout import Study, is_swept
 from hf_lowrank.study.spec import StudyFile
 from hf_lowrank.training.pretrain import is_finished
-from hf_lowrank.training.resume import last_whole_checkpoint
 
 FILE_NAME = "sweep.json"
 

@@ -15,13 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.checksums import unsealed
 from hf_lowrank.errors import DivergedError, UserError
-from hf_lowrank.files import write_text
-from hf_lowrank.reading import parse_json
+from hf_lowrank.runs.facts import read_facts, write_facts
+from hf_lowrank.storage.checksums import unsealed
+from hf_lowrank.storage.files import write_text
+from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.study.layout import Attempt, Run, Study
 from hf_lowrank.study.strangers import evaluation_of, is_whole, make_view, view_work
-from hf_lowrank.training.facts import read_facts, write_facts
 from hf_lowrank.training.pretrain import is_finished
 
 # Which results were computed from which inputs.
@@ -207,7 +207,7 @@ def _training(study: Study, run: Run | Attempt) -> dict[str, Any]:
 
 def _nothing_unmeasured(work: dict[str, Any]) -> bool:
     """Whether a unit that measures would find nothing to do; a fault counts as something: the unit will say it."""
-    from hf_lowrank.measure import unmeasured
+    from hf_lowrank.measuring import unmeasured
 
     if not (Path(work["run"]) / "measurements.jsonl").is_file():
         return False
@@ -242,7 +242,7 @@ def _sequences(work: dict[str, Any]) -> Any:
     given = work["keywords"].get("evaluation_set")
     if given is None:
         return None
-    from hf_lowrank.checkpoints import Trajectory
+    from hf_lowrank.runs.trajectory import Trajectory
 
     return evaluation_of(given, Trajectory(work["run"]))
 
@@ -272,7 +272,7 @@ def _train(work: dict[str, Any]) -> str | None:
 
 
 def _measure(work: dict[str, Any]) -> None:
-    from hf_lowrank.measure import measure
+    from hf_lowrank.measuring import measure
 
     keywords = {**work["keywords"], "evaluation_set": _sequences(work)}
     for other in work.get("others", [work.get("baseline")]):

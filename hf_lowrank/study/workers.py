@@ -30,8 +30,8 @@ POLL_SECONDS = 0.02
 # What a unit of each kind imports, before the fork.
 MODULES = {
     "train": ("hf_lowrank.training.pretrain", "transformers.trainer"),
-    "measure": ("hf_lowrank.measure",),
-    "pairs": ("hf_lowrank.measure",),
+    "measure": ("hf_lowrank.measuring.runner",),
+    "pairs": ("hf_lowrank.measuring.runner",),
     "evaluate": ("hf_lowrank.downstream.runner", "hf_lowrank.downstream.lm_eval_model", "lm_eval.evaluator"),
     "report": ("hf_lowrank.report", "matplotlib.figure"),
 }

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.reading import parse_json
+from hf_lowrank.storage.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 

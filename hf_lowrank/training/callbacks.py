@@ -16,8 +16,8 @@ from tqdm import tqdm
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_lowrank.checksums import write_checksums
 from hf_lowrank.errors import DivergedError
+from hf_lowrank.storage.checksums import write_checksums
 from hf_lowrank.training.sequences import IGNORED
 
 logger = logging.getLogger(__name__)

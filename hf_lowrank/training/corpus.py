@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.training.cache import cached_folder
 from hf_lowrank.training.hub_source import hub_documents, hub_stream
 from hf_lowrank.training.recipe import DataSettings

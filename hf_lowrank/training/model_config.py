@@ -9,8 +9,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_lowrank.checkpoint_weights import MOST_LAYERS
 from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.runs.weights import MOST_LAYERS
 from hf_lowrank.training.yaml_files import Layers
 
 SIZES = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.runs.evaluation_set import EvaluationSet
 
 IGNORED = -100
 ROWS_AT_ONCE = 1024

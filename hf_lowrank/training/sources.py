@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.reading import parse_json
+from hf_lowrank.storage.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.files import write_text
-from hf_lowrank.reading import parse_json
+from hf_lowrank.runs.resume import step_of
+from hf_lowrank.storage.files import write_text
+from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.training.callbacks import anywhere
-from hf_lowrank.training.resume import step_of
 
 logger = logging.getLogger(__name__)
 

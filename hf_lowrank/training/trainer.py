@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from hf_lowrank.checkpoint_sources import INDEX, WEIGHTS, weight_files
-from hf_lowrank.checkpoint_weights import quiet_transformers
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.sources import INDEX, WEIGHTS, weight_files
+from hf_lowrank.runs.weights import quiet_transformers
 
 
 class WholeTrainer(Trainer):

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.reading import parse_yaml
+from hf_lowrank.storage.parsing import parse_yaml
 
 
 @dataclass

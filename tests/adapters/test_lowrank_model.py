@@ -25,8 +25,8 @@ from hf_lowrank.adapters import (
     low_rank_factors_from_tensors,
     target_layers,
 )
-from hf_lowrank.checksums import write_checksums
 from hf_lowrank.errors import UserError
+from hf_lowrank.storage.checksums import write_checksums
 from hf_lowrank.targets import target_modules
 
 ADAPTERS = {

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.methods import METHODS
+from hf_lowrank.runs.trajectory import Trajectory
 from tests.distributed.every_method import (
     CASES,
     by_hand,

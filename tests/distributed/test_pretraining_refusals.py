@@ -8,10 +8,10 @@ import pytest
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim.engines import refuse_engines
-from hf_lowrank.training.facts import write_facts
+from hf_lowrank.runs.facts import write_facts
+from hf_lowrank.runs.resume import SHARDED_STATE, damage_of
 from hf_lowrank.training.pretrain import pretrain
 from hf_lowrank.training.recipe import load_recipe
-from hf_lowrank.training.resume import SHARDED_STATE, damage_of
 from tests.distributed.every_method import BATCH, write_recipe, write_texts
 
 STEPS, SAVED = 6, 3

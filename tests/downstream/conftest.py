@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank.downstream import TASK_FOLDER, catalogue
 from hf_lowrank.downstream import runner as runner_module
-from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.training.tokenization import train_tokenizer
 
 LENGTH = 96

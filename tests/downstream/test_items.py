@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.downstream.items import held_out_sources, items_for, load_items
 from hf_lowrank.downstream.items.build import FEWEST, make_items
 from hf_lowrank.downstream.items.syntax import KINDS
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.training.sources import python_library
 
 CHOICE_TASKS = {"pylib_cloze": 1 / 4, "pylib_syntax": 1 / 2, "pylib_copy": 1 / 2}

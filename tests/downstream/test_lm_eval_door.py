@@ -14,7 +14,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from hf_lowrank.adapters import CoLAConfig, LowRankConfig, LowRankForCausalLM, SLTrainConfig
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.downstream import TASK_FOLDER, run_lm_eval
 from hf_lowrank.downstream.lm_eval_model import LowRankLM
 from hf_lowrank.downstream.lm_eval_registry import register_models
@@ -22,8 +21,9 @@ from hf_lowrank.downstream.lm_eval_tasks import sharpness_results
 from hf_lowrank.downstream.sharpness import direction_requests
 from hf_lowrank.downstream.sources import find_checkpoint
 from hf_lowrank.errors import UserError
-from hf_lowrank.measure import measure
-from hf_lowrank.measuring.placement import Replicas
+from hf_lowrank.measuring import measure
+from hf_lowrank.processes.placement import Replicas
+from hf_lowrank.runs.trajectory import Trajectory
 from tests.distributed.pairs import in_two
 
 TEXTS = [("def f(a):\n    return", " a"), ("import os", "\nimport sys"), ("", "class A:")]

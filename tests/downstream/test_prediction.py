@@ -18,11 +18,10 @@ from hf_lowrank.downstream.prediction import (
     without_useless,
 )
 from hf_lowrank.downstream.ridge import PENALTIES, leave_one_run_out
-from hf_lowrank.downstream.scores import Score, append_scores
 from hf_lowrank.downstream.simulation import simulated_table
 from hf_lowrank.errors import UserError
-from hf_lowrank.measure import Measurement, append_measurements
-from hf_lowrank.measuring.table import OWN_BASELINE, UNDEFINED
+from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, append_measurements
+from hf_lowrank.runs.scores import Score, append_scores
 
 
 def reference(x, y, runs):

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hf_lowrank.checksums import damage_by_checksums
-from hf_lowrank.training.resume import damage_of
+from hf_lowrank.runs.resume import damage_of
+from hf_lowrank.storage.checksums import damage_by_checksums
 
 # What a clock, the machine or the run's own folder decides.
 OWN = ("training_args.bin", "checksums.json")
@@ -50,11 +50,11 @@ def _content(path: Path) -> Any:
 def _last_rows(path: Path) -> list[str]:
     """The rows that count, of each key the last; a failure that was made good counts no longer."""
     if path.name == "measurements.jsonl":
-        from hf_lowrank.measure import read_measurements
+        from hf_lowrank.runs.measurements import read_measurements
 
         return [row.to_line() for row in read_measurements(path)]
     if path.name == "downstream.jsonl":
-        from hf_lowrank.downstream.scores import read_scores
+        from hf_lowrank.runs.scores import read_scores
 
         return [json.dumps(asdict(row)) for row in read_scores(path)]
     return path.read_text().splitlines()

@@ -143,7 +143,7 @@ def _unsealed(content: Any) -> Any:
 def _named(directory: Path) -> list[str]:
     """What the readers of a study's files, and its checkpoints themselves, say of damage."""
     from hf_lowrank.report.study import load_study
-    from hf_lowrank.run_records import load_run
+    from hf_lowrank.runs.records import load_run
 
     said = []
     runs = [*(directory / "runs").iterdir(), *(directory / "sweep").iterdir()]

@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import save
 
-from hf_lowrank.reading import parse_json
+from hf_lowrank.storage.parsing import parse_json
 from tests.fuzz import mutations
 from tests.fuzz.side_files import SIDE_FILES
 
@@ -61,7 +61,7 @@ CONFIGS = [{"model_type": "lowrank", "base_config": CONFIG, "adapter_config": ad
 
 
 def read_config(folder, content):
-    from hf_lowrank.checkpoints import Trajectory
+    from hf_lowrank.runs.trajectory import Trajectory
 
     checkpoint = folder / "checkpoint-1"
     checkpoint.mkdir()
@@ -82,7 +82,7 @@ def read_adapter(folder, content):
 
 
 def read_weights(folder, content):
-    from hf_lowrank.checkpoints import Trajectory
+    from hf_lowrank.runs.trajectory import Trajectory
 
     checkpoint = folder / "checkpoint-1"
     checkpoint.mkdir()
@@ -109,7 +109,7 @@ INDEX = {
 
 
 def read_index(folder, content):
-    from hf_lowrank.checkpoints import Trajectory
+    from hf_lowrank.runs.trajectory import Trajectory
 
     checkpoint = folder / "checkpoint-1"
     checkpoint.mkdir()
@@ -129,7 +129,7 @@ def evaluation_sets():
 
 
 def read_evaluation(folder, content):
-    from hf_lowrank.evaluation_set import EvaluationSet
+    from hf_lowrank.runs.evaluation_set import EvaluationSet
 
     (folder / "evaluation.safetensors").write_bytes(content)
     EvaluationSet.load(folder)
@@ -199,7 +199,7 @@ def show(folder):
 
 
 def read_measurements(folder, content):
-    from hf_lowrank import measure
+    from hf_lowrank.measuring import runner as measure
 
     run_folder(folder)
     (folder / "measurements.jsonl").write_bytes(content)
@@ -209,7 +209,7 @@ def read_measurements(folder, content):
 
 def read_scores(folder, content):
     from hf_lowrank.downstream.figures import score_table
-    from hf_lowrank.downstream.scores import read_scores
+    from hf_lowrank.runs.scores import read_scores
 
     run_folder(folder)
     (folder / "downstream.jsonl").write_bytes(content)
@@ -224,8 +224,8 @@ def read_facts(folder, content):
 
 
 def read_state(folder, content):
-    from hf_lowrank.checkpoints import Trajectory
-    from hf_lowrank.training.resume import last_whole_checkpoint
+    from hf_lowrank.runs.resume import last_whole_checkpoint
+    from hf_lowrank.runs.trajectory import Trajectory
 
     (run_folder(folder) / "trainer_state.json").write_bytes(content)
     last_whole_checkpoint(folder)

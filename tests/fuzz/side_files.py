@@ -101,11 +101,11 @@ def read_run_recipe(folder, content):
     """The recipe of a run directory, for whoever goes on with the run, measures it, shows it or pushes it."""
     from types import SimpleNamespace
 
-    from hf_lowrank.checkpoints import Trajectory
     from hf_lowrank.hub.card_facts import read_yaml
     from hf_lowrank.hub.contents import push_file
     from hf_lowrank.methods import METHODS
-    from hf_lowrank.run_records import load_run
+    from hf_lowrank.runs.records import load_run
+    from hf_lowrank.runs.trajectory import Trajectory
     from hf_lowrank.training.pretrain import check_belongs
 
     (folder / "recipe.yaml").write_bytes(content)
@@ -136,7 +136,7 @@ CHECKSUMS = {"model.safetensors": {"sha256": hashlib.sha256(b"weights").hexdiges
 
 
 def read_checksums(folder, content):
-    from hf_lowrank.checksums import check_checksums, fingerprint
+    from hf_lowrank.storage.checksums import check_checksums, fingerprint
 
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "checksums.json").write_bytes(content)
@@ -150,7 +150,7 @@ def locks():
 
 def read_lock(folder, content):
     """A lock file that somebody left."""
-    from hf_lowrank.locks import locked
+    from hf_lowrank.storage.locks import locked
 
     (folder / ".train.lock").write_bytes(content)
     with locked(folder, "train"):
@@ -167,7 +167,7 @@ SCORE = {
 
 def read_items(folder, content):
     from hf_lowrank.downstream import compare
-    from hf_lowrank.downstream.scores import item_file
+    from hf_lowrank.runs.scores import item_file
 
     for name, items in (("ours", content), ("theirs", as_jsonl(ITEMS))):
         (folder / name).mkdir()

@@ -227,9 +227,9 @@ def drill(plans: list[FaultPlan], run: Path, folder: Path, server: ServerProcess
 
 
 def main(count: int, output: Path | None = None, *, sweep: bool = False) -> dict[str, Any]:
-    from hf_lowrank.checkpoint_weights import check_weights
     from hf_lowrank.hub.cards import model_card
     from hf_lowrank.hub.pictures import draw
+    from hf_lowrank.runs.weights import check_weights
     from tests.hub.runs import make_run
 
     began = time.perf_counter()

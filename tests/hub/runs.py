@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.runs.evaluation_set import EvaluationSet
 
 VOCABULARY = 48
 

@@ -11,7 +11,8 @@ from huggingface_hub.repocard_data import EvalResult, model_index_to_eval_result
 from hf_lowrank.hub import metric_card, model_card, push
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END
 from hf_lowrank.hub.markdown import escape, fenced, inline_code
-from hf_lowrank.measure import METRICS, Measurement, append_measurements
+from hf_lowrank.metrics import METRICS
+from hf_lowrank.runs.measurements import Measurement, append_measurements
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -9,12 +9,12 @@ import sys
 import pytest
 import yaml
 
-from hf_lowrank.checksums import read_sealed_text, sealed, sealed_text, unsealed
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub import push
 from hf_lowrank.hub.contents import push_file
 from hf_lowrank.hub.privacy import one_line, without_private
-from hf_lowrank.reading import dump_yaml, parse_yaml
+from hf_lowrank.storage.checksums import read_sealed_text, sealed, sealed_text, unsealed
+from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
 from tests.hub.server import TOKEN
 
 

@@ -10,10 +10,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_lowrank.checkpoint_revisions import step_of
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub import push
+from hf_lowrank.runs.hub_revisions import step_of
+from hf_lowrank.runs.trajectory import Trajectory
 from tests.hub.runs import make_model, make_run
 
 
@@ -146,7 +146,7 @@ def test_a_revision_that_is_not_there(hub, run):
 
 
 def test_measuring_from_the_hub_is_measuring_from_the_folder(hub, run, tmp_path):
-    from hf_lowrank.measure import measure
+    from hf_lowrank.measuring import measure
 
     push(run, "user/tiny")
     wanted = "loss,weight_stable_rank,update_norm"

@@ -16,9 +16,9 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.hub import model_card, push, render_cards
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END
 from hf_lowrank.hub.pictures import PICTURES, draw
-from hf_lowrank.measure import Measurement, append_measurements
 from hf_lowrank.report import write_report
 from hf_lowrank.report.plots import interpolation_paths
+from hf_lowrank.runs.measurements import Measurement, append_measurements
 from tests.hub.runs import make_run
 from tests.hub.test_cards import HOSTILE, as_html
 

@@ -10,7 +10,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.hub.cards import OWN_BEGIN
 from hf_lowrank.hub.study_card import PICTURES, render_study_card
 from hf_lowrank.report.answer import groups
-from hf_lowrank.run_records import load_runs
+from hf_lowrank.runs.records import load_runs
 from tests.hub.test_cards import as_html
 from tests.report.conftest import fake_run, fake_study
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from test_conformance import METHOD_CASES, PROJECTED, loss_of, make, net, weights
 from torch import nn
 
-from hf_lowrank.files import whole_file
 from hf_lowrank.optim import core
+from hf_lowrank.storage.files import whole_file
 
 HARD = {"state_dtype": "float32", "stochastic_rounding": True, "layerwise": True}
 

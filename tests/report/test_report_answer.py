@@ -15,7 +15,7 @@ from hf_lowrank.report.payload import payload
 from hf_lowrank.report.plots import loss_curves, trends
 from hf_lowrank.report.study import Study
 from hf_lowrank.report.verdicts import verdict
-from hf_lowrank.run_records import load_runs
+from hf_lowrank.runs.records import load_runs
 from hf_lowrank.statistics import mean_difference, mean_interval, student_t_quantile
 
 OTHERS = ["apollo_mini", "frugal", "muon", "cola_m"]

@@ -22,7 +22,7 @@ from hf_lowrank.report.plots import (
     solutions,
     trends,
 )
-from hf_lowrank.run_records import load_runs
+from hf_lowrank.runs.records import load_runs
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import os
 import pytest
 import torch
 
-from hf_lowrank.checksums import sealed_text, write_checksums
 from hf_lowrank.errors import UserError
-from hf_lowrank.evaluation_set import EvaluationSet
 from hf_lowrank.report.curves import curves, plane
-from hf_lowrank.run_records import load_run, load_runs, read_measured
+from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.records import load_run, load_runs, read_measured
+from hf_lowrank.storage.checksums import sealed_text, write_checksums
 
 
 def test_a_run_is_read(make_run):

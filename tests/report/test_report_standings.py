@@ -15,7 +15,7 @@ from hf_lowrank.report.answer import groups
 from hf_lowrank.report.members import told_apart
 from hf_lowrank.report.standings import standings
 from hf_lowrank.report.study import load_study
-from hf_lowrank.run_records import load_runs
+from hf_lowrank.runs.records import load_runs
 
 TASKS = ("syntax", "cloze")
 

@@ -9,8 +9,8 @@ import pytest
 
 from hf_lowrank.downstream import evaluate
 from hf_lowrank.errors import UserError
-from hf_lowrank.locks import all_locked, locked
-from hf_lowrank.measure import measure
+from hf_lowrank.measuring import measure
+from hf_lowrank.storage.locks import all_locked, locked
 from hf_lowrank.study import run_study
 from hf_lowrank.training import load_recipe, pretrain
 from tests.study.tiny import write_recipe

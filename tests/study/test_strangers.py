@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_lowrank.downstream.scores import read_scores
 from hf_lowrank.errors import UserError
-from hf_lowrank.measure import read_measurements
+from hf_lowrank.runs.measurements import read_measurements
+from hf_lowrank.runs.scores import read_scores
 from hf_lowrank.study import run_study
 from hf_lowrank.training import load_recipe
 from hf_lowrank.training.corpus import corpus_tokenizer

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_lowrank.checksums import sealed_text, unsealed
 from hf_lowrank.cli import main
 from hf_lowrank.errors import UserError
-from hf_lowrank.measure import read_measurements
-from hf_lowrank.reading import dump_yaml
 from hf_lowrank.report import write_report
-from hf_lowrank.run_records import load_run
+from hf_lowrank.runs.facts import read_facts
+from hf_lowrank.runs.measurements import read_measurements
+from hf_lowrank.runs.records import load_run
+from hf_lowrank.storage.checksums import sealed_text, unsealed
+from hf_lowrank.storage.parsing import dump_yaml
 from hf_lowrank.study import load_study, run_study
 from hf_lowrank.study.sweep import choose
 from hf_lowrank.study.workers import Forks, Processes
 from hf_lowrank.training import load_recipe
-from hf_lowrank.training.facts import read_facts
 from tests.study.tiny import METHODS, TRAINING, study_data, write_recipe
 
 PAIRS = {"metrics": "loss,method_barrier", "settings": {"sequences": 4, "path": {"points": 1}}, "pairs": "last"}

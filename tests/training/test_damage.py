@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_lowrank.checkpoints import Trajectory
-from hf_lowrank.checksums import FILE_NAME, damage_by_checksums, fingerprint, unsealed, write_checksums
 from hf_lowrank.errors import UserError
-from hf_lowrank.measure import measure
-from hf_lowrank.run_records import load_run
+from hf_lowrank.measuring import measure
+from hf_lowrank.runs.facts import read_facts
+from hf_lowrank.runs.records import load_run
+from hf_lowrank.runs.resume import damage_of, last_whole_checkpoint
+from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.storage.checksums import FILE_NAME, damage_by_checksums, fingerprint, unsealed, write_checksums
 from hf_lowrank.training import load_recipe, pretrain
-from hf_lowrank.training.facts import read_facts
 from hf_lowrank.training.pretrain import is_finished
-from hf_lowrank.training.resume import damage_of, last_whole_checkpoint
 
 FILES = [
     "config.json",

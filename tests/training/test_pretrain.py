@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_lowrank.checksums import read_sealed_text, sealed_text
 from hf_lowrank.cli import main
 from hf_lowrank.errors import UserError
-from hf_lowrank.evaluation_set import EvaluationSet
-from hf_lowrank.reading import dump_yaml, parse_yaml
+from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.resume import damage_of, last_whole_checkpoint
+from hf_lowrank.storage.checksums import read_sealed_text, sealed_text
+from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
 from hf_lowrank.training import load_recipe, pretrain
-from hf_lowrank.training.resume import damage_of, last_whole_checkpoint
 from hf_lowrank.training.tokenization import train_tokenizer
 
 METHODS = {

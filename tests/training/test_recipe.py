@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.reading import dump_yaml, parse_yaml
+from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
 from hf_lowrank.training import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
-from hf_lowrank.checksums import write_checksums
 from hf_lowrank.errors import UserError
+from hf_lowrank.storage.checksums import write_checksums
 from hf_lowrank.training import load_recipe, pretrain
 from hf_lowrank.training.trainer import WholeTrainer
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.evaluation_set import EvaluationSet
+from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.training.cache import cached_folder
 from hf_lowrank.training.corpus import prepare_corpus
 from hf_lowrank.training.recipe import DataSettings

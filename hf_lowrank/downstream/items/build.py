@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_lowrank.checkpoints import Trajectory
 from hf_lowrank.downstream.items.cloze import make_cloze
 from hf_lowrank.downstream.items.draws import Draws
 from hf_lowrank.downstream.items.encoding import Encoder
@@ -22,7 +21,8 @@ from hf_lowrank.downstream.items.passages import make_passages
 from hf_lowrank.downstream.items.syntax import make_syntax
 from hf_lowrank.downstream.sources import context_length, load_tokenizer
 from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.reading import parse_json
+from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.storage.parsing import parse_json
 
 # Raised whenever the same text would give other items.
 VERSION = 4

@@ -1,0 +1,1 @@
+"""Several processes of one command: launch, placement of models and work, faults."""

@@ -1,0 +1,87 @@
+"""The fixed held-out sequences on which every loss of a run is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.storage.files import whole_file
+
+FILE_NAME = "evaluation.safetensors"
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Held-out token sequences, all of one length.
+
+    Attributes:
+        input_ids: (N, T) int64 token ids.
+        attention_mask: (N, T) int64, 1 for tokens, 0 for padding.
+        fingerprint: SHA-256 over shape, ids and mask, hex; losses of different fingerprints are never compared.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.input_ids.ndim != 2 or self.input_ids.shape != self.attention_mask.shape:
+            shapes = f"{tuple(self.input_ids.shape)} and {tuple(self.attention_mask.shape)}"
+            raise UserError(f"input_ids and attention_mask must be (N, T) and of one shape, got {shapes}")
+        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
+        for tensor in (self.input_ids, self.attention_mask):
+            digest.update(tensor.to(torch.int32).contiguous().numpy().tobytes())
+        object.__setattr__(self, "fingerprint", digest.hexdigest())
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def first(self, count: int | None) -> EvaluationSet:
+        """The first `count` sequences (all for None), with the fingerprint of just these."""
+        if count is None or count >= len(self):
+            return self
+        return EvaluationSet(self.input_ids[:count], self.attention_mask[:count])
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes `evaluation.safetensors` into `folder`, whole."""
+        path = Path(folder) / FILE_NAME
+        tensors = {
+            "input_ids": self.input_ids.to(torch.int32).contiguous(),
+            "attention_mask": self.attention_mask.to(torch.uint8).contiguous(),
+        }
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint})
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EvaluationSet:
+        """Reads the set from a file or from a folder that holds `evaluation.safetensors`.
+
+        Raises:
+            UserError: the file is missing, is no safetensors file, or its content does not have its fingerprint.
+        """
+        file = Path(path)
+        file = file / FILE_NAME if file.is_dir() else file
+        if not file.is_file():
+            raise UserError(f"{file}: no evaluation set is there; hf-lowrank train writes one into each run")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                recorded = (tensors.metadata() or {}).get("fingerprint")
+                ids = tensors.get_tensor("input_ids").long()
+                mask = tensors.get_tensor("attention_mask").long()
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a readable evaluation set: {error}") from None
+        loaded = cls(ids, mask)
+        if recorded is not None and recorded != loaded.fingerprint:
+            raise UserError(
+                f"{file}: content has fingerprint {loaded.fingerprint[:12]}, the file says {recorded[:12]}; "
+                "the file is damaged"
+            )
+        return loaded

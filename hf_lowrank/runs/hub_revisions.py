@@ -1,0 +1,217 @@
+"""Checkpoints as revisions of a Hub repository: whose names are steps, and only what is asked for is downloaded."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hf_lowrank.errors import LowRankWarning, UserError
+from hf_lowrank.storage.files import whole_file
+from hf_lowrank.storage.parsing import parse_json
+
+WEIGHTS, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"
+# Tried in this order when nobody says which revisions are checkpoints.
+USUAL_NAMES = ("step*", "global_step*", "checkpoint*", "ckpt*", "iter*")
+NAMED_STEP = re.compile(r"(?:step|checkpoint|ckpt|iter)[-_]?(\d+)([km](?![a-z]))?", re.I)
+LAST_NUMBER = re.compile(r"(\d+)([km](?![a-z]))?(?!.*\d)", re.I)
+FIRST_BYTES = 100_000
+
+
+def step_of(revision: str) -> int | None:
+    """The optimizer step that a branch or tag names: `step1000`, `step_1000`, `checkpoint-1000`, `ckpt-1k`, …"""
+    match = NAMED_STEP.search(revision) or LAST_NUMBER.search(revision)
+    if match is None:
+        return None
+    return int(match[1]) * {None: 1, "k": 1000, "m": 1_000_000}[match[2] and match[2].lower()]
+
+
+class HubSource:
+    """Checkpoints as revisions (branches or tags) of a Hub repository; what is in the local cache needs no network."""
+
+    def __init__(self, repository: str, revisions: str | None = None) -> None:
+        repository, _, chosen = repository.partition("@")
+        self.repository = self.name = repository
+        names = _revision_names(repository)
+        patterns = [revisions or chosen] if revisions or chosen else USUAL_NAMES
+        found: dict[int, str] = {}
+        for pattern in patterns:
+            for name in names:
+                step = step_of(name)
+                if step is not None and fnmatch.fnmatchcase(name, pattern):
+                    found.setdefault(step, name)
+            if not found and pattern in names:
+                found = {0: pattern}
+            if found:
+                break
+        if not found:
+            some = ", ".join(names[:8])
+            raise UserError(
+                f"{repository}: no revision matches {patterns[0]!r}; there are: {some}; choose with --revisions"
+            )
+        self._revisions = found
+        self.steps = sorted(found)
+        self._remote: dict[int, RemoteTensors] = {}
+
+    def folder(self, step: int, *, weights: bool) -> Path:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["config.json", "generation_config.json"] + ([WEIGHTS, INDEX, SHARDS] if weights else [])
+        try:
+            folder = snapshot_download(self.repository, revision=self._revisions[step], allow_patterns=patterns)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.where(step)}: cannot be downloaded: {_one_line(error)}") from None
+        return Path(folder)
+
+    def file(self, step: int, name: str) -> Path | None:
+        """One file of a checkpoint, or None."""
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self.repository, name, revision=self._revisions[step]))
+        except (OSError, ValueError, RuntimeError):
+            return None
+
+    def extra(self, file: str) -> Path | None:
+        """A file that belongs to the whole run, from its last checkpoint."""
+        return self.file(self.steps[-1], file)
+
+    def where(self, step: int) -> str:
+        return f"{self.repository}@{self._revisions[step]}"
+
+    def fingerprint(self, step: int) -> str:
+        """Of the address: a commit may change a card alone, and weights may not be here."""
+        return hashlib.sha256(self.where(step).encode()).hexdigest()[:16]
+
+    def tensors(self, step: int) -> RemoteTensors | None:
+        """Reads single tensors without the rest; None where the whole file is here or the Hub gives no parts."""
+        if step not in self._remote:
+            from huggingface_hub import try_to_load_from_cache
+
+            revision = self._revisions[step]
+            if isinstance(try_to_load_from_cache(self.repository, WEIGHTS, revision=revision), str):
+                return None
+            if _cached_commit(self.repository, revision) is None:
+                self.folder(step, weights=False)
+            commit = _cached_commit(self.repository, revision)
+            if commit is None:
+                return None
+            try:
+                self._remote[step] = RemoteTensors(self.repository, commit)
+            except (OSError, ValueError, KeyError, TypeError):
+                return None
+        remote = self._remote[step]
+        # Most of the file is wanted: one download is less work than many.
+        return None if remote.bytes_read > remote.size // 2 else remote
+
+
+class RemoteTensors:
+    """The tensors of a remote `model.safetensors`, each read by a range request and kept in the local cache.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: the Hub cannot be reached, has no such file, or gives no parts.
+    """
+
+    def __init__(self, repository: str, commit: str) -> None:
+        from huggingface_hub import constants
+
+        self.repository, self.commit = repository, commit
+        self._cache = Path(constants.HF_HUB_CACHE) / "hf_lowrank-tensors" / repository.replace("/", "--") / commit
+        self.bytes_read = 0
+        stored = self._cache / "header.json"
+        if stored.is_file():
+            known = parse_json(stored.read_text(encoding="utf-8"))
+            self._start, header = known["start"], known["header"]
+        else:
+            first = self._get(0, FIRST_BYTES)
+            (length,) = struct.unpack("<Q", first[:8])
+            data = first[8 : 8 + length] if 8 + length <= len(first) else self._get(8, 8 + length)
+            self._start, header = 8 + length, parse_json(data)
+            with whole_file(stored) as file:
+                file.write_text(json.dumps({"start": self._start, "header": header}), encoding="utf-8")
+        self._entries: dict[str, Any] = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        self.size = max((entry["data_offsets"][1] for entry in self._entries.values()), default=0)
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as it is stored.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        from safetensors.torch import load
+
+        stored = self._cache / (hashlib.sha256(name.encode()).hexdigest() + ".safetensors")
+        try:
+            if not stored.is_file():
+                entry = self._entries[name]
+                begin, end = entry["data_offsets"]
+                data = self._get(self._start + begin, self._start + end) if end > begin else b""
+                header = json.dumps({name: {**entry, "data_offsets": [0, end - begin]}}).encode()
+                with whole_file(stored) as file:
+                    file.write_bytes(struct.pack("<Q", len(header)) + header + data)
+                self.bytes_read += end - begin
+            return load(stored.read_bytes())[name]
+        except (OSError, ValueError, SafetensorError) as error:
+            where = f"{self.repository}@{self.commit[:12]}"
+            raise UserError(f"{where}: {name} cannot be read: {_one_line(error)}") from None
+
+    def _get(self, begin: int, end: int) -> bytes:
+        """Bytes [begin, end) of the file; fewer where it ends before."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(self.repository, WEIGHTS, revision=self.commit)
+        headers = {**build_hf_headers(library_name="hf_lowrank"), "Range": f"bytes={begin}-{end - 1}"}
+        response = get_session().get(url, headers=headers, timeout=60)
+        hf_raise_for_status(response)
+        if response.status_code != 206:
+            raise ValueError("the Hub sends whole files only")
+        return response.content
+
+
+def _revision_names(repository: str) -> list[str]:
+    """Branches and tags, from the Hub, or those in the local cache where the Hub cannot be asked."""
+    from huggingface_hub import list_repo_refs
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        refs = list_repo_refs(repository)
+    except RepositoryNotFoundError:
+        raise UserError(f"{repository}: neither a local folder nor a repository on the Hub that you can see") from None
+    except Exception as error:  # without a network, whatever the Hub's client of today raises
+        folder = _cache_folder(repository) / "refs"
+        names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        if not names:
+            raise UserError(f"{repository}: no such folder, and the Hub cannot be asked: {_one_line(error)}") from None
+        line = f"{repository}: the Hub cannot be asked; taken from the local cache"
+        warnings.warn(line, LowRankWarning, stacklevel=5)
+        return names
+    return [ref.name for ref in [*refs.branches, *refs.tags]]
+
+
+def _cache_folder(repository: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+
+
+def _cached_commit(repository: str, revision: str) -> str | None:
+    """The commit that a revision had when its configuration was downloaded."""
+    file = _cache_folder(repository) / "refs" / revision
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,137 @@
+"""A checkpoint's configuration, and whether its weights are those that it describes, from headers alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from hf_lowrank.runs.sources import weight_files
+from hf_lowrank.storage.checksums import check_checksums
+from hf_lowrank.errors import LowRankWarning, UserError
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Building so many layers, even without weights, would take minutes: a number out of a damaged file.
+MOST_LAYERS = 4096
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in a checkpoint's folder.
+
+    Raises:
+        UserError: config.json is missing or unreadable, or describes no model that could be built.
+    """
+    import hf_lowrank.adapters  # noqa: F401  AutoConfig learns this package's own model type
+
+    file = folder / "config.json"
+    check_checksums(folder, [file.name] if file.is_file() else [])
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        layers = getattr(config, "num_hidden_layers", 1)
+    except Exception as error:  # transformers raises whatever a broken file leads it to
+        raise UserError(f"{file}: not a readable configuration: {_one_line(error)}") from None
+    if not isinstance(layers, int) or not 0 <= layers <= MOST_LAYERS:
+        raise UserError(f"{file}: num_hidden_layers must lie between 0 and {MOST_LAYERS}, got {layers!r:.40}")
+    return config
+
+
+def skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel | None:
+    """The architecture of a checkpoint on the meta device; None for one that is not in this installation.
+
+    Raises:
+        UserError: the configuration's values do not fit together.
+    """
+    known = [getattr(transformers, name, None) for name in config.architectures or ()]
+    classes = [cls for cls in known if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
+    if not classes and type(config) not in AutoModelForCausalLM._model_mapping:
+        return None
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", LowRankWarning)  # nothing is chosen here
+            return classes[0](config) if classes else AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # any operation may fail on a size that makes no sense
+        raise UserError(f"{folder / 'config.json'}: describes no model: {_one_line(error)}") from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Loading and writing checkpoints shows one progress, the caller's, not a bar for each."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Compares a checkpoint's weights with its configuration, and both with their checksums.
+
+    Raises:
+        UserError: they are damaged; the message names the file.
+    """
+    check_weights(folder, exact=False)
+    check_checksums(folder, ["config.json", *{file.name for file in weight_files(folder).values()}])
+
+
+def check_weights(folder: Path, *, exact: bool = True) -> None:
+    """Compares names and shapes in the safetensors files with the architecture of config.json, without any weights.
+
+    Args:
+        folder: a checkpoint.
+        exact: whether tensors that belong to nothing are a fault too; older versions of transformers stored buffers.
+
+    Raises:
+        UserError: a file is damaged or missing, or a tensor is missing, of another shape, or left over.
+    """
+    stored = _stored(folder)
+    model = skeleton(folder, read_config(folder))
+    if model is None:
+        return
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(expected.keys() & stored.keys()):
+        if expected[name] != stored[name]:
+            raise UserError(
+                f"{folder}: the weights do not match config.json: {name} has shape {list(stored[name])}, "
+                f"the configuration says {list(expected[name])}"
+            )
+    missing = sorted(expected.keys() - stored.keys() - tied)
+    unknown = sorted(stored.keys() - expected.keys())
+    # Architectures that are stored under other names than they run under (fused experts) have the same numbers.
+    surplus = _count(stored) - _count({n: s for n, s in expected.items() if n not in tied})
+    if (missing or unknown) and (surplus != 0 if exact else missing and surplus < 0):
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} belongs to nothing"
+        raise UserError(f"{folder}: the weights do not match config.json: {what}")
+
+
+def _stored(folder: Path) -> Shapes:
+    shapes: Shapes = {}
+    for file in set(weight_files(folder).values()):
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in names})
+    return shapes
+
+
+def _count(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _one_line(error: BaseException) -> str:
+    # The last line of a strict dataclass's complaint carries what was expected and what was given.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[-1].split())[:300]

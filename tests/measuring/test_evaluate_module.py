@@ -1,0 +1,60 @@
+"""The `evaluate` module, loaded as users do, and its card."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import evaluate
+import pytest
+import yaml
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.evaluate_modules import path
+from hf_lowrank.measuring import measure
+from hf_lowrank.metrics import METRICS
+
+FAST = {"random": {"draws": 2, "steps": 1}, "pca": {"count": 2}, "path": {"points": 1}}
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return evaluate.load(path("lowrank_geometry"), cache_dir=str(tmp_path / "cache"))
+
+
+def test_the_sixteen_of_checkpoints_against_baselines(module, two_runs):
+    full, galore = two_runs
+    result = module.compute(
+        predictions=[f"{galore}/checkpoint-20", f"{galore}/checkpoint-0"],
+        references=[f"{full}/checkpoint-20", f"{full}/checkpoint-0"],
+        settings=FAST,
+    )
+    assert list(result) == [*METRICS.sixteen, "reasons"]
+    assert all(isinstance(result[metric][0], float) for metric in METRICS.sixteen)
+    assert result["reasons"][0] == {}
+    assert result["update_norm"][1] is None
+    assert "first checkpoint" in result["reasons"][1]["update_norm"]
+    rows = measure(galore, baseline=full, metrics="activation_cka", steps=20, settings=FAST)
+    assert result["activation_cka"][0] == rows[-1].value
+    assert not (full / "measurements.jsonl").exists()
+
+
+def test_pairs_must_fit(module, two_runs):
+    full, galore = two_runs
+    with pytest.raises(UserError, match="one step"):
+        module.compute(predictions=[f"{galore}/checkpoint-20"], references=[f"{full}/checkpoint-10"])
+    with pytest.raises(UserError, match="must name one checkpoint"):
+        module.compute(predictions=[str(galore)], references=[str(full)])
+
+
+def test_card_and_app():
+    folder = Path(path("lowrank_geometry"))
+    header = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    assert header["sdk"] == "gradio"
+    assert (folder / header["app_file"]).is_file()
+    for metric in METRICS.sixteen:
+        assert f"`{metric}`" in (folder / "README.md").read_text()
+    ast.parse((folder / "app.py").read_text())
+    with pytest.raises(ValueError, match="there are: lowrank_geometry"):
+        path("other")
