@@ -26,9 +26,10 @@ from lm_eval import evaluator
 from transformers.models.llama import modeling_llama
 
 from benchmarks._common import machine, spread, versions, write_result
-from hf_lowrank.downstream import evaluate, lm_eval_model, read_scores
+from hf_lowrank.downstream import evaluate, lm_eval_model
 from hf_lowrank.measuring import measure
 from hf_lowrank.runs.measurements import read_measurements
+from hf_lowrank.runs.scores import read_scores
 from hf_lowrank.training import load_recipe, pretrain
 from tests.distributed.every_method import launch
 

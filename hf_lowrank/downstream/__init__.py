@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["TASK_FOLDER", "Score", "analyse", "compare", "evaluate", "predict", "read_scores", "run_lm_eval"]
+__all__ = ["TASK_FOLDER", "analyse", "compare", "evaluate", "predict", "run_lm_eval"]
 
 _WHERE = {
-    "Score": "scores",
     "TASK_FOLDER": "lm_eval_registry",
     "analyse": "prediction",
     "compare": "paired",
     "evaluate": "runner",
     "predict": "gathering",
-    "read_scores": "scores",
     "run_lm_eval": "lm_eval_cli",
 }
 

@@ -21,11 +21,11 @@ from hf_lowrank.adapters import (
     SLTrainConfig,
     dense_weight_from_tensors,
     dense_weight_kind,
-    export,
     low_rank_factors_from_tensors,
     target_layers,
 )
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.export import export
 from hf_lowrank.storage.checksums import write_checksums
 from hf_lowrank.targets import target_modules
 

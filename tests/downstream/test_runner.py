@@ -13,14 +13,21 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 
 from hf_lowrank.cli import main
-from hf_lowrank.downstream import TASK_FOLDER, catalogue, compare, evaluate, read_scores
+from hf_lowrank.downstream import TASK_FOLDER, catalogue, compare, evaluate
 from hf_lowrank.downstream import runner as runner_module
 from hf_lowrank.downstream.catalogue import OFFLINE, units, wanted_tasks
 from hf_lowrank.downstream.figures import score_table
 from hf_lowrank.downstream.paired import mcnemar, paired_difference
 from hf_lowrank.downstream.runner import asked_for, unscored
 from hf_lowrank.errors import UserError
-from hf_lowrank.runs.scores import append_scores, bootstrap, item_file, read_item_scores, write_item_scores
+from hf_lowrank.runs.scores import (
+    append_scores,
+    bootstrap,
+    item_file,
+    read_item_scores,
+    read_scores,
+    write_item_scores,
+)
 from hf_lowrank.runs.trajectory import Trajectory
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from hf_lowrank.downstream import evaluate, read_scores
+from hf_lowrank.downstream import evaluate
 from hf_lowrank.downstream import runner as runner_module
 from hf_lowrank.downstream.lm_eval_model import LowRankLM
 from hf_lowrank.errors import UserError
-from hf_lowrank.runs.scores import item_file, read_item_scores
+from hf_lowrank.runs.scores import item_file, read_item_scores, read_scores
 from tests.distributed.pairs import in_two, lose_one
 
 
