@@ -1,19 +1,13 @@
-"""What a run cost: seconds, memory, tokens, kept in `facts.json` over interruptions."""
+"""`facts.json` of a run directory: what training records about the run and what it cost."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from hf_lowrank.storage.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
+from hf_lowrank.storage.checksums import sealed, unsealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
 
@@ -41,86 +35,3 @@ def read_facts(run: Path) -> dict[str, Any]:
 def write_facts(run: Path, facts: dict[str, Any]) -> None:
     """Writes `facts.json`, whole."""
     write_text(run / FILE_NAME, json.dumps(sealed(facts), indent=2) + "\n")
-
-
-def peak_memory_bytes() -> int | None:
-    """The most memory this process has held: the accelerator's where there is one, else the main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def optimizer_state_bytes(optimizer: Optimizer) -> int:
-    """The size of the tensors that the optimizer keeps beside the parameters."""
-    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-class FactsRecorder(TrainerCallback):
-    """Adds up seconds and tokens; writes them before each checkpoint, so that a resumed run goes on counting.
-
-    `training_seconds` counts the optimizer steps with their forward and backward passes, `wall_seconds` everything
-    between start and end of the training: evaluation, saving and reading data too. `cpu_seconds` is the processor time
-    of the optimizer steps over all threads, which other work on the machine hardly changes. `tokens_seen` counts
-    positions, fillings included. What was computed and lost to an interruption counts in none of them.
-    """
-
-    def __init__(
-        self, run: Path, facts: dict[str, Any], tokens_per_step: int, resumed_step: int, keep_resumed: bool = True
-    ) -> None:
-        history = {int(step): costs for step, costs in facts.get("progress", {}).items() if int(step) <= resumed_step}
-        before = history.get(resumed_step, {}) if keep_resumed else history.pop(resumed_step, {})
-        self._run, self._facts, self._history = run, facts, history
-        self._tokens_per_step = tokens_per_step
-        self._training = float(before.get("training_seconds", 0.0))
-        self._wall = float(before.get("wall_seconds", 0.0))
-        self._cpu = float(before.get("cpu_seconds", 0.0))
-        self._peak = before.get("peak_memory_bytes") or 0
-        self._began = self._step_began = time.perf_counter()
-        self._cpu_began = time.process_time()
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._began = time.perf_counter()
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._step_began = time.perf_counter()
-        self._cpu_began = time.process_time()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        due = control.should_save or control.should_log
-        if due and torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        self._training += time.perf_counter() - self._step_began
-        self._cpu += time.process_time() - self._cpu_began
-        if control.should_save and state.is_world_process_zero:
-            self._write(state.global_step, kwargs.get("optimizer"))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            self._write(state.global_step, kwargs.get("optimizer"))
-
-    def _write(self, step: int, optimizer: Any) -> None:
-        self._peak = max(self._peak, peak_memory_bytes() or 0)
-        costs = {
-            "training_seconds": round(self._training, 3),
-            "wall_seconds": round(self._wall + time.perf_counter() - self._began, 3),
-            "cpu_seconds": round(self._cpu, 3),
-            "peak_memory_bytes": self._peak or None,
-            "tokens_seen": step * self._tokens_per_step,
-        }
-        self._history[step] = costs
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        now = {"step": step, **costs}
-        if optimizer is not None:
-            now["optimizer_state_bytes"] = optimizer_state_bytes(optimizer)
-        self._facts.update(now, progress={str(step): costs for step, costs in sorted(self._history.items())})
-        write_facts(self._run, self._facts)

@@ -31,7 +31,7 @@ from hf_lowrank.memory.recorder import memory_recorder
 from hf_lowrank.optim.engines import refuse_engines
 from hf_lowrank.runs.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.runs.facts import FactsRecorder, read_facts, write_facts
+from hf_lowrank.runs.facts import read_facts, write_facts
 from hf_lowrank.runs.resume import is_sharded, last_whole_checkpoint, step_of
 from hf_lowrank.storage.checksums import damage_by_checksums, read_sealed_text, sealed_text, write_checksums
 from hf_lowrank.storage.files import refusal_of, write_text
@@ -47,6 +47,7 @@ from hf_lowrank.training.callbacks import (
     token_loss,
 )
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
+from hf_lowrank.training.facts import FactsRecorder
 from hf_lowrank.training.recipe import Recipe, first_line
 from hf_lowrank.training.sequences import HeldOutSequences, collate
 from hf_lowrank.training.stopping import InterimRemoved, StopOnSignal, is_interim, remove_interim
