@@ -1,105 +1,116 @@
-"""Intervals over seeds: Student's t, with no more than the standard library."""
+"""Estimates with intervals and tests over few draws or seeds, computed by scipy.
+
+scipy is imported where it is used: whoever only needs `Estimate` does not load it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# Fewer seeds than this allow no verdict about methods.
+SEEDS_FOR_A_VERDICT = 3
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over `n` seeds; `low` and `high` bound its 95 % interval and are None for a single seed."""
+class Estimate(NamedTuple):
+    """A value from `n` independent draws or seeds with the ends of its interval, NaN where it has none."""
 
-    mean: float
-    low: float | None
-    high: float | None
+    value: float
+    low: float
+    high: float
     n: int
 
+    @property
+    def has_interval(self) -> bool:
+        return not (math.isnan(self.low) or math.isnan(self.high))
 
-def _beta_fraction(a: float, b: float, x: float) -> float:
-    """The continued fraction of the incomplete beta function (DLMF 8.17.22), by Lentz's method."""
-    tiny = 1e-300
-    c, d = 1.0, 1.0 - (a + b) * x / (a + 1.0)
-    d = 1.0 / (d if abs(d) > tiny else tiny)
-    fraction = d
-    for m in range(1, 400):
-        for numerator in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1.0 + numerator * d
-            d = 1.0 / (d if abs(d) > tiny else tiny)
-            c = 1.0 + numerator / c
-            c = c if abs(c) > tiny else tiny
-            fraction *= d * c
-        if abs(d * c - 1.0) < 1e-14:
-            break
-    return fraction
-
-
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    if x <= 0.0 or x >= 1.0:
-        return 0.0 if x <= 0.0 else 1.0
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
-    if x < (a + 1.0) / (a + b + 2.0):
-        return front * _beta_fraction(a, b, x) / a
-    return 1.0 - front * _beta_fraction(b, a, 1.0 - x) / b
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """The ends of the interval; (None, None) without one."""
+        return (self.low, self.high) if self.has_interval else (None, None)
 
 
 @cache
 def student_t_quantile(probability: float, degrees: float) -> float:
-    """The `probability`-quantile (0.5 ≤ p < 1) of Student's t with `degrees` > 0 degrees of freedom."""
-    tail = 1.0 - probability
+    """The `probability`-quantile of Student's t with `degrees` > 0 degrees of freedom."""
+    from scipy.special import stdtrit
 
-    def upper_tail(t: float) -> float:
-        return 0.5 * incomplete_beta(degrees / 2.0, 0.5, degrees / (degrees + t * t))
+    return float(stdtrit(degrees, probability))
 
-    low, high = 0.0, 1.0
-    while upper_tail(high) > tail:
-        high *= 2.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if upper_tail(middle) > tail else (low, middle)
-    return 0.5 * (low + high)
+
+def student_t_p_value(t: float, degrees: float) -> float:
+    """`P(|T| ≥ |t|)` of Student's t."""
+    from scipy.special import stdtr
+
+    return 2.0 * float(stdtr(degrees, -abs(t)))
+
+
+def t_interval(value: float, standard_error: float, n: int, confidence: float = 0.95) -> Estimate:
+    """`value`, the mean of `n` ≥ 2 draws, with its interval of Student's t."""
+    half = student_t_quantile(0.5 + confidence / 2.0, n - 1) * standard_error
+    return Estimate(value, value - half, value + half, n)
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean of at least one value with its t interval."""
+    """Mean of at least one value with its interval of Student's t; a single value has no interval."""
     n = len(values)
     mean = math.fsum(values) / n
     if n == 1:
-        return Estimate(mean, None, None, 1)
+        return Estimate(mean, math.nan, math.nan, 1)
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    half = student_t_quantile(0.5 + confidence / 2.0, n - 1) * math.sqrt(variance / n)
-    return Estimate(mean, mean - half, mean + half, n)
+    return t_interval(mean, math.sqrt(variance / n), n, confidence)
 
 
 def mean_difference(
     ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float = 0.95
 ) -> Estimate | None:
-    """Mean of `theirs − ours`, each by seed, with an interval; None when fewer than two seeds speak.
+    """Mean of `theirs − ours`, each by seed, with an interval; None if either has fewer than two seeds.
 
     Seeds that both have are compared in pairs, since a seed fixes the initial weights and the order of the data for
-    every method; without two common seeds, Welch's interval.
+    every method; without two common seeds the interval is Welch's.
     """
     common = sorted(set(ours) & set(theirs))
     if len(common) >= 2:
         return mean_interval([theirs[seed] - ours[seed] for seed in common], confidence)
     if len(ours) < 2 or len(theirs) < 2:
         return None
-    means, squares, sizes = [], [], []
-    for sample in (list(ours.values()), list(theirs.values())):
-        mean = math.fsum(sample) / len(sample)
-        variance = math.fsum((value - mean) ** 2 for value in sample) / (len(sample) - 1)
-        means.append(mean)
-        squares.append(variance / len(sample))
-        sizes.append(len(sample))
-    error = math.sqrt(sum(squares))
-    difference = means[1] - means[0]
-    if error == 0.0:
-        return Estimate(difference, difference, difference, min(sizes))
-    degrees = sum(squares) ** 2 / sum(square**2 / (size - 1) for square, size in zip(squares, sizes, strict=True))
-    half = student_t_quantile(0.5 + confidence / 2.0, degrees) * error
-    return Estimate(difference, difference - half, difference + half, min(sizes))
+    first, second = list(ours.values()), list(theirs.values())
+    difference = math.fsum(second) / len(second) - math.fsum(first) / len(first)
+    n = min(len(first), len(second))
+    if len(set(first)) == len(set(second)) == 1:
+        return Estimate(difference, difference, difference, n)
+    from scipy.stats import ttest_ind
+
+    low, high = ttest_ind(second, first, equal_var=False).confidence_interval(confidence)
+    return Estimate(difference, float(low), float(high), n)
+
+
+def kendall_tau(first: Array, second: Array) -> Array:
+    """Kendall's τ-b along the last axis; NaN where all values of one side are equal."""
+    from scipy.stats import kendalltau
+
+    return np.asarray(kendalltau(first, second, axis=-1).statistic, dtype=np.float64)
+
+
+def spearman(first: Array, second: Array) -> float:
+    """Spearman's rank correlation; NaN where one side is constant."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return math.nan
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(first, second).statistic)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """McNemar's exact two-sided p-value for the numbers of items that only one of two models got right."""
+    from scipy.stats import binomtest
+
+    total = only_first + only_second
+    return float(binomtest(only_first, total).pvalue) if total else 1.0

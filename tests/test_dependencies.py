@@ -1,9 +1,11 @@
 """What the package stands on: pinned, in agreement with itself, without a compiler, and under which licences."""
 
+import ast
 import re
+import sys
 import tomllib
 from functools import cache
-from importlib.metadata import distributions
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,29 @@ def test_bounds_and_pins_agree():
         if name != OURS:
             assert requirement.specifier.contains({**plain, **witnesses}[name]), line
     assert all(Requirement(line).specifier for line in PROJECT["dependencies"]), "a dependency without a lower bound"
+
+
+def imported():
+    """The distributions that files of the package import, anywhere in them, with one such file each."""
+    # The app of a Hugging Face Space, which brings gradio itself.
+    files = set((ROOT / "hf_lowrank").rglob("*.py")) - {ROOT / "hf_lowrank/evaluate_modules/lowrank_geometry/app.py"}
+    owners, found = packages_distributions(), {}
+    for file in sorted(files):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"hf_lowrank"}:
+                for owner in owners.get(top, [top]):
+                    found.setdefault(canonicalize_name(owner), file.relative_to(ROOT).as_posix())
+    return found
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    extras = PROJECT["optional-dependencies"]
+    needed = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    optional = {canonicalize_name(Requirement(line).name) for line in extras["8bit"]}
+    assert {name: file for name, file in imported().items() if name not in needed | optional} == {}
+    assert needed | optional <= set(imported()), "declared, but no file imports it"
 
 
 def test_every_dependency_of_the_package_is_pinned():

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hf_lowrank.claims.claim import Claim, Detail, Verdict
-from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT, Tested, paired_test, slope
+from hf_lowrank.claims.paired import Tested, paired_test, slope
 from hf_lowrank.claims.study import Common, Study, common, kind_of, null_reasons, paired_differences
 from hf_lowrank.claims.verdicts import all_of, by_method, every_above, on_average, pooled_by_seed
 from hf_lowrank.claims.words import (
@@ -22,6 +22,7 @@ from hf_lowrank.claims.words import (
 )
 from hf_lowrank.formats import plain, significant
 from hf_lowrank.runs.records import RunRecord
+from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 # The distance, and what stands in where it was not measured: (metric, distance from its value, name).
 DISTANCES: tuple[tuple[str, Callable[[float], float], str], ...] = (

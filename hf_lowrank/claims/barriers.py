@@ -146,7 +146,7 @@ def _spread(study: Study, losses: Mapping[tuple[str, int], float]) -> tuple[str,
         by_method.setdefault(method, {})[seed] = value
     if len(by_method) < 2:
         return None
-    means = {method: mean_interval(list(values.values())).mean for method, values in by_method.items()}
+    means = {method: mean_interval(list(values.values())).value for method, values in by_method.items()}
     low, high = min(means, key=lambda m: means[m]), max(means, key=lambda m: means[m])
     shared = sorted(set(by_method[low]) & set(by_method[high]))
     if not shared:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_lowrank.claims.claim import Claim, Detail, Verdict
-from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT, Tested, holm, kendall_tau, paired_test, tau_interval
+from hf_lowrank.claims.paired import Tested, holm, paired_test, tau_interval
 from hf_lowrank.claims.study import Common, Study, common, logged_losses, loss_entries, paired_differences
 from hf_lowrank.claims.words import listed, p_text, seeds_and_step
 from hf_lowrank.formats import plain, significant
+from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, kendall_tau
 
 # Above it the orders are as good as one: of 28 pairs of eight methods at most two stand the other way round.
 SAME_ORDER = 0.8

@@ -14,14 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hf_lowrank.statistics import incomplete_beta, mean_interval, student_t_quantile
+from hf_lowrank.statistics import Array, kendall_tau, mean_interval, student_t_p_value, student_t_quantile
 
-Array = NDArray[np.float64]
-
-# A verdict needs at least so many seeds.
-SEEDS_FOR_A_VERDICT = 3
 # Up to so many seeds all sign flips are gone through; beyond, so many random ones.
 EXACT_SEEDS = 14
 FLIPS = 2**EXACT_SEEDS
@@ -54,11 +49,6 @@ class Tested:
         return None if self.p_above is None or self.p_below is None else min(self.p_above, self.p_below)
 
 
-def tail(t: float, degrees: float) -> float:
-    """`P(|T| ≥ t)` of Student's t."""
-    return incomplete_beta(degrees / 2.0, 0.5, degrees / (degrees + t * t))
-
-
 def paired_test(differences: Sequence[float], *, level: float = 0.0, confidence: float = 0.95) -> Tested:
     """Tests the mean of at least one difference against `level`.
 
@@ -67,17 +57,17 @@ def paired_test(differences: Sequence[float], *, level: float = 0.0, confidence:
     estimate = mean_interval(differences, confidence)
     n = estimate.n
     if n == 1:
-        return Tested(estimate.mean, None, None, None, None, None, 1)
+        return Tested(estimate.value, None, None, None, None, None, 1)
     flips = sign_flip_p_value([value - level for value in differences])
-    deviation = math.sqrt(math.fsum((value - estimate.mean) ** 2 for value in differences) / (n - 1))
-    distance = estimate.mean - level
-    low, high = estimate.low, estimate.high
+    deviation = math.sqrt(math.fsum((value - estimate.value) ** 2 for value in differences) / (n - 1))
+    distance = estimate.value - level
+    low, high = estimate.bounds
     if deviation <= 1e-12 * max(abs(value) for value in (*differences, level)):
         two_sided, low, high = flips, None, None
     else:
-        two_sided = tail(distance / (deviation / math.sqrt(n)), n - 1)
+        two_sided = student_t_p_value(distance / (deviation / math.sqrt(n)), n - 1)
     above, below = (two_sided, 1.0) if distance > 0 else (1.0, two_sided)
-    return Tested(estimate.mean, low, high, above, below, flips, n)
+    return Tested(estimate.value, low, high, above, below, flips, n)
 
 
 def sign_flip_p_value(differences: Sequence[float]) -> float:
@@ -110,16 +100,6 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float(centred @ np.asarray(y, dtype=np.float64)) / weight if weight > 0 else math.nan
 
 
-def kendall_tau(first: Array, second: Array) -> Array:
-    """Kendall's τ-b between the last axes (…, M); NaN where all of one side are equal."""
-    i, j = np.triu_indices(first.shape[-1], 1)
-    a = np.sign(first[..., i] - first[..., j])
-    b = np.sign(second[..., i] - second[..., j])
-    weight = np.sqrt((a != 0).sum(-1) * (b != 0).sum(-1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((a * b).sum(-1) / weight, dtype=np.float64)
-
-
 def tau_interval(
     first_MS: Array, second_MS: Array, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -130,6 +110,8 @@ def tau_interval(
     """
     seeds = first_MS.shape[1]
     picked = np.random.default_rng(seed).integers(seeds, size=(resamples, seeds))
+    # The order within a draw changes no mean, and few seeds allow few different draws.
+    picked, which = np.unique(np.sort(picked, axis=1), axis=0, return_inverse=True)
     probability = 0.5 + confidence / 2
     wider = math.sqrt(seeds / (seeds - 1)) * (
         student_t_quantile(probability, seeds - 1) / student_t_quantile(probability, 1e6)
@@ -138,7 +120,7 @@ def tau_interval(
     for values in (first_MS, second_MS):
         centre = values.mean(1)
         sides.append(centre + wider * (values[:, picked].mean(2).T - centre))
-    taus = kendall_tau(sides[0], sides[1])
+    taus = kendall_tau(sides[0], sides[1])[which]
     taus = taus[np.isfinite(taus)]
     if len(taus) < resamples // 2:
         return math.nan, math.nan

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from hf_lowrank.claims.claim import Claim, Detail
-from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT
 from hf_lowrank.claims.study import Study, model_values, paired_differences
 from hf_lowrank.claims.verdicts import all_of, differences
 from hf_lowrank.claims.words import LN_RATIO, detail, listed, no_baseline, percent
 from hf_lowrank.formats import plain
+from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 # A hundredth: below that, tables of three digits barely show it.
 MARGIN = math.log(1.01)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
-from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT
 from hf_lowrank.errors import UserError
 from hf_lowrank.report.colours import looks
 from hf_lowrank.runs.records import Row, RunRecord, load_runs
+from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 Value = TypeVar("Value")
 Key = TypeVar("Key", bound=Any)

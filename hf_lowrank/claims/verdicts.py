@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_lowrank.claims.claim import Verdict
-from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT, Tested, holm, paired_test
+from hf_lowrank.claims.paired import Tested, holm, paired_test
+from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 Samples = Mapping[str, Sequence[float]]
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from hf_lowrank.claims.claim import Detail
-from hf_lowrank.claims.paired import SEEDS_FOR_A_VERDICT, Tested
+from hf_lowrank.claims.paired import Tested
 from hf_lowrank.claims.study import Study
 from hf_lowrank.claims.verdicts import Decision
 from hf_lowrank.formats import plain, significant, words_list
+from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 # So many names are listed in a sentence before "and … more".
 NAMED = 4

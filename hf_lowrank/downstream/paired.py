@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.runs.scores import FILE_NAME, Score, item_file, read_item_scores, read_scores
+from hf_lowrank.statistics import mcnemar
 
 RESAMPLES = 4000
 
@@ -44,17 +44,6 @@ class Comparison:
     n: int
     only_first: int | None
     only_second: int | None
-
-
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value: how often a fair coin divides the items on which the two differ as unevenly."""
-    total = only_first + only_second
-    if total == 0:
-        return 1.0
-    fewer = min(only_first, only_second)
-    # In logarithms: 2**total overflows from about a thousand differing items on.
-    logs = [math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) for k in range(fewer + 1)]
-    return min(1.0, 2 * math.fsum(math.exp(log - total * math.log(2)) for log in logs))
 
 
 def paired_difference(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from hf_lowrank.downstream.ridge import Array, Fold, leave_one_run_out
 from hf_lowrank.errors import UserError
+from hf_lowrank.statistics import spearman
 
 FEWEST_RUNS = 8
 PERMUTATIONS = 199
@@ -253,18 +254,3 @@ def _ranking(table: Table, y: Array, runs: NDArray[np.int64], base: Array) -> li
 def _r2(y: Array, predicted: Array) -> float:
     """1 − squared error over the squares around the mean; at most 1, below 0 where the mean would do better."""
     return float(1 - ((y - predicted) ** 2).sum() / ((y - y.mean()) ** 2).sum())
-
-
-def spearman(a: Array, b: Array) -> float:
-    """Correlation of ranks, ties sharing their mean rank; NaN where one side is constant."""
-    ranks = [_ranks(a), _ranks(b)]
-    if any(np.ptp(r) == 0 for r in ranks):
-        return float("nan")
-    first, second = (r - r.mean() for r in ranks)
-    return float(first @ second / np.sqrt((first @ first) * (second @ second)))
-
-
-def _ranks(values: Array) -> Array:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return ((last - counts + last - 1) / 2.0)[inverse]

@@ -3,6 +3,8 @@
 Needs torch alone and nothing of the rest of the package.
 """
 
+from hf_lowrank.statistics import Estimate
+
 from .activations import LayerSimilarity, activation_similarity, causal_lm_hidden_states, linear_cka
 from .alignment import Layout, Permutations, match_weights, permute
 from .directions import Gaussian, RankOne, trajectory_pca_directions, weight_pca_directions
@@ -36,7 +38,6 @@ from .spectra import (
     subspace_overlap,
     tail_exponent,
 )
-from .statistics import Estimate
 from .team import Team
 
 __all__ = [

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_lowrank.statistics import Estimate
+
 from .directions import keyed_generator
 from .engine import Memory, movable
 from .losses import Loss
-from .statistics import Estimate, mean_interval
+from .statistics import interval_of_draws
 from .team import Team, each
 
 Terms = Callable[[nn.Module], Iterable[Tensor]]
@@ -120,7 +122,7 @@ def hessian_trace(
 
     with _eval(model):
         draws = each(draw, range(probes), replicas)
-    return mean_interval(draws)
+    return interval_of_draws(draws)
 
 
 def critical_sharpness(

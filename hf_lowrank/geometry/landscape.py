@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_lowrank.statistics import Estimate, student_t_quantile
+
 from .directions import Direction, Gaussian, Normalize, weight_pca_directions
 from .engine import Memory, movable
 from .losses import Loss
 from .parts import norms
-from .statistics import Estimate, jackknife_interval, mean_interval, student_quantile
+from .statistics import interval_of_draws, jackknife_interval
 from .team import Team, each
 
 
@@ -43,7 +45,7 @@ class Curve:
         if count < 2:
             nothing = torch.full_like(self.mean(), math.nan)
             return nothing, nothing
-        half = student_quantile((1 + confidence) / 2, count - 1) * self.losses.std(0) / math.sqrt(count)
+        half = student_t_quantile((1 + confidence) / 2, count - 1) * self.losses.std(0) / math.sqrt(count)
         return self.mean() - half, self.mean() + half
 
 
@@ -226,7 +228,7 @@ def sharpness_per_direction(losses_DG: Tensor) -> Tensor:
 
 def random_sharpness(curve: Curve) -> Estimate:
     """Metric `random_sharpness` with the Student-t interval over its draws."""
-    return mean_interval(sharpness_per_direction(curve.losses))
+    return interval_of_draws(sharpness_per_direction(curve.losses))
 
 
 def random_variance(curve: Curve) -> Estimate:

@@ -17,7 +17,7 @@ from hf_lowrank.report.catalogue import quantity, quantity_order
 from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
 from hf_lowrank.report.curves import CURVE_METRICS, Plane, curves, plane
 from hf_lowrank.runs.records import RunRecord, finished_or_all, load_runs
-from hf_lowrank.statistics import Estimate, mean_interval
+from hf_lowrank.statistics import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -255,11 +255,9 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
             points = [(run.perplexity, heights[metric][run.name]) for run in finished_or_all(having)]
             if points:
                 x, y = (mean_interval([float(side) for side in values]) for values in zip(*points, strict=True))
-                bars = [
-                    None if e.low is None or e.high is None else [[e.mean - e.low], [e.high - e.mean]] for e in (x, y)
-                ]
+                bars = [[[e.value - e.low], [e.high - e.value]] if e.has_interval else None for e in (x, y)]
                 place.errorbar(
-                    x.mean, y.mean, xerr=bars[0], yerr=bars[1], color=look.light, marker=_MARKERS[look.marker],
+                    x.value, y.value, xerr=bars[0], yerr=bars[1], color=look.light, marker=_MARKERS[look.marker],
                     markersize=6, linestyle="none", elinewidth=1, label=look.title,
                 )  # fmt: skip
         about = quantity(metric)
@@ -287,11 +285,6 @@ def _title(run: RunRecord, records: Sequence[RunRecord]) -> str:
     title = looks([run.method])[run.method].title
     twins = [other for other in records if other.method == run.method]
     return title if len(twins) == 1 else f"{title}, {run.name if run.seed is None else f'seed {run.seed}'}"
-
-
-def _half(estimate: Estimate) -> float | None:
-    """Half the width of the interval, which the mean is in the middle of."""
-    return None if estimate.high is None else estimate.high - estimate.mean
 
 
 def _layers(run: RunRecord, metric: str, step: int | None) -> dict[tuple[str, int], float]:
@@ -346,10 +339,9 @@ def _by_method(
         common = sorted(set.intersection(*(set(lines[name]) for name in members)))
         estimates = [mean_interval([lines[name][x] for name in members]) for x in common]
         style = _style(look, marks and len(common) <= _MOST_MARKS)
-        axes.plot(common, [estimate.mean for estimate in estimates], label=look.title, **style)
+        axes.plot(common, [estimate.value for estimate in estimates], label=look.title, **style)
         if len(members) > 1:
-            low = [e.mean if e.low is None else e.low for e in estimates]
-            high = [e.mean if e.high is None else e.high for e in estimates]
+            low, high = zip(*((e.low, e.high) for e in estimates), strict=True)
             axes.fill_between(common, low, high, color=look.light, alpha=0.16, linewidth=0)
         elif bands and members[0] in bands:
             axes.fill_between(*bands[members[0]], color=look.light, alpha=0.16, linewidth=0)

@@ -12,10 +12,8 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.formats import loss_text, memory, signed, significant
 from hf_lowrank.report.colours import looks, method_order
 from hf_lowrank.runs.records import RunRecord
-from hf_lowrank.statistics import Estimate, mean_difference, mean_interval
+from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_difference, mean_interval
 
-# Claims about methods need at least this many seeds of each.
-SEEDS_FOR_A_VERDICT = 3
 BASELINE = "full_rank"
 Values = dict[str, dict[int, float]]  # method -> seed -> value
 
@@ -229,7 +227,7 @@ def standings(runs: Sequence[RunRecord], baseline: str = BASELINE) -> Standings:
     cells = {criterion.id: _column(criterion, runs, titles, baseline) for criterion in criteria}
     if "distance" in cells:
         _with_cka(cells["distance"], runs, cka)
-    order = {name: found.mean for name, values in by_seed(runs, losses).items()
+    order = {name: found.value for name, values in by_seed(runs, losses).items()
              for found in (mean_interval(list(values.values())),)}  # fmt: skip
     names = sorted(titles, key=lambda name: (name not in order, order.get(name, 0.0), method_order(name)))
     rows = tuple(
@@ -249,7 +247,7 @@ def _column(
     values = by_seed(runs, criterion.values)
     estimates = {name: mean_interval(list(seeds.values())) for name, seeds in values.items()}
     sign = 1.0 if criterion.better == "lower" else -1.0
-    order = sorted(estimates, key=lambda name: (sign * estimates[name].mean, method_order(name)))
+    order = sorted(estimates, key=lambda name: (sign * estimates[name].value, method_order(name)))
     certain = len(order) > 1 and min(len(values[name]) for name in order) >= SEEDS_FOR_A_VERDICT
     found: dict[str, Standing] = {}
     for name in methods:
@@ -271,7 +269,7 @@ def beaten(values: Values, best: str, other: str, sign: float, rivals: int) -> b
     of rivals (Bonferroni), leaves out zero."""
     ours, theirs = ({seed: sign * value for seed, value in values[name].items()} for name in (best, other))
     difference = mean_difference(ours, theirs, confidence=1 - 0.05 / max(rivals, 1))
-    return difference is not None and difference.low is not None and difference.low > 0
+    return difference is not None and difference.low > 0
 
 
 def _shared_first(standing: Standing) -> Standing:
@@ -281,9 +279,9 @@ def _shared_first(standing: Standing) -> Standing:
 
 
 def _standing(criterion: Criterion, estimate: Estimate, rank: int, tied: bool, certain: bool) -> Standing:
-    value = criterion.shown(estimate.mean)
+    value = criterion.shown(estimate.value)
     one = Standing(value=value, n=estimate.n, text=criterion.text(value), rank=rank, tied=tied, certain=certain)
-    if estimate.low is None or estimate.high is None:
+    if not estimate.has_interval:
         return replace(one, note="one seed, no interval")
     low, high = criterion.shown(estimate.low), criterion.shown(estimate.high)
     spread = high - low > abs(value) * 1e-6
@@ -302,11 +300,11 @@ def _beside(standing: Standing, criterion: Criterion, values: Values, name: str,
         return standing
     write = signed_share if criterion.against != "difference" else lambda v: signed(v, criterion.text)
     interval = ""
-    if found.low is not None and found.high is not None:
+    if found.has_interval:
         interval = (
             f"{write(found.low)} to {write(found.high)}" if found.high - found.low > 1e-9 else "equal for all seeds"
         )
-    return replace(standing, beside=write(found.mean), beside_interval=interval)
+    return replace(standing, beside=write(found.value), beside_interval=interval)
 
 
 def versus(
@@ -325,11 +323,10 @@ def versus(
     if found is None:
         common = sorted(set(ours) & set(base))
         pairs = [(ours[s], base[s]) for s in common] or [(_mean(ours), _mean(base))]
-        found = Estimate(math.fsum(a - b for a, b in pairs) / len(pairs), None, None, 1)
+        found = Estimate(math.fsum(a - b for a, b in pairs) / len(pairs), math.nan, math.nan, 1)
     if criterion.against == "difference":
         return found
-    low, high = (None if bound is None else math.expm1(bound) for bound in (found.low, found.high))
-    return Estimate(math.expm1(found.mean), low, high, found.n)
+    return Estimate(math.expm1(found.value), math.expm1(found.low), math.expm1(found.high), found.n)
 
 
 def _mean(values: Mapping[int, float]) -> float:
@@ -344,6 +341,6 @@ def signed_share(value: float) -> str:
 def _with_cka(cells: dict[str, Standing], runs: Sequence[RunRecord], cka: Mapping[str, float]) -> None:
     for name, values in by_seed(runs, cka).items():
         if name in cells and cells[name].value is not None:
-            mean = mean_interval(list(values.values())).mean
+            mean = mean_interval(list(values.values())).value
             said = f"1 − CKA {significant(mean)}"
             cells[name] = replace(cells[name], note=", ".join(filter(None, [said, cells[name].note])))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from hf_lowrank.formats import loss_text, plain, significant, words_list
 from hf_lowrank.report.colours import looks, method_order
-from hf_lowrank.report.standings import SEEDS_FOR_A_VERDICT, Standings, beaten, by_seed, read, versus
+from hf_lowrank.report.standings import Standings, beaten, by_seed, read, versus
 from hf_lowrank.runs.records import RunRecord
-from hf_lowrank.statistics import Estimate, mean_interval
+from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_interval
 
 # Shares of memory and speed below this are called the same.
 SAME = 0.02
@@ -23,7 +23,7 @@ def losses_by_method(runs: Sequence[RunRecord]) -> dict[str, dict[int, float]]:
 def by_method(runs: Sequence[RunRecord]) -> list[tuple[str, Estimate]]:
     """Mean final loss per method over its seeds, best first."""
     means = [(name, mean_interval(list(losses.values()))) for name, losses in losses_by_method(runs).items()]
-    return sorted(means, key=lambda pair: (pair[1].mean, method_order(pair[0])))
+    return sorted(means, key=lambda pair: (pair[1].value, method_order(pair[0])))
 
 
 def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
@@ -38,7 +38,7 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
     if not ranked:
         return "No loss was recorded", "These runs carry no validation loss; what was measured on them follows below."
     best, estimate = ranked[0]
-    at = f"perplexity {_perplexity(estimate.mean)}"
+    at = f"perplexity {_perplexity(estimate.value)}"
     if len(ranked) == 1:
         return f"{title[best]} reaches {at}", f"One method, {plain(estimate.n, 'seed')}{_interval_words(estimate)}."
     fewest, most = (choose(len(found) for found in losses.values()) for choose in (min, max))
@@ -47,7 +47,7 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
         few = plain(fewest, "seed")
         seeds = f"Some methods have only {few}" if most > fewest else f"Only {few} per method"
         seeds = "One seed per method" if most == 1 else seeds
-        gap = loss_text(ranked[-1][1].mean - estimate.mean)
+        gap = loss_text(ranked[-1][1].value - estimate.value)
         return (
             f"{title[best]} ended lowest, at {at}",
             f"{seeds}: this says how these runs came out, not which method is better. "
@@ -71,7 +71,7 @@ def _perplexity(loss: float) -> str:
 
 
 def _interval_words(estimate: Estimate) -> str:
-    if estimate.low is None or estimate.high is None:
+    if not estimate.has_interval:
         return ""
     return f", 95 % interval {_perplexity(estimate.low)} to {_perplexity(estimate.high)}"
 
@@ -97,19 +97,19 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
              and (lost := beside("perplexity", row.method)) is not None}  # fmt: skip
     if not found:
         return ""
-    nearest = min(found, key=lambda name: found[name].mean)
+    nearest = min(found, key=lambda name: found[name].value)
     parts = [f"Beside {_in_words(table.baseline_title)}, {title[nearest]} ends {_lost(found[nearest])}"]
     saved = beside("memory", nearest)
     quicker = beside("speed", nearest)
     if saved is not None:
-        parts[0] += f", with {_more_or_less(saved.mean)} memory"
+        parts[0] += f", with {_more_or_less(saved.value)} memory"
     if quicker is not None:
-        times = significant(1 + quicker.mean, 2)
-        same = abs(quicker.mean) < SAME or times == "1.0"
+        times = significant(1 + quicker.value, 2)
+        same = abs(quicker.value) < SAME or times == "1.0"
         speed = "about the same speed" if same else f"{times} times the speed"
         parts[0] += f"{' and' if saved is not None else ', with'} {speed}"
-    sizes = {name: share.mean for name in found if (share := beside("memory", name)) is not None}
-    lightest = min(sizes, key=lambda name: (sizes[name], found[name].mean), default=nearest)
+    sizes = {name: share.value for name in found if (share := beside("memory", name)) is not None}
+    lightest = min(sizes, key=lambda name: (sizes[name], found[name].value), default=nearest)
     if lightest != nearest and sizes[lightest] < min(sizes.get(nearest, 0.0), 0.0) - 0.005:
         less = significant(100 * abs(sizes[lightest]), 2)
         parts.append(f"{title[lightest]} needs the least memory, {less} % less, and ends {_lost(found[lightest])}")
@@ -125,11 +125,11 @@ def _in_words(baseline: str) -> str:
 
 def _lost(share: Estimate) -> str:
     """`at a perplexity 4.1 % higher (95 % interval 1.0 to 7.2 %)`."""
-    if abs(share.mean) < 5e-4:
+    if abs(share.value) < 5e-4:
         return "at the same perplexity"
-    sign = 1 if share.mean >= 0 else -1
-    text = f"at a perplexity {significant(100 * abs(share.mean), 2)} % {'higher' if sign > 0 else 'lower'}"
-    if share.low is None or share.high is None:
+    sign = 1 if share.value >= 0 else -1
+    text = f"at a perplexity {significant(100 * abs(share.value), 2)} % {'higher' if sign > 0 else 'lower'}"
+    if not share.has_interval:
         return text
     ends = sorted(100 * sign * bound for bound in (share.low, share.high))
     return f"{text} (95 % interval {significant(ends[0], 2)} to {significant(ends[1], 2)} %)"

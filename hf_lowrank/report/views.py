@@ -9,8 +9,9 @@ from typing import Any
 
 from hf_lowrank.formats import loss_text, plain, signed, significant
 from hf_lowrank.report.answer import Group
-from hf_lowrank.report.standings import SEEDS_FOR_A_VERDICT, Criterion, Standing
+from hf_lowrank.report.standings import Criterion, Standing
 from hf_lowrank.report.study import VERDICTS, Claim, Effect, Study
+from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 MARKS = {"reproduced": "✓", "contradicted": "✕", "undecided": "?"}
 VERDICT_MEANING = {

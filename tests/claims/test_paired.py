@@ -9,12 +9,12 @@ import scipy.stats
 
 from hf_lowrank.claims.paired import (
     holm,
-    kendall_tau,
     paired_test,
     sign_flip_p_value,
     slope,
     tau_interval,
 )
+from hf_lowrank.statistics import kendall_tau
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 9, 30])
@@ -79,17 +79,6 @@ def test_slope_is_that_of_a_fitted_line():
     x, y = np.random.default_rng(0).normal(size=(2, 9))
     assert slope(x.tolist(), y.tolist()) == pytest.approx(np.polyfit(x, y, 1)[0])
     assert math.isnan(slope([1.0, 1.0], [0.0, 2.0]))
-
-
-@pytest.mark.parametrize("ties", [False, True])
-def test_kendall_tau_is_that_of_scipy(ties):
-    draw = np.random.default_rng(3)
-    pairs = draw.normal(size=(6, 2, 8))
-    pairs = np.round(pairs) if ties else pairs
-    ours = kendall_tau(pairs[:, 0], pairs[:, 1])
-    for value, (a, b) in zip(ours, pairs, strict=True):
-        assert value == pytest.approx(scipy.stats.kendalltau(a, b).statistic)
-    assert math.isnan(float(kendall_tau(np.ones(4), np.arange(4.0))))
 
 
 def test_the_interval_of_tau_covers_what_it_says():

@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
 from sklearn.linear_model import Ridge
 
 from hf_lowrank.downstream.gathering import gather, predict
@@ -14,7 +13,6 @@ from hf_lowrank.downstream.prediction import (
     analyse,
     gain_interval,
     permutation_p_value,
-    spearman,
     without_useless,
 )
 from hf_lowrank.downstream.ridge import PENALTIES, leave_one_run_out
@@ -89,13 +87,6 @@ def test_a_planted_leak_does_not_help():
 
     assert r2(leaky) > 0.9
     assert r2(honest) < 0.1
-
-
-def test_spearman_is_scipys():
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 6, 50).astype(float), rng.normal(size=50)
-    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
-    assert math.isnan(spearman(a, np.ones(50)))
 
 
 def test_the_interval_covers_the_expected_gain():

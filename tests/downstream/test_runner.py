@@ -10,14 +10,13 @@ import pytest
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from scipy.stats import binomtest
 
 from hf_lowrank.cli import main
 from hf_lowrank.downstream import TASK_FOLDER, catalogue, compare, evaluate
 from hf_lowrank.downstream import runner as runner_module
 from hf_lowrank.downstream.catalogue import OFFLINE, units, wanted_tasks
 from hf_lowrank.downstream.figures import score_table
-from hf_lowrank.downstream.paired import mcnemar, paired_difference
+from hf_lowrank.downstream.paired import paired_difference
 from hf_lowrank.downstream.runner import asked_for, unscored
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.scores import (
@@ -139,12 +138,6 @@ def test_two_runs_are_compared_item_by_item(scored, run, other_run):
     assert len(compare(run, other_run)) == 3
     with pytest.raises(UserError, match="did you mean"):
         compare(run, other_run, tasks=["pylib_sintax"])
-
-
-def test_mcnemar_is_scipys_binomial_test():
-    for a, b in ((0, 0), (1, 0), (3, 9), (30, 30), (700, 800), (5, 2000)):
-        expected = binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
-        assert mcnemar(a, b) == pytest.approx(expected, rel=1e-6)
 
 
 def test_sign_flips_find_a_difference_and_no_difference():

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hf_lowrank import geometry as g
-from hf_lowrank.geometry.statistics import jackknife_interval, mean_interval, student_cdf, student_quantile
+from hf_lowrank.geometry.statistics import interval_of_draws, jackknife_interval
+from hf_lowrank.statistics import student_t_p_value, student_t_quantile
 
 
 class Parameters(nn.Module):
@@ -238,15 +239,15 @@ def test_a_loss_that_is_not_finite_is_refused():
 
 @pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.7062), (2, 4.30265), (7, 2.36462), (30, 2.04227)])
 def test_student_quantiles_are_those_of_the_tables(degrees, quantile):
-    assert student_quantile(0.975, degrees) == pytest.approx(quantile, rel=1e-5)
-    assert student_cdf(quantile, degrees) == pytest.approx(0.975, abs=1e-6)
-    assert student_cdf(-quantile, degrees) == pytest.approx(0.025, abs=1e-6)
+    assert student_t_quantile(0.975, degrees) == pytest.approx(quantile, rel=1e-5)
+    assert student_t_p_value(quantile, degrees) == pytest.approx(0.05, abs=1e-6)
+    assert student_t_p_value(-quantile, degrees) == pytest.approx(0.05, abs=1e-6)
 
 
 def test_intervals_of_few_draws():
-    assert mean_interval([3.0]).value == 3.0
-    assert math.isnan(mean_interval([3.0]).low)
-    value, low, high, draws = mean_interval([1.0, 2.0, 3.0])
+    assert interval_of_draws([3.0]).value == 3.0
+    assert math.isnan(interval_of_draws([3.0]).low)
+    value, low, high, draws = interval_of_draws([1.0, 2.0, 3.0])
     assert (value, draws) == (2.0, 3)
     assert high - value == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
     assert math.isnan(jackknife_interval(lambda x: float(x.var()), torch.ones(5)).low)

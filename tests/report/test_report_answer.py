@@ -16,52 +16,10 @@ from hf_lowrank.report.plots import loss_curves, trends
 from hf_lowrank.report.study import Study
 from hf_lowrank.report.verdicts import verdict
 from hf_lowrank.runs.records import load_runs
-from hf_lowrank.statistics import mean_difference, mean_interval, student_t_quantile
 
 OTHERS = ["apollo_mini", "frugal", "muon", "cola_m"]
 STUDY = ["full_rank", "low_rank", "galore", "fira", "apollo", "relora", "cola", "sltrain"]
 ALL = STUDY + OTHERS
-
-
-@pytest.mark.parametrize(
-    ("probability", "degrees", "tabulated"),
-    # Abramowitz and Stegun, table 26.10
-    [
-        (0.975, 1, 12.706),
-        (0.975, 2, 4.303),
-        (0.975, 4, 2.776),
-        (0.995, 10, 3.169),
-        (0.9995, 5, 6.869),
-        (0.975, 1e7, 1.96),
-    ],
-)
-def test_t_quantiles_are_the_tabulated_ones(probability, degrees, tabulated):
-    assert student_t_quantile(probability, degrees) == pytest.approx(tabulated, abs=6e-4)
-
-
-def test_t_quantile_has_its_closed_form_for_one_degree():
-    for probability in (0.6, 0.9, 0.999):
-        assert student_t_quantile(probability, 1) == pytest.approx(math.tan(math.pi * (probability - 0.5)), rel=1e-9)
-
-
-def test_intervals_cover_as_often_as_they_say():
-    generator = np.random.default_rng(0)
-    samples = generator.normal(3.0, 0.2, size=(2000, 5))
-    found = [mean_interval(list(sample)) for sample in samples]
-    share = np.mean([estimate.low <= 3.0 <= estimate.high for estimate in found])
-    assert 0.935 < share < 0.965
-
-
-def test_pairs_see_through_what_seeds_share():
-    shared = {0: 3.0, 1: 3.5, 2: 4.0}
-    better = {seed: loss - 0.1 - 0.001 * seed for seed, loss in shared.items()}
-    difference = mean_difference(better, shared)
-    assert difference.low > 0
-    assert difference.mean == pytest.approx(0.101)
-    welch = mean_difference(better, {seed + 10: loss for seed, loss in shared.items()})
-    assert welch.low < 0 < welch.high
-    assert mean_difference({0: 1.0}, {1: 2.0, 2: 3.0}) is None
-    assert mean_interval([2.0]).low is None
 
 
 def test_one_seed_gives_no_verdict(make_run):
