@@ -10,7 +10,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.methods import METHODS, FullRankSettings, Method, MethodTable
+from hf_lowrank.methods import METHODS, Method, MethodTable
+from hf_lowrank.optim.methods import FullRankSettings
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.storage.files import whole_file, write_text
 from hf_lowrank.targets import target_modules
@@ -117,7 +118,7 @@ class TestMethods:
     def test_names_are_taken_once(self):
         method = Method(name="one", title="One", summary="", kind="baseline", settings=FullRankSettings)
         table = MethodTable([method])
-        with pytest.raises(ValueError, match="registered already"):
+        with pytest.raises(ValueError, match="already registered"):
             table.register(method)
 
     def test_every_entry_describes_itself(self):

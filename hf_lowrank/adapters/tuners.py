@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.adapters.configs import CoLAConfig, ReplacingConfig, SLTrainConfig
 from hf_lowrank.adapters.functional import KEPT_BY_COLA_M
 from hf_lowrank.adapters.layers import CoLALinear, ReplacedLinear, SLTrainLinear
-from hf_lowrank.adapters.registration import register_with_peft
+from hf_lowrank.compat import register_with_peft
 from hf_lowrank.errors import UserError
 from hf_lowrank.targets import LINEAR_TYPES, target_modules, warn_of_stacks
 

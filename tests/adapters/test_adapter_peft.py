@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters import CoLAConfig, CoLAModel, SLTrainConfig, SLTrainModel, target_layers
 from hf_lowrank.adapters.layers import ReplacedLinear
-from hf_lowrank.adapters.registration import register_with_peft
+from hf_lowrank.compat import register_with_peft
 from hf_lowrank.errors import UserError
 from hf_lowrank.targets import target_modules
 

@@ -1,0 +1,235 @@
+"""The methods that change the layers: the settings of each, and its entry in the table of methods.
+
+Imports neither torch, transformers nor peft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from hf_lowrank.methods import (
+    DASH_DOTTED,
+    DASHED,
+    DOTTED,
+    SEED,
+    TARGET_MODULES,
+    Look,
+    Method,
+    MethodSettings,
+    explained,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+    from transformers import PreTrainedConfig, TrainerCallback, TrainingArguments
+
+    from hf_lowrank.adapters.modeling import LowRankForCausalLM
+    from hf_lowrank.adapters.relora import ReLoraScheduler
+
+LoraAlpha = Annotated[float, Field(gt=0, description="α: the product of the factors is scaled by α / r")]
+
+
+class AdapterSettings(MethodSettings):
+    """Settings that all methods with adapter layers share."""
+
+    peft_type: ClassVar[str]
+    fixed: ClassVar[dict[str, Any]] = {}
+
+    r: Annotated[int, Field(ge=1, description="rank of the factors")] = 128
+    target_modules: Annotated[str | list[str], Field(description=TARGET_MODULES)] = "auto"
+    seed: Annotated[int | None, Field(description=SEED)] = None
+
+    def adapter_config(self, seed: int) -> dict[str, Any]:
+        """The adapter's entries in `LowRankConfig`."""
+        own = self.model_dump(include=self.adapter_fields())
+        return {"peft_type": self.peft_type, **self.fixed, **own}
+
+    def adapter_fields(self) -> set[str]:
+        """The settings that are fields of the PEFT config, under the same names."""
+        return set(type(self).model_fields) - {"seed"}
+
+    def seed_or(self, run_seed: int) -> int:
+        """The method's own seed, or the run's."""
+        return run_seed if self.seed is None else self.seed
+
+
+class ReplacingSettings(AdapterSettings):
+    """Settings that the methods share which replace the dense layer."""
+
+    exclude_modules: Annotated[str | list[str] | None, Field(description="targets to leave dense")] = None
+    rank_pattern: dict[str, int] = Field({}, description="other ranks, by name ending or pattern")
+
+    def adapter_config(self, seed: int) -> dict[str, Any]:
+        return {**super().adapter_config(seed), "seed": self.seed_or(seed)}
+
+
+class CoLASettings(ReplacingSettings):
+    peft_type = "COLA"
+
+    bottleneck_act: Annotated[str, Field(description="the non-linearity between the factors")] = "silu"
+    checkpoint_activations: Annotated[
+        bool,
+        Field(description="CoLA-M: store only the r-wide activations and recompute the rest in the backward pass"),
+    ] = False
+
+
+class LowRankSettings(ReplacingSettings):
+    """W = B A is CoLA's layer without its non-linearity."""
+
+    peft_type = "COLA"
+    fixed: ClassVar[dict[str, Any]] = {"bottleneck_act": "linear"}
+
+
+class SLTrainSettings(ReplacingSettings):
+    peft_type = "SLTRAIN"
+
+    lora_alpha: LoraAlpha = 32
+    sparsity: Annotated[float, Field(gt=0, lt=1, description="share of entries that the sparse part keeps")] = 0.03
+
+
+class ReLoraSettings(AdapterSettings):
+    peft_type = "LORA"
+
+    lora_alpha: LoraAlpha = 32
+    restart_every: Annotated[int, Field(ge=1, description="optimizer steps between restarts")] = 1000
+    restart_warmup_steps: Annotated[
+        int, Field(ge=0, description="steps of linear warm-up from 0 back to the cosine after a restart")
+    ] = 100
+    pruning: Annotated[
+        Literal["random", "magnitude", "zero"],
+        explained(
+            "which entries of the factors' moments a restart sets to zero",
+            random="a random share",
+            magnitude="the smallest",
+            zero="all",
+        ),
+    ] = "random"
+    prune_ratio: Annotated[float, Field(ge=0, le=1, description="share of entries that pruning sets to zero")] = 0.99
+    min_lr_ratio: Annotated[
+        float, Field(ge=0, le=1, description="final learning rate of the cosine, relative to its peak")
+    ] = 0.1
+    warm_start_steps: Annotated[int, Field(ge=0, description="steps of full-rank training before the factors")] = 0
+
+    def adapter_fields(self) -> set[str]:
+        return {"r", "target_modules", "lora_alpha"}
+
+
+def build_adapted(config: PreTrainedConfig, settings: AdapterSettings, seed: int) -> LowRankForCausalLM:
+    """The adapted model, from scratch. Whatever is not a target starts as in the dense model of the same seed.
+
+    Raises:
+        UserError: the targets match nothing, or the rank does not fit one of them.
+    """
+    from hf_lowrank.adapters.configuration import LowRankConfig
+    from hf_lowrank.adapters.modeling import LowRankForCausalLM
+
+    return LowRankForCausalLM(LowRankConfig(base_config=config, adapter_config=settings.adapter_config(seed)))
+
+
+def build_relora(config: PreTrainedConfig, settings: ReLoraSettings, seed: int) -> LowRankForCausalLM:
+    """`build_adapted` with LoRA's factors drawn from the seed; the dense weights train during a warm start."""
+    from hf_lowrank.adapters.relora import dense_weights, reinitialise
+
+    model = build_adapted(config, settings, seed)
+    reinitialise(model, seed=settings.seed_or(seed), step=0)
+    if settings.warm_start_steps:
+        for weight in dense_weights(model):
+            weight.requires_grad_(True)
+    return model
+
+
+def build_relora_optimizer(model: nn.Module, settings: ReLoraSettings, args: TrainingArguments) -> Optimizer:
+    """AdamW on all trainable parameters, split for weight decay as Trainer does."""
+    from torch.optim import AdamW
+
+    from hf_lowrank.optim.groups import adam_arguments, decayed_names
+
+    adam = adam_arguments(args)
+    weight_decay, decayed = adam.pop("weight_decay"), decayed_names(model)
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in trainable if (name in decayed) is decays], "weight_decay": weight_decay * decays}
+        for decays in (True, False)
+    ]
+    return AdamW([group for group in groups if group["params"]], **adam, fused=True)
+
+
+def build_relora_scheduler(
+    optimizer: Optimizer, settings: ReLoraSettings, args: TrainingArguments, num_training_steps: int
+) -> ReLoraScheduler:
+    """ReLoRA's schedule, with the warm-up of `args`; after a warm start the factors warm up as after a restart."""
+    from hf_lowrank.adapters.relora import ReLoraScheduler
+
+    return ReLoraScheduler(
+        optimizer,
+        num_training_steps=num_training_steps,
+        restart_every=settings.restart_every,
+        warmup_steps=args.get_warmup_steps(num_training_steps),
+        restart_warmup_steps=settings.restart_warmup_steps,
+        min_lr_ratio=settings.min_lr_ratio,
+        first_restart=settings.warm_start_steps or None,
+    )
+
+
+def relora_callbacks(settings: ReLoraSettings, args: TrainingArguments) -> Sequence[TrainerCallback]:
+    from hf_lowrank.adapters.relora_callback import ReLoraCallback
+
+    return [
+        ReLoraCallback(
+            restart_every=settings.restart_every,
+            pruning=settings.pruning,
+            prune_ratio=settings.prune_ratio,
+            seed=settings.seed_or(args.seed),
+            warm_start_steps=settings.warm_start_steps,
+        )
+    ]
+
+
+ENTRIES = (
+    Method(
+        name="low_rank",
+        title="Low-rank",
+        summary="Two factors in place of each weight: the control for the methods that add to them.",
+        kind="control",
+        settings=LowRankSettings,
+        look=Look("#7b766d", "#a39e94", DOTTED, "plus"),
+        build_model=build_adapted,
+    ),
+    Method(
+        name="cola",
+        title="CoLA",
+        summary="Two factors with a non-linearity between them in place of each linear layer.",
+        kind="layers",
+        settings=CoLASettings,
+        source="arXiv 2502.10940",
+        look=Look("#b5307f", "#f08bc6", DASHED, "up"),
+        build_model=build_adapted,
+    ),
+    Method(
+        name="sltrain",
+        title="SLTrain",
+        summary="A low-rank product plus a sparse matrix of fixed random support in place of each weight.",
+        kind="layers",
+        settings=SLTrainSettings,
+        source="arXiv 2406.02214",
+        look=Look("#1b8fa3", "#62d0e3", DASHED, "square"),
+        build_model=build_adapted,
+    ),
+    Method(
+        name="relora",
+        title="ReLoRA",
+        summary="LoRA from scratch, merged into its dense weight and restarted every few thousand steps.",
+        kind="restarts",
+        settings=ReLoraSettings,
+        source="arXiv 2307.05695",
+        look=Look("#a37800", "#ecc033", DASH_DOTTED, "diamond"),
+        build_model=build_relora,
+        build_optimizer=build_relora_optimizer,
+        build_scheduler=build_relora_scheduler,
+        callbacks=relora_callbacks,
+    ),
+)

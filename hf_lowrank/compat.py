@@ -1,0 +1,159 @@
+"""Where this package meets the libraries that it builds on: registration, lazy loading, and their private interfaces.
+
+Other modules use public interfaces directly and private ones only through functions of this module, so that a new
+release of torch, transformers or peft that changes one is handled here. The module imports none of them until a
+function needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pkgutil import resolve_name
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import PeftType
+
+
+# Lazy loading
+
+
+def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """A package's `__getattr__` and `__dir__`, which import its public names when they are first used.
+
+    Args:
+        modules: each name's module.
+    """
+
+    def load(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(modules[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load, lambda: sorted({*vars(sys.modules[package]), *modules})
+
+
+class LazyClass:
+    """Stands for a class in a library's registry and imports it when the registry's user needs it.
+
+    Args:
+        path: the class as `module:name`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return resolve_name(self.path)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if "path" not in vars(self):  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(resolve_name(self.path), name)
+
+
+# Registration with transformers and peft
+
+
+def register_lazily() -> None:
+    """Makes `AutoConfig`, `AutoModelForCausalLM` and PEFT know this package's types without importing anything.
+
+    Each registry gets `LazyClass` entries: at once where its module is loaded already, otherwise as soon as it is.
+    """
+    for name, register in _REGISTRIES.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+    if not any(isinstance(finder, _PostImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PostImport())
+
+
+class _PostImport(MetaPathFinder):
+    """Finds no module itself; calls the functions of `_REGISTRIES` after their modules were executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _REGISTRIES:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next(filter(None, specs), None)
+        loader: Any = spec.loader if spec is not None else None
+        if loader is not None:
+            execute = loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                loader.exec_module = execute
+                execute(module)
+                _REGISTRIES[fullname](module)
+
+            loader.exec_module = execute_and_register
+        return spec
+
+
+def _register_with_transformers(configuration_auto: Any) -> None:
+    if "lowrank" not in configuration_auto.CONFIG_MAPPING:
+        # Importing the model registers both classes for good, so that the model is known as soon as its config is.
+        configuration_auto.CONFIG_MAPPING.register("lowrank", LazyClass("hf_lowrank.adapters.modeling:LowRankConfig"))
+
+
+def _register_with_peft(mapping: Any) -> None:
+    for name, title in (("cola", "CoLA"), ("sltrain", "SLTrain")):
+        peft_type = peft_type_of(name)
+        if peft_type not in mapping.PEFT_TYPE_TO_TUNER_MAPPING:
+            _register_tuner(
+                name,
+                LazyClass(f"hf_lowrank.adapters.tuners:{title}Config"),
+                LazyClass(f"hf_lowrank.adapters.tuners:{title}Model"),
+            )
+
+
+_REGISTRIES: dict[str, Callable[[Any], None]] = {
+    "transformers.models.auto.configuration_auto": _register_with_transformers,
+    "peft.mapping": _register_with_peft,
+}
+
+
+def peft_type_of(name: str) -> PeftType:
+    """The member of `PeftType` for a tuner, added where PEFT lacks it.
+
+    PEFT keys its tables by this enum and its `register_peft_method` refuses names outside it; the enum is closed, and
+    there is no hook for packages outside PEFT. So the member is added the way the enum module itself adds one. A test
+    fails when a new PEFT changes what this relies on.
+    """
+    from peft.utils.peft_types import PeftType
+
+    key = name.upper()
+    if key not in PeftType.__members__:
+        member = str.__new__(PeftType, key)
+        member._name_ = key
+        member._value_ = key
+        member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+        PeftType._member_names_.append(key)
+        PeftType._member_map_[key] = member
+        PeftType._value2member_map_[key] = member
+        type.__setattr__(PeftType, key, member)
+    return PeftType(key)
+
+
+def register_with_peft(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
+    """Registers a tuner with PEFT, in place of its lazy entry."""
+    _register_tuner(name, config_cls, model_cls)
+
+
+def _register_tuner(name: str, config_cls: Any, model_cls: Any) -> None:
+    from peft import mapping
+
+    peft_type = peft_type_of(name)
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = f"{name}_"
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls

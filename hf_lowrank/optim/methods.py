@@ -1,0 +1,286 @@
+"""The baseline and the optimizer methods: the settings of each, and its entry in the table of methods.
+
+Imports neither torch nor transformers. A new method adds its settings class and its entry here; the optimizer class
+in its own file checks its options against the settings class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from hf_lowrank.methods import SEED, SOLID, TARGET_MODULES, Look, Method, MethodSettings, explained
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+    from transformers import TrainerCallback, TrainingArguments
+
+Rank = Annotated[int, Field(ge=1, description="rank of the subspaces")]
+Scale = Annotated[float, Field(gt=0, description="factor of the update that is lifted back from the subspace")]
+NormGrowthLimit = Annotated[
+    float, Field(ge=1, description="largest factor by which the norm of the scaled gradient may grow in one step")
+]
+SIDE = explained(
+    "side of each matrix that is projected",
+    std="the shorter one",
+    reverse_std="the longer one",
+    right="the columns",
+    left="the rows",
+    full="both",
+)
+SUBSPACE = explained(
+    "how the subspace is chosen",
+    svd="the leading singular vectors of the gradient",
+    randomized="the same by subspace iteration from the last basis",
+    random="random and orthonormal",
+    columns="random columns",
+    gaussian="a random Gaussian matrix, drawn again at each step and never stored",
+    blocks="whole parameters, a random share of which gets Adam until the next refresh",
+)
+MOMENTS = explained(
+    "what a refresh does to Adam's moments",
+    keep="leaves them as they are",
+    rotate="rotates them into the new basis",
+    reset="sets them to zero",
+)
+
+
+FrugalSubspace = Annotated[Literal["svd", "randomized", "random", "columns", "blocks"], SUBSPACE]
+
+
+class FullRankSettings(MethodSettings):
+    """Full-rank AdamW has no settings of its own."""
+
+
+class OptimizerSettings(MethodSettings):
+    """Settings that all optimizer methods share."""
+
+    target_modules: Annotated[str | list[str], Field(description=TARGET_MODULES)] = "auto"
+    state_dtype: Annotated[
+        Literal["parameter", "float32", "8bit"],
+        explained(
+            "storage of optimizer state",
+            **{"parameter": "the type of the parameter", "8bit": "quantised blocks, needs torchao"},
+        ),
+    ] = "parameter"
+    stochastic_rounding: Annotated[
+        bool, Field(description="round updates of bfloat16 weights stochastically, so that small ones are not lost")
+    ] = False
+    layerwise: Annotated[
+        bool, Field(description="update each parameter inside the backward pass and free its gradient at once")
+    ] = False
+    seed: Annotated[int | None, Field(description=SEED)] = None
+
+
+class SubspaceSettings(OptimizerSettings):
+    """Settings that the subspace methods share."""
+
+    rank: Rank = 128
+    target_parameters: list[str] = Field(
+        [],
+        description="further target parameters, by name or name ending, e.g. `experts.down_proj` for the stacked "
+        "experts of a mixture",
+    )
+    update_proj_gap: Annotated[int, Field(ge=1, description="optimizer steps between refreshes of the subspace")] = 200
+    scale: Scale = 1.0
+    proj_type: Annotated[Literal["std", "reverse_std", "right", "left", "full"], SIDE] = "std"
+    subspace: Annotated[Literal["svd", "randomized", "random", "columns", "gaussian"], SUBSPACE] = "randomized"
+    stagger: Annotated[bool, Field(description="spread the refreshes of different matrices over the steps")] = False
+    adam_variant: Annotated[
+        Literal["official", "torch"],
+        explained(
+            "Adam's formula",
+            official="that of the methods' own packages: ε before the bias correction, decay of the updated weight",
+            torch="that of `torch.optim.AdamW`",
+        ),
+    ] = "official"
+    moments: Annotated[Literal["keep", "rotate", "reset"], MOMENTS] = "keep"
+    diagnostics: Annotated[
+        bool, Field(description="log the captured gradient energy and the overlap of successive bases")
+    ] = False
+
+
+class GaLoreSettings(SubspaceSettings):
+    scale: Scale = 0.25
+
+
+class FiraSettings(SubspaceSettings):
+    scale: Scale = 0.25
+    proj_type: Annotated[Literal["std", "reverse_std", "right", "left"], SIDE] = "std"
+    subspace: Annotated[Literal["svd", "randomized", "random", "columns"], SUBSPACE] = "randomized"
+    residual: Annotated[
+        Literal["official", "paper"],
+        explained(
+            "what is left outside the subspace",
+            official="G − scale · P PᵀG, as in the published package and its results",
+            paper="G − P PᵀG, as in the paper's formula",
+        ),
+    ] = "official"
+    norm_growth_limit: NormGrowthLimit = 1.01
+
+
+class ApolloSettings(SubspaceSettings):
+    proj_type: Annotated[Literal["std", "reverse_std", "right", "left"], SIDE] = "std"
+    subspace: Annotated[Literal["svd", "randomized", "random", "columns", "gaussian"], SUBSPACE] = "gaussian"
+    scale_type: Annotated[
+        Literal["channel", "tensor"],
+        explained("scaling factors", channel="one per channel", tensor="one per matrix"),
+    ] = "channel"
+    norm_growth_limit: NormGrowthLimit = 1.01
+
+
+class ApolloMiniSettings(ApolloSettings):
+    rank: Rank = 1
+    scale: Scale = 128.0
+    scale_type: Annotated[
+        Literal["channel", "tensor"],
+        explained("scaling factors", channel="one per channel", tensor="one per matrix"),
+    ] = "tensor"
+
+
+class FrugalSettings(SubspaceSettings):
+    subspace: FrugalSubspace = "columns"  # type: ignore[assignment]
+    moments: Annotated[Literal["keep", "rotate", "reset"], MOMENTS] = "reset"
+    state_free_rule: Annotated[
+        Literal["sign", "sgd"],
+        explained("update outside the subspace", sign="signSGD", sgd="plain SGD"),
+    ] = "sign"
+    state_free_lr_ratio: Annotated[
+        float, Field(ge=0, description="learning rate outside the subspace, relative to Adam's")
+    ] = 1.0
+
+
+class MuonSettings(OptimizerSettings):
+    momentum: Annotated[float, Field(ge=0, lt=1, description="decay of the running mean of gradients")] = 0.95
+    nesterov: Annotated[bool, Field(description="use Nesterov momentum")] = True
+    ns_steps: Annotated[int, Field(ge=1, description="Newton–Schulz iterations")] = 5
+    ns_dtype: Annotated[
+        Literal["bfloat16", "float32"],
+        explained(
+            "precision of Newton–Schulz",
+            bfloat16="torch's own",
+            float32="keeps runs on different numbers of processes together",
+        ),
+    ] = "bfloat16"
+    adjust_lr_fn: Annotated[
+        Literal["original", "match_rms_adamw"],
+        explained(
+            "how the learning rate depends on the shape of a matrix",
+            original="by its aspect ratio",
+            match_rms_adamw="so that updates have the RMS of AdamW's and both can share a learning rate",
+        ),
+    ] = "match_rms_adamw"
+
+
+def build_optimizer(optimizer: str) -> Callable[[nn.Module, Any, TrainingArguments], Optimizer]:
+    """A `Method.build_optimizer` for the class `optimizer`, given as `module:name` and imported when it is called.
+
+    The class is called with the model, the learning rate, betas, ε and weight decay of the training arguments, and
+    each setting under its own name.
+
+    Raises (when called):
+        UserError: the target pattern matches nothing, the rank is too large for a target, or the training arguments
+            are incompatible with `layerwise`.
+    """
+
+    def build(model: nn.Module, settings: OptimizerSettings, args: TrainingArguments) -> Optimizer:
+        from hf_lowrank.optim.groups import adam_arguments
+        from hf_lowrank.optim.layerwise import check_layerwise
+
+        if settings.layerwise:
+            check_layerwise(max_grad_norm=args.max_grad_norm, fp16=args.fp16)
+        seed = args.seed if settings.seed is None else settings.seed
+        cls: Callable[..., Optimizer] = resolve_name(optimizer)
+        return cls(model, **adam_arguments(args), **settings.model_dump(exclude={"seed"}), seed=seed)
+
+    return build
+
+
+def subspace_callbacks(settings: SubspaceSettings, args: TrainingArguments) -> Sequence[TrainerCallback]:
+    """Logs the subspace diagnostics where the settings ask for them."""
+    if not settings.diagnostics:
+        return []
+    from hf_lowrank.optim.diagnostics import SubspaceLogCallback
+
+    return [SubspaceLogCallback()]
+
+
+ENTRIES = (
+    Method(
+        name="full_rank",
+        title="Full-rank",
+        summary="AdamW on the dense weights: the baseline.",
+        kind="baseline",
+        settings=FullRankSettings,
+        look=Look("#1f1d1a", "#f3f0e8", SOLID, "circle"),
+    ),
+    Method(
+        name="galore",
+        title="GaLore",
+        summary="Adam inside the leading subspace of each gradient, lifted back to the dense weight.",
+        kind="optimizer",
+        settings=GaLoreSettings,
+        source="arXiv 2403.03507",
+        look=Look("#0a6fb5", "#5fb0ee", SOLID, "square"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.galore:GaLoreAdamW"),
+        callbacks=subspace_callbacks,
+    ),
+    Method(
+        name="fira",
+        title="Fira",
+        summary="GaLore plus the gradient outside the subspace, scaled by Adam's effect inside.",
+        kind="optimizer",
+        settings=FiraSettings,
+        source="arXiv 2410.01623",
+        look=Look("#cf4a0c", "#ff9159", SOLID, "up"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.fira:FiraAdamW"),
+        callbacks=subspace_callbacks,
+    ),
+    Method(
+        name="apollo",
+        title="APOLLO",
+        summary="The gradient, with each channel scaled by Adam's effect on a random projection of it.",
+        kind="optimizer",
+        settings=ApolloSettings,
+        source="arXiv 2412.05270",
+        look=Look("#11803f", "#35c79b", SOLID, "diamond"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.apollo:ApolloAdamW"),
+        callbacks=subspace_callbacks,
+    ),
+    Method(
+        name="apollo_mini",
+        title="APOLLO-Mini",
+        summary="APOLLO with rank 1 and one scale per matrix.",
+        kind="optimizer",
+        settings=ApolloMiniSettings,
+        source="arXiv 2412.05270",
+        look=Look("#4d9a2a", "#9bd85e", SOLID, "down"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.apollo:ApolloAdamW"),
+        callbacks=subspace_callbacks,
+    ),
+    Method(
+        name="frugal",
+        title="FRUGAL",
+        summary="Adam inside a subspace, signSGD outside.",
+        kind="optimizer",
+        settings=FrugalSettings,
+        source="arXiv 2411.07837",
+        look=Look("#6d4bb8", "#b79cf2", SOLID, "hexagon"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.frugal:FrugalAdamW"),
+        callbacks=subspace_callbacks,
+    ),
+    Method(
+        name="muon",
+        title="Muon",
+        summary="torch's Muon on the target matrices, AdamW on the rest.",
+        kind="optimizer",
+        settings=MuonSettings,
+        source="arXiv 2502.16982",
+        look=Look("#8a5a2b", "#d3a273", SOLID, "pentagon"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.muon:MuonAdamW"),
+    ),
+)
