@@ -1,4 +1,7 @@
-"""The table of metrics: what can be asked for, what it means, and which way is better."""
+"""The table of metrics: what can be measured, what it means, and which way is better.
+
+Everything that is said about a metric is said here: commands, tables, pictures, the report and the cards read it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,19 @@ from typing import Any, Literal
 
 from hf_lowrank.errors import UserError, nearest
 
-Dimension = Literal["loss", "landscape", "interpolation", "spectra", "activations"]
+Dimension = Literal["loss", "landscape", "interpolation", "spectra", "activations", "downstream"]
+Section = Literal["training", "landscape", "interpolation", "spectra", "activations", "downstream", "extras"]
+
+# The report's sections and their titles, in order.
+SECTIONS: dict[Section, str] = {
+    "training": "Training",
+    "landscape": "Loss landscape",
+    "interpolation": "Interpolation",
+    "spectra": "Spectra",
+    "activations": "Activations",
+    "downstream": "Downstream",
+    "extras": "Extras",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,13 +31,14 @@ class Metric:
     """One quantity.
 
     Attributes:
-        id: what commands and the `metric` column say.
-        dimension: the part of the picture it belongs to.
+        id: its name in commands and in the `metric` column.
+        dimension: the aspect of a solution that it describes.
         group: metrics of one group come from one computation and are measured together.
-        title: how tables and pictures spell it.
-        summary: one sentence.
+        title: its name in tables and pictures.
+        short: its name in narrow columns; the title if empty.
+        summary: one sentence: what it is and how to read it.
         better: which way is commonly held better; None where neither is.
-        unit: "nats", "1" for pure numbers, …
+        unit: "nats", "share" (of a whole), …; empty for plain numbers.
         needs_baseline: whether it compares with the full-rank run at the same step.
         extra: not one of the sixteen; measured when named (or by `metrics="all"`).
     """
@@ -32,10 +48,45 @@ class Metric:
     group: str
     title: str
     summary: str
+    short: str = ""
     better: Literal["higher", "lower"] | None = None
-    unit: str = "1"
+    unit: str = ""
     needs_baseline: bool = False
     extra: bool = False
+
+    @property
+    def short_title(self) -> str:
+        return self.short or self.title
+
+    @property
+    def title_with_unit(self) -> str:
+        """`Random sharpness (nats)`, for axes and headings."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    @property
+    def section(self) -> Section:
+        """The report's section that shows it."""
+        if self.dimension == "loss":
+            return "training"
+        return "extras" if self.extra else self.dimension
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A curve that is measured along with a metric, one row for each offset; never requested by itself.
+
+    Attributes:
+        dimension, title: as for a metric.
+        summary: one sentence on how to read the curve.
+        axis: the label of its x axis.
+        metrics: the metrics that summarize it; the first is the one it is measured with.
+    """
+
+    dimension: Literal["landscape", "interpolation"]
+    title: str
+    summary: str
+    axis: str
+    metrics: tuple[str, ...]
 
 
 class MetricTable(Mapping[str, Metric]):
@@ -84,89 +135,167 @@ class MetricTable(Mapping[str, Metric]):
         return [name for name in self._metrics if name in chosen]
 
 
-def _metric(name: str, dimension: Dimension, group: str, title: str, summary: str, **rest: Any) -> Metric:
-    return Metric(id=name, dimension=dimension, group=group, title=title, summary=summary, **rest)
+def _metric(name: str, dimension: Dimension, group: str, title: str, short: str, summary: str, **rest: Any) -> Metric:
+    return Metric(id=name, dimension=dimension, group=group, title=title, short=short, summary=summary, **rest)
 
 
-_LOWER: dict[str, Any] = {"better": "lower", "unit": "nats"}
-_EXTRA_BASED: dict[str, Any] = {"extra": True, "needs_baseline": True}
+_NATS: dict[str, Any] = {"better": "lower", "unit": "nats"}
+_SHARE: dict[str, Any] = {"unit": "share"}
+_BASED: dict[str, Any] = {"needs_baseline": True}
+_EXTRA: dict[str, Any] = {"extra": True}
 
 METRICS = MetricTable(
     [
-        _metric("random_sharpness", "landscape", "random", "Random sharpness",
-                "Mean rise of the loss under Gaussian perturbations of all weights.", **_LOWER),
-        _metric("random_variance", "landscape", "random", "Random variance",
-                "Variance of the loss over random directions, averaged over the grid.", better="lower", unit="nats²"),
-        _metric("pca1_sharpness", "landscape", "pca", "PCA-1 sharpness",
-                "Mean rise of the loss along the top principal direction of the weights.", **_LOWER),
-        _metric("pcak_sharpness", "landscape", "pca", "PCA-K sharpness",
-                "Mean rise of the loss along the top K principal directions of the weights.", **_LOWER),
-        _metric("step_barrier", "interpolation", "step", "Step barrier",
-                "Highest loss between consecutive checkpoints above the mean of the two.", **_LOWER),
-        _metric("method_barrier", "interpolation", "method", "Method barrier",
-                "Highest loss between the run's and the baseline's dense weights above the mean of the two.",
-                needs_baseline=True, **_LOWER),
-        _metric("weight_effective_rank", "spectra", "weight", "Weight effective rank",
-                "exp of the entropy of the weight's normalised singular values, over min(m, n)."),
-        _metric("weight_stable_rank", "spectra", "weight", "Weight stable rank",
-                "Squared Frobenius norm of the weight over its squared largest singular value."),
-        _metric("weight_spectral_gap", "spectra", "weight", "Weight spectral gap",
-                "(σ₁ − σ₂)/σ₁ of the weight."),
-        _metric("weight_sv_fraction", "spectra", "weight", "Weight σ > 0.1",
-                "Share of the weight's singular values above 0.1."),
-        _metric("update_norm", "spectra", "update", "Update norm",
-                "Frobenius norm of the change since the last checkpoint over that of the weight."),
-        _metric("update_effective_rank", "spectra", "update", "Update effective rank",
-                "exp of the entropy of the change's normalised singular values, over min(m, n)."),
-        _metric("update_stable_rank", "spectra", "update", "Update stable rank",
-                "Squared Frobenius norm of the change over its squared largest singular value."),
-        _metric("activation_l2", "activations", "activations", "Activation distance",
-                "Distance of hidden states from the baseline's over the baseline's mean norm.", needs_baseline=True),
-        _metric("activation_cosine", "activations", "activations", "Activation cosine",
-                "Mean cosine of hidden states with the baseline's.", needs_baseline=True),
-        _metric("activation_cka", "activations", "activations", "Activation CKA",
-                "Linear centred kernel alignment of hidden states with the baseline's.", needs_baseline=True),
-        _metric("loss", "loss", "loss", "Validation loss",
-                "Mean negative log-likelihood per token on the held-out sequences.", extra=True, **_LOWER),
-        _metric("perplexity", "loss", "loss", "Perplexity", "exp of the validation loss.", extra=True, better="lower"),
-        _metric("step_barrier_interpolated", "interpolation", "step", "Step barrier (interpolated)",
-                "As step_barrier, above the line between the end points' losses.", extra=True, **_LOWER),
-        _metric("method_barrier_interpolated", "interpolation", "method", "Method barrier (interpolated)",
-                "As method_barrier, above the line between the end points' losses.", **_EXTRA_BASED, **_LOWER),
-        _metric("aligned_method_barrier", "interpolation", "aligned", "Aligned method barrier",
-                "As method_barrier, after permuting the baseline's hidden units to match.", **_EXTRA_BASED, **_LOWER),
-        _metric("weight_tail_exponent", "spectra", "weight", "Weight tail exponent",
-                "Exponent of the power law of the largest squared singular values.", extra=True),
-        _metric("weight_overlap", "spectra", "overlap", "Weight subspace overlap",
-                "Overlap of the weight's top singular subspaces with the baseline's.", **_EXTRA_BASED),
-        _metric("update_overlap", "spectra", "overlap", "Update subspace overlap",
-                "Overlap of the change's top singular subspaces with the baseline's.", **_EXTRA_BASED),
-        _metric("total_update_norm", "spectra", "total", "Total update norm",
-                "As update_norm, since the first checkpoint.", extra=True),
-        _metric("total_update_effective_rank", "spectra", "total", "Total update effective rank",
-                "As update_effective_rank, since the first checkpoint.", extra=True),
-        _metric("total_update_stable_rank", "spectra", "total", "Total update stable rank",
-                "As update_stable_rank, since the first checkpoint.", extra=True),
-        _metric("activation_cka_debiased", "activations", "activations", "Debiased CKA",
-                "As activation_cka, by the debiased estimator.", **_EXTRA_BASED),
-        _metric("hessian_top", "landscape", "hessian", "Hessian top eigenvalue",
-                "Largest eigenvalue of the loss's Hessian, by Lanczos.", extra=True, **_LOWER),
-        _metric("hessian_trace", "landscape", "hessian", "Hessian trace",
-                "Trace of the loss's Hessian, by Hutchinson's estimator.", extra=True, **_LOWER),
-        _metric("critical_sharpness", "landscape", "critical", "Critical sharpness",
-                "2 over the smallest step along the gradient that no longer lowers the loss.", extra=True, **_LOWER),
-        _metric("random_plane", "landscape", "plane", "Loss landscape",
-                "Loss on the plane of two filter-normalised directions, a row for each point.",
-                extra=True, unit="nats"),
+        _metric("random_sharpness", "landscape", "random", "Random sharpness", "",
+                "Mean rise of the loss when all weights take a random step; higher means a narrower valley.", **_NATS),
+        _metric("random_variance", "landscape", "random", "Random variance", "",
+                "Variance of the loss over random directions; near zero, all directions are alike.",
+                better="lower", unit="nats²"),
+        _metric("pca1_sharpness", "landscape", "pca", "PCA-1 sharpness", "",
+                "Mean rise of the loss along the top singular direction of every weight matrix at once.", **_NATS),
+        _metric("pcak_sharpness", "landscape", "pca", "PCA-K sharpness", "",
+                "Mean rise of the loss along the top K singular directions of the weights, averaged over them.",
+                **_NATS),
+        _metric("step_barrier", "interpolation", "step", "Step barrier", "",
+                "Highest loss on the straight line from the previous checkpoint to this one, above the mean of both "
+                "ends; at or below zero there is no hill.", **_NATS),
+        _metric("method_barrier", "interpolation", "method", "Method barrier", "",
+                "Highest loss on the straight line between this run's and the baseline's dense weights at the same "
+                "step, above the mean of both ends; a high one means another basin.", **_BASED, **_NATS),
+        _metric("weight_effective_rank", "spectra", "weight", "Weight effective rank", "Eff. rank W",
+                "exp of the entropy of a weight's normalised singular values, over min(m, n): 1 is a flat spectrum, "
+                "near 0 one direction.", **_SHARE),
+        _metric("weight_stable_rank", "spectra", "weight", "Weight stable rank", "Stable rank W",
+                "Squared Frobenius norm of a weight over its squared largest singular value; small where one "
+                "direction dominates."),
+        _metric("weight_spectral_gap", "spectra", "weight", "Weight spectral gap", "Spectral gap W",
+                "How far a weight's largest singular value exceeds the second: (σ₁ − σ₂)/σ₁.", **_SHARE),
+        _metric("weight_sv_fraction", "spectra", "weight", "Singular values above 0.1", "σ > 0.1",
+                "Share of a weight's singular values above 0.1.", **_SHARE),
+        _metric("update_norm", "spectra", "update", "Update norm", "",
+                "Frobenius norm of the change since the previous checkpoint, relative to that of the weight.",
+                **_SHARE),
+        _metric("update_effective_rank", "spectra", "update", "Update effective rank", "Eff. rank ΔW",
+                "Effective rank of the change since the previous checkpoint, over min(m, n).", **_SHARE),
+        _metric("update_stable_rank", "spectra", "update", "Update stable rank", "Stable rank ΔW",
+                "Stable rank of the change since the previous checkpoint; small where one direction dominates."),
+        _metric("activation_l2", "activations", "activations", "Activation distance", "Activation L2",
+                "Distance of the hidden states from the baseline's on the same tokens, relative to the baseline's "
+                "mean norm.", **_BASED, **_SHARE),
+        _metric("activation_cosine", "activations", "activations", "Activation cosine", "Cosine",
+                "Mean cosine between the hidden states and the baseline's on the same tokens; 1 is the same "
+                "direction.", **_BASED),
+        _metric("activation_cka", "activations", "activations", "Activation CKA", "CKA",
+                "Linear centred kernel alignment of the hidden states with the baseline's; 1 is the same up to "
+                "rotation and scale.", **_BASED),
+        _metric("loss", "loss", "loss", "Validation loss", "Val. loss",
+                "Mean negative log-likelihood per held-out token; lower is better.", **_EXTRA, **_NATS),
+        _metric("perplexity", "loss", "loss", "Perplexity", "",
+                "The exponential of the validation loss; lower is better.", **_EXTRA, better="lower"),
+        _metric("step_barrier_interpolated", "interpolation", "step", "Step barrier (interpolated)", "",
+                "As the step barrier, above the line between the losses of both ends.", **_EXTRA, **_NATS),
+        _metric("method_barrier_interpolated", "interpolation", "method", "Method barrier (interpolated)", "",
+                "As the method barrier, above the line between the losses of both ends.",
+                **_EXTRA, **_BASED, **_NATS),
+        _metric("aligned_method_barrier", "interpolation", "aligned", "Aligned method barrier", "",
+                "As the method barrier, after permuting the baseline's hidden units to match.",
+                **_EXTRA, **_BASED, **_NATS),
+        _metric("weight_tail_exponent", "spectra", "weight", "Weight tail exponent", "",
+                "Exponent of the power law of a weight's largest squared singular values; lower is a heavier tail.",
+                **_EXTRA),
+        _metric("weight_overlap", "spectra", "overlap", "Weight subspace overlap", "",
+                "Overlap of a weight's top singular subspaces with the baseline's; 1 is the same subspace.",
+                **_EXTRA, **_BASED, **_SHARE),
+        _metric("update_overlap", "spectra", "overlap", "Update subspace overlap", "",
+                "Overlap of the change's top singular subspaces with the baseline's; 1 is the same subspace.",
+                **_EXTRA, **_BASED, **_SHARE),
+        _metric("total_update_norm", "spectra", "total", "Total update norm", "",
+                "As the update norm, since the first checkpoint.", **_EXTRA, **_SHARE),
+        _metric("total_update_effective_rank", "spectra", "total", "Total update effective rank", "",
+                "As the update effective rank, since the first checkpoint.", **_EXTRA, **_SHARE),
+        _metric("total_update_stable_rank", "spectra", "total", "Total update stable rank", "",
+                "As the update stable rank, since the first checkpoint.", **_EXTRA),
+        _metric("activation_cka_debiased", "activations", "activations", "Debiased CKA", "",
+                "As activation CKA, by the estimator that few positions do not push towards 1.", **_EXTRA, **_BASED),
+        _metric("hessian_top", "landscape", "hessian", "Hessian top eigenvalue", "",
+                "Largest eigenvalue of the loss's Hessian, by Lanczos: the sharpest curvature in any direction.",
+                **_EXTRA, **_NATS),
+        _metric("hessian_trace", "landscape", "hessian", "Hessian trace", "",
+                "Trace of the loss's Hessian, by Hutchinson's estimator: the sum of its curvatures.",
+                **_EXTRA, **_NATS),
+        _metric("critical_sharpness", "landscape", "critical", "Critical sharpness", "",
+                "2 over the smallest step along the gradient that no longer lowers the loss.",
+                **_EXTRA, better="lower"),
+        _metric("random_plane", "landscape", "plane", "Loss landscape", "",
+                "Loss on the plane of two filter-normalised directions, one row for each point.",
+                **_EXTRA, unit="nats"),
     ]
 )  # fmt: skip
 
-# Sweeps that come with a metric, for pictures: a row for each offset, never asked for by themselves.
+# Not measured on weights: computed from the table of downstream scores.
+DOWNSTREAM = _metric(
+    "downstream", "downstream", "downstream", "Mean above-chance score", "Above chance",
+    "Mean above-chance score over the tasks that all scored runs have: 0 is guessing, 1 is every item right; higher "
+    "is better.", better="higher",
+)  # fmt: skip
+
 CURVES = {
-    "random_curve": "random_sharpness",
-    "pca1_curve": "pca1_sharpness",
-    "pcak_curve": "pcak_sharpness",
-    "step_path": "step_barrier",
-    "method_path": "method_barrier",
-    "aligned_method_path": "aligned_method_barrier",
-}
+    "random_curve": Sweep(
+        dimension="landscape", title="Loss along random directions", axis="distance",
+        summary="Mean over random directions with its 95 % interval; zero is the trained model.",
+        metrics=("random_sharpness", "random_variance"),
+    ),
+    "pca1_curve": Sweep(
+        dimension="landscape", title="Loss along the top PCA direction", axis="distance",
+        summary="A step along the top singular direction of every matrix at once; zero is the trained model.",
+        metrics=("pca1_sharpness",),
+    ),
+    "pcak_curve": Sweep(
+        dimension="landscape", title="Loss along the top K PCA directions", axis="distance",
+        summary="Mean over the top K singular directions with its 95 % interval; zero is the trained model.",
+        metrics=("pcak_sharpness",),
+    ),
+    "step_path": Sweep(
+        dimension="interpolation", title="Path from the previous checkpoint", axis="position on the path",
+        summary="The straight line from the weights of the previous checkpoint (0) to those of this one (1).",
+        metrics=("step_barrier",),
+    ),
+    "method_path": Sweep(
+        dimension="interpolation", title="Path to the baseline", axis="position on the path",
+        summary="The straight line from a run's weights (0) to the baseline's (1); both ends are trained models.",
+        metrics=("method_barrier",),
+    ),
+    "aligned_method_path": Sweep(
+        dimension="interpolation", title="Path to the baseline, hidden units aligned", axis="position on the path",
+        summary="The same with the baseline's hidden units permuted to match: a hill that stays is not just a "
+        "renaming of units.",
+        metrics=("aligned_method_barrier",),
+    ),
+}  # fmt: skip
+PLANE = "random_plane"
+# Measured point by point: neither a column of a table nor a trend.
+POINTWISE = frozenset({*CURVES, PLANE, "pca_plane"})
+
+
+def describe(name: str) -> Metric:
+    """The entry of a metric in a table of results; one that is unknown here gets a plain entry among the extras."""
+    if name in METRICS:
+        return METRICS[name]
+    if name == DOWNSTREAM.id:
+        return DOWNSTREAM
+    title = name.replace("_", " ").capitalize()
+    return _metric(name, "landscape", "", title, "", "An extra beyond the sixteen.", **_EXTRA)
+
+
+def metric_order(name: str) -> tuple[int, int, str]:
+    """A sort key: by section of the report, the sixteen in their order, unknown metrics last by name."""
+    known = list(METRICS)
+    position = known.index(name) if name in METRICS else len(known)
+    return list(SECTIONS).index(describe(name).section), position, name
+
+
+def markdown_table() -> str:
+    """The sixteen as the Markdown table that the documents show."""
+    entries = [METRICS[name] for name in METRICS.sixteen]
+    rows = [f"| `{one.id}` | {one.summary} | {one.better or 'neither'} |" for one in entries]
+    return "\n".join(["| metric | what it is | better |", "|---|---|---|", *rows])

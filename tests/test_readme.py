@@ -11,6 +11,7 @@ import yaml
 from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.cli import main
+from hf_lowrank.metrics import markdown_table
 from hf_lowrank.training import load_recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -71,3 +72,7 @@ def test_the_nano_study_s_table_is_that_of_its_card():
     claims = json.loads((Path(__file__).parents[1] / "model_cards" / "nano" / "claims.json").read_text())["claims"]
     verdicts = [claim["verdict"] for claim in claims]
     assert [verdicts.count(v) for v in ("reproduced", "contradicted", "undecided")] == [2, 3, 2]
+
+
+def test_the_table_of_metrics_is_that_of_the_package():
+    assert markdown_table() in README

@@ -241,12 +241,11 @@ def _score_result(row: Mapping[str, Any]) -> EvalResult:
 
 def _metric_rows(rows: Sequence[Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     from hf_lowrank.formats import significant
-    from hf_lowrank.metrics import METRICS
+    from hf_lowrank.metrics import describe, metric_order
 
-    order = list(METRICS)
     shown, notes = [], []
-    for row in sorted(rows, key=lambda r: (order.index(r.metric) if r.metric in order else len(order), r.metric)):
-        title = METRICS[row.metric].title if row.metric in order else row.metric.replace("_", " ")
+    for row in sorted(rows, key=lambda r: metric_order(r.metric)):
+        title = describe(row.metric).title
         interval = math.isfinite(row.ci_low) and math.isfinite(row.ci_high)
         shown.append(
             {

@@ -16,10 +16,10 @@ from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END, own_words
 from hf_lowrank.hub.markdown import Markdown, render
 from hf_lowrank.hub.pictures import Picture, png
 from hf_lowrank.hub.privacy import without_private
+from hf_lowrank.metrics import POINTWISE
 from hf_lowrank.report import write_report
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.colours import looks
-from hf_lowrank.report.curves import CURVE_METRICS
 from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.plots import PLOTS
 from hf_lowrank.report.study import load_study
@@ -187,7 +187,7 @@ def _answer(group: Group) -> str:
 
 def _measurements(run: RunRecord) -> Iterable[Mapping[str, Any]]:
     for row in run.rows:
-        if row.scope == "model" and row.metric not in CURVE_METRICS and row.metric != "random_plane":
+        if row.scope == "model" and row.metric not in POINTWISE:
             yield {**{key: getattr(row, key, None) for key in MEASUREMENT_COLUMNS}, "run": run.name,
                    "method": run.method, "seed": run.seed}  # fmt: skip
 

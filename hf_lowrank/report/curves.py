@@ -10,73 +10,10 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from hf_lowrank.metrics import PLANE
 from hf_lowrank.runs.records import RunRecord
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What the page says about one kind of curve: title, how to read it, what its x axis is, and which metrics sum it
-    up."""
-
-    title: str
-    dimension: Literal["landscape", "interpolation"]
-    meaning: str
-    along: str
-    tells: tuple[str, ...] = ()
-
-
-CURVE_METRICS = {
-    "random_curve": Sweep(
-        "Loss along random directions",
-        "landscape",
-        "The line is the mean over random directions, the band its 95 % interval; zero is the trained model.",
-        "distance",
-        (
-            "random_sharpness",
-            "random_variance",
-        ),
-    ),
-    "pca1_curve": Sweep(
-        "Loss along the top PCA direction",
-        "landscape",
-        "One step in the strongest singular direction of every matrix at once; zero is the trained model.",
-        "distance",
-        ("pca1_sharpness",),
-    ),
-    "pcak_curve": Sweep(
-        "Loss along the top K PCA directions",
-        "landscape",
-        "The line is the mean over the strongest K singular directions, the band its 95 % interval.",
-        "distance",
-        ("pcak_sharpness",),
-    ),
-    "step_path": Sweep(
-        "Path from the checkpoint before",
-        "interpolation",
-        "From the weights of the checkpoint before (0) straight to those of this one (1).",
-        "position on the path",
-        ("step_barrier",),
-    ),
-    "method_path": Sweep(
-        "Path to the baseline",
-        "interpolation",
-        "From one run's weights straight to the other's; the ends are the two trained models.",
-        "position on the path",
-        ("method_barrier",),
-    ),
-    "aligned_method_path": Sweep(
-        "Path to the baseline, hidden units aligned",
-        "interpolation",
-        "As above, the baseline's hidden units permuted to match: a hill that stays is more than a renaming.",
-        "position on the path",
-        ("aligned_method_barrier",),
-    ),
-}
-PLANE = "random_plane"
-# What is measured point by point; never a column of a table nor a trend of its own.
-SWEEPS = frozenset({*CURVE_METRICS, PLANE, "pca_plane"})
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ import yaml
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import big_count, plain, words_list
+from hf_lowrank.metrics import CURVES, SECTIONS
 from hf_lowrank.report.answer import Group, groups
-from hf_lowrank.report.catalogue import DIMENSIONS
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, Look, looks
-from hf_lowrank.report.curves import CURVE_METRICS
 from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.payload import payload, script_json
 from hf_lowrank.report.study import Study, load_study
@@ -85,7 +84,6 @@ def render(runs: Sequence[RunRecord], study: Study) -> str:
         group_choice=_group_choice(compared, several_sets, several_scales),
         several_scales=several_scales,
         sets=len({group.fingerprint for group in compared}),
-        dimensions=DIMENSIONS,
         metric_choice=_metric_choice(metrics),
         looks=chosen,
         shown_methods=[name for name in chosen if any(run.method == name for run in runs)],
@@ -137,7 +135,7 @@ def _environment() -> Environment:
 
 def _of_group(group: Group) -> dict[str, Any]:
     present = {column.group for column in group.columns}
-    return {"dimensions": {key: DIMENSIONS[key] for key in DIMENSIONS if key in present}}
+    return {"dimensions": {key: SECTIONS[key] for key in SECTIONS if key in present}}
 
 
 def _group_choice(compared: Sequence[Group], sets: bool, scales: bool) -> tuple[str, list[tuple[int, str]]]:
@@ -159,7 +157,7 @@ def _metric_choice(metrics: dict[str, dict[str, str]]) -> list[tuple[str, str, l
             title,
             [(id_, about["title"]) for id_, about in metrics.items() if about["dimension"] == dimension],
         )
-        for dimension, title in DIMENSIONS.items()
+        for dimension, title in SECTIONS.items()
         if dimension == "training" or any(about["dimension"] == dimension for about in metrics.values())
     ]
 
@@ -187,7 +185,7 @@ def _of(entry: dict[str, Any], metric: str) -> dict[str, Any]:
 
 def _trends(data: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
     """Per dimension the pictures over steps: metric, title, meaning, unit, and why it may be empty."""
-    found: dict[str, list[tuple[str, ...]]] = {dimension: [] for dimension in DIMENSIONS}
+    found: dict[str, list[tuple[str, ...]]] = {dimension: [] for dimension in SECTIONS}
     for metric, about in data["metrics"].items():
         entries = [_of(entry, metric) for entry in data["runs"]]
         drawn = [entry for entry in entries if entry.get("x") or entry.get("why")]
@@ -201,9 +199,9 @@ def _pictures(runs: Sequence[RunRecord]) -> dict[str, list[tuple[str, ...]]]:
     """Per dimension the measured curves: metric, title, how to read it, its x axis, and the metrics it tells of."""
     measured = {row.metric for run in runs for row in run.rows}
     found: dict[str, list[tuple[str, ...]]] = {"landscape": [], "interpolation": []}
-    for metric, about in CURVE_METRICS.items():
+    for metric, about in CURVES.items():
         if metric in measured:
-            found[about.dimension].append((metric, about.title, about.meaning, about.along, " ".join(about.tells)))
+            found[about.dimension].append((metric, about.title, about.summary, about.axis, " ".join(about.metrics)))
     return found
 
 

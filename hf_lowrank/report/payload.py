@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hf_lowrank.metrics import CURVES, POINTWISE, SECTIONS, describe, metric_order
 from hf_lowrank.report.answer import Group
-from hf_lowrank.report.catalogue import DIMENSIONS, quantity, quantity_order
 from hf_lowrank.report.colours import Look
-from hf_lowrank.report.curves import CURVE_METRICS, SWEEPS, curves, plane
+from hf_lowrank.report.curves import curves, plane
 from hf_lowrank.report.standings import downstream
 from hf_lowrank.report.study import Study
 from hf_lowrank.runs.records import RunRecord, finished_or_all
@@ -63,7 +63,7 @@ def _metrics(run: RunRecord, scopes: _Scopes) -> dict[str, Any]:
     found: dict[str, Any] = {}
     layered: dict[str, dict[int, dict[str, float | None]]] = {}
     for row in sorted(run.rows, key=lambda row: row.step):
-        if row.metric in SWEEPS:
+        if row.metric in POINTWISE:
             continue
         entry = found.setdefault(row.metric, {"x": [], "y": [], "lo": [], "hi": [], "why": None, "base": row.baseline})
         if row.metric == "method_barrier" and row.scope == "model" and row.value is not None:
@@ -98,7 +98,7 @@ def _metrics(run: RunRecord, scopes: _Scopes) -> dict[str, Any]:
 
 def _curves(run: RunRecord) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
-    for metric in CURVE_METRICS:
+    for metric in CURVES:
         for curve in curves(run, metric):
             entry: dict[str, Any] = {"step": curve.step, "t": shorts(curve.t), "y": shorts(curve.mean, 6)}
             if curve.low is not None and curve.high is not None:
@@ -261,7 +261,7 @@ def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -
     ]
     tasks = _add_scores(entries, groups)
     entries = _with_whole_lines(entries, {run.name for _, run in runs if run.unfinished})
-    metrics = sorted({metric for entry in entries for metric in entry["metrics"]}, key=quantity_order)
+    metrics = sorted({metric for entry in entries for metric in entry["metrics"]}, key=metric_order)
     return {
         "methods": [
             {"name": name, "title": look.title, "dash": list(look.dash), "marker": look.marker}
@@ -273,24 +273,24 @@ def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -
         **_study(study, numbers),
         "quantities": {
             column.id: {
-                "title": quantity(column.id).title if column.id in metrics else column.title,
+                "title": describe(column.id).title if column.id in metrics else column.title,
                 "unit": column.unit,
                 "help": column.help,
-                "dimension": DIMENSIONS[column.group],
+                "dimension": SECTIONS[column.group],
             }
             for column in columns.values()
         },
-        "dimensions": DIMENSIONS,
+        "dimensions": SECTIONS,
         "metrics": {
             metric: {
                 "title": about.title,
-                "short": about.short or about.title,
+                "short": about.short_title,
                 "unit": about.unit,
-                "dimension": about.dimension,
-                "meaning": about.meaning,
+                "dimension": about.section,
+                "meaning": about.summary,
             }
             for metric in metrics
-            for about in (quantity(metric),)
+            for about in (describe(metric),)
         },
     }
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.report.catalogue import quantity, quantity_order
+from hf_lowrank.metrics import CURVES, describe, metric_order
 from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
-from hf_lowrank.report.curves import CURVE_METRICS, Plane, curves, plane
+from hf_lowrank.report.curves import Plane, curves, plane
 from hf_lowrank.runs.records import RunRecord, finished_or_all, load_runs
 from hf_lowrank.statistics import mean_interval
 
@@ -62,12 +62,12 @@ def line_curves(
         rise: draw the rise above the trained model (above the mean of both ends for a path), not the loss itself.
         baseline: draw only paths to the run of this name; None for each run's last measured one.
     """
-    if metric not in CURVE_METRICS:
-        raise UserError(f"metric {metric!r} is no curve; {nearest(metric, CURVE_METRICS)}")
+    if metric not in CURVES:
+        raise UserError(f"metric {metric!r} is no curve; {nearest(metric, CURVES)}")
     records = _one_evaluation_set(load_runs(runs))
     lines: dict[str, Points] = {}
     bands: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = {}
-    along = CURVE_METRICS[metric].along
+    along = CURVES[metric].axis
     for run in records:
         found = [curve for curve in curves(run, metric) if step is None or curve.step == step]
         found = [curve for curve in found if baseline is None or curve.baseline == baseline]
@@ -126,7 +126,7 @@ def trends(runs: Iterable[Any], metrics: Sequence[str] | None = None) -> Figure:
     """Metrics of the whole model over steps, in small multiples; None for the spectral ones that were measured."""
     records = _one_evaluation_set(load_runs(runs))
     measured = {row.metric for run in records for row in run.rows if row.scope == "model" and row.value is not None}
-    chosen = [m for m in sorted(measured, key=quantity_order) if quantity(m).dimension == "spectra"]
+    chosen = [m for m in sorted(measured, key=metric_order) if describe(m).section == "spectra"]
     if metrics is not None:
         chosen = list(metrics)
         for metric in chosen:
@@ -144,8 +144,7 @@ def trends(runs: Iterable[Any], metrics: Sequence[str] | None = None) -> Figure:
             if found and all(r.ci_low is not None and r.ci_high is not None for r in found)
         }
         _by_method(place, records, lines, f"no {metric} was measured", bands=bands)  # type: ignore[arg-type]
-        about = quantity(metric)
-        place.set_title(about.title + (f" ({about.unit})" if about.unit else ""))
+        place.set_title(describe(metric).title_with_unit)
         place.set_xlabel("step")
     return _finished(figure, records)
 
@@ -167,7 +166,7 @@ def layer_profiles(runs: Iterable[Any], metric: str = "weight_effective_rank", *
         place.set_title(kind)
         place.set_xlabel("block")
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.supylabel(quantity(metric).title, fontsize=9, color=_SOFT)
+    figure.supylabel(describe(metric).title, fontsize=9, color=_SOFT)
     return _finished(figure, records)
 
 
@@ -197,7 +196,7 @@ def layer_step_map(runs: Iterable[Any], metric: str = "activation_cka") -> Figur
         place.set_yticks(range(len(scopes)), [scope.removeprefix("model.") for scope in scopes])
         place.set(title=look.title, xlabel="step")
         place.grid(visible=False)
-    figure.colorbar(drawn, ax=list(axes), label=quantity(metric).title, shrink=0.8)
+    figure.colorbar(drawn, ax=list(axes), label=describe(metric).title, shrink=0.8)
     return _finished(figure, ())
 
 
@@ -260,8 +259,7 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
                     x.value, y.value, xerr=bars[0], yerr=bars[1], color=look.light, marker=_MARKERS[look.marker],
                     markersize=6, linestyle="none", elinewidth=1, label=look.title,
                 )  # fmt: skip
-        about = quantity(metric)
-        place.set(xlabel="perplexity", title=about.title + (f" ({about.unit})" if about.unit else ""))
+        place.set(xlabel="perplexity", title=describe(metric).title_with_unit)
     return _finished(figure, records)
 
 

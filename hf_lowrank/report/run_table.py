@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_lowrank.formats import big_count, duration, loss_text, memory, significant
-from hf_lowrank.report.catalogue import Dimension, quantity, quantity_order
+from hf_lowrank.metrics import POINTWISE, Section, describe, metric_order
 from hf_lowrank.report.colours import looks
-from hf_lowrank.report.curves import SWEEPS
 from hf_lowrank.report.standings import downstream
 from hf_lowrank.runs.records import RunRecord
 
@@ -34,7 +33,7 @@ class Column:
 
     id: str
     title: str
-    group: Dimension
+    group: Section
     kind: Literal["text", "number"]
     unit: str
     help: str
@@ -173,18 +172,18 @@ def table(runs: Sequence[RunRecord]) -> tuple[list[Column], list[tuple[Cell, ...
                     row.append(Cell(None, entry.text(value), note=f"at {run.unfinished}"))
                 else:
                     row.append(Cell(value, entry.text(value)))
-    taken = {column.id for column in columns} | {"loss", "perplexity", *SWEEPS}
+    taken = {column.id for column in columns} | {"loss", "perplexity", *POINTWISE}
     metrics = {row.metric for run in runs for row in run.rows if row.scope == "model"} - taken
-    for metric in sorted(metrics, key=quantity_order):
-        about = quantity(metric)
+    for metric in sorted(metrics, key=metric_order):
+        about = describe(metric)
         columns.append(
             Column(
                 metric,
-                about.short or about.title,
-                about.dimension,
+                about.short_title,
+                about.section,
                 "number",
                 about.unit.replace("share", ""),
-                about.meaning,
+                about.summary,
             )
         )
         for run, row in zip(runs, rows, strict=True):
@@ -236,5 +235,5 @@ def mixed(runs: Sequence[RunRecord], columns: Sequence[Column]) -> tuple[str, ..
             continue
         rows = [row for run in runs if (row := run.last(column.id)) is not None and row.value is not None]
         if len({(row.step, json.dumps(row.settings, sort_keys=True, default=str)) for row in rows}) > 1:
-            found.append(quantity(column.id).title)
+            found.append(describe(column.id).title)
     return tuple(found)

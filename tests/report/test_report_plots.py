@@ -8,8 +8,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.metrics import describe
 from hf_lowrank.report import plots
-from hf_lowrank.report.catalogue import quantity
 from hf_lowrank.report.colours import looks
 from hf_lowrank.report.plots import (
     PLOTS,
@@ -70,7 +70,7 @@ def test_a_single_run_keeps_its_own_band(make_run):
 
 def test_solutions_stand_at_their_means(study):
     axes = solutions(study, ["random_sharpness", "activation_cka", "weight_spectral_gap"]).axes
-    titles = [quantity(name).title for name in ("random_sharpness", "activation_cka", "weight_spectral_gap")]
+    titles = [describe(name).title for name in ("random_sharpness", "activation_cka", "weight_spectral_gap")]
     assert [place.get_title().split(" (")[0] for place in axes] == titles
     assert [container.get_label() for container in axes[0].containers] == ["Full-rank", "GaLore", "CoLA"]
     runs = [run for run in load_runs(study) if run.method == "galore"]
