@@ -56,9 +56,11 @@ def train(
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
 ) -> None:
     """Train by a recipe; an interrupted run continues from its last whole checkpoint."""
+    from hf_lowrank.memory import memory_recorder
     from hf_lowrank.training import load_recipe, pretrain
 
-    run = pretrain(load_recipe(recipe, overrides=overrides or (), seed=seed), output=output)
+    loaded = load_recipe(recipe, overrides=overrides or (), seed=seed)
+    run = pretrain(loaded, output=output, recorder=memory_recorder)
     echo(f"run directory: {run}")
 
 

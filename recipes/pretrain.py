@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from hf_lowrank.errors import STOPPED_STATUS, StoppedError, UserError
+from hf_lowrank.memory import memory_recorder
 from hf_lowrank.training import load_recipe, pretrain
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     logging.getLogger("hf_lowrank").setLevel(logging.INFO if first else logging.ERROR)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides, seed=arguments.seed)
-        run = pretrain(recipe, arguments.output)
+        run = pretrain(recipe, arguments.output, recorder=memory_recorder)
     except UserError as error:
         if first:
             sys.stderr.write("pretrain.py: " + " ".join(str(error).split()) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -11,12 +11,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.memory.estimates import MemoryEstimate, estimate
 from hf_lowrank.memory.measured import AllocatorPeak
 from hf_lowrank.memory.units import size_text
-
-if TYPE_CHECKING:
-    from hf_lowrank.memory.estimates import MemoryEstimate
-    from hf_lowrank.training.recipe import Recipe
+from hf_lowrank.training.recipe import Recipe, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +28,6 @@ def memory_recorder(
     recipe: Recipe, args: TrainingArguments, model: nn.Module, facts: dict[str, Any]
 ) -> MemoryRecorder:
     """The recorder of a run by `recipe`; what cannot be estimated is trained and measured all the same."""
-    # Training, which estimates are made of, imports this module.
-    from hf_lowrank.memory.estimates import estimate
-    from hf_lowrank.training.recipe import first_line
-
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         sharding = "fsdp2"

@@ -29,8 +29,8 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, WORKSPACE, Ledger, Peak, StandIns
 from hf_lowrank.optim.groups import decayed_names
 from hf_lowrank.optim.moments import _levels
-from hf_lowrank.training.callbacks import drop_logits
 from hf_lowrank.training.recipe import Recipe, first_line
+from hf_lowrank.training.trainer import drop_logits
 
 BASES = ("basis", "left_basis")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

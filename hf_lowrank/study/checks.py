@@ -14,8 +14,8 @@ from hf_lowrank.study.layout import Attempt, Run, Study, attempts_of, is_swept, 
 from hf_lowrank.study.members import check_members
 from hf_lowrank.study.spec import STAGES, StudyFile
 from hf_lowrank.study.sweep import chosen_rates
-from hf_lowrank.training.pretrain import check_belongs
 from hf_lowrank.training.recipe import Recipe
+from hf_lowrank.training.start import check_belongs
 
 
 def chosen_stages(file: StudyFile, wanted: str | Sequence[str] | None) -> tuple[list[str], bool]:

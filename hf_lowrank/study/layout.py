@@ -10,8 +10,8 @@ from typing import Any
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.study.spec import MemberSettings, StudyFile, StudySettings
-from hf_lowrank.training.pretrain import is_finished
 from hf_lowrank.training.recipe import Recipe, load_recipe
+from hf_lowrank.training.start import is_finished
 
 
 @dataclass(frozen=True, kw_only=True)

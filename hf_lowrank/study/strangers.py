@@ -16,7 +16,7 @@ from hf_lowrank.storage.checksums import sealed_text
 from hf_lowrank.storage.files import whole_file, write_text
 from hf_lowrank.storage.parsing import dump_yaml
 from hf_lowrank.study.layout import Run, Study
-from hf_lowrank.training.pretrain import RECIPE_FILE
+from hf_lowrank.training.start import RECIPE_FILE
 
 
 def view_work(study: Study, run: Run) -> dict[str, Any]:

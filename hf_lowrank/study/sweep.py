@@ -14,7 +14,7 @@ from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.study.layout import Study, is_swept
 from hf_lowrank.study.spec import StudyFile
-from hf_lowrank.training.pretrain import is_finished
+from hf_lowrank.training.start import is_finished
 
 FILE_NAME = "sweep.json"
 

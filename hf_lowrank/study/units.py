@@ -22,7 +22,7 @@ from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.study.layout import Attempt, Run, Study
 from hf_lowrank.study.strangers import evaluation_of, is_whole, make_view, view_work
-from hf_lowrank.training.pretrain import is_finished
+from hf_lowrank.training.start import is_finished
 
 # Which results were computed from which inputs.
 STAMPS = ".results.json"
@@ -257,10 +257,12 @@ def perform(work: dict[str, Any]) -> str | None:
 
 
 def _train(work: dict[str, Any]) -> str | None:
+    from hf_lowrank.memory import memory_recorder
     from hf_lowrank.training import load_recipe, pretrain
 
+    recipe = load_recipe(work["recipe"], work["overrides"], work["seed"], folder=work["folder"])
     try:
-        pretrain(load_recipe(work["recipe"], work["overrides"], work["seed"], folder=work["folder"]), work["output"])
+        pretrain(recipe, work["output"], recorder=memory_recorder)
     except DivergedError as error:
         if not work["may_diverge"]:
             raise

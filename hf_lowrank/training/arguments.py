@@ -13,7 +13,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from transformers import TrainingArguments
 
 from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.training.yaml_files import Layers
+from hf_lowrank.storage.layers import Layers
 
 # What a run decides itself, with what to write instead.
 RESERVED = {

@@ -1,51 +1,24 @@
-"""Wires between Trainer and this package's view of a run."""
+"""Trainer callbacks that watch a run: non-finite numbers stop it, and its losses are shown."""
 
 from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import DivergedError
-from hf_lowrank.storage.checksums import write_checksums
-from hf_lowrank.training.sequences import IGNORED
 
 logger = logging.getLogger(__name__)
 
 
-class FinalCheckpoint(TrainerCallback):
-    """The last step is evaluated and saved, whatever the intervals are; what is saved is logged.
-
-    Trainer logs the mean loss since the last log, and forgets that sum when it is resumed: with a log at every
-    checkpoint a resumed run logs what an undisturbed one does.
-    """
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        if state.global_step >= state.max_steps:
-            control.should_save = True
-            control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
-        control.should_log = control.should_log or control.should_save
-        return control
-
-
-class NumbersOnly(TrainerCallback):
-    """A loss that is no number ends the run, and what weights came to by numbers that are none is never saved.
-
-    The package's optimizers skip a gradient that is not finite and warn. A run that goes on so trains by another
-    algorithm than its recipe's, and would be compared as if it had not.
-    """
+class StopOnNonFinite(TrainerCallback):
+    """Stops a run whose logged training or evaluation loss is NaN or Inf."""
 
     def on_log(
         self,
@@ -60,40 +33,26 @@ class NumbersOnly(TrainerCallback):
             if not math.isfinite(value):
                 raise _diverged(args, state, f"{name} is {value}")
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **_: Any,
-    ) -> None:
-        if not control.should_save:
-            return
-        if anywhere(not all_finite(model), args.device):
-            raise _diverged(args, state, "weights are no numbers")
-        skipped = sorted(getattr(getattr(optimizer, "optimizer", optimizer), "skipped", ()))
-        if anywhere(bool(skipped), args.device):
-            named = f" (of {skipped[0]})" if skipped else ""
-            raise _diverged(args, state, f"a gradient{named} has been no number")
+
+def check_finite(model: torch.nn.Module, optimizer: Any, args: TrainingArguments, state: TrainerState) -> None:
+    """Stops a run before it saves weights that are not finite, or that were trained with skipped gradients.
+
+    The package's optimizers skip a non-finite gradient with a warning. A run that continues after that follows another
+    algorithm than its recipe says, and must not be compared as if it did not. All processes must call this together.
+
+    Raises:
+        DivergedError: in every process, if it is true of any.
+    """
+    if in_any_process(not _all_finite(model), args.device):
+        raise _diverged(args, state, "the weights contain NaN or Inf")
+    skipped = sorted(getattr(getattr(optimizer, "optimizer", optimizer), "skipped", ()))
+    if in_any_process(bool(skipped), args.device):
+        names = f" ({skipped[0]})" if skipped else ""
+        raise _diverged(args, state, f"the optimizer skipped a non-finite gradient{names}")
 
 
-def _diverged(args: TrainingArguments, state: TrainerState, what: str) -> DivergedError:
-    return DivergedError(
-        f"{args.output_dir}: {what} at step {state.global_step}, nothing of it is saved; lower "
-        "training.learning_rate or training.max_grad_norm, or lengthen the warm-up"
-    )
-
-
-def all_finite(model: torch.nn.Module) -> bool:
-    """Whether every parameter (of a sharded model: this process's part) holds numbers only."""
-    parameters = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    return all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
-
-
-def anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set in any process of the launch; all of them have to ask."""
+def in_any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set in any process of the launch; all processes must call this together."""
     if not (dist.is_available() and dist.is_initialized()):
         return flag
     found = torch.tensor(int(flag), device=device)
@@ -101,55 +60,21 @@ def anywhere(flag: bool, device: torch.device) -> bool:
     return bool(found)
 
 
-class WholeWeights(TrainerCallback):
-    """Of a sharded model (FSDP2) Trainer saves each process's shards; every checkpoint gets the whole weights, too.
-
-    They are what everything after training reads, and tell that the checkpoint is whole. After this, all processes
-    have written what they had to write.
-    """
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
-    ) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-            if state.is_world_process_zero:
-                model.save_pretrained(folder, state_dict=weights)
-                tokenizer = others.get("processing_class")
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(folder)
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+def _all_finite(model: torch.nn.Module) -> bool:
+    """Whether every parameter, of a sharded model every local shard, is finite."""
+    parameters = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
 
 
-class Checksums(TrainerCallback):
-    """Every checkpoint carries the checksums of its files, written last."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            write_checksums(folder)
-
-
-def drop_logits(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """In place of a batch's logits, which Trainer would gather over the whole evaluation set: almost nothing."""
-    first = logits[0] if isinstance(logits, tuple) else logits
-    return first[:, :1, :1].clone()  # a view would keep all of them
-
-
-def token_loss(prediction: EvalPrediction) -> dict[str, float]:
-    """The mean loss per predicted token, from the means per batch that Trainer gives to each of a batch's sequences.
-
-    Trainer itself would weigh a batch by its sequences, which differs where sequences are padded. Named `loss`, the
-    result takes the place of Trainer's `eval_loss`.
-    """
-    tokens = (np.asarray(prediction.label_ids)[:, 1:] != IGNORED).sum(1)
-    return {"loss": float((np.asarray(prediction.losses, dtype=np.float64) * tokens).sum() / tokens.sum())}
+def _diverged(args: TrainingArguments, state: TrainerState, what: str) -> DivergedError:
+    return DivergedError(
+        f"{args.output_dir}: {what} at step {state.global_step}, which is not saved; lower training.learning_rate or "
+        "training.max_grad_norm, or lengthen the warm-up"
+    )
 
 
 class Progress(TrainerCallback):
-    """A bar in a terminal, once training takes over two seconds; the losses as log lines."""
+    """A bar in a terminal once training takes more than two seconds; losses as log lines."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -176,12 +101,8 @@ class Progress(TrainerCallback):
             return
         shown = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate") if key in logs}
         if shown:
-            logger.info(
-                "step %d of %d: %s",
-                state.global_step,
-                state.max_steps,
-                ", ".join(f"{key} {value:.4g}" for key, value in shown.items()),
-            )
+            text = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, text)
         if self._bar is not None and "loss" in logs:
             self._bar.set_postfix(loss=f"{logs['loss']:.3f}")
 

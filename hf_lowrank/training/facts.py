@@ -33,7 +33,7 @@ def optimizer_state_bytes(optimizer: Optimizer) -> int:
 
 
 class FactsRecorder(TrainerCallback):
-    """Adds up seconds and tokens, and writes them before each checkpoint so that a resumed run keeps counting.
+    """Adds up seconds and tokens; `write` records them with each checkpoint, so that a resumed run keeps counting.
 
     `training_seconds` covers the optimizer steps with their forward and backward passes; `wall_seconds` covers
     everything from start to end of training, including evaluation, saving and data loading. `cpu_seconds` is the CPU
@@ -77,16 +77,15 @@ class FactsRecorder(TrainerCallback):
             torch.accelerator.synchronize()
         self._training += time.perf_counter() - self._step_began
         self._cpu += time.process_time() - self._cpu_began
-        if control.should_save and state.is_world_process_zero:
-            self._write(state.global_step, kwargs.get("optimizer"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._write(state.global_step, kwargs.get("optimizer"))
+            self.write(state.global_step, kwargs.get("optimizer"))
 
-    def _write(self, step: int, optimizer: Any) -> None:
+    def write(self, step: int, optimizer: Any) -> None:
+        """Writes the costs up to `step` to `facts.json`."""
         self._peak = max(self._peak, peak_memory_bytes() or 0)
         costs = {
             "training_seconds": round(self._training, 3),

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.runs.weights import MOST_LAYERS
-from hf_lowrank.training.yaml_files import Layers
+from hf_lowrank.storage.layers import Layers
 
 SIZES = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,15 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedConfig, TrainingArguments
 
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.methods import METHODS, Method, MethodSettings
+from hf_lowrank.storage.layers import Layers, read_layers, validated
 from hf_lowrank.training import arguments, model_config
-from hf_lowrank.training.yaml_files import Layers, read_layers
-
-logger = logging.getLogger(__name__)
 
 SECTIONS = ("name", "seed", "method", "model", "data", "training")
 HUB_KEYS = ("dataset", "subset", "revision", "split", "held_out_split", "streaming", "shuffle_buffer")
@@ -31,30 +28,35 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: Literal["python-library", "hub", "files"] = Field(description="where the text comes from")
-    dataset: str | None = Field(None, description="hub: the dataset's id")
-    subset: str | None = Field(None, description="hub: the dataset's configuration")
+    dataset: str | None = Field(None, description="hub: the dataset id")
+    subset: str | None = Field(None, description="hub: the dataset configuration")
     revision: str | None = Field(None, description="hub: branch, tag or commit")
-    split: str = Field("train", description="hub: the split to train on")
+    split: str = Field("train", description="hub: the training split")
     held_out_split: str | None = Field(
-        None, description="hub: the split to evaluate on; None takes a share, or the head of the stream"
+        None, description="hub: the held-out split; default: a share of the documents, or the head of the stream"
     )
-    text_column: str = Field("text", description="hub, .jsonl and .parquet: the column with the text")
-    streaming: bool = Field(False, description="hub: read over the network as training goes on")
+    text_column: str = Field("text", description="hub, .jsonl and .parquet: the text column")
+    streaming: bool = Field(False, description="hub: stream the dataset during training")
     shuffle_buffer: int = Field(
         0, ge=0, description="hub, streaming: documents in the shuffle buffer; 0 keeps the order"
     )
-    train_files: list[str] | None = Field(None, description="files: .txt, .jsonl, .parquet; globs are allowed")
-    held_out_files: list[str] | None = Field(None, description="files: None takes a share of the documents")
-    held_out_share: float = Field(0.05, gt=0, lt=1, description="share of documents held out, by a hash of each")
-    sequence_length: int = Field(ge=2, description="tokens a sequence")
-    shape: Literal["packed", "documents"] = Field(
-        "packed", description="documents joined and cut, or one document each, cut and padded"
+    train_files: list[str] | None = Field(None, description="files: .txt, .jsonl or .parquet; globs are allowed")
+    held_out_files: list[str] | None = Field(
+        None, description="files: held-out files; default: a share of the documents"
     )
-    tokenizer: str | None = Field(None, description="a Hub id or a folder; None trains one on the train part")
-    vocabulary_size: int = Field(2048, ge=300, description="of the tokenizer that is trained")
-    evaluation_sequences: int = Field(256, ge=1, description="held-out sequences written with the run")
+    held_out_share: float = Field(
+        0.05, gt=0, lt=1, description="share of documents held out, chosen by a hash of each"
+    )
+    sequence_length: int = Field(ge=2, description="tokens per sequence")
+    shape: Literal["packed", "documents"] = Field(
+        "packed",
+        description="packed: documents concatenated and cut; documents: one per sequence, truncated or padded",
+    )
+    tokenizer: str | None = Field(None, description="a Hub id or a folder; default: trained on the training split")
+    vocabulary_size: int = Field(2048, ge=300, description="vocabulary size of a trained tokenizer")
+    evaluation_sequences: int = Field(256, ge=1, description="held-out sequences stored with the run")
     evaluation_sequences_in_training: int | None = Field(
-        None, ge=1, description="how many of them, from the first, give the loss during training; None takes all"
+        None, ge=1, description="how many of them (the first ones) give the loss during training; default: all"
     )
 
     @model_validator(mode="after")
@@ -64,7 +66,7 @@ class DataSettings(BaseModel):
             if key in self.model_fields_set:
                 raise ValueError(f"data.{key} must be left out with data.source {self.source}")
         if self.source == "hub" and not self.dataset:
-            raise ValueError("data.dataset must name a dataset with data.source hub, as allenai/c4")
+            raise ValueError("data.dataset must name a dataset with data.source hub, e.g. allenai/c4")
         if self.source == "files" and not self.train_files:
             raise ValueError("data.train_files must name at least one file with data.source files")
         if self.streaming and self.tokenizer is None:
@@ -80,12 +82,12 @@ class Recipe:
 
     Attributes:
         name: names the run; the recipe's `name:`, else its folder and file, as `nano-galore`.
-        seed: of the initial weights, the order of the data, and everything random in the method.
-        method: the entry of the table of methods.
-        settings: the method's own settings.
-        model: `architecture` and fields of its configuration, as given.
-        data: the corpus and its shape.
-        training: fields of `TrainingArguments`, as given.
+        seed: seeds the initial weights, the data order, and everything random in the method.
+        method: an entry of `METHODS`.
+        settings: the method's settings.
+        model: `architecture` and fields of its configuration, as written.
+        data: the corpus and the shape of its sequences.
+        training: fields of `TrainingArguments`, as written.
         path: the file it was read from, for messages.
     """
 
@@ -99,7 +101,7 @@ class Recipe:
     path: Path
 
     def plain(self) -> dict[str, Any]:
-        """The resolved recipe as plain data: what `recipe.yaml` in the run directory says."""
+        """The resolved recipe as plain data, as `recipe.yaml` in the run directory stores it."""
         return {
             "name": self.name,
             "seed": self.seed,
@@ -110,7 +112,7 @@ class Recipe:
         }
 
     def config(self, **defaults: Any) -> PreTrainedConfig:
-        """The model's configuration; `defaults` (as the vocabulary's size) give way to what the recipe says."""
+        """The model's configuration; `defaults`, e.g. the vocabulary size, apply where the recipe sets nothing."""
         return model_config.build(self.model, **defaults)
 
     def arguments(self, output_dir: str | Path) -> TrainingArguments:
@@ -125,44 +127,56 @@ def load_recipe(
 
     Args:
         path: a YAML file; `extends: other.yaml` in it lays it over another one, key by key.
-        overrides: `key=value` with a dotted key and a YAML value, as `method.rank=32`.
+        overrides: `key=value` with a dotted key and a YAML value, e.g. `method.rank=32`.
         seed: overrides the recipe's seed.
-        folder: where relative paths in `overrides` begin; the current folder unless told.
+        folder: the folder that relative paths in `overrides` are relative to; default: the current one.
 
     Raises:
         UserError: one line that names the file, the key and what is allowed.
     """
-    layers = read_layers(path, overrides, folder=Path(folder))
+    layers = read_layers(path, overrides, what="recipe", resolve_paths=_resolve_paths, folder=Path(folder))
     if seed is not None:
         layers.lay({"seed": seed}, "--seed")
     return _resolve(layers)
 
 
+def _resolve_paths(layer: dict[str, Any], folder: Path) -> None:
+    """Makes the paths of a layer's `data:` block absolute."""
+    section = layer.get("data")
+    if not isinstance(section, dict):
+        return
+    for key in FILES_KEYS:
+        names = section.get(key)
+        if isinstance(names, str):
+            names = [names]
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            section[key] = [str((folder / Path(name).expanduser()).absolute()) for name in names]
+    tokenizer = section.get("tokenizer")
+    # A Hub id and a relative path look alike; an existing folder decides.
+    if isinstance(tokenizer, str) and (folder / Path(tokenizer).expanduser()).is_dir():
+        section["tokenizer"] = str((folder / Path(tokenizer).expanduser()).absolute())
+
+
 def _resolve(layers: Layers) -> Recipe:
-    data = layers.data
-    for key in data:
+    for key in layers.data:
         if key not in SECTIONS:
             raise UserError(f"{layers.origin(str(key))}: unknown key {str(key)!r}; {nearest(str(key), SECTIONS)}")
     sections = {key: _section(layers, key) for key in ("method", "model", "data", "training")}
     method, settings = _method(layers, sections["method"])
-    try:
-        data_settings = DataSettings.model_validate(sections["data"])
-    except ValidationError as error:
-        raise _translated(error, layers, "data", DataSettings) from None
     recipe = Recipe(
         name=_name(layers),
         seed=_seed(layers),
         method=method,
         settings=settings,
         model=model_config.checked(sections["model"], layers),
-        data=data_settings,
+        data=validated(DataSettings, sections["data"], layers, "data"),
         training=arguments.checked(sections["training"], layers, own_optimizer=method.build_optimizer is not None),
         path=layers.path,
     )
     if recipe.data.streaming and "max_steps" not in recipe.training:
         raise UserError(f"{layers.path}: training.max_steps must be given with data.streaming")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are said when it is built to be trained
+        warnings.simplefilter("ignore")  # they are shown when the model is built for training
         _check_buildable(recipe, layers)
     return recipe
 
@@ -193,45 +207,23 @@ def _seed(layers: Layers) -> int:
 
 def _method(layers: Layers, section: dict[str, Any]) -> tuple[Method, MethodSettings]:
     name = section.pop("name", None)
+    where = layers.origin("method.name")
     if not isinstance(name, str):
-        raise UserError(
-            f"{layers.origin('method.name')}: method.name must be one of {', '.join(METHODS)}, got {name!r}"
-        )
+        raise UserError(f"{where}: method.name must be one of {', '.join(METHODS)}, got {name!r}")
     try:
         method = METHODS[name]
     except UserError as error:
-        raise UserError(f"{layers.origin('method.name')}: method.name: {error}") from None
-    try:
-        return method, method.settings.model_validate(section)
-    except ValidationError as error:
-        raise _translated(error, layers, "method", method.settings) from None
-
-
-def _translated(error: ValidationError, layers: Layers, section: str, model: type[BaseModel]) -> UserError:
-    """The first of pydantic's complaints as one line of ours."""
-    first = error.errors(include_url=False)[0]
-    # A union's branches and a list's places follow the field's own name; the name is what the user wrote.
-    key = ".".join([section, *[str(part) for part in first["loc"][:1]]])
-    where = layers.origin(key)
-    if first["type"] == "extra_forbidden":
-        allowed = {*model.model_fields, "name"} if section == "method" else set(model.model_fields)
-        return UserError(f"{where}: unknown key {key!r}; {nearest(str(first['loc'][0]), allowed)}")
-    if first["type"] == "missing":
-        return UserError(f"{layers.path}: {key} is missing")
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        # A complaint about several keys together begins with the one to change.
-        return UserError(f"{layers.origin(message.split()[0])}: {message}")
-    return UserError(f"{where}: {key}: {message[:1].lower()}{message[1:]}, got {first['input']!r}")
+        raise UserError(f"{where}: method.name: {error}") from None
+    return method, validated(method.settings, section, layers, "method", also_allowed=("name",))
 
 
 def _check_buildable(recipe: Recipe, layers: Layers) -> None:
-    """Builds the model and its optimizer without memory, so that what cannot be built is known before anything is."""
+    """Builds model and optimizer on the meta device, so that what cannot be built fails before anything starts."""
     training_arguments = recipe.arguments(layers.path.parent)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = recipe.method.build_model(recipe.config(), recipe.settings, recipe.seed)
-    except Exception as error:  # transformers raises whatever sizes that make no sense lead it to
+    except Exception as error:  # transformers raises any type of error for inconsistent sizes
         raise UserError(f"{layers.path}: model cannot be built: {first_line(error)}") from None
     try:
         if recipe.method.build_optimizer is not None:
@@ -250,6 +242,6 @@ def _check_buildable(recipe: Recipe, layers: Layers) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none."""
+    """The first line of an exception's message, or the name of its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__

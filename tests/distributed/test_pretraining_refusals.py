@@ -45,7 +45,7 @@ def test_what_does_not_fit_a_run_is_said(tmp_path, recipe_of, monkeypatch):
         assert damage_of(run / f"checkpoint-{SAVED}") is not None
     for name in SHARDED_STATE:
         (run / f"checkpoint-{SAVED}" / name / ".metadata").touch()
-    with pytest.raises(UserError, match=r"checkpoint-3 was written under FSDP2; continue the run with FSDP2"):
+    with pytest.raises(UserError, match=r"checkpoint-3 was written under FSDP2; resume the run with FSDP2"):
         pretrain(load_recipe(path), run)
 
 

@@ -109,18 +109,18 @@ def warm_up() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from hf_lowrank import cli  # noqa: F401
-    from hf_lowrank.memory import estimates  # noqa: F401
+    from hf_lowrank.memory import recorder  # noqa: F401
 
 
 def settle(cache: Path) -> None:
     """Gives a forked process its cache; a memory estimate takes as long as a run here, and has tests of its own."""
-    from hf_lowrank.memory import estimates
+    from hf_lowrank.memory import recorder
 
     def unknown(*_: Any, **__: Any) -> None:
         raise NotImplementedError("not in drills")
 
     os.environ["HF_LOWRANK_CACHE"] = str(cache)
-    estimates.estimate = unknown  # type: ignore[assignment]
+    recorder.estimate = unknown  # type: ignore[assignment]
 
 
 def lines(recipe: Path, place: Path, stages: tuple[str, ...]) -> list[list[str]]:

@@ -106,7 +106,7 @@ def read_run_recipe(folder, content):
     from hf_lowrank.methods import METHODS
     from hf_lowrank.runs.records import load_run
     from hf_lowrank.runs.trajectory import Trajectory
-    from hf_lowrank.training.pretrain import check_belongs
+    from hf_lowrank.training.start import check_belongs
 
     (folder / "recipe.yaml").write_bytes(content)
     checkpoint = folder / "checkpoint-1"

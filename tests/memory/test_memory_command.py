@@ -69,7 +69,7 @@ def test_wrong_input_is_one_line(capsys, arguments, line):
 def test_a_missing_recipe_or_folder_of_recipes_is_named(capsys, tmp_path):
     status, _, err = run(capsys, tmp_path / "none.yaml")
     assert status == 2
-    assert "none.yaml: there is no such recipe file" in err
+    assert "none.yaml: no such recipe file" in err
     shutil.copy(NANO / "_base.yaml", tmp_path)
     status, _, err = run(capsys, tmp_path / "_base.yaml", "--all-methods")
     assert status == 2

@@ -3,17 +3,19 @@
 import json
 import logging
 import shutil
-import sys
+from functools import partial
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
-from hf_lowrank.memory import MemoryRecorder, estimate
+from hf_lowrank.memory import MemoryRecorder, estimate, memory_recorder
 from hf_lowrank.memory.measured import AllocatorPeak
-from hf_lowrank.training import load_recipe, pretrain
+from hf_lowrank.training import load_recipe
+from hf_lowrank.training import pretrain as pretrain_unrecorded
+
+pretrain = partial(pretrain_unrecorded, recorder=memory_recorder)
 
 KEYS = {"weights", "gradients", "optimizer_state", "activations", "workspace", "estimated_peak", "measured_peak"}
 
@@ -80,13 +82,7 @@ def test_a_run_says_what_was_expected_and_what_was_seen(recipe, tmp_path, caplog
     assert not torch.autograd._profiler_enabled()
 
     # Recording changes no bit: the same run without it, and once more from its middle.
-    class Nothing(TrainerCallback):
-        def close(self):
-            pass
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["hf_lowrank.training.pretrain"], "memory_recorder", lambda *_: Nothing())
-        plain = pretrain(recipe(), tmp_path / "plain")
+    plain = pretrain_unrecorded(recipe(), tmp_path / "plain")
     assert "memory" not in json.loads((plain / "facts.json").read_text())
     one, other = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (run, plain))
     assert one.keys() == other.keys()
@@ -106,7 +102,7 @@ def test_a_training_that_fails_leaves_no_profiler_behind(recipe, tmp_path, monke
         raise RuntimeError("broken")
 
     prepared = recipe()
-    monkeypatch.setattr("hf_lowrank.memory.estimates.estimate", fail)
+    monkeypatch.setattr("hf_lowrank.memory.recorder.estimate", fail)
     monkeypatch.setattr(GaLoreAdamW, "_update_batch", fail)
     with pytest.raises(RuntimeError, match="broken"):
         pretrain(prepared, tmp_path / "run")
@@ -117,7 +113,7 @@ def test_what_cannot_be_estimated_is_trained_and_measured(recipe, tmp_path, monk
     def fail(*_, **__):
         raise NotImplementedError("no such kernel\nand more")
 
-    monkeypatch.setattr("hf_lowrank.memory.estimates.estimate", fail)
+    monkeypatch.setattr("hf_lowrank.memory.recorder.estimate", fail)
     memory = memory_of(pretrain(recipe(), tmp_path / "run"))
     assert memory["estimated_peak"] is memory["weights"] is None
     assert memory["measured_peak"] > 10**5

@@ -1,7 +1,6 @@
 """Tiny studies, written and run."""
 
 import logging
-from importlib import import_module
 
 import pytest
 import yaml
@@ -51,7 +50,7 @@ def no_estimates():
         raise NotImplementedError("not in these tests")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("hf_lowrank.memory.estimates"), "estimate", unknown)
+        patch.setattr("hf_lowrank.memory.recorder.estimate", unknown)
         patch.setattr("hf_lowrank.study.plan.probe", lambda recipe, threads: Costs())
         yield
 

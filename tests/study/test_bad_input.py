@@ -31,7 +31,7 @@ CASES = {
     ),
     "an unknown baseline": ({"baseline": "fullrank"}, ["baseline", "'fullrank'", "did you mean 'full_rank'?"]),
     "no baseline": ({"baseline": None}, ["baseline is missing"]),
-    "a seed twice": ({"seeds": [3, 3]}, ["seeds", "3 is there twice"]),
+    "a seed twice": ({"seeds": [3, 3]}, ["seeds", "duplicate seed 3"]),
     "a seed that is none": ({"seeds": [-1]}, ["seeds", "got -1"]),
     "members of one name but for case": (
         {"members": {"full_rank": "full_rank.yaml", "Full_Rank": "galore.yaml"}},

@@ -111,7 +111,7 @@ def test_what_a_process_killed_at_the_very_first_left_is_no_other_run(tmp_path, 
     assert (pretrain(recipe, run) / "checkpoint-1").is_dir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match="must be a run directory, or empty"):
+    with pytest.raises(UserError, match="must be a run directory or empty"):
         pretrain(recipe, tmp_path / "other")
 
 

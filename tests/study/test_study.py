@@ -231,7 +231,7 @@ def test_a_process_that_dies_fails_its_unit_alone(kind, tmp_path, write_study):
     while len(outcomes) < 2 and time.monotonic() < deadline:
         outcomes |= {outcome.key: outcome for outcome in workers.wait(0.2)}
     workers.stop()
-    assert outcomes["wrong"].reason == "none.yaml: there is no such recipe file"
+    assert outcomes["wrong"].reason == "none.yaml: no such recipe file"
     assert "SIGKILL" in outcomes["killed"].reason
 
 

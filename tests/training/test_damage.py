@@ -19,7 +19,7 @@ from hf_lowrank.runs.resume import damage_of, last_whole_checkpoint
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import FILE_NAME, damage_by_checksums, fingerprint, unsealed, write_checksums
 from hf_lowrank.training import load_recipe, pretrain
-from hf_lowrank.training.pretrain import is_finished
+from hf_lowrank.training.start import is_finished
 
 FILES = [
     "config.json",
@@ -247,7 +247,7 @@ def test_a_disk_that_takes_no_more_is_said_in_a_line(whole, tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "optimizer.pt")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"run: optimizer\.pt: No space left on device; the next call goes on") as told:
+    with pytest.raises(UserError, match=r"run: optimizer\.pt: No space left on device; rerun to resume") as told:
         pretrain(whole[0], tmp_path / "run")
     assert "\n" not in str(told.value)
     monkeypatch.undo()
@@ -291,5 +291,5 @@ def test_a_process_of_the_launch_that_is_gone_is_one_line(whole, tmp_path, monke
     with pytest.raises(RuntimeError, match="gloo"):
         pretrain(whole[0], tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"run: another process of this launch has ended.*the next call goes on"):
+    with pytest.raises(UserError, match=r"run: another process of this launch has ended.*rerun to resume"):
         pretrain(whole[0], tmp_path / "run")

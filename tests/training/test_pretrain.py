@@ -124,7 +124,7 @@ def test_one_seed_gives_every_method_the_same_start_and_the_same_data(write_reci
         seen.setdefault(current, []).append(batch["input_ids"].clone())
         return batch
 
-    monkeypatch.setattr(sys.modules["hf_lowrank.training.pretrain"], "collate", recording)
+    monkeypatch.setattr(sys.modules["hf_lowrank.training.trainer"], "collate", recording)
     starts = {}
     for name, block in METHODS.items():
         for seed in (0, 1):
@@ -241,7 +241,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(write_recipe, tmp_path
     path = write_recipe()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"mine: --output must be a run directory, or empty"):
+    with pytest.raises(UserError, match=r"mine: --output must be a run directory or empty"):
         trained(path, tmp_path / "mine")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"file: --output must be a folder"):
@@ -254,7 +254,7 @@ def test_a_changed_corpus_is_not_continued_with(write_recipe, texts, tmp_path):
     run = trained(path, tmp_path / "run")
     shutil.rmtree(run / "checkpoint-6")
     (texts / "train0.txt").write_text("something else entirely")
-    with pytest.raises(UserError, match="the corpus is not the one that the run began with"):
+    with pytest.raises(UserError, match="the corpus has changed since the run started"):
         trained(path, run)
     assert not (run / "checkpoint-6").exists()
 

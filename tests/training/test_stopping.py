@@ -12,7 +12,7 @@ from transformers import Trainer
 from hf_lowrank.cli import main
 from hf_lowrank.errors import STOPPED_STATUS, StoppedError
 from hf_lowrank.training import load_recipe, pretrain
-from hf_lowrank.training.stopping import MARK
+from hf_lowrank.training.checkpointing import INTERIM_FILE
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_stopped_run_ends_with_the_same_bits(write_recipe, tmp_path, terminate
     with pytest.raises(StoppedError, match=f"stopped by SIGTERM after step {step}, which is saved"):
         pretrain(load_recipe(path), run)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert (run / f"checkpoint-{step}" / MARK).exists() == (step % 3 != 0)
+    assert (run / f"checkpoint-{step}" / INTERIM_FILE).exists() == (step % 3 != 0)
     pretrain(load_recipe(path), run)
 
     assert {p.name for p in run.glob("checkpoint-*")} == {p.name for p in whole.glob("checkpoint-*")}
@@ -77,4 +77,4 @@ def test_the_command_says_so_and_ends_with_a_status_of_its_own(write_recipe, tmp
 def test_in_its_last_step_it_is_finished(write_recipe, tmp_path, terminate):
     terminate(6)
     run = pretrain(load_recipe(write_recipe()), tmp_path / "run")
-    assert not list(run.glob(f"*/{MARK}"))
+    assert not list(run.glob(f"*/{INTERIM_FILE}"))

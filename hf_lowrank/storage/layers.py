@@ -1,0 +1,237 @@
+"""YAML files in layers: `extends` below, `--set` overrides above, and which of them set each key."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.storage.parsing import parse_yaml
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+    Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass
+class Layers:
+    """A merged mapping, and the source (a file or an override) of each key.
+
+    Attributes:
+        path: the file that was asked for.
+        data: the merged mapping, without `extends`.
+        origins: dotted key of each leaf to the file or override that set it last.
+    """
+
+    path: Path
+    data: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def origin(self, key: str) -> str:
+        """The source of `key`, or of a key below or above it; the file itself if none is known."""
+        for known, source in self.origins.items():
+            if known == key or known.startswith(key + ".") or key.startswith(known + "."):
+                return source
+        return str(self.path)
+
+    def lay(self, data: dict[str, Any], source: str) -> None:
+        """Merges `data`, which comes from `source`, over the present mapping."""
+        _merge(self.data, data)
+        for key in _leaves(data):
+            # A value may replace a mapping, or a mapping a value.
+            for known in [known for known in self.origins if known.startswith(key + ".")]:
+                del self.origins[known]
+            self.origins[key] = source
+
+
+def read_layers(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    what: str,
+    resolve_paths: Callable[[dict[str, Any], Path], None],
+    folder: Path = Path(),
+) -> Layers:
+    """Reads a YAML file, the files it extends (below it) and `key=value` overrides (above it).
+
+    Args:
+        path: the file.
+        overrides: `key=value`, with a dotted key and a YAML value.
+        what: what the file is, for messages: "recipe", "study".
+        resolve_paths: makes the relative paths in a layer's mapping absolute, in place, given the folder they are
+            relative to: that of the layer's file, or `folder` for overrides.
+        folder: where relative paths in overrides start; default: the current directory.
+
+    Raises:
+        UserError: a file is missing, unreadable, not a YAML mapping, or extends itself; an override is not
+            `key=value`.
+    """
+    layers = Layers(Path(path))
+    for file, data in reversed(_chain(Path(path), what)):
+        resolve_paths(data, file.parent)
+        layers.lay(data, str(file))
+    for override in overrides:
+        data = _parse_override(override)
+        resolve_paths(data, folder)
+        layers.lay(data, f"--set {override}")
+    return layers
+
+
+def validated(
+    model: type[Model], data: dict[str, Any], layers: Layers, section: str = "", *, also_allowed: Iterable[str] = ()
+) -> Model:
+    """`data` as a pydantic model.
+
+    Args:
+        model: what to validate against.
+        data: plain data; the value of `section` in `layers`, or all of it.
+        layers: where `data` comes from, for messages.
+        section: dotted key of `data`; "" for the top level.
+        also_allowed: further keys to suggest when an unknown one is found.
+
+    Raises:
+        UserError: one line for the first error, naming the source, the key and what is allowed.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _as_user_error(error, model, layers, section, also_allowed) from None
+
+
+def _as_user_error(
+    error: ValidationError, model: type[BaseModel], layers: Layers, section: str, also_allowed: Iterable[str]
+) -> UserError:
+    first = error.errors(include_url=False)[0]
+    path, block = _written_path(model, first["loc"])
+    key = ".".join([*([section] if section else []), *path])
+    where = layers.origin(key) if key else str(layers.path)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        allowed = {*_field_types(block), *also_allowed}
+        return UserError(f"{where}: unknown key {key!r}; {nearest(path[-1], allowed)}")
+    if first["type"] == "missing":
+        return UserError(f"{layers.path}: {key} is missing")
+    if not path:
+        # An error about several keys starts with the one to change.
+        return UserError(f"{layers.origin(message.split()[0])}: {message}")
+    if first["type"] != "value_error":
+        message = message[:1].lower() + message[1:]
+    if "got " not in message and not isinstance(first["input"], dict):
+        message += f", got {first['input']!r}"
+    return UserError(f"{where}: {key}{' ' if message.startswith('must') else ': '}{message}")
+
+
+def _written_path(model: type[BaseModel], location: Iterable[int | str]) -> tuple[list[str], type[BaseModel]]:
+    """The keys of pydantic's error location that the user wrote (no union branches, no indices), and their block."""
+    path: list[str] = []
+    block, current = model, typing.cast(Any, model)
+    for part in location:
+        if typing.get_origin(current) is dict:
+            current = typing.get_args(current)[1]
+        elif current is not None:
+            block = current
+            current = _nested(_field_types(block).get(str(part)))
+        else:
+            break
+        path.append(str(part))
+    return path, block
+
+
+def _field_types(block: type[BaseModel]) -> dict[str, Any]:
+    """The annotation of each key of a block, by the name that is written."""
+    return {known.alias or name: known.annotation for name, known in block.model_fields.items()}
+
+
+def _nested(annotation: Any) -> Any:
+    """The block, or mapping of blocks, that a field holds; None for other fields."""
+    options = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else [annotation]
+    )
+    for option in options:
+        inner = typing.get_args(option)[1] if typing.get_origin(option) is dict else option
+        if hasattr(inner, "model_fields"):
+            return option
+    return None
+
+
+def _chain(path: Path, what: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The file and those it extends, from the top layer down."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    visited: list[Path] = []
+    following: Path | None = path
+    while following is not None:
+        resolved = following.resolve()
+        if resolved in visited:
+            circle = [*visited[visited.index(resolved) :], resolved]
+            names = " -> ".join(file.name for file in circle)
+            raise UserError(f"{following}: extends must not lead back to itself: {names}")
+        visited.append(resolved)
+        data = _read_mapping(following, what, named_by=chain[-1][0] if chain else None)
+        parent = data.pop("extends", None)
+        chain.append((following, data))
+        if parent is not None and not isinstance(parent, str):
+            raise UserError(f"{following}: extends must be one file name, got {parent!r}")
+        following = None if parent is None else following.parent / parent
+    return chain
+
+
+def _read_mapping(path: Path, what: str, named_by: Path | None) -> dict[str, Any]:
+    where = f"{named_by}: extends: {path}" if named_by else f"{path}"
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{where}: no such {what} file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: not readable: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: a {what} must be a mapping of keys to values, got {type(data).__name__}")
+    return data
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    position = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{getattr(error, 'problem', None) or str(error).splitlines()[0]}{position}"
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set must be key=value, e.g. method.rank=32, got {override!r}")
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML: {_one_line(error)}") from None
+    data: dict[str, Any] = {parts[-1]: value}
+    for part in reversed(parts[:-1]):
+        data = {part: data}
+    return data
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            _merge(below[key], value)
+        else:
+            below[key] = value
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in data.items():
+        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+    return keys

@@ -1,0 +1,209 @@
+"""What a run directory holds before the first step, and which recipe it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from yaml import YAMLError
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.runs.evaluation_set import FILE_NAME as EVALUATION_FILE
+from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.facts import read_facts, write_facts
+from hf_lowrank.runs.resume import last_whole_checkpoint
+from hf_lowrank.storage.checksums import damage_by_checksums, read_sealed_text, sealed_text, write_checksums
+from hf_lowrank.storage.files import write_text
+from hf_lowrank.storage.parsing import dump_yaml, parse_json, parse_yaml
+from hf_lowrank.training.corpus import Corpus
+from hf_lowrank.training.recipe import Recipe, first_line
+
+RECIPE_FILE = "recipe.yaml"
+TOKENIZER, INITIAL = "tokenizer", "checkpoint-0"
+# The keys by which a process takes its share of a step.
+PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def is_started(run: Path) -> bool:
+    """Whether a recipe has claimed the folder."""
+    return (run / RECIPE_FILE).exists()
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run has a complete checkpoint of its last step, and its start files are intact."""
+    checkpoint = last_whole_checkpoint(run) if is_started(run) else None
+    if checkpoint is None or not is_last(checkpoint):
+        return False
+    try:
+        return has_start(run)
+    except UserError:  # `pretrain` reports it
+        return False
+
+
+def is_last(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of the run's last step."""
+    state = parse_json((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
+
+
+def has_start(run: Path) -> bool:
+    """Whether everything that is written before the first step is there.
+
+    Raises:
+        UserError: some of it is damaged; names the file.
+    """
+    for folder in (run / TOKENIZER, run / INITIAL):
+        damage = damage_by_checksums(folder) if folder.is_dir() else None
+        if damage is not None:
+            raise UserError(f"{folder}: damaged: {damage}; remove that folder and rerun, which writes it again")
+    if (run / EVALUATION_FILE).exists():
+        EvaluationSet.load(run)
+    names = (RECIPE_FILE, EVALUATION_FILE, TOKENIZER, INITIAL)
+    return bool(read_facts(run)) and all((run / name).exists() for name in names)
+
+
+def write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedModel, sizes: dict[str, int]) -> None:
+    """Writes what is fixed before the first step; existing files stay.
+
+    Args:
+        sizes: further entries of `facts.json`.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    # The recipe comes first: it claims the folder, whatever else is missing.
+    if not (run / RECIPE_FILE).exists():
+        write_text(run / RECIPE_FILE, sealed_text(dump_yaml(recipe.plain())))
+    if not (run / EVALUATION_FILE).exists():
+        corpus.evaluation.save(run)
+    _save_folder(run / TOKENIZER, corpus.tokenizer)
+    _save_folder(run / INITIAL, model)
+    if not read_facts(run):
+        write_facts(
+            run,
+            {
+                "recipe": _digest(recipe),
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "unigram_loss": corpus.unigram_loss,
+                "train_sequences": len(corpus.train) if corpus.train is not None else None,
+                "corpus_fingerprint": corpus.fingerprint,
+                "evaluation_fingerprint": corpus.evaluation.fingerprint,
+                **sizes,
+                "device": str(torch.accelerator.current_accelerator() or "cpu"),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "versions": {name: version(name) for name in ("hf_lowrank", "transformers", "accelerate", "peft")},
+            },
+        )
+
+
+def _save_folder(folder: Path, content: PreTrainedModel | PreTrainedTokenizerBase) -> None:
+    """Saves all of `content` or nothing; an existing folder stays."""
+    if folder.exists():
+        return
+    partial = folder.with_name(f".{folder.name}.making")
+    shutil.rmtree(partial, ignore_errors=True)
+    content.save_pretrained(partial)
+    write_checksums(partial)
+    os.replace(partial, folder)
+
+
+def check_belongs(run: Path, recipe: Recipe) -> bool:
+    """Whether `run` was started by `recipe`; False if it is not there or empty.
+
+    Raises:
+        UserError: it belongs to something else; names the first difference.
+    """
+    if not run.exists():
+        return False
+    if not run.is_dir():
+        raise UserError(f"{run}: --output must be a folder, this is a file")
+    file = run / RECIPE_FILE
+    if not file.exists():
+        if read_facts(run).get("recipe") == _digest(recipe):
+            return True  # it was damaged, and the user removed it
+        # A lock, or a temporary file of a killed process, makes no run.
+        if any(not path.name.startswith(".") for path in run.iterdir()):
+            raise UserError(f"{run}: --output must be a run directory or empty; it contains no {RECIPE_FILE}")
+        return False
+    try:
+        theirs = parse_yaml(read_sealed_text(file))
+    except (OSError, ValueError, YAMLError) as error:
+        raise UserError(
+            f"{file}: not readable: {first_line(error)}; remove it and rerun with the run's recipe"
+        ) from None
+    ours = parse_yaml(dump_yaml(recipe.plain()))
+    theirs = _with_defaults(theirs, recipe)
+    if read_facts(run).get("processes", 1) != int(os.environ.get("WORLD_SIZE", "1")):
+        # Another number of processes splits a step differently; `check_same_step` compares its size.
+        theirs, ours = _without_training_keys(theirs, PER_PROCESS), _without_training_keys(ours, PER_PROCESS)
+    difference = _first_difference(theirs, ours)
+    if difference is not None:
+        raise UserError(
+            f"{run}: the run directory belongs to another recipe: {difference}; choose another --output or remove it"
+        )
+    return True
+
+
+def check_same_step(run: Path, args: TrainingArguments, sequences_per_step: int) -> None:
+    """Raises a `UserError` if a step has another number of sequences than when the run started."""
+    known = read_facts(run).get("sequences_per_step")
+    if known is not None and known != sequences_per_step:
+        raise UserError(
+            f"{run}: a step must have {known} sequences, as when the run started, got {sequences_per_step} on "
+            f"{args.world_size} processes; change training.{' or training.'.join(PER_PROCESS)}"
+        )
+
+
+def check_same_corpus(run: Path, corpus: Corpus) -> None:
+    """Raises a `UserError` if the corpus or the held-out sequences differ from those that the run started with."""
+    known = read_facts(run).get("corpus_fingerprint")
+    if known is not None and known != corpus.fingerprint:
+        raise UserError(
+            f"{run}: the corpus has changed since the run started (data.source {corpus.data.source}); choose another "
+            "--output"
+        )
+    if (run / EVALUATION_FILE).exists() and EvaluationSet.load(run).fingerprint != corpus.evaluation.fingerprint:
+        raise UserError(f"{run / EVALUATION_FILE}: the held-out sequences have changed; choose another --output")
+
+
+def _digest(recipe: Recipe) -> str:
+    return hashlib.sha256(dump_yaml(recipe.plain()).encode()).hexdigest()
+
+
+def _with_defaults(plain: Any, recipe: Recipe) -> Any:
+    """A stored recipe, completed by the defaults of method settings that did not exist when it was written."""
+    if not isinstance(plain, dict) or not isinstance(plain.get("method"), dict):
+        return plain
+    fields = type(recipe.settings).model_fields.items()
+    defaults = {
+        name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()
+    }
+    return {**plain, "method": {**defaults, **plain["method"]}}
+
+
+def _without_training_keys(plain: Any, keys: Sequence[str]) -> Any:
+    if not isinstance(plain, dict) or not isinstance(plain.get("training"), dict):
+        return plain
+    return {**plain, "training": {key: value for key, value in plain["training"].items() if key not in keys}}
+
+
+def _first_difference(theirs: Any, ours: Any, key: str = "") -> str | None:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in [*ours, *(name for name in theirs if name not in ours)]:
+            dotted = f"{key}.{name}" if key else str(name)
+            if name not in theirs:
+                return f"{dotted} is {ours[name]!r} now, not set there"
+            if name not in ours:
+                return f"{dotted} is not set now, {theirs[name]!r} there"
+            difference = _first_difference(theirs[name], ours[name], dotted)
+            if difference is not None:
+                return difference
+        return None
+    return None if theirs == ours else f"{key or 'recipe'} is {ours!r} now, {theirs!r} there"
