@@ -1,61 +1,134 @@
-"""The command line: one thin verb per stage. All logic is in the functions that the verbs call."""
+"""The command line: one thin function per stage. All logic is in the functions that they call.
+
+What the commands need is imported inside them, so that help and errors in the arguments come at once.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from textwrap import fill
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from hf_lowrank.compat import silence_torchao
 from hf_lowrank.errors import STOPPED_STATUS, StoppedError, UserError
-from hf_lowrank.formats import console, echo, lose_no_line, no_bars_in_logs, warn_in_lines
+from hf_lowrank.formats import (
+    console,
+    echo,
+    hide_hub_progress_bars,
+    is_first_process,
+    pluralize,
+    print_own_warnings_as_lines,
+    replace_unencodable,
+)
 from hf_lowrank.storage.files import refusal_of
-from hf_lowrank.storage.locks import is_first_process
 
-# typer may carry a click of its own, so the base of its usage errors is reached through a public name.
+# typer may vendor click, so the base class of click's usage errors is taken from a public subclass.
 UsageFault: type[Exception] = typer.BadParameter.__mro__[2]
+
+# A test compares them with the study's own.
+STAGES = ("sweep", "train", "measure", "evaluate", "predict", "claims", "report")
 
 app = typer.Typer(
     name="hf-lowrank",
-    help="Pre-train with low-rank methods, measure what kind of solution came out, and report it.",
+    help="Pre-train with low-rank methods, measure which solution was found, and report it.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
+# Checks that need nothing but the argument. What a command finds wrong later has the same form.
+
+
+def _check_runs(runs: list[str]) -> list[str]:
+    for run in runs:
+        is_repository = run.count("/") == 1 and not run.startswith((".", "/", "~"))
+        if not os.path.isdir(run) and not is_repository:
+            advice = "give a run directory, a folder of checkpoints, or user/repo"
+            raise typer.BadParameter(f"{run}: no such folder; {advice}")
+    return runs
+
+
+def _check_local_run(run: str) -> str:
+    if not os.path.isdir(run):
+        raise typer.BadParameter(f"{run}: no such run directory")
+    return run
+
+
+def _check_local_runs(runs: list[str]) -> list[str]:
+    return [_check_local_run(run) for run in runs]
+
+
+def _check_steps(steps: str | None) -> str | None:
+    if steps is not None and not re.fullmatch(r"all|last|\s*\d+\s*(,\s*\d+\s*)*", steps):
+        raise typer.BadParameter(f"must be all, last or numbers such as 100,200, got {steps!r}")
+    return steps
+
+
+def _check_metrics(names: str | None) -> str | None:
+    if names is not None:
+        from hf_lowrank.metrics import METRICS
+
+        METRICS.select(names)
+    return names
+
+
+def _check_stages(names: str | None) -> str | None:
+    wrong = [name for name in names.split(",") if name.strip() not in STAGES] if names else []
+    if wrong:
+        raise typer.BadParameter(f"must be some of {','.join(STAGES)}, got {wrong[0]!r}")
+    return names
+
+
+Recipe = typer.Argument(metavar="RECIPE", exists=True, dir_okay=False, help="A recipe, e.g. recipes/nano/galore.yaml.")
 Runs = Annotated[
-    list[str], typer.Argument(metavar="RUN...", help="Run directories, folders of checkpoints, or user/repo@step-N.")
+    list[str],
+    typer.Argument(
+        metavar="RUN...",
+        callback=_check_runs,
+        help="Run directories, folders of checkpoints, or Hub repositories (user/repo@step-N).",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe key; repeatable.")
+]
+Revisions = Annotated[
+    str | None, typer.Option(metavar="PATTERN", help="Which revisions are checkpoints, e.g. 'step*'.")
+]
+Steps = Annotated[
+    str | None, typer.Option(callback=_check_steps, help="all, last, or numbers such as 100,200; default: all.")
 ]
 
 
 @app.callback()
 def prepare() -> None:
-    """Pre-train with low-rank methods, measure what kind of solution came out, and report it."""
+    """Pre-train with low-rank methods, measure which solution was found, and report it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    no_bars_in_logs()
+    hide_hub_progress_bars()
+    silence_torchao()
     logger = logging.getLogger("hf_lowrank")
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("hf-lowrank: %(message)s"))
         logger.addHandler(handler)
-        # What all processes of a launch do is said once.
+        # The processes of a launch log the same lines; one of them prints them.
         logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as recipes/nano/galore.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key; can be repeated.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
+    recipe: Annotated[Path, Recipe],
+    overrides: Overrides = None,
+    seed: Annotated[int | None, typer.Option(help="Override the recipe's seed.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
 ) -> None:
-    """Train by a recipe; an interrupted run continues from its last whole checkpoint."""
+    """Train a recipe. An interrupted run resumes from its last complete checkpoint."""
     from hf_lowrank.memory import memory_recorder
     from hf_lowrank.training import load_recipe, pretrain
 
@@ -69,35 +142,40 @@ def measure(
     runs: Runs,
     metrics: Annotated[
         str | None,
-        typer.Option(metavar="IDS", help="Metric ids or dimensions, comma-separated, or all; default: the sixteen."),
+        typer.Option(
+            metavar="IDS",
+            callback=_check_metrics,
+            help="Metric ids or dimensions, comma-separated, or all; default: the sixteen.",
+        ),
     ] = None,
-    steps: Annotated[str | None, typer.Option(help="all, last, or numbers as 100,200.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(callback=_check_steps, help="all, last, or numbers such as 100,200.")
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(metavar="RUN", help="The run to compare with; default: the full-rank one among RUN.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
+    preset: Annotated[Literal["fast", "paper"], typer.Option(help="Settings of the metrics.")] = "fast",
     settings: Annotated[
-        Path | None, typer.Option(metavar="YAML", help="Settings of single metrics, over the preset's.")
+        Path | None,
+        typer.Option(metavar="YAML", exists=True, dir_okay=False, help="Settings that override the preset's."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where models are evaluated; auto: each over all accelerators.")
+        str | None, typer.Option(help="Device of the models; auto spreads each over all accelerators.")
     ] = None,
     sharded: Annotated[
         bool,
-        typer.Option("--sharded", help="Under accelerate launch, all processes hold each model together (FSDP2)."),
+        typer.Option("--sharded", help="Under accelerate launch, shard each model over all processes (FSDP2)."),
     ] = False,
     evaluation_set: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Held-out sequences or a text; default: each run's own.")
+        Path | None,
+        typer.Option(metavar="FILE", exists=True, help="Held-out sequences or a text file; default: each run's own."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where measurements go; default: each run's directory.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for the measurements; default: each run's directory.")
     ] = None,
-    revisions: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="Which revisions are checkpoints, as 'step*'.")
-    ] = None,
+    revisions: Revisions = None,
 ) -> None:
-    """Measure checkpoints: rows of measurements.jsonl. What is there already is not measured again."""
-    from hf_lowrank.formats import plain
+    """Measure checkpoints and add rows to measurements.jsonl. Skips finished measurements."""
     from hf_lowrank.measuring import measure as measure_runs
 
     rows = measure_runs(
@@ -114,20 +192,23 @@ def measure(
         sharded=sharded,
         progress=sys.stderr.isatty(),
     )
-    without = sum(row.value != row.value for row in rows)
-    rest = f", {without} without a value" if without else ""
-    echo(f"{plain(len(rows), 'measurement')} of {plain(len(runs), 'run')}{rest}")
+    undefined = sum(row.value != row.value for row in rows)
+    rest = f", {undefined} without a value" if undefined else ""
+    echo(f"{pluralize(len(rows), 'measurement')} of {pluralize(len(runs), 'run')}{rest}")
 
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the page goes.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", callback=_check_local_runs, help="Run directories.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the page.")],
     study: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A study's folder, whose claims and prediction are shown too.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", exists=True, file_okay=False, help="A study's directory, to show its claims and prediction."
+        ),
     ] = None,
 ) -> None:
-    """Show runs side by side: a table here, and one self-contained page in DIR."""
+    """Compare runs in a table in the terminal and on one self-contained page in DIR."""
     from hf_lowrank.report import terminal_table, write_report
 
     page = write_report(runs, output, study=study)
@@ -140,21 +221,19 @@ def evaluate(
     runs: Runs,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="lm-eval tasks or groups, comma-separated; default: offline ones."),
+        typer.Option(metavar="NAMES", help="lm-eval tasks or groups, comma-separated; default: offline tasks."),
     ] = None,
-    steps: Annotated[str | None, typer.Option(help="all, last, or numbers as 100,200; default: all.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many items of each task, to try it out.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where models are evaluated.")] = None,
+    steps: Steps = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task, for a quick try.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Requests per batch.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device of the models.")] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where scores go; default: each run's directory.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for the scores; default: each run's directory.")
     ] = None,
-    revisions: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="Which revisions are checkpoints, as 'step*'.")
-    ] = None,
+    revisions: Revisions = None,
 ) -> None:
-    """Score checkpoints with lm-eval: rows of downstream.jsonl. No checkpoint and task is scored twice. Status 1: some
-    of what was asked for has no score."""
+    """Score checkpoints with lm-eval and add rows to downstream.jsonl. Skips finished scores. Exits with status 1 if
+    a requested score is missing."""
     from hf_lowrank.downstream import evaluate as evaluate_runs
     from hf_lowrank.downstream.figures import score_table
     from hf_lowrank.downstream.runner import asked_for
@@ -185,13 +264,18 @@ def evaluate(
 @app.command()
 def predict(
     runs: Runs,
-    tasks: Annotated[str | None, typer.Option(metavar="NAMES", help="Tasks whose mean score is predicted.")] = None,
-    metrics: Annotated[str | None, typer.Option(metavar="IDS", help="Metrics that may help; default: all.")] = None,
-    permutations: Annotated[int, typer.Option(help="Of the permutation test.")] = 199,
-    seed: Annotated[int, typer.Option(help="Of bootstrap and permutations.")] = 0,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Writes prediction.json and .png there.")] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="NAMES", help="Tasks whose mean score to predict.")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="IDS", callback=_check_metrics, help="Metrics to predict from; default: all."),
+    ] = None,
+    permutations: Annotated[int, typer.Option(help="Permutations of the permutation test.")] = 199,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and the permutations.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for prediction.json and prediction.png.")
+    ] = None,
 ) -> None:
-    """Ask whether geometry adds to perplexity in predicting downstream scores, by leave-one-run-out."""
+    """Test by leave-one-run-out whether geometry adds to perplexity in predicting downstream scores."""
     from hf_lowrank.downstream import predict as predict_scores
     from hf_lowrank.downstream.figures import prediction_tables
 
@@ -209,7 +293,7 @@ def predict(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-eval with this package's models and tasks known to it; every flag is passed on."""
+    """Run lm-eval with this package's models and tasks registered; all arguments are passed on."""
     from hf_lowrank.downstream import run_lm_eval
 
     run_lm_eval(context.args)
@@ -217,35 +301,36 @@ def lm_eval(context: typer.Context) -> None:
 
 @app.command()
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
-    repo_id: Annotated[str, typer.Argument(metavar="USER/REPO", help="The Hub repository; made if there is none.")],
-    steps: Annotated[str | None, typer.Option(help="Only these checkpoints, as 100,200.")] = None,
+    run: Annotated[str, typer.Argument(metavar="RUN", callback=_check_local_run, help="A run directory.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/REPO", help="The Hub repository; created if missing.")],
+    steps: Annotated[str | None, typer.Option(help="Only these checkpoints, e.g. 100,200.")] = None,
     every: Annotated[int | None, typer.Option(help="Every k-th checkpoint and the last.")] = None,
-    log_spaced: Annotated[int | None, typer.Option(help="So many, evenly spaced in log(step).")] = None,
+    log_spaced: Annotated[int | None, typer.Option(help="This many checkpoints, evenly spaced in log(step).")] = None,
     dense: Annotated[
-        str | None, typer.Option(help="beside or instead: the dense export too, or in its place.")
+        Literal["beside", "instead"] | None, typer.Option(help="Also push the dense export, or only that.")
     ] = None,
     optimizer: Annotated[
-        bool, typer.Option("--optimizer", help="Optimizer states too, on their own branches.")
+        bool, typer.Option("--optimizer", help="Also push optimizer states, to their own branches.")
     ] = False,
-    public: Annotated[bool, typer.Option("--public", help="A new repository is public.")] = False,
-    license_: Annotated[str | None, typer.Option("--license", help="The card's licence, as a Hub identifier.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    license_: Annotated[str | None, typer.Option("--license", help="The card's license, as a Hub identifier.")] = None,
 ) -> None:
-    """Publish a run's checkpoints as revisions step-N; what is there already is not sent again."""
+    """Publish a run's checkpoints as revisions step-N. Skips revisions that are already complete."""
+    numbers = _numbers(steps)
     from hf_lowrank.hub import push as push_run
 
     pushed = push_run(
         run,
         repo_id,
-        steps=_numbers(steps),
+        steps=numbers,
         every=every,
         log_spaced=log_spaced,
-        dense=dense,  # type: ignore[arg-type]
+        dense=dense,
         optimizer=optimizer,
         public=public,
         license=license_,
     )
-    typer.echo(f"{len(pushed)} revisions of {repo_id} are whole")
+    typer.echo(f"{len(pushed)} revisions of {repo_id} are complete")
 
 
 def _numbers(text: str | None) -> list[int] | None:
@@ -254,13 +339,13 @@ def _numbers(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--steps must be numbers as 100,200, got {text!r}") from None
+        raise UserError(f"--steps must be numbers such as 100,200, got {text!r}") from None
 
 
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(metavar="RUN@STEP", help="A run's checkpoint, or its folder.")],
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet.")],
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
 ) -> None:
     """Write a checkpoint as the plain dense architecture, which loads without this package."""
     from hf_lowrank.runs.export import export as export_dense
@@ -270,22 +355,24 @@ def export(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study file, as recipes/studies/nano.yaml.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="STUDY", exists=True, dir_okay=False, help="A study file, e.g. recipes/studies/nano.yaml."
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The study's directory; default: runs/NAME.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would run, and what it takes.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the planned work and its cost.")] = False,
     stages: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Some of sweep,train,measure,evaluate,predict,claims,report."),
+        str | None, typer.Option(metavar="NAMES", callback=_check_stages, help=f"Some of {','.join(STAGES)}.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Units of work side by side; default: the study's.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each; default: the study's.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Parallel units of work; default: the study's.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads per unit; default: the study's.")] = None,
 ) -> None:
-    """Do all that a study file asks for and is not done yet; a killed study is continued. Status 1: some of it failed.
-
-    Recipes by seeds are trained, measured against the baseline, evaluated, and reported.
-    """
+    """Train, measure, evaluate and report the runs of a study file. Skips finished work and resumes where it stopped.
+    Exits with status 1 if a unit failed."""
     from hf_lowrank.study import run_study
     from hf_lowrank.study.show import print_plan, print_result
 
@@ -309,25 +396,32 @@ def study(
 
 @app.command()
 def memory(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes, as recipes/nano/galore.yaml.")],
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE...", exists=True, dir_okay=False, help="Recipes, e.g. recipes/nano/galore.yaml."
+        ),
+    ],
     all_methods: Annotated[
-        bool, typer.Option("--all-methods", help="Every method's recipe in RECIPE's folder beside it.")
+        bool, typer.Option("--all-methods", help="Also the other methods' recipes in RECIPE's folder.")
     ] = False,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a device; default: the recipe's.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence; default: the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per device; default: the recipe's.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence; default: the recipe's.")] = None,
     checkpointing: Annotated[
         bool | None,
         typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Default: the recipe's."),
     ] = None,
-    world_size: Annotated[int, typer.Option(help="Devices.")] = 1,
-    sharding: Annotated[str | None, typer.Option(help="ddp or fsdp2; default with several devices: ddp.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is here.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key of every recipe.")
+    world_size: Annotated[int, typer.Option(help="Number of devices.")] = 1,
+    sharding: Annotated[
+        Literal["ddp", "fsdp2"] | None, typer.Option(help="Default with several devices: ddp.")
     ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type of the weights.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the one of this machine.")] = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Tell how much memory training by a recipe takes, item by item, beside full-rank training; nothing is trained."""
+    """Estimate the training memory of recipes, item by item and compared with full-rank training. Trains nothing."""
     from hf_lowrank.memory.compare import beside, compare, verdicts
     from hf_lowrank.memory.show import comparison_table, item_table
 
@@ -351,19 +445,26 @@ def memory(
 
 @app.command()
 def methods() -> None:
-    """List the methods that a recipe can name, with their settings."""
-    from hf_lowrank.methods import METHODS
+    """List the methods that a recipe can name, and their settings."""
+    from hf_lowrank.methods import METHODS, setting_sections
 
-    for method in METHODS.values():
-        typer.echo(f"{method.name:12} {method.summary}" + (f" [{method.source}]" if method.source else ""))
-        for name, field in method.settings.model_fields.items():
-            default = "required" if field.is_required() else f"= {field.get_default(call_default_factory=True)!r}"
-            typer.echo(f"{'':14}{name} {default}" + (f"  {field.description}" if field.description else ""))
+    width = console().width
+
+    def show(indent: str, text: str) -> None:
+        typer.echo(fill(text, width, initial_indent=indent, subsequent_indent=" " * len(indent)) or indent.rstrip())
+
+    for heading, settings in setting_sections(METHODS):
+        show("", heading)
+        for setting in settings:
+            show(f"    {setting.name:<23} {setting.default!s:<15} ", setting.description)
+            for choice, meaning in setting.choices.items():
+                show(f"{' ' * 44}{choice:<15} ", meaning)
+        typer.echo()
 
 
 @app.command()
 def metrics() -> None:
-    """List the metrics by dimension, with their meaning."""
+    """List the metrics by dimension, and their meaning."""
     from hf_lowrank.metrics import METRICS
 
     for metric in METRICS.values():
@@ -373,11 +474,11 @@ def metrics() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; user errors are one line on stderr and exit status 2."""
+    """Runs the command line. User errors are one line on stderr and exit status 2."""
     command = typer.main.get_command(app)
     given = sys.argv[1:] if arguments is None else arguments
-    lose_no_line()
-    warn_in_lines()
+    replace_unencodable()
+    print_own_warnings_as_lines()
     try:
         status = command.main(args=given or ["--help"], prog_name="hf-lowrank", standalone_mode=False)
     except UserError as error:
@@ -385,7 +486,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UsageFault as error:
         context = getattr(error, "ctx", None)
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        _stop(f"{message} ({context.command_path} --help lists what is there)" if context else message)
+        message = message.replace(": Value error, ", ": ")  # typer's
+        _stop(f"{message} (see {context.command_path} --help)" if context else message)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("hf-lowrank: interrupted", err=True)
         sys.exit(130)

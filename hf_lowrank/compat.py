@@ -7,16 +7,17 @@ function needs it.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pkgutil import resolve_name
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import PeftType
@@ -61,6 +62,15 @@ class LazyClass:
         return getattr(resolve_name(self.path), name)
 
 
+def silence_torchao() -> None:
+    """Drops two warnings of torchao's import, which peft and transformers trigger wherever it is installed.
+
+    One is about extensions built for other GPUs or Python versions, the other about torchao's own use of torch.
+    """
+    for logger, text in (("torchao", "Failed to load "), ("torch.utils._pytree", " is an Enum subclass ")):
+        logging.getLogger(logger).addFilter(lambda record, text=text: text not in str(record.msg))  # type: ignore[misc]
+
+
 # Registration with transformers and peft
 
 
@@ -76,7 +86,7 @@ def register_lazily() -> None:
         sys.meta_path.insert(0, _PostImport())
 
 
-class _PostImport(MetaPathFinder):
+class _PostImport:
     """Finds no module itself; calls the functions of `_REGISTRIES` after their modules were executed."""
 
     def find_spec(

@@ -1,4 +1,4 @@
-"""How numbers are written, and what goes to the terminal, once for all processes of a launch."""
+"""How numbers are spelled, and what a command writes to the terminal, once for all processes of a launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hf_lowrank.errors import LowRankWarning
-from hf_lowrank.storage.locks import is_first_process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +23,7 @@ def _signed(text: str) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """`digits` significant digits: 0.0123, 24.1, 1 234; powers of ten below 0.0001 and from a million on; NaN is —."""
+    """Rounded to significant digits: 0.0123, 24.1, 1 234; scientific below 0.0001 and from a million; NaN is —."""
     if value == 0:
         return "0"
     if not math.isfinite(value):
@@ -42,7 +41,7 @@ def loss_text(value: float) -> str:
 
 
 def signed(value: float, write: Callable[[float], str]) -> str:
-    """`value` by `write`, with a plus where it is positive."""
+    """`write(value)`, with a plus sign for positive values."""
     return ("+" if value > 0 else "") + write(value)
 
 
@@ -54,8 +53,8 @@ def big_count(value: float) -> str:
     return f"{value:.0f}"
 
 
-def memory(value: float) -> str:
-    """Bytes in binary units."""
+def byte_size(value: float) -> str:
+    """A number of bytes in binary units: 12 B, 1.50 KiB, 3.20 GiB."""
     for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if abs(value) >= limit:
             return f"{significant(value / limit)} {unit}"
@@ -63,6 +62,7 @@ def memory(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """3.2 s, 4 min 05 s, 2 h 30 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -70,57 +70,66 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
 
 
-def plain(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """`1 seed`, `3 seeds`."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def words_list(words: Sequence[str]) -> str:
+def join_words(words: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
-# Where a terminal says that it has no width at all.
-WIDTH = 80
+FALLBACK_WIDTH = 80
+
+
+def is_first_process() -> bool:
+    """Whether this process takes locks and reports to the user: the first of its launch, or the only one."""
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return not (rank.isdecimal() and int(rank) > 0 and world.isdecimal() and int(world) > 1)
 
 
 def console() -> Console:
-    """Where tables go."""
+    """The console that tables are printed to; also where a terminal reports a width of 0."""
     from rich.console import Console
 
     quiet = not is_first_process()
     made = Console(quiet=quiet)
-    return made if made.width > 0 else Console(quiet=quiet, width=WIDTH)
+    return made if made.width > 0 else Console(quiet=quiet, width=FALLBACK_WIDTH)
 
 
 def echo(line: str) -> None:
-    """Prints a line of a command's outcome."""
+    """Prints a line of a command's result."""
     if is_first_process():
         print(line, flush=True)  # noqa: T201
 
 
-def lose_no_line() -> None:
-    """Lets characters that the output's encoding does not have be question marks in place of errors."""
+def replace_unencodable() -> None:
+    """Prints a question mark for a character that the encoding of stdout or stderr lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError):  # streams that a caller put there
+        with suppress(AttributeError, ValueError):  # a caller may have replaced them
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
-def no_bars_in_logs() -> None:
-    """Keeps the Hub client's bars out of what is no terminal, and to one process."""
-    from huggingface_hub.utils import disable_progress_bars
+def hide_hub_progress_bars() -> None:
+    """Shows the Hub client's progress bars only on a terminal, and from one process only."""
+    if "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ or (sys.stderr.isatty() and is_first_process()):
+        return
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils import disable_progress_bars
 
-    if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ and not (sys.stderr.isatty() and is_first_process()):
         disable_progress_bars()
+    else:  # the client reads this when it is imported
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
-def warn_in_lines() -> None:
-    """Lets this package's own warnings read as everything else that a command says, without the source's line."""
-    usual = warnings.formatwarning
+def print_own_warnings_as_lines() -> None:
+    """Prints this package's warnings like its other messages: one line, without the source line."""
+    default_format = warnings.formatwarning
 
     def as_line(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> str:
         if not issubclass(category, LowRankWarning):
-            return usual(message, category, filename, *rest)  # type: ignore[arg-type]
+            return default_format(message, category, filename, *rest)  # type: ignore[arg-type]
         return f"hf-lowrank: {message}\n" if is_first_process() else ""
 
     warnings.formatwarning = as_line  # type: ignore[assignment]

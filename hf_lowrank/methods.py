@@ -9,8 +9,8 @@ transformers, so that methods can be listed and settings checked without them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.formats import join_words
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -297,3 +298,39 @@ class MethodTable(Mapping[str, Method]):
 
 
 METHODS = MethodTable(modules=BUILT_IN, group=ENTRY_POINT_GROUP)
+
+
+def setting_sections(methods: Mapping[str, Method]) -> list[tuple[str, list[Setting]]]:
+    """Headings with settings: for each method what it adds or overrides, then what several methods share."""
+    own = {method.settings for method in methods.values()}
+    users: dict[type[MethodSettings], list[str]] = {}
+    for method in methods.values():
+        for cls in method.settings.__mro__:
+            if cls is not MethodSettings and issubclass(cls, MethodSettings) and cls not in own:
+                users.setdefault(cls, []).append(method.name)
+    sections = []
+    for method in methods.values():
+        source = f" ({method.source})" if method.source else ""
+        heading = f"{method.name}: {method.title}{source}. {method.summary}"
+        sections.append((heading, _added(method.settings, users)))
+    for cls in sorted(users, key=lambda cls: -len(users[cls])):
+        sections.append((f"Settings of {join_words(users[cls])}", _added(cls, users)))
+    return sections
+
+
+def _added(cls: type[MethodSettings], shared: Collection[type[MethodSettings]]) -> list[Setting]:
+    """The settings that the nearest base in `shared` lacks; of an overridden one, what is different."""
+    inherited = settings_of(next((base for base in cls.__mro__[1:] if base in shared), MethodSettings))
+    return [
+        _difference(setting, inherited[name]) if name in inherited else setting
+        for name, setting in settings_of(cls).items()
+        if setting != inherited.get(name)
+    ]
+
+
+def _difference(setting: Setting, inherited: Setting) -> Setting:
+    return replace(
+        setting,
+        description=setting.allowed if setting.allowed != inherited.allowed else "",
+        choices={word: setting.choices[word] for word in setting.choices if word not in inherited.choices},
+    )

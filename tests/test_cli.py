@@ -11,9 +11,8 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 
 from hf_lowrank.cli import main
 from hf_lowrank.errors import LowRankWarning
-from hf_lowrank.formats import console, echo, no_bars_in_logs, warn_in_lines
+from hf_lowrank.formats import console, echo, hide_hub_progress_bars, is_first_process, print_own_warnings_as_lines
 from hf_lowrank.methods import METHODS
-from hf_lowrank.storage.locks import is_first_process
 
 
 def run(capsys, *arguments):
@@ -85,7 +84,7 @@ def test_later_processes_of_a_launch_say_nothing_again(monkeypatch, capsys):
 
 def test_own_warnings_are_one_line_of_the_first_process(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    warn_in_lines()
+    print_own_warnings_as_lines()
     message = LowRankWarning("a is left out")
     assert warnings.formatwarning(message, LowRankWarning, "targets.py", 3) == "hf-lowrank: a is left out\n"
     assert "UserWarning: old" in warnings.formatwarning(UserWarning("old"), UserWarning, "targets.py", 3)
@@ -111,7 +110,7 @@ def test_the_hubs_bars_are_for_a_terminal(monkeypatch, tty, rank, shown):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     enable_progress_bars()
-    no_bars_in_logs()
+    hide_hub_progress_bars()
     assert are_progress_bars_disabled() is not shown
 
 

@@ -20,7 +20,7 @@ from hf_lowrank.claims.words import (
     seeds_and_step,
     undecided_reason,
 )
-from hf_lowrank.formats import plain, significant
+from hf_lowrank.formats import pluralize, significant
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
@@ -205,7 +205,7 @@ def _over_training(
             }
             for method, seeds in courses.items()
         }
-    what = f"two steps after 0 that all runs have ({plain(len(steps), 'step')})"
+    what = f"two steps after 0 that all runs have ({pluralize(len(steps), 'step')})"
     (head, rest), sentence = _on_average(study, STEPS, slopes, what, profiles.step)
     for step in steps if slopes else ():
         pooled = pooled_by_seed({m: {s: c[step] for s, c in seeds.items()} for m, seeds in courses.items()})
@@ -263,7 +263,7 @@ def _closest(study: Study, profiles: Common[str, Profile]) -> Part:
     sentence = (
         f"{study.title(nearest)} has the smallest mean distance, {significant(means[nearest])}; "
         f"{study.title(decision.deciding)} less GaLore is {interval(deciding, significant, study.confidence)}, "
-        f"{plain(fewest_seeds(decision), 'seed')}."
+        f"{pluralize(fewest_seeds(decision), 'seed')}."
     )
     return (head, rest), sentence
 

@@ -13,7 +13,7 @@ from hf_lowrank.claims.claim import Claim, Detail, Verdict
 from hf_lowrank.claims.paired import Tested, holm, paired_test, tau_interval
 from hf_lowrank.claims.study import Common, Study, common, logged_losses, loss_entries, paired_differences
 from hf_lowrank.claims.words import listed, p_text, seeds_and_step
-from hf_lowrank.formats import plain, significant
+from hf_lowrank.formats import pluralize, significant
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, kendall_tau
 
 # Above it the orders are as good as one: of 28 pairs of eight methods at most two stand the other way round.
@@ -133,10 +133,10 @@ def downstream_order(study: Study) -> Claim:
         tau += f" ({100 * study.confidence:g} % interval {significant(orders.low)} to {significant(orders.high)})"
     sentence = (
         f"Kendall's τ between the two orders of {len(losses)} methods is {tau}; "
-        f"{plain(len(orders.reversed), 'pair')} of {len(orders.pairs)} "
+        f"{pluralize(len(orders.reversed), 'pair')} of {len(orders.pairs)} "
         f"{'is' if len(orders.reversed) == 1 else 'are'} significantly reversed. Lowest loss: "
-        f"{study.title(best_loss)}; best downstream: {study.title(best_score)} (mean of {plain(len(tasks), 'task')}, "
-        f"{seeds_and_step(orders.seeds, found.step)})."
+        f"{study.title(best_loss)}; best downstream: {study.title(best_score)} (mean of "
+        f"{pluralize(len(tasks), 'task')}, {seeds_and_step(orders.seeds, found.step)})."
     )
     return Claim(
         id="downstream_order", statement=statement, verdict=orders.verdict, effect=number, ci_low=bounds[0],

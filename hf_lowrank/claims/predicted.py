@@ -11,7 +11,7 @@ from typing import Any
 from hf_lowrank.claims.claim import Claim, Detail, Verdict
 from hf_lowrank.claims.words import p_text
 from hf_lowrank.errors import UserError
-from hf_lowrank.formats import plain, significant
+from hf_lowrank.formats import pluralize, significant
 from hf_lowrank.storage.checksums import unsealed
 from hf_lowrank.storage.parsing import parse_json
 
@@ -61,7 +61,7 @@ def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05
         change = "" if alone is None or both is None else f" from {significant(alone)} to {significant(both)}"
         sentence = (
             f"With geometry beside perplexity, R² on runs left out goes{change}: {significant(gain)} more{bounds}, "
-            f"{p_text(p)} by permutation, {plain(runs, 'run')}."
+            f"{p_text(p)} by permutation, {pluralize(runs, 'run')}."
         )
     ranking = content.get("ranking")
     details = [

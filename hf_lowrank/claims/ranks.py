@@ -8,7 +8,7 @@ from hf_lowrank.claims.claim import Claim, Detail
 from hf_lowrank.claims.study import Study, model_values, paired_differences
 from hf_lowrank.claims.verdicts import all_of, differences
 from hf_lowrank.claims.words import LN_RATIO, detail, listed, no_baseline, percent
-from hf_lowrank.formats import plain
+from hf_lowrank.formats import pluralize
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 # A hundredth: below that, tables of three digits barely show it.
@@ -119,5 +119,5 @@ def _sentence(study: Study, part: str, answers: dict, differ: list[str], seeds: 
     return (
         f"{part.capitalize()}: {len(differ)} of {len(study.others)} methods are shown to differ from "
         f"{study.title(study.baseline)} by more than 1 %; the largest difference is {study.title(method)}'s {name}, "
-        f"{percent(effect)}; {plain(seeds, 'seed')}, step {step}."
+        f"{percent(effect)}; {pluralize(seeds, 'seed')}, step {step}."
     )

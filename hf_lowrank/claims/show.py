@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hf_lowrank.claims.claim import VERDICT_WORDS, VERDICTS, Claim, Detail
-from hf_lowrank.formats import console, plain, significant
+from hf_lowrank.formats import console, pluralize, significant
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +53,7 @@ def claims_table(claims: Sequence[Claim], width: int | None = None) -> Table:
 def _title(claims: Sequence[Claim]) -> str:
     counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    return f"{plain(len(claims), 'claim')}: {said}"
+    return f"{pluralize(len(claims), 'claim')}: {said}"
 
 
 def _numbers(entry: Claim | Detail) -> tuple[str, str, str]:

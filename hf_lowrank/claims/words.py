@@ -9,7 +9,7 @@ from hf_lowrank.claims.claim import Detail
 from hf_lowrank.claims.paired import Tested
 from hf_lowrank.claims.study import Study
 from hf_lowrank.claims.verdicts import Decision
-from hf_lowrank.formats import plain, significant, words_list
+from hf_lowrank.formats import join_words, pluralize, significant
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 # So many names are listed in a sentence before "and … more".
@@ -53,7 +53,7 @@ def interval(test: Tested, number: Number, confidence: float) -> str:
 def listed(names: Sequence[str]) -> str:
     """All names, or the first few and how many more."""
     if len(names) <= NAMED + 1:
-        return words_list(names) if names else "none"
+        return join_words(names) if names else "none"
     return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more"
 
 
@@ -108,7 +108,7 @@ def detail(label: str, test: Tested, unit: str, *, part: str = "", reason: str |
 
 
 def seeds_and_step(n: int, step: int) -> str:
-    return f"{plain(n, 'seed')}, step {step}"
+    return f"{pluralize(n, 'seed')}, step {step}"
 
 
 def fewest_seeds(decision: Decision) -> int:

@@ -138,7 +138,7 @@ def corpus(data: Mapping[str, Any]) -> str:
 
 def costs(run: Path) -> list[dict[str, str]]:
     """Compute and memory, as rows of a table."""
-    from hf_lowrank.formats import big_count, duration, memory
+    from hf_lowrank.formats import big_count, byte_size, duration
 
     facts = read_json(run / "facts.json")
     ways = (
@@ -146,8 +146,8 @@ def costs(run: Path) -> list[dict[str, str]]:
         ("Time in training steps", "training_seconds", duration),
         ("Processor time of these", "cpu_seconds", duration),
         ("Time in all", "wall_seconds", duration),
-        ("Peak memory of the process", "peak_memory_bytes", memory),
-        ("Optimizer state", "optimizer_state_bytes", memory),
+        ("Peak memory of the process", "peak_memory_bytes", byte_size),
+        ("Optimizer state", "optimizer_state_bytes", byte_size),
     )
     rows = [{"title": title, "value": way(facts[key])} for title, key, way in ways if _number(facts.get(key))]
     if rows and isinstance(facts.get("device"), str):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.formats import duration, plain
+from hf_lowrank.formats import duration, pluralize
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END, own_words
 from hf_lowrank.hub.markdown import Markdown, render
 from hf_lowrank.hub.pictures import Picture, png
@@ -205,7 +205,7 @@ def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 def _made(runs: Sequence[RunRecord]) -> list[str]:
     """What the study took, and what it was made with."""
     seconds = [value for run in runs if (value := run.fact("cpu_seconds")) is not None]
-    lines = [f"{plain(len(runs), 'run')} of {plain(len({run.method for run in runs}), 'method')}"]
+    lines = [f"{pluralize(len(runs), 'run')} of {pluralize(len({run.method for run in runs}), 'method')}"]
     if seconds:
         lines[0] += f"; {duration(sum(seconds))} of processor time in their training steps"
     versions = runs[0].facts.get("versions")

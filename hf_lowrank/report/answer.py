@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_lowrank.formats import big_count, plain, words_list
+from hf_lowrank.formats import big_count, join_words, pluralize
 from hf_lowrank.report.colours import method_order
 from hf_lowrank.report.run_table import Cell, Column, mixed, table
 from hf_lowrank.report.standings import BASELINE, Standings, standings
@@ -100,13 +100,13 @@ def _remarks(runs: Sequence[RunRecord]) -> list[str]:
     more = [f"{len(behind) - MOST_NAMED} more"] if len(behind) > MOST_NAMED else []
     ends = sorted({run.steps[-1] for run in runs if run.steps and not run.unfinished})
     remarks = []
-    names = words_list([*behind[:MOST_NAMED], *more]) if behind else ""
+    names = join_words([*behind[:MOST_NAMED], *more]) if behind else ""
     if len(behind) == len(runs):
         remarks.append(f"Not finished: {names}.")
     elif behind:
         remarks.append(f"Left out, being not finished: {names}.")
     if len(ends) > 1:
-        remarks.append(f"The runs end at different steps: {words_list([str(step) for step in ends])}.")
+        remarks.append(f"The runs end at different steps: {join_words([str(step) for step in ends])}.")
     return remarks
 
 
@@ -115,5 +115,5 @@ def _scale(runs: Sequence[RunRecord], size: tuple[int, int] | None, baseline: st
     counts = {run.method: count for run in runs if (count := run.fact("parameters")) is not None}
     parts = [f"{big_count(counts.get(baseline, max(counts.values())))} parameters"] if counts else []
     if size is not None:
-        parts.append(f"{plain(size[1], 'block')} of width {size[0]}")
+        parts.append(f"{pluralize(size[1], 'block')} of width {size[0]}")
     return ", ".join(parts) or "size unknown"

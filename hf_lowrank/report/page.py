@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.formats import big_count, plain, words_list
+from hf_lowrank.formats import big_count, join_words, pluralize
 from hf_lowrank.metrics import CURVES, SECTIONS
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, Look, looks
@@ -145,7 +145,7 @@ def _group_choice(compared: Sequence[Group], sets: bool, scales: bool) -> tuple[
     for group in compared:
         parts = [group.scale] if scales else []
         parts += [group.fingerprint[:10] if group.fingerprint else "no set recorded"] if sets else []
-        options.append((group.id, f"{', '.join(parts)} ({plain(len(group.runs), 'run')})"))
+        options.append((group.id, f"{', '.join(parts)} ({pluralize(len(group.runs), 'run')})"))
     return name, options
 
 
@@ -208,19 +208,19 @@ def _pictures(runs: Sequence[RunRecord]) -> dict[str, list[tuple[str, ...]]]:
 def _summary(runs: Sequence[RunRecord]) -> list[str]:
     """What was compared, in a few words each."""
     seeds = {run.seed for run in runs if run.seed is not None}
-    parts = [plain(len(runs), "run"), plain(len({run.method for run in runs}), "method")]
+    parts = [pluralize(len(runs), "run"), pluralize(len({run.method for run in runs}), "method")]
     if seeds:
-        parts.append(plain(len(seeds), "seed"))
+        parts.append(pluralize(len(seeds), "seed"))
     sizes = sorted({run.fact("parameters") for run in runs} - {None})  # type: ignore[type-var]
     if sizes:
         ends = [big_count(size) for size in (sizes[0], sizes[-1]) if size is not None]
         parts.append(f"{ends[0]} parameters" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} parameters")
     rows = sum(len(run.rows) for run in runs)
     if rows:
-        parts.append(plain(rows, "measurement"))
+        parts.append(pluralize(rows, "measurement"))
     scores = sum(len(run.scores) for run in runs)
     if scores:
-        parts.append(plain(scores, "downstream score"))
+        parts.append(pluralize(scores, "downstream score"))
     return parts
 
 
@@ -238,7 +238,7 @@ def _made(run: RunRecord) -> dict[str, Any]:
         "facts": {key: value for key, value in run.facts.items() if not isinstance(value, dict | list)},
         "versions": _recorded_versions(run),
         "settings": yaml.safe_dump(_plain(settings), sort_keys=True, allow_unicode=True) if settings else "",
-        "steps": words_list([str(step) for step in run.steps]),
+        "steps": join_words([str(step) for step in run.steps]),
     }
 
 

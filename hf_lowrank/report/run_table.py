@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_lowrank.formats import big_count, duration, loss_text, memory, significant
+from hf_lowrank.formats import big_count, byte_size, duration, loss_text, significant
 from hf_lowrank.metrics import POINTWISE, Section, describe, metric_order
 from hf_lowrank.report.colours import looks
 from hf_lowrank.report.standings import downstream
@@ -105,7 +105,7 @@ _TRAINING = (
         "",
         "Peak memory of the training process",
         lambda run: run.fact("peak_memory_bytes"),
-        memory,
+        byte_size,
     ),
     _train(
         "optimizer_bytes",
@@ -113,7 +113,7 @@ _TRAINING = (
         "",
         "Bytes of optimizer state at the end of training",
         lambda run: run.fact("optimizer_state_bytes"),
-        memory,
+        byte_size,
     ),
     _train(
         "parameters",

@@ -9,7 +9,7 @@ from typing import Literal
 
 from hf_lowrank.downstream.gathering import above_chance, shared_tasks, usable_scores
 from hf_lowrank.errors import UserError
-from hf_lowrank.formats import loss_text, memory, signed, significant
+from hf_lowrank.formats import byte_size, loss_text, signed, significant
 from hf_lowrank.report.colours import looks, method_order
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_difference, mean_interval
@@ -155,14 +155,14 @@ def _memory(runs: Sequence[RunRecord]) -> Criterion:
         values = read(runs, itemised(kind))
         if values and len(values) == len(runs):
             unit = "measured" if kind == "measured_peak" else "estimated"
-            return Criterion("memory", "Memory", unit, help_ + " Lower is better.", "lower", values, memory)
+            return Criterion("memory", "Memory", unit, help_ + " Lower is better.", "lower", values, byte_size)
 
     def parts(run: RunRecord) -> float | None:
         state, parameters = run.fact("optimizer_state_bytes"), run.fact("parameters")
         return None if state is None or parameters is None else state + 4 * parameters
 
     help_ = "Weights, at four bytes each, and optimizer state; gradients and activations come on top. Lower is better."
-    return Criterion("memory", "Memory", "weights + state", help_, "lower", read(runs, parts), memory)
+    return Criterion("memory", "Memory", "weights + state", help_, "lower", read(runs, parts), byte_size)
 
 
 def _speed(runs: Sequence[RunRecord]) -> Criterion:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_lowrank.formats import console, loss_text, memory, significant
+from hf_lowrank.formats import byte_size, console, loss_text, significant
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.standings import Standing
@@ -33,7 +33,7 @@ _RUN_COLUMNS = {
     "update_effective_rank": 12,
 }
 _METHOD_COLUMNS = {"method": 0, "perplexity": 1, "loss": 4, "downstream": 2, "memory": 3, "speed": 5, "distance": 6}
-_HALF: dict[str, Callable[[float], str]] = {"loss": loss_text, "downstream": loss_text, "memory": memory}
+_HALF: dict[str, Callable[[float], str]] = {"loss": loss_text, "downstream": loss_text, "memory": byte_size}
 _GAP = 3
 
 Line = dict[str, str]

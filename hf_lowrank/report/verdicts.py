@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hf_lowrank.formats import loss_text, plain, significant, words_list
+from hf_lowrank.formats import join_words, loss_text, pluralize, significant
 from hf_lowrank.report.colours import looks, method_order
 from hf_lowrank.report.standings import Standings, beaten, by_seed, read, versus
 from hf_lowrank.runs.records import RunRecord
@@ -40,11 +40,14 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
     best, estimate = ranked[0]
     at = f"perplexity {_perplexity(estimate.value)}"
     if len(ranked) == 1:
-        return f"{title[best]} reaches {at}", f"One method, {plain(estimate.n, 'seed')}{_interval_words(estimate)}."
+        return (
+            f"{title[best]} reaches {at}",
+            f"One method, {pluralize(estimate.n, 'seed')}{_interval_words(estimate)}.",
+        )
     fewest, most = (choose(len(found) for found in losses.values()) for choose in (min, max))
     others = len(ranked) - 1
     if fewest < SEEDS_FOR_A_VERDICT:
-        few = plain(fewest, "seed")
+        few = pluralize(fewest, "seed")
         seeds = f"Some methods have only {few}" if most > fewest else f"Only {few} per method"
         seeds = "One seed per method" if most == 1 else seeds
         gap = loss_text(ranked[-1][1].value - estimate.value)
@@ -61,9 +64,9 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
     if not tied:
         all_others = "every other method" if others > 1 else title[rivals[0]]
         return f"{title[best]} ends lower than {all_others}, at {at}", basis
-    unclear = words_list(tied) if behind or others < 3 else "any other method"
+    unclear = join_words(tied) if behind or others < 3 else "any other method"
     headline = f"{title[best]} ends lowest on average, at {at}, but cannot be told from {unclear}"
-    return headline, basis + (f" It does end lower than {words_list(behind)}." if behind else "")
+    return headline, basis + (f" It does end lower than {join_words(behind)}." if behind else "")
 
 
 def _perplexity(loss: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_lowrank.formats import loss_text, plain, signed, significant
+from hf_lowrank.formats import loss_text, pluralize, signed, significant
 from hf_lowrank.report.answer import Group
 from hf_lowrank.report.standings import Criterion, Standing
 from hf_lowrank.report.study import VERDICTS, Claim, Effect, Study
@@ -99,7 +99,7 @@ def _said(criterion: Criterion, standing: Standing) -> str:
         return standing.note
     parts = [f"{criterion.title} {standing.text}"]
     if standing.low is not None:
-        parts.append(f"95 % interval {standing.interval} over {plain(standing.n, 'seed')}")
+        parts.append(f"95 % interval {standing.interval} over {pluralize(standing.n, 'seed')}")
     if standing.note:
         parts.append(standing.note)
     if standing.rank is not None and standing.certain:

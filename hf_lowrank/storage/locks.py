@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.formats import is_first_process
 
 try:
     import fcntl
@@ -69,12 +70,6 @@ def all_locked(folders: Iterable[str | os.PathLike[str]], purpose: str) -> Itera
         for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
             stack.enter_context(locked(folder, purpose))
         yield
-
-
-def is_first_process() -> bool:
-    """Whether this process holds locks and speaks for all: the others of its launch have the same to do and to say."""
-    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return not (rank.isdecimal() and int(rank) > 0 and world.isdecimal() and int(world) > 1)
 
 
 def _acquire(folder: Path, file: Path, wait: float) -> int | None:

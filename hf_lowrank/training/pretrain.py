@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.errors import StoppedError, UserError
+from hf_lowrank.formats import is_first_process
 from hf_lowrank.optim.engines import refuse_engines
 from hf_lowrank.runs.facts import read_facts
 from hf_lowrank.runs.resume import is_sharded, last_whole_checkpoint, step_of
 from hf_lowrank.storage.files import refusal_of
-from hf_lowrank.storage.locks import is_first_process, locked
+from hf_lowrank.storage.locks import locked
 from hf_lowrank.training.callbacks import Progress, StopOnNonFinite
 from hf_lowrank.training.checkpointing import Checkpointing, is_interim, remove_interim
 from hf_lowrank.training.corpus import Corpus, prepare_corpus

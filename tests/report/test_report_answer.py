@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hf_lowrank.formats import big_count, duration, loss_text, memory, significant, words_list
+from hf_lowrank.formats import big_count, byte_size, duration, join_words, loss_text, significant
 from hf_lowrank.report import terminal_table
 from hf_lowrank.report.answer import groups
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, looks
@@ -212,7 +212,7 @@ def test_numbers_read_as_people_write_them():
         "0", "0.0123", "24.1", "1 234", "−0.500", "3.20e−7", "−∞", "—",
     ]  # fmt: skip
     assert [big_count(v) for v in (950, 12_345, 4_500_000, 1.2e9)] == ["950", "12.3 k", "4.50 M", "1.20 B"]
-    assert [memory(v) for v in (100, 2048, 700 * 2**20, 3 * 2**30)] == ["100 B", "2.00 KiB", "700 MiB", "3.00 GiB"]
+    assert [byte_size(v) for v in (100, 2048, 700 * 2**20, 3 * 2**30)] == ["100 B", "2.00 KiB", "700 MiB", "3.00 GiB"]
     assert [duration(v) for v in (4.25, 61, 3725)] == ["4.2 s", "1 min 01 s", "1 h 02 min"]
     assert loss_text(-0.1) == "−0.100"
-    assert [words_list(list(w)) for w in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]
+    assert [join_words(list(w)) for w in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]
