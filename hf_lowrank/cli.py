@@ -9,9 +9,10 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -43,21 +44,32 @@ app = typer.Typer(
 )
 
 
-# Checks that need nothing but the argument. What a command finds wrong later has the same form.
+# Checks that need nothing but the argument; the functions behind a command make them, too, but load more for it.
+
+
+def _file(kind: str) -> Callable[[Any], Any]:
+    """A check that a path, or each of several, is a file."""
+
+    def check(value: Any) -> Any:
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and not path.is_file():
+                raise UserError(f"{path}: no such {kind} file")
+        return value
+
+    return check
 
 
 def _check_runs(runs: list[str]) -> list[str]:
     for run in runs:
         is_repository = run.count("/") == 1 and not run.startswith((".", "/", "~"))
         if not os.path.isdir(run) and not is_repository:
-            advice = "give a run directory, a folder of checkpoints, or user/repo"
-            raise typer.BadParameter(f"{run}: no such folder; {advice}")
+            raise UserError(f"{run}: no such folder; give a run directory, a folder of checkpoints, or user/repo")
     return runs
 
 
 def _check_local_run(run: str) -> str:
     if not os.path.isdir(run):
-        raise typer.BadParameter(f"{run}: no such run directory")
+        raise UserError(f"{run}: no such run directory")
     return run
 
 
@@ -65,9 +77,15 @@ def _check_local_runs(runs: list[str]) -> list[str]:
     return [_check_local_run(run) for run in runs]
 
 
+def _check_study(folder: Path | None) -> Path | None:
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{folder}: no such study folder")
+    return folder
+
+
 def _check_steps(steps: str | None) -> str | None:
     if steps is not None and not re.fullmatch(r"all|last|\s*\d+\s*(,\s*\d+\s*)*", steps):
-        raise typer.BadParameter(f"must be all, last or numbers such as 100,200, got {steps!r}")
+        raise UserError(f"steps must be all, last or numbers such as 100,200, got {steps!r}")
     return steps
 
 
@@ -82,11 +100,11 @@ def _check_metrics(names: str | None) -> str | None:
 def _check_stages(names: str | None) -> str | None:
     wrong = [name for name in names.split(",") if name.strip() not in STAGES] if names else []
     if wrong:
-        raise typer.BadParameter(f"must be some of {','.join(STAGES)}, got {wrong[0]!r}")
+        raise UserError(f"stages must be some of {','.join(STAGES)}, got {wrong[0]!r}")
     return names
 
 
-Recipe = typer.Argument(metavar="RECIPE", exists=True, dir_okay=False, help="A recipe, e.g. recipes/nano/galore.yaml.")
+Recipe = typer.Argument(metavar="RECIPE", callback=_file("recipe"), help="A recipe, e.g. recipes/nano/galore.yaml.")
 Runs = Annotated[
     list[str],
     typer.Argument(
@@ -157,7 +175,7 @@ def measure(
     preset: Annotated[Literal["fast", "paper"], typer.Option(help="Settings of the metrics.")] = "fast",
     settings: Annotated[
         Path | None,
-        typer.Option(metavar="YAML", exists=True, dir_okay=False, help="Settings that override the preset's."),
+        typer.Option(metavar="YAML", callback=_file("settings"), help="Settings that override the preset's."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Device of the models; auto spreads each over all accelerators.")
@@ -168,7 +186,7 @@ def measure(
     ] = False,
     evaluation_set: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", exists=True, help="Held-out sequences or a text file; default: each run's own."),
+        typer.Option(metavar="FILE", help="Held-out sequences or a text file; default: each run's own."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the measurements; default: each run's directory.")
@@ -204,7 +222,7 @@ def report(
     study: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", exists=True, file_okay=False, help="A study's directory, to show its claims and prediction."
+            metavar="DIR", callback=_check_study, help="A study's directory, to show its claims and prediction."
         ),
     ] = None,
 ) -> None:
@@ -358,7 +376,7 @@ def study(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="STUDY", exists=True, dir_okay=False, help="A study file, e.g. recipes/studies/nano.yaml."
+            metavar="STUDY", callback=_file("study"), help="A study file, e.g. recipes/studies/nano.yaml."
         ),
     ],
     output: Annotated[
@@ -399,7 +417,7 @@ def memory(
     recipes: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RECIPE...", exists=True, dir_okay=False, help="Recipes, e.g. recipes/nano/galore.yaml."
+            metavar="RECIPE...", callback=_file("recipe"), help="Recipes, e.g. recipes/nano/galore.yaml."
         ),
     ],
     all_methods: Annotated[

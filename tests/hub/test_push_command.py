@@ -39,10 +39,10 @@ def whole_steps(hub, run, repo="user/tiny"):
 
 def test_a_push_says_how_many_revisions_are_whole(command, hub, run):
     status, out, _ = command("--every", "2")
-    assert (status, out) == (0, "2 revisions of user/tiny are whole\n")
+    assert (status, out) == (0, "2 revisions of user/tiny are complete\n")
     assert whole_steps(hub, run) == [10, 30]
     status, out, _ = command()
-    assert (status, out) == (0, "3 revisions of user/tiny are whole\n")
+    assert (status, out) == (0, "3 revisions of user/tiny are complete\n")
     assert hub.store.repo("user/tiny")["private"]
 
 
@@ -61,7 +61,7 @@ def test_what_is_not_whole_is_named_with_a_status_and_completed_by_the_next_push
     assert "step-10" not in line
     assert "the same command again completes them" in line
     hub.fail(FaultPlan())
-    assert command()[:2] == (0, "3 revisions of user/tiny are whole\n")
+    assert command()[:2] == (0, "3 revisions of user/tiny are complete\n")
     assert whole_steps(hub, run) == [10, 20, 30]
     assert not [name for name in hub.store.repo("user/tiny")["branches"] if name.startswith("incoming")]
 

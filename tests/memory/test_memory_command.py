@@ -51,8 +51,8 @@ def test_all_methods_stand_side_by_side(capsys, tmp_path):
     [
         (["--batch-size", "0"], "batch size must be a whole number from 1, got 0"),
         (["--world-size", "-1"], "world size must be a whole number from 1, got -1"),
-        (["--sharding", "zero"], "sharding must be one of ddp, fsdp2, got 'zero'"),
-        (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--sharding", "zero"], "'--sharding': 'zero' is not one of 'ddp', 'fsdp2'"),
+        (["--dtype", "int8"], "'--dtype': 'int8' is not one of 'float32', 'bfloat16', 'float16'"),
         (["--device", "abacus"], "got 'abacus'"),
         (["--sequence-length", "999"], "sequence length must be from 2 to model.max_position_embeddings (128)"),
         (["--set", "method.rank=0"], "method.rank"),
