@@ -375,9 +375,7 @@ def export(
 def study(
     file: Annotated[
         Path,
-        typer.Argument(
-            metavar="STUDY", callback=_file("study"), help="A study file, e.g. recipes/studies/nano.yaml."
-        ),
+        typer.Argument(metavar="STUDY", callback=_file("study"), help="A study file, e.g. recipes/studies/nano.yaml."),
     ],
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The study's directory; default: runs/NAME.")
@@ -416,9 +414,7 @@ def study(
 def memory(
     recipes: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RECIPE...", callback=_file("recipe"), help="Recipes, e.g. recipes/nano/galore.yaml."
-        ),
+        typer.Argument(metavar="RECIPE...", callback=_file("recipe"), help="Recipes, e.g. recipes/nano/galore.yaml."),
     ],
     all_methods: Annotated[
         bool, typer.Option("--all-methods", help="Also the other methods' recipes in RECIPE's folder.")
