@@ -26,7 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import geometry as g
-from hf_lowrank.geometry.spectra import difference_factors, for_threads
+from hf_lowrank.geometry.spectra import difference_factors, map_threads
 from hf_lowrank.measuring.activations import BATCH_TOKENS
 from hf_lowrank.targets import target_modules
 
@@ -127,7 +127,7 @@ def spectra(shape: str, sequences: int, device: str) -> dict[str, Any]:
             read_off(g.singular_values(before), None)
             read_off(g.singular_values(after), g.singular_values(after - before))
 
-        for_threads(one, list(zip(old, new, strict=True)))
+        map_threads(one, list(zip(old, new, strict=True)))
 
     generator = torch.Generator().manual_seed(0)
     pairs = []
@@ -146,7 +146,7 @@ def spectra(shape: str, sequences: int, device: str) -> dict[str, Any]:
             read_off(g.product_singular_values(*before), None)
             read_off(g.product_singular_values(*after), g.product_singular_values(*difference_factors(after, before)))
 
-        for_threads(one, pairs)
+        map_threads(one, pairs)
 
     ours()
     times = {

@@ -254,7 +254,7 @@ def evaluate(
     a requested score is missing."""
     from hf_lowrank.downstream import evaluate as evaluate_runs
     from hf_lowrank.downstream.figures import score_table
-    from hf_lowrank.downstream.runner import asked_for
+    from hf_lowrank.downstream.runner import requested_scores
     from hf_lowrank.runs.trajectory import Trajectory
 
     trajectories = [Trajectory(run, revisions=revisions) for run in runs]
@@ -269,7 +269,7 @@ def evaluate(
         say=lambda line: typer.echo(f"hf-lowrank: {line}", err=True),
         progress=sys.stderr.isatty(),
     )
-    asked, missing = asked_for(trajectories, output=output, tasks=tasks, steps=steps, limit=limit)
+    asked, missing = requested_scores(trajectories, output=output, tasks=tasks, steps=steps, limit=limit)
     if asked:
         console().print(score_table(asked))
     if missing:

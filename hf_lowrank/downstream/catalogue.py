@@ -1,4 +1,4 @@
-"""Names of tasks: what can be asked for, what a group stands for, and which need the network."""
+"""Names of tasks: which exist, which tasks a group stands for, and which need the network."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def wanted_tasks(tasks: str | Iterable[str] | None) -> list[str]:
     """The names in a list or a comma-separated string; None: the offline tasks."""
     if tasks is None:
         return list(OFFLINE)
-    parts = tasks.split(",") if isinstance(tasks, str) else [part for task in tasks for part in task.split(",")]
-    names = [part.strip() for part in parts if part.strip()]
+    given = [tasks] if isinstance(tasks, str) else tasks
+    names = [name.strip() for text in given for name in text.split(",") if name.strip()]
     if not names:
-        raise UserError("there must be at least one task, as pylib or lowrank_paper")
+        raise UserError("there must be at least one task, e.g. pylib or lowrank_paper")
     return list(dict.fromkeys(names))
 
 
-def units(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The tasks, and groups with a score of their own, that the names stand for; and a line for each unknown name."""
+def expand_tasks(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the tasks, and groups with a score of their own, that the names stand for; a line for each unknown name)."""
     found: list[str] = []
     problems: list[str] = []
     for name in names:
@@ -48,18 +48,18 @@ def units(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _suggestion(name: str, index: dict[str, Any]) -> str:
     near = nearest(name, index)
-    return near if near.startswith("did") else "lm-eval ls tasks lists them, and pylib, lowrank_paper are here"
+    return near if near.startswith("did") else "lm-eval ls tasks lists all; pylib and lowrank_paper are this package's"
 
 
 def _expanded(name: str, index: dict[str, Any]) -> list[str]:
-    """A container of tasks is taken apart; a group that has a score of its own stays one."""
+    """The members of a tag or group, unless the group has a score of its own."""
     entry = index[name]
     if entry.kind.name == "TAG":
-        return [part for member in sorted(entry.tags) for part in _expanded(member, index)]
+        return [task for member in sorted(entry.tags) for task in _expanded(member, index)]
     members = (entry.cfg or {}).get("task")
     if entry.kind.name != "GROUP" or (entry.cfg or {}).get("aggregate_metric_list") or not isinstance(members, list):
         return [name]
-    return [part for m in members if isinstance(m, str) and m in index for part in _expanded(m, index)]
+    return [task for m in members if isinstance(m, str) and m in index for task in _expanded(m, index)]
 
 
 @lru_cache(maxsize=1)
@@ -68,17 +68,18 @@ def _paths() -> tuple[str, ...]:
 
 
 def manager(*, own_only: bool, metadata: dict[str, Any] | None = None) -> Any:
-    """lm-eval's task manager over this package's tasks, with lm-eval's own unless they are not needed.
+    """lm-eval's task manager.
 
     Args:
-        metadata: passed on to this package's tasks.
+        own_only: whether it knows this package's tasks only, or lm-eval's as well.
+        metadata: passed to this package's tasks.
     """
     return _manager(include_defaults=False, metadata=metadata) if own_only else _all_tasks()
 
 
 @lru_cache(maxsize=1)
 def _all_tasks() -> Any:
-    """Reading lm-eval's thousands of files takes seconds: once, and only if it is needed."""
+    """Cached, since reading lm-eval's thousands of files takes seconds."""
     return _manager(include_defaults=True)
 
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from hf_lowrank.downstream.prediction import FEWEST_RUNS, PERMUTATIONS, Prediction, Table, analyse
 from hf_lowrank.errors import UserError
-from hf_lowrank.measuring.plan import rows_file
 from hf_lowrank.metrics import METRICS
+from hf_lowrank.runs.measurements import FILE_NAME as MEASUREMENTS
 from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, read_measurements
 from hf_lowrank.runs.scores import FILE_NAME, PRIMARY, Score, read_scores
+from hf_lowrank.runs.selection import table_of
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import sealed
 from hf_lowrank.storage.files import whole_file, write_text
@@ -85,9 +86,8 @@ def gather(
     for given in runs:
         name = os.fspath(given)
         try:
-            file = (
-                rows_file(Trajectory(name), None) if not _has_tables(Path(name)) else Path(name) / "measurements.jsonl"
-            )
+            folder = Path(name)
+            file = folder / MEASUREMENTS if _has_tables(folder) else table_of(Trajectory(name), None, MEASUREMENTS)
         except UserError as error:
             faults.append(str(error))
             continue
@@ -125,7 +125,7 @@ def gather(
 
 
 def _has_tables(folder: Path) -> bool:
-    return (folder / FILE_NAME).is_file() or (folder / "measurements.jsonl").is_file()
+    return (folder / FILE_NAME).is_file() or (folder / MEASUREMENTS).is_file()
 
 
 def usable_scores(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[Score]:

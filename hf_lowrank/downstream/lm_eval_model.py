@@ -1,4 +1,4 @@
-"""The model class for lm-eval: its own `hf`, which also knows this package's checkpoints and their losses."""
+"""The model class for lm-eval: its `hf`, extended by this package's checkpoints and the sharpness of their loss."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel
 
-import hf_lowrank.adapters  # noqa: F401  (lets the Auto classes know adapted checkpoints)
+import hf_lowrank.adapters  # noqa: F401  (registers adapted models with the Auto classes)
 from hf_lowrank.downstream.batches import consecutive_batches, generation_batches, likelihood_batches
 from hf_lowrank.downstream.sharpness import DirectionRequest, sharpness_along
 from hf_lowrank.downstream.sources import Checkpoint, find_checkpoint, tokenizer_folder
 from hf_lowrank.errors import UserError
-from hf_lowrank.geometry import Team
-from hf_lowrank.geometry.team import each
+from hf_lowrank.geometry import ProcessGroup
+from hf_lowrank.geometry.process_group import map_over
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.trajectory import Trajectory
 
@@ -33,27 +33,27 @@ KEPT_ENCODINGS = 500_000
 class LowRankLM(HFLM):
     """lm-eval's `hf` for run checkpoints, exported models and Hub revisions of this package.
 
-    Scores text exactly as `hf` does. Beyond that it answers requests for the sharpness of its loss along a direction
+    Scores text exactly as `hf` does. In addition it answers requests for the sharpness of its loss along a direction
     (tasks `lowrank_random_sharpness`, `lowrank_pca1_sharpness`), in float32.
 
     Args:
         pretrained: `RUN/checkpoint-N`, `RUN@N`, `RUN@last`, `RUN`, an exported folder, `user/repo`, or a model.
-        revision: of a repository, as `step-1000`.
-        tokenizer: None takes the checkpoint's, else its run's.
-        evaluation_set: the file or folder with the sequences of the loss; None takes the run's.
-        device: None takes an accelerator if there is one.
+        revision: of a repository, e.g. `step-1000`.
+        tokenizer: None: the checkpoint's, else its run's.
+        evaluation_set: the file or folder with the sequences of the loss; None: the run's.
+        device: None: an accelerator if there is one.
         show_progress: whether lm-eval's bars are shown.
-        **options: as `hf` takes them.
+        **options: as for `hf`.
 
     Attributes:
-        replicas: processes that all hold the model and are asked the same; they divide the batches, which are those
-            of one process. None: there is one.
+        replicas: processes that hold the same model and get the same requests; they split the batches, which are those
+            of one process. None: there is one process.
 
     Raises:
-        UserError: the checkpoint or its tokenizer is not there.
+        UserError: the checkpoint or its tokenizer does not exist.
     """
 
-    replicas: Team | None = None
+    replicas: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class LowRankLM(HFLM):
     ) -> None:
         self.checkpoint: Checkpoint | None = None
         self.show_progress = show_progress
-        self.cut_items = self.scored_items = 0
+        self.truncated_items = self.scored_items = 0
         self._given_set = evaluation_set
         self._encodings: dict[tuple[str, bool | None], list[int]] = {}
         if isinstance(pretrained, str):
@@ -86,13 +86,13 @@ class LowRankLM(HFLM):
         return tokenizer_folder(trajectory, trajectory.steps[-1])
 
     def replace_model(self, model: PreTrainedModel) -> None:
-        """Goes on with another checkpoint of the same run, keeping what was tokenised."""
+        """Switches to another checkpoint of the same run and keeps the encodings."""
         self._model = model.to(self.device).eval()
         self._config = model.config
 
     @cached_property
     def evaluation_set(self) -> EvaluationSet:
-        """The held-out sequences that the loss is measured on."""
+        """The held-out sequences on which the loss is measured."""
         if isinstance(self._given_set, EvaluationSet):
             return self._given_set
         if self._given_set is not None:
@@ -103,7 +103,7 @@ class LowRankLM(HFLM):
             return EvaluationSet.load(self.checkpoint.run)
         if Path(self.checkpoint.path).is_dir():
             raise UserError(
-                f"{self.checkpoint.path} is in no run directory; the sharpness tasks need the run's sequences: "
+                f"{self.checkpoint.path} is not in a run directory; the sharpness tasks need the run's sequences: "
                 "--model_args evaluation_set=RUN"
             )
         return Trajectory(self.checkpoint.path).evaluation_set()
@@ -115,7 +115,7 @@ class LowRankLM(HFLM):
         left_truncate_len: int | None = None,
         **options: Any,
     ) -> list[int]:
-        """As `hf`, each text once."""
+        """As `hf`, with a cache."""
         if left_truncate_len or options:
             return super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
         key = (string, add_special_tokens)
@@ -129,12 +129,12 @@ class LowRankLM(HFLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self.show_progress)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """As `hf` for text; requests for a sharpness are answered by evaluating the loss."""
+        """As `hf` for text; requests for a sharpness evaluate the loss."""
         asked = [request.args[0] for request in requests if DirectionRequest.is_one(request.args[0])]
         text = [request for request in requests if not DirectionRequest.is_one(request.args[0])]
         if asked:
             self._check_same(asked)
-        sharpnesses = iter(each(self._sharpness, asked, self.replicas))
+        sharpnesses = iter(map_over(self.replicas, self._sharpness, asked))
         likelihoods = iter(self._rolling(text, disable_tqdm) if text else ())
         return [next(sharpnesses if DirectionRequest.is_one(r.args[0]) else likelihoods) for r in requests]
 
@@ -156,11 +156,11 @@ class LowRankLM(HFLM):
         flat = [window for of_request in windows for window in of_request]
         self._count(flat)
         self._check_same(flat)
-        answers = iter(self._divided(self._answer_tokens, flat, consecutive_batches(len(flat), self.batch_size)))
+        answers = iter(self._split(self._answer_tokens, flat, consecutive_batches(len(flat), self.batch_size)))
         return [sum(next(answers)[0] for _ in of_request) for of_request in windows]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """As `hf`; what is sampled is not divided among processes."""
+        """As `hf`; processes do not split requests for sampled text."""
 
         def generate(some: list[Any]) -> list[str]:
             return super(LowRankLM, self).generate_until(some, disable_tqdm=disable_tqdm or not self.show_progress)
@@ -170,7 +170,7 @@ class LowRankLM(HFLM):
             return generate(requests)
         batches = generation_batches(asked, self.batch_size, self.tok_encode)
         self._check_same(asked)
-        return self._divided(generate, requests, batches)
+        return self._split(generate, requests, batches)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -179,31 +179,31 @@ class LowRankLM(HFLM):
         hidden = disable_tqdm or not self.show_progress
         if self.replicas is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm=hidden, override_bs=override_bs)
-        batches = likelihood_batches(requests, self.batch_size, one_for_equal_contexts=self.logits_cache)
+        batches = likelihood_batches(requests, self.batch_size, share_contexts=self.logits_cache)
         self._check_same(requests)
-        return self._divided(self._answer_tokens, requests, batches)
+        return self._split(self._answer_tokens, requests, batches)
 
     def _answer_tokens(self, batch: list[Any]) -> list[tuple[float, bool]]:
         return super()._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))
 
     def _check_same(self, requests: Sequence[Any]) -> None:
-        """Requests that are divided must be equal in all processes: each answers its own and believes the others."""
+        """Raises UserError where processes would split requests that are not the same in all of them."""
         if self.replicas is not None:
-            digests = self.replicas.exchange(hashlib.sha256(repr(requests).encode()).hexdigest())
+            digests = self.replicas.all_gather(hashlib.sha256(repr(requests).encode()).hexdigest())
             if len(set(digests)) > 1:
                 raise UserError(
-                    "its requests differ from process to process, and cannot be divided among them; evaluate it in one"
+                    "its requests differ from process to process, so they cannot be split; evaluate it in one process"
                 )
 
-    def _divided(
+    def _split(
         self, answer: Callable[[list[Any]], list[Any]], requests: Sequence[Any], batches: Sequence[Sequence[int]]
     ) -> list[Any]:
-        """The answers to all requests; `batches` are their places."""
-        found = each(lambda places: answer([requests[place] for place in places]), batches, self.replicas)
+        """The answers to all requests; `batches` are their indices."""
+        found = map_over(self.replicas, lambda batch: answer([requests[index] for index in batch]), batches)
         answers: list[Any] = [None] * len(requests)
-        for places, values in zip(batches, found, strict=True):
-            for place, value in zip(places, values, strict=True):
-                answers[place] = value
+        for batch, values in zip(batches, found, strict=True):
+            for index, value in zip(batch, values, strict=True):
+                answers[index] = value
         return answers
 
     def _count(self, requests: Sequence[Any]) -> None:
@@ -211,5 +211,5 @@ class LowRankLM(HFLM):
         for _, context, continuation in requests:
             if len(continuation) > room:
                 raise UserError(f"an item's answer of {len(continuation)} tokens is longer than the context of {room}")
-            self.cut_items += len(context) + len(continuation) > room + 1
+            self.truncated_items += len(context) + len(continuation) > room + 1
         self.scored_items += len(requests)

@@ -1,8 +1,8 @@
-"""Every checkpoint of every run on every task, each once.
+"""Scoring every checkpoint of every run on every task, each once.
 
-What lm-eval draws (examples in the prompt, sampled answers) is drawn with its own default seeds, anew for every
-checkpoint and task: all checkpoints of all runs are asked the same, in whatever process.
-The uncertainty that is reported is that of the choice of items, by the bootstrap.
+What lm-eval draws (few-shot examples, sampled answers) is drawn with its own default seeds, anew for every checkpoint
+and task, so all checkpoints of all runs see the same prompts in whatever process. The uncertainty that rows report is
+that of the choice of items, by the bootstrap.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from hf_lowrank.downstream.catalogue import OFFLINE, OWN, manager, units, wanted_tasks
+from hf_lowrank.downstream.catalogue import OFFLINE, OWN, expand_tasks, manager, wanted_tasks
 from hf_lowrank.downstream.items import items_for
 from hf_lowrank.downstream.results import group_rows, item_scores, task_rows
 from hf_lowrank.downstream.sources import load_tokenizer
 from hf_lowrank.errors import UserError
-from hf_lowrank.measuring.plan import check_apart, check_own, choose_steps, is_of, rows_file
-from hf_lowrank.processes.faults import FAULTS, LostProcessError
-from hf_lowrank.processes.launch import Processes
-from hf_lowrank.processes.placement import OneDevice, Replicas
+from hf_lowrank.processes.faults import RECOVERABLE_ERRORS, error_line
+from hf_lowrank.processes.launch import Launch
+from hf_lowrank.processes.placement import Placement
+from hf_lowrank.processes.progress import Progress
+from hf_lowrank.processes.work import SharedTables, run_units
 from hf_lowrank.runs.scores import (
     FILE_NAME,
     Score,
@@ -41,18 +42,41 @@ from hf_lowrank.runs.scores import (
     read_scores,
     write_item_scores,
 )
+from hf_lowrank.runs.selection import (
+    Run,
+    check_rows_belong,
+    check_separate_tables,
+    is_current,
+    open_run,
+    open_runs,
+    steps_of,
+    table_of,
+)
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.locks import all_locked
 
 logger = logging.getLogger(__name__)
 
-Run = str | os.PathLike[str] | Trajectory
-Say = Callable[[str], None]
+Report = Callable[[str], None]
+
+
+class Unit(NamedTuple):
+    """One task of one checkpoint."""
+
+    run: int  # index among the runs
+    step: int
+    task: str
 
 
 @dataclass(frozen=True)
-class Work:
-    """One task of one run, loaded once for all checkpoints."""
+class LoadedTask:
+    """A task or group, loaded once for all checkpoints of a run.
+
+    Attributes:
+        name: as it was asked for.
+        loaded: what lm-eval's task manager returned.
+        items: fingerprint of the items.
+    """
 
     name: str
     loaded: dict[str, Any]
@@ -69,112 +93,85 @@ def evaluate(
     device: str | torch.device | None = None,
     output: str | os.PathLike[str] | None = None,
     revisions: str | None = None,
-    say: Say | None = None,
+    say: Report | None = None,
     progress: bool = False,
 ) -> list[Score]:
-    """Scores checkpoints of runs and returns all their rows, old and new; what is there is not scored again.
+    """Scores checkpoints of runs and returns all their rows; skips what has been scored.
 
     Rows go to `downstream.jsonl` in each run directory, scores of single items to `downstream/step-N/TASK.jsonl`.
-    Under `accelerate launch` the tasks of all checkpoints are shared out over the processes; where they do not go up,
-    the items of the rest are. Each process returns all rows.
+    Under `accelerate launch` the processes split the tasks of all checkpoints; of a remainder they split the items.
+    Every process returns all rows.
 
     Args:
         runs: run directories, folders of checkpoints, `user/repo` or `user/repo@revision`, or trajectories.
-        tasks: names of lm-eval's and this package's tasks and groups, a list or comma-separated; None: the four
+        tasks: names of tasks and groups of lm-eval and of this package, a list or comma-separated; None: the four
             that need no network.
         steps: "all", "last" or numbers; None: all.
-        limit: only the first so many items of each task, for trying out.
-        batch_size: sequences a batch; None: chosen by context length, vocabulary and device.
-        device: None: accelerate's choice for this process.
-        output: a folder for the tables, a subfolder each run; None: the run directories.
+        limit: scores only the first items of each task, for trials.
+        batch_size: sequences per batch; None: chosen by context length, vocabulary and device.
+        device: where models are evaluated; None: accelerate's choice for this process.
+        output: a folder for the tables, with a subfolder for each run; None: the run directories.
         revisions: which revisions of a repository are checkpoints, as a pattern.
         say: gets a line for everything that cannot be done (unknown task, no network, no tokenizer, items that do not
-            fit); None: a warning in the log. The other work goes on.
-        progress: shows checkpoints × tasks done on stderr.
+            fit); None: a warning in the log. Other work is not affected.
+        progress: shows tasks done and time left on stderr.
 
     Raises:
-        UserError: a run is unusable, no task is known, or a table cannot be written. Also where processes that share
-            out items lose one of them: what was scored is written then.
+        UserError: a run is unusable, no task is known, a table cannot be written, or a process was lost (finished rows
+            are saved).
     """
-    say = say or logger.warning
-    given = [runs] if isinstance(runs, str | os.PathLike | Trajectory) else list(runs)
-    if not given:
-        raise UserError("there must be at least one run to evaluate")
-    trajectories = [run if isinstance(run, Trajectory) else Trajectory(run, revisions=revisions) for run in given]
-    names, problems = units(wanted_tasks(tasks))
+    report = say or logger.warning
+    trajectories = open_runs(runs, "evaluate", revisions)
+    names, problems = expand_tasks(wanted_tasks(tasks))
     if not names:
         raise UserError("; ".join(problems))
-    processes = Processes(device)
-    for problem in problems if processes.first else ():
-        say(problem)
-    plans = []
-    for trajectory in trajectories:
-        try:
-            chosen = choose_steps(trajectory.steps, steps, "all")
-        except UserError as error:
-            raise UserError(f"{trajectory.path}: {error}") from None
-        plans.append(
-            (trajectory, chosen, rows_file(trajectory, None if output is None else Path(output)).with_name(FILE_NAME))
-        )
-    from tqdm.auto import tqdm
-
-    tables = [table for _, _, table in plans]
-    check_apart(trajectories, tables)
-    total = sum(len(chosen) for _, chosen, _ in plans) * len(names)
-    bar = tqdm(total=total, unit="task", disable=not (progress and processes.first), delay=2, leave=False)
-    with all_locked([table.parent for table in tables], "evaluate"), _quiet_lm_eval(), bar:
-        processes.merge_parts(tables, read_scores, append_scores)
-        runners = [
-            _Runner(trajectory, table, limit, batch_size, processes.device, say, bar.update, processes.part(table))
-            for trajectory, _, table in plans
-        ]
-        for runner in runners:
-            check_own(runner.trajectory, runner.table, runner.rows)
-        work = processes.of_first(
+    launch = Launch(device)
+    for problem in problems if launch.is_first else ():
+        report(problem)
+    chosen = [steps_of(trajectory, steps) for trajectory in trajectories]
+    files = [table_of(trajectory, output, FILE_NAME) for trajectory in trajectories]
+    check_separate_tables(trajectories, files)
+    tables = SharedTables(launch, files, read_scores, append_scores)
+    with all_locked([file.parent for file in files], "evaluate"), _quiet_lm_eval():
+        tables.merge()
+        saved = [_SavedScores(run, file, limit) for run, file in zip(trajectories, files, strict=True)]
+        for scores in saved:
+            check_rows_belong(scores.trajectory, scores.table, scores.rows)
+        units = launch.from_first(
             lambda: [
-                (place, step, name)
-                for place, (runner, (_, chosen, _)) in enumerate(zip(runners, plans, strict=True))
-                for step, wanted in runner.missing(chosen, names).items()
-                for name in wanted
+                Unit(index, step, name)
+                for index, (scores, steps_of_run) in enumerate(zip(saved, chosen, strict=True))
+                for step, name in scores.missing(steps_of_run, names)
             ]
         )
-        whole, rest = processes.rounds(work)
-        share = processes.share(whole)
-        bar.update(total - len(share) - len(rest))
-        _run_all(runners, share)
-        if rest:
-            processes.merge_parts(tables, read_scores, append_scores)
-            try:
-                with Replicas(processes.device) as together:
-                    for runner in runners:
-                        runner.go_together(together)
-                    _run_all(runners, rest)
-            except LostProcessError as error:
-                raise UserError(
-                    f"evaluating together ended: {error}; what was scored is written, start again"
-                ) from None
-        processes.merge_parts(tables, read_scores, append_scores)
-    return [row for table in tables for row in read_scores(table)]
+        with Progress("task", progress and launch.is_first) as bar:
+            runners = [
+                _Runner(scores, tables.part(scores.table), batch_size, launch.device, report, bar) for scores in saved
+            ]
+            work = partial(_score_units, runners)
+            placement = Placement(launch.device)
+            run_units(units, work, tables, placement, bar, cost=lambda _: 1, activity="evaluating")
+    return tables.rows()
 
 
-def _run_all(runners: Sequence[_Runner], work: Iterable[tuple[int, int, str]]) -> None:
-    """Scores (number of the run, step, task)."""
-    missing: list[dict[int, list[str]]] = [{} for _ in runners]
-    for place, step, name in work:
-        missing[place].setdefault(step, []).append(name)
-    for runner, left in zip(runners, missing, strict=True):
-        runner.run(left)
+def _score_units(runners: Sequence[_Runner], units: Sequence[Unit], placement: Placement, writes: bool) -> None:
+    for index, runner in enumerate(runners):
+        by_step: dict[int, list[str]] = {}
+        for unit in units:
+            if unit.run == index:
+                by_step.setdefault(unit.step, []).append(unit.task)
+        runner.run(by_step, placement, writes)
 
 
 def unscored(run: Run, *, tasks: Any = None, steps: Any = None, limit: int | None = None) -> list[tuple[int, str]]:
-    """The (step, task) that `evaluate` with these arguments would score in a run; no model is loaded."""
-    trajectory = run if isinstance(run, Trajectory) else Trajectory(run)
-    names, chosen = units(wanted_tasks(tasks))[0], choose_steps(trajectory.steps, steps, "all")
-    missing = _reader(trajectory, None, limit).missing(chosen, names)
-    return [(step, name) for step, left in missing.items() for name in left]
+    """The (step, task) pairs that `evaluate` with these arguments would score; loads no model."""
+    trajectory = open_run(run)
+    names, _ = expand_tasks(wanted_tasks(tasks))
+    scores = _SavedScores(trajectory, table_of(trajectory, None, FILE_NAME), limit)
+    return scores.missing(steps_of(trajectory, steps), names)
 
 
-def asked_for(
+def requested_scores(
     runs: Sequence[Trajectory],
     *,
     output: str | Path | None = None,
@@ -182,99 +179,65 @@ def asked_for(
     steps: Any = None,
     limit: int | None = None,
 ) -> tuple[list[Score], list[str]]:
-    """The scores that `evaluate` with these arguments was to make, and what has none: `run@step task`."""
-    names, problems = units(wanted_tasks(tasks))
-    shared = Counter(run.run.name for run in runs)
+    """The saved scores of what `evaluate` with these arguments scores, and what has none, as `run@step task`."""
+    names, missing = expand_tasks(wanted_tasks(tasks))
+    runs_of_name = Counter(run.run.name for run in runs)
     found: list[Score] = []
     for run in sorted(runs, key=lambda run: run.run.name):
-        reader, label = _reader(run, output, limit), run.run.name if shared[run.run.name] == 1 else run.path
-        for step in choose_steps(run.steps, steps, "all"):
+        scores = _SavedScores(run, table_of(run, output, FILE_NAME), limit)
+        label = run.run.name if runs_of_name[run.run.name] == 1 else run.path
+        for step in steps_of(run, steps):
             for name in sorted(names):
-                rows = reader.scores(step, name)
+                rows = scores.of(step, name)
                 found += [row for row in rows if row not in found]
-                problems += [] if rows else [f"{label}@{step} {name}"]
-    return found, problems
+                missing += [] if rows else [f"{label}@{step} {name}"]
+    return found, missing
 
 
-def _reader(trajectory: Trajectory, output: str | Path | None, limit: int | None) -> _Runner:
-    """What knows the scores of a run, and makes none."""
-    table = rows_file(trajectory, None if output is None else Path(output)).with_name(FILE_NAME)
-    return _Runner(trajectory, table, limit, None, torch.device("cpu"), logger.warning, lambda _: None, table)
+class _SavedScores:
+    """The scores of a run that are saved already.
 
+    Args:
+        trajectory, table: the run and its table.
+        limit: the limit with which they must have been scored.
+    """
 
-class _Runner:
-    """One run's checkpoints; its tokenizer, tasks and encodings are made once."""
-
-    def __init__(
-        self,
-        trajectory: Trajectory,
-        table: Path,
-        limit: int | None,
-        batch_size: int | None,
-        device: torch.device,
-        say: Say,
-        done: Callable[[int], Any],
-        part: Path,
-    ) -> None:
-        self.trajectory, self.table, self.limit, self.part = trajectory, table, limit, part
-        self.batch_size, self.device, self.say, self.done = batch_size, device, say, done
-        self.placement, self.writes = OneDevice(device), True
-        self.lm: Any = None
+    def __init__(self, trajectory: Trajectory, table: Path, limit: int | None) -> None:
+        self.trajectory, self.table, self.limit = trajectory, table, limit
         self.rows = read_scores(table)
-        self._loaded: dict[str, Work | UserError] = {}
-        self._said: set[str] = set()
 
-    def go_together(self, processes: Replicas) -> None:
-        """From here on all processes do the same tasks and divide the items; the first writes and says."""
-        self.placement, self.writes = processes, processes.crew.rank == 0
-        if self.lm is not None:
-            self.lm.replicas = processes.replicas
-        if not self.writes:
-            self.say = logger.debug
+    def missing(self, steps: Sequence[int], names: Sequence[str]) -> list[tuple[int, str]]:
+        """The (step, task) pairs without a score."""
+        return [(step, name) for step in steps for name in names if not self._is_done(step, name)]
 
-    def missing(self, steps: Sequence[int], names: Sequence[str]) -> dict[int, list[str]]:
-        """The tasks that each step has no score of; steps that have all are left out."""
-        left = {step: [name for name in names if not self._is_done(step, name)] for step in steps}
-        return {step: names for step, names in left.items() if names}
-
-    def run(self, missing: Mapping[int, Sequence[str]]) -> None:
-        """Scores these tasks at these steps."""
-        wanted = Counter(name for names in missing.values() for name in names)
-        tasks = {name: work for name, steps in wanted.items() if (work := self._load(name, steps))}
-        for step, names in missing.items():
-            todo = [tasks[name] for name in names if name in tasks]
-            if todo and self._take(step, len(todo)):
-                for work in todo:
-                    self._score(step, work)
-                    self.done(1)
-
-    def scores(self, step: int, name: str) -> list[Score]:
-        """The rows of a task or a group at a step that count: of this checkpoint, with these arguments, and, of this
-        package's own tasks, of the items that the run would give now."""
+    def of(self, step: int, name: str) -> list[Score]:
+        """The valid rows of a task or a group at a step: of the present checkpoint, scored with the same limit and
+        version of lm-eval, and, for this package's tasks, on the items that the run would give now."""
         import lm_eval
 
         rows = [
             row
             for row in self.rows
             if row.step == step and name in (row.task, row.group) and row.limit == self.limit
-            and row.lm_eval_version == lm_eval.__version__ and is_of(row, self.trajectory) and self._has_items(row)
+            and row.lm_eval_version == lm_eval.__version__ and is_current(row, self.trajectory)
+            and self._has_items(row)
         ]  # fmt: skip
         if name in OFFLINE and rows:
-            with suppress(UserError):  # where they cannot be made again, these were of what there was
-                items = self._own_items(name)
+            with suppress(UserError):  # items that cannot be made again are taken for the same
+                items = own_items(self.trajectory, name)
                 return [row for row in rows if row.items == items]
         return rows
 
     def _is_done(self, step: int, name: str) -> bool:
-        if not self.scores(step, name):
+        if not self.of(step, name):
             return False
         try:
-            return name not in OFFLINE or bool(self._own_items(name))
+            return name not in OFFLINE or bool(own_items(self.trajectory, name))
         except UserError:
-            return False  # the same fault is reported when the task is loaded
+            return False  # loading the task reports the same error
 
     def _has_items(self, row: Score) -> bool:
-        """Whether the scores of the single items are there, undamaged; a group's mean has none."""
+        """Whether the scores of the single items are saved and readable; a group's mean has none."""
         if any(other.group == row.task for other in self.rows):
             return True
         try:
@@ -282,50 +245,101 @@ class _Runner:
         except UserError:
             return False
 
-    def _own_items(self, name: str) -> str:
-        return items_for(self.trajectory, name).parent.name.rpartition("-")[2][:16]
 
-    def _load(self, name: str, steps: int) -> Work | None:
-        """The task, or None and a line that says why not."""
-        metadata = {"run": self.trajectory} if name in OWN else None
+def own_items(trajectory: Trajectory, task: str) -> str:
+    """Fingerprint of a run's items for one of this package's tasks."""
+    return items_for(trajectory, task).parent.name.rpartition("-")[2][:16]
 
-        def load() -> Work:
+
+class _Runner:
+    """Scores checkpoints of one run; its tokenizer, tasks and encodings are made once.
+
+    Args:
+        saved: the run with its saved scores.
+        part: the file that gets this process's rows.
+        batch_size: sequences per batch; None: chosen for the model.
+        device: where models are evaluated.
+        report: gets a line for everything that cannot be done.
+        progress: counts tasks.
+    """
+
+    def __init__(
+        self,
+        saved: _SavedScores,
+        part: Path,
+        batch_size: int | None,
+        device: torch.device,
+        report: Report,
+        progress: Progress,
+    ) -> None:
+        self.trajectory, self.table, self.limit = saved.trajectory, saved.table, saved.limit
+        self.part, self.batch_size, self.device = part, batch_size, device
+        self.report, self.progress = report, progress
+        self.placement, self.writes = Placement(device), True
+        self.lm: Any = None
+        self._loaded: dict[str, LoadedTask | UserError] = {}
+        self._reported: set[str] = set()
+
+    def run(self, names_by_step: Mapping[int, Sequence[str]], placement: Placement, writes: bool) -> None:
+        """Scores tasks by step; of processes with a joint placement only one writes and reports."""
+        self.placement, self.writes = placement, writes
+        if self.lm is not None:
+            self.lm.replicas = placement.replicas
+        wanted = Counter(name for names in names_by_step.values() for name in names)
+        tasks = {name: task for name, count in wanted.items() if (task := self._load(name, count))}
+        for step, names in names_by_step.items():
+            loaded = [tasks[name] for name in names if name in tasks]
+            if loaded and self._load_checkpoint(step, len(loaded)):
+                for task in loaded:
+                    self.progress.start(f"{self.trajectory.run.name} {step} {task.name}", 1)
+                    self._score(step, task)
+                    self.progress.tick()
+
+    def _load(self, name: str, count: int) -> LoadedTask | None:
+        """The task; None, with a reported reason, if it cannot be loaded for its `count` checkpoints."""
+
+        def load() -> LoadedTask:
             known = self._loaded.get(name)
-            if isinstance(known, Work):
+            if isinstance(known, LoadedTask):
                 return known
             if known is not None:
                 raise UserError(str(known))
+            metadata = {"run": self.trajectory} if name in OWN else None
             try:
                 loaded = manager(own_only=name in OWN, metadata=metadata).load([name])
-                return Work(name, loaded, self._own_items(name) if name in OFFLINE else _fingerprint(loaded))
-            except FAULTS as error:
-                raise UserError(_load_fault(name, error)) from None
+                items = own_items(self.trajectory, name) if name in OFFLINE else _fingerprint(loaded)
+                return LoadedTask(name, loaded, items)
+            except RECOVERABLE_ERRORS as error:
+                raise UserError(_load_error(name, error)) from None
 
         try:
             with _lm_eval_seeds(self.device):
-                self._loaded[name] = work = self.placement.agreed(load, apart=True)
-            return work
+                self._loaded[name] = task = self.placement.synchronized(load, independent=True)
+            return task
         except UserError as error:
             self._loaded.setdefault(name, error)
-            self._say_once(self.trajectory.run.name, str(error))
-            self.done(steps)
+            self._report_once(self.trajectory.run.name, str(error))
+            self.progress.start(name, count)
             return None
 
-    def _say_once(self, where: str, line: str) -> None:
-        """Says what was not said before, beginning with where it is."""
-        line = line if line.startswith(where) else f"{where}: {line}"
-        if line not in self._said:
-            self._said.add(line)
-            self.say(line)
+    def _report_once(self, subject: str, line: str) -> None:
+        """Reports a line, which begins with its subject, unless it has been reported."""
+        line = line if line.startswith(subject) else f"{subject}: {line}"
+        if line not in self._reported:
+            self._reported.add(line)
+            self._report(line)
 
-    def _take(self, step: int, tasks: int) -> bool:
-        """Whether the checkpoint's model is ready to be scored."""
+    def _report(self, line: str) -> None:
+        (self.report if self.writes else logger.debug)(line)
+
+    def _load_checkpoint(self, step: int, tasks: int) -> bool:
+        """Whether the checkpoint's model could be loaded for its `tasks` tasks."""
         try:
-            self.placement.agreed(partial(self._load_model, step), apart=True)
+            self.placement.synchronized(partial(self._load_model, step), independent=True)
             return True
-        except FAULTS as error:
-            self._say_once(self.trajectory.where(step), _one_line(error))
-            self.done(tasks)
+        except RECOVERABLE_ERRORS as error:
+            self._report_once(self.trajectory.where(step), error_line(error))
+            self.progress.start(self.trajectory.run.name, tasks)
             return False
 
     def _load_model(self, step: int) -> None:
@@ -346,45 +360,45 @@ class _Runner:
         )
         self.lm.replicas = self.placement.replicas
 
-    def _score(self, step: int, work: Work) -> None:
-        """Scores one checkpoint on one task."""
+    def _score(self, step: int, task: LoadedTask) -> None:
         from lm_eval.evaluator import evaluate as lm_evaluate
 
-        self.lm.cut_items = self.lm.scored_items = 0
-        where = f"{self.trajectory.where(step)}: {work.name}"
+        self.lm.truncated_items = self.lm.scored_items = 0
+        subject = f"{self.trajectory.where(step)}: {task.name}"
         try:
-            with _lm_eval_seeds(self.device, work.loaded["tasks"].values()):
-                results = self.placement.agreed(
-                    lambda: lm_evaluate(self.lm, work.loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
+            with _lm_eval_seeds(self.device, task.loaded["tasks"].values()):
+                results = self.placement.synchronized(
+                    lambda: lm_evaluate(self.lm, task.loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
                 )
-        except FAULTS as error:
-            self._say_once(where, _one_line(error))
+        except RECOVERABLE_ERRORS as error:
+            self._report_once(subject, error_line(error))
             return
-        if self.lm.cut_items:
-            self.say(
-                f"{where}: {self.lm.cut_items} of {self.lm.scored_items} requests are longer than the context of "
-                f"{self.lm.max_length} tokens; their beginnings are cut, as lm-eval does"
+        if self.lm.truncated_items:
+            self._report(
+                f"{subject}: {self.lm.truncated_items} of {self.lm.scored_items} requests are longer than the context "
+                f"of {self.lm.max_length} tokens and are truncated on the left, as in lm-eval"
             )
-        self.placement.agreed(lambda: self._write(step, work, results) if self.writes else None, apart=True)
+        self.placement.synchronized(
+            lambda: self._write(step, task, results) if self.writes else None, independent=True
+        )
 
-    def _write(self, step: int, work: Work, results: Mapping[str, Any]) -> None:
-        """Writes items first, then rows: rows mean that all is there."""
+    def _write(self, step: int, task: LoadedTask, results: Mapping[str, Any]) -> None:
+        """Writes items before rows, so that a row means that both are complete."""
         import lm_eval
 
         run = self.trajectory.run
         common = {
-            "run": run.name, "method": run.method, "seed": run.seed, "step": step, "items": work.items,
-            "limit": self.limit, "cut": self.lm.cut_items, "lm_eval_version": lm_eval.__version__,
+            "run": run.name, "method": run.method, "seed": run.seed, "step": step, "items": task.items,
+            "limit": self.limit, "cut": self.lm.truncated_items, "lm_eval_version": lm_eval.__version__,
             "checkpoint": self.trajectory.fingerprint(step),
         }  # fmt: skip
         rows: list[Score] = []
         for name, samples in results["samples"].items():
-            task = work.loaded["tasks"][name]
             write_item_scores(item_file(self.table, step, name), item_scores(samples))
-            group = work.name if name != work.name else None
-            rows.extend(task_rows(name, task, samples, {**common, "group": group}))
-        if work.name in results.get("groups", {}):
-            rows.extend(group_rows(work.name, work.loaded["groups"][work.name], results, rows, common))
+            group = task.name if name != task.name else None
+            rows.extend(task_rows(name, task.loaded["tasks"][name], samples, {**common, "group": group}))
+        if task.name in results.get("groups", {}):
+            rows.extend(group_rows(task.name, task.loaded["groups"][task.name], results, rows, common))
         append_scores(self.part, rows)
 
 
@@ -397,23 +411,18 @@ def _fingerprint(loaded: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load_fault(name: str, error: BaseException) -> str:
+def _load_error(name: str, error: BaseException) -> str:
     if isinstance(error, UserError):
         return f"{name}: {error}" if name not in str(error) else str(error)
     network = ("connection", "offline", "couldn't reach", "max retries", "localentrynotfound", "couldn't find")
     text = f"{type(error).__name__} {error}".lower()
     if any(word in text for word in network) or isinstance(error, ConnectionError | FileNotFoundError):
-        return f"{name}: its data set is not on this machine and cannot be downloaded: {_one_line(error)}"
-    return f"{name}: cannot be loaded: {_one_line(error)}"
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+        return f"{name}: its data set is not on this machine and cannot be downloaded: {error_line(error)}"
+    return f"{name}: cannot be loaded: {error_line(error)}"
 
 
 def _batch_size(model: Any, device: torch.device) -> int:
-    """As many sequences of full length as give a quarter gigabyte of logits on a CPU, two on an accelerator."""
+    """As many full-length sequences as give a quarter gigabyte of logits on a CPU, two gigabytes elsewhere."""
     config = model.config.get_text_config()
     words, length = config.vocab_size, getattr(config, "max_position_embeddings", None) or 1024
     logits = 2**26 if device.type == "cpu" else 2**29
@@ -423,11 +432,12 @@ def _batch_size(model: Any, device: torch.device) -> int:
 
 @contextmanager
 def _lm_eval_seeds(device: torch.device, tasks: Iterable[Any] = ()) -> Iterator[None]:
-    """The seeds of lm-eval's command line, for tasks that draw examples too; afterwards draws go on as before."""
+    """Seeds all generators, and those of tasks with few-shot examples, as lm-eval's command line does, and restores
+    the global ones afterwards."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    # numpy's global generator, since it is the one that tasks draw from.
-    before, numpy_before = random.getstate(), np.random.get_state()
+    # Tasks draw from numpy's global generator.
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [] if device.type == "cpu" else [device]
     try:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
@@ -438,18 +448,18 @@ def _lm_eval_seeds(device: torch.device, tasks: Iterable[Any] = ()) -> Iterator[
                 task.set_fewshot_seed(DEFAULT_OTHER_SEED)
             yield
     finally:
-        random.setstate(before)
-        np.random.set_state(numpy_before)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
-    """Only errors of lm-eval's log and no bars of its own: one line of ours says what matters."""
+    """Hides lm-eval's progress bars and all of its log but errors; lines of ours report what matters."""
     import lm_eval.api.task as lm_task
     import tqdm as tqdm_package
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
-    levels = [(each, each.level) for each in loggers]
+    levels = [logger.level for logger in loggers]
     bar = lm_task.tqdm
     lm_task.tqdm = lambda items=None, **options: tqdm_package.tqdm(items, **{**options, "disable": True})
     for each in loggers:
@@ -458,5 +468,5 @@ def _quiet_lm_eval() -> Iterator[None]:
         yield
     finally:
         lm_task.tqdm = bar
-        for each, level in levels:
+        for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)

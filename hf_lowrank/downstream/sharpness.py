@@ -1,4 +1,4 @@
-"""The sharpness of the loss along one direction, as a request that lm-eval can pass to a model and get answered."""
+"""The sharpness of the loss along one direction, as a request that lm-eval can pass to a model."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from hf_lowrank.geometry import (
 )
 from hf_lowrank.geometry.landscape import sharpness_per_direction
 from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.measure_settings import resolve_settings
 
 MARK = "hf_lowrank direction "
 
 
 class Sharpness(float):
-    """A model's answer to a `DirectionRequest`; a type of its own, because any model answers text with a number."""
+    """A model's answer to a `DirectionRequest`; other model classes answer it as text, with a float."""
 
 
 @dataclass(frozen=True)
 class DirectionRequest:
-    """One seeded direction and the offsets along it, spelled as `measure`'s settings.
+    """One seeded direction and the offsets along it, named like the settings of `measure`.
 
     Attributes:
-        task: the task that asks.
+        task: the task that makes the request.
         direction: "random" or "pca".
         draw: which draw, or which principal direction, from 0.
         radius, relative, steps, normalize, seed: the grid and the direction.
         sequences: how many held-out sequences, the first ones; None: all.
-        batch_tokens: tokens a batch.
+        batch_tokens: tokens per batch.
     """
 
     task: str
@@ -61,18 +62,16 @@ class DirectionRequest:
 
     @staticmethod
     def is_one(text: str) -> bool:
-        """Whether a text that lm-eval passes on is such a request."""
+        """Whether a text that lm-eval passes to a model is such a request."""
         return text.startswith(MARK)
 
 
 def direction_requests(direction: str, preset: str = "fast") -> list[DirectionRequest]:
-    """The directions that `measure` takes with `preset`, one request each.
+    """The directions that `measure` uses with `preset`, one request each.
 
     Raises:
         UserError: an unknown preset.
     """
-    from hf_lowrank.measuring.settings import resolve_settings
-
     settings = resolve_settings(preset)
     chosen: Mapping[str, Any] = getattr(settings, direction).model_dump()
     draws = chosen["draws"] if direction == "random" else 1

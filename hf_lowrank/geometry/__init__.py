@@ -24,6 +24,7 @@ from .landscape import (
     weight_scale,
 )
 from .losses import TokenLoss
+from .process_group import ProcessGroup
 from .spectra import (
     effective_rank,
     many_singular_values,
@@ -38,7 +39,6 @@ from .spectra import (
     subspace_overlap,
     tail_exponent,
 )
-from .team import Team
 
 __all__ = [
     "Curve",
@@ -47,8 +47,8 @@ __all__ = [
     "LayerSimilarity",
     "Layout",
     "Permutations",
+    "ProcessGroup",
     "RankOne",
-    "Team",
     "TokenLoss",
     "activation_similarity",
     "causal_lm_hidden_states",

@@ -1,7 +1,7 @@
-"""How alike two models' activations are, layer by layer, in one pass over both.
+"""Similarity of two models' activations, layer by layer, in one pass over both.
 
-Nothing but sums is kept: memory is O(layers · H²), whatever the number of tokens. Shapes: N positions (rows), D and
-E features of the two sides, B × T tokens of a batch, H hidden units.
+Only sums are kept, so memory is O(layers · H²) for any number of tokens. Shapes: N positions (rows), D and E features
+of the two sides, B × T tokens of a batch, H hidden units.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from .losses import returning_input
-from .team import Team
+from .process_group import ProcessGroup
 
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """One layer of a model against the same of its baseline.
+    """One layer of a model compared with the same layer of its baseline.
 
     Attributes:
-        l2: mean distance of the hidden states over the mean norm of the baseline's; 0 for equal ones.
+        l2: mean distance of the hidden states divided by the mean norm of the baseline's; 0 where they are equal.
         cosine: mean cosine per position, in [−1, 1].
-        cka: linear CKA, in [0, 1], the biased estimator; NaN for a constant layer.
-        cka_debiased: the debiased estimator, at most 1; NaN below four positions or for a constant layer.
+        cka: linear CKA (the biased estimator), in [0, 1]; NaN for a constant layer.
+        cka_debiased: the debiased estimator, at most 1; NaN for fewer than four positions or a constant layer.
     """
 
     l2: float
@@ -37,7 +37,7 @@ class LayerSimilarity:
 
 
 class CkaSums:
-    """Running float64 sums from which linear CKA follows, biased or debiased; rows may come in any portions."""
+    """Running float64 sums that determine linear CKA, biased and debiased; rows may arrive in batches of any size."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -46,20 +46,20 @@ class CkaSums:
     def update(self, x_ND: Tensor, y_NE: Tensor) -> None:
         """Adds N rows of both sides."""
         if x_ND.shape[0] != y_NE.shape[0]:
-            raise ValueError(f"both sides need as many rows, got {x_ND.shape[0]} and {y_NE.shape[0]}")
+            raise ValueError(f"both sides need the same number of rows, got {x_ND.shape[0]} and {y_NE.shape[0]}")
         x, y = x_ND.double(), y_NE.double()
         a, b = x.square().sum(1), y.square().sum(1)
-        parts = {
+        terms = {
             "xx": x.mT @ x, "xy": x.mT @ y, "yy": y.mT @ y, "x": x.sum(0), "y": y.sum(0),
             "a": a.sum(), "b": b.sum(), "aa": a @ a, "ab": a @ b, "bb": b @ b,
             "ax": a @ x, "ay": a @ y, "bx": b @ x, "by": b @ y,
         }  # fmt: skip
         self.count += x.shape[0]
-        for name, part in parts.items():
+        for name, term in terms.items():
             if name in self.sums:
-                self.sums[name] += part
+                self.sums[name] += term
             else:
-                self.sums[name] = part
+                self.sums[name] = term
 
     def value(self, *, debiased: bool = False) -> float:
         """Linear CKA of all rows so far.
@@ -79,7 +79,7 @@ class CkaSums:
         return both / math.sqrt(one * other) if one > 0 and other > 0 else math.nan
 
     def _similarity(self, left: str, right: str, debiased: bool) -> float:
-        """‖X̃ᵀỸ‖_F² of the centred sides, with the diagonal's bias taken out if asked for."""
+        """‖X̃ᵀỸ‖_F² of the centred sides, without the diagonal's bias if `debiased`."""
         n, s = self.count, self.sums
         mean_left, mean_right = s[left] / n, s[right] / n
         gram = s[left + right]
@@ -106,7 +106,7 @@ def linear_cka(x_ND: Tensor, y_NE: Tensor, *, debiased: bool = False) -> float:
     """Linear centred kernel alignment of two sets of features of the same N positions (arXiv 1905.00414).
 
     Invariant to rotation and scale of either side. In [0, 1] for the usual biased estimator; the debiased one
-    (arXiv 2010.15327) is at most 1 and near 0 for independent features. Rows are positions.
+    (arXiv 2010.15327) is at most 1, and near 0 for independent features. Rows are positions.
 
     Raises:
         ValueError: the numbers of rows differ, there are too few, or a side is constant.
@@ -122,7 +122,7 @@ HiddenStates = Callable[[Any, Tensor, Tensor], Sequence[Tensor]]
 def causal_lm_hidden_states(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> Sequence[Tensor]:
     """Embedding output, every block's output, the last one after the final norm: L + 1 tensors (B, T, H).
 
-    For models called as transformers' are; the output head is passed over, so no logits exist.
+    For models with the calling convention of transformers; the output head is bypassed, so no logits are computed.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     padded = not bool((mask_BT == 1).all())
@@ -143,16 +143,16 @@ def activation_similarity(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     hidden_states: HiddenStates = causal_lm_hidden_states,
-    team: Team | None = None,
+    shards: ProcessGroup | None = None,
 ) -> list[LayerSimilarity]:
     """Distance, cosine and CKA of two models' hidden states over all unmasked positions, for every layer.
 
     Args:
-        model, base: in eval mode; sums are kept where the batches are.
+        model, base: in eval mode; sums are kept on the device of the batches.
         batches: pairs (ids, mask) of (B, T); mask 1 for tokens, 0 for padding.
-        hidden_states: (model, ids, mask) -> tensors (B, T, H), as many for both models.
-        team: the processes that hold both models together. Each takes its share of a batch's sequences, and keeps
-            the sums of every `team.size`-th layer, to which all bring their hidden states.
+        hidden_states: (model, ids, mask) -> tensors (B, T, H), the same number for both models.
+        shards: the processes over which both models are sharded. Each runs its slice of a batch, and keeps the sums of
+            every `shards.size`-th layer, to which all send their hidden states.
 
     Raises:
         ValueError: layers differ in number or size, there is no unmasked position, or a value is not finite.
@@ -161,8 +161,8 @@ def activation_similarity(
     positions = 0
     for ids, mask in batches:
         rows = mask.flatten() == 1
-        mine = (ids, mask) if team is None else (team.share(ids), team.share(mask))
-        ours, theirs = list(hidden_states(model, *mine)), list(hidden_states(base, *mine))
+        inputs = (ids, mask) if shards is None else (shards.batch_slice(ids), shards.batch_slice(mask))
+        ours, theirs = list(hidden_states(model, *inputs)), list(hidden_states(base, *inputs))
         if len(ours) != len(theirs):
             raise ValueError(f"the models must have as many layers, got {len(ours)} and {len(theirs)} hidden states")
         layers = layers or [_Layer() for _ in ours]
@@ -171,32 +171,32 @@ def activation_similarity(
             sizes = [states[index].shape[-1] for states in (ours, theirs)]
             if sizes[0] != sizes[1]:
                 raise ValueError(f"hidden states {index} must have one size, got {sizes[0]} and {sizes[1]}")
-            x, y = (_gathered(states[index], index, ids.shape[0], team) for states in (ours, theirs))
+            pair: Sequence[Tensor | None] = (ours[index], theirs[index])
+            if shards is not None:
+                owner = index % shards.size
+                pair = [shards.gather_batch_at(owner, states[index], ids.shape[0]) for states in (ours, theirs)]
+            x, y = pair
             if x is not None and y is not None:
                 layer.update(*(side.flatten(0, 1).to(rows.device)[rows] for side in (x, y)))
-            ours[index] = theirs[index] = x = y = rows[:0]  # let go of what is summed up
+            ours[index] = theirs[index] = rows[:0]  # frees the hidden states
+            del x, y, pair
     if positions == 0:
         raise ValueError("there is no unmasked position to compare")
-    if team is None:
+    if shards is None:
         return [layer.result(index, positions) for index, layer in enumerate(layers)]
-    return _results(layers, positions, team)
+    return _gathered_results(layers, positions, shards)
 
 
-def _gathered(states_BTH: Tensor, layer: int, length: int, team: Team | None) -> Tensor | None:
-    """The hidden states of all of a batch, at the process that sums up this layer; None at the others."""
-    return states_BTH if team is None else team.join_at(layer % team.size, states_BTH, length)
-
-
-def _results(layers: Sequence[_Layer], positions: int, team: Team) -> list[LayerSimilarity]:
-    """Every process's results on all of them; an error of one is raised on all."""
+def _gathered_results(layers: Sequence[_Layer], positions: int, shards: ProcessGroup) -> list[LayerSimilarity]:
+    """The results of all processes; an error in one is raised in all."""
     own: list[LayerSimilarity | ValueError] = []
-    for index in team.own(range(len(layers))):
+    for index in shards.strided(range(len(layers))):
         try:
             own.append(layers[index].result(index, positions))
         except ValueError as error:
             own.append(error)
     results: list[LayerSimilarity] = []
-    for result in team.in_order(team.exchange(own), len(layers)):
+    for result in shards.interleave(shards.all_gather(own), len(layers)):
         if isinstance(result, ValueError):
             raise result
         results.append(result)

@@ -1,9 +1,9 @@
-"""Directions in parameter space, given tensor by tensor and block by block, so that none is ever held whole.
+"""Directions in parameter space, computed tensor by tensor and block by block, so that none is ever held as a whole.
 
 A parameter is seen as a matrix of rows (its first dimension) by columns (the rest); one-dimensional ones are a
-single row. A block is a range of whole rows. Random numbers are drawn on the CPU from a generator of their own for
-each (seed, draw, parameter, block), so they depend on neither device nor order, nor on how a parameter is divided
-among processes: each of them draws the blocks that it holds rows of.
+single row. A block is a range of whole rows. Random numbers are drawn on the CPU from a separate generator for each
+(seed, draw, parameter, block), so they depend neither on the device nor on the order, nor on how a parameter is
+sharded: a process draws the blocks of which it holds rows.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .parts import Part, as_rows, local, norms, part_of, summed, whole
+from .process_group import ProcessGroup
+from .sharding import LocalShard, as_rows, full_norms, full_tensor, local_shard, local_tensor, sum_over_shards
 from .spectra import singular_vectors
-from .team import Team
 
 Normalize = Literal["none", "tensor", "filter"]
 BLOCK_ENTRIES = 2**18
@@ -41,26 +41,27 @@ def keyed_generator(*key: object) -> torch.Generator:
 class Direction(Protocol):
     """A direction `d` in the space of a model's parameters."""
 
-    def block(self, name: str, parameter_RC: Tensor | Part, start: int, stop: int) -> Tensor | None:
-        """d's entries (stop − start, columns) on rows of one parameter, on its device; None where `d` is 0.
+    def block(self, name: str, shard: LocalShard, start: int, stop: int) -> Tensor | None:
+        """d's entries on one of a parameter's `row_blocks`, those that match entries of `shard`; None where d is 0.
 
-        `parameter_RC` is the unperturbed parameter as rows; `start` and `stop` are one of its `row_blocks`. Of a
-        parameter that is divided among processes it is the `Part` held here, and only the entries in that part are
-        wanted. The caller may write into the result.
+        Args:
+            name: of the parameter.
+            shard: the unperturbed parameter, as far as this process holds it.
+            start, stop: the block's rows in the full parameter.
+
+        Returns:
+            A tensor on the parameter's device that the caller may overwrite.
         """
         ...
-
-
-def _seen(parameter_RC: Tensor | Part) -> Part:
-    return parameter_RC if isinstance(parameter_RC, Part) else part_of(parameter_RC)
 
 
 @dataclass
 class Gaussian:
     """`d ~ N(0, I)` on every parameter, regenerated from its key whenever it is needed.
 
-    `normalize="filter"` gives each row of `d` the norm of the parameter's row, `"tensor"` the whole tensor its norm;
-    both leave one-dimensional parameters where they are (arXiv 1712.09913). `"none"` is the unnormalised direction.
+    `normalize="filter"` gives each row of `d` the norm of the parameter's row, `"tensor"` gives each tensor of `d` the
+    norm of the parameter; with both, `d` is 0 on one-dimensional parameters (arXiv 1712.09913). `"none"` leaves `d`
+    as drawn.
     """
 
     seed: int
@@ -68,15 +69,15 @@ class Gaussian:
     normalize: Normalize = "none"
     _norms: dict[str, float] = field(default_factory=dict, repr=False)
 
-    def block(self, name: str, parameter_RC: Tensor | Part, start: int, stop: int) -> Tensor | None:
-        part = _seen(parameter_RC)
-        if self.normalize != "none" and part.shape[0] == 1:
+    def block(self, name: str, shard: LocalShard, start: int, stop: int) -> Tensor | None:
+        if self.normalize != "none" and shard.shape[0] == 1:
             return None
-        block = part.cut(self._noise(name, start, stop, part.shape[1]), start).to(part.device)
+        noise = self._noise(name, start, stop, shard.shape[1])
+        block = shard.crop(noise, start).to(shard.entries_RC.device)
         if self.normalize == "filter":
-            return _scale_rows(block, part.held_RC[part.rows(start, stop)])
+            return _with_row_norms(block, shard.entries(start, stop))
         if self.normalize == "tensor":
-            block *= part.total_norm() / self._norm(name, part.shape)
+            block *= shard.norm() / self._norm(name, shard.shape)
         return block
 
     def _noise(self, name: str, start: int, stop: int, columns: int) -> Tensor:
@@ -91,8 +92,8 @@ class Gaussian:
         return self._norms[name]
 
 
-def _scale_rows(block: Tensor, like: Tensor) -> Tensor:
-    """`block` with the row norms of `like`, in place."""
+def _with_row_norms(block: Tensor, like: Tensor) -> Tensor:
+    """`block`, scaled in place to the row norms of `like`."""
     norms = torch.linalg.vector_norm(like, dim=1, keepdim=True)
     return block.mul_(norms / torch.linalg.vector_norm(block, dim=1, keepdim=True).clamp_min(1e-30))
 
@@ -101,8 +102,8 @@ def _scale_rows(block: Tensor, like: Tensor) -> Tensor:
 class RankOne:
     """`u vᵀ` on the parameters in `pairs`, a given tensor on those in `tensors`, 0 elsewhere.
 
-    `normalize="tensor"` scales every parameter's part to the parameter's own norm, so that an offset of 0.1 changes
-    each of them by a tenth; `"filter"` does so row by row.
+    `normalize="tensor"` scales the direction on every parameter to the parameter's norm, so that an offset of 0.1
+    changes each of them by a tenth; `"filter"` does so row by row.
     """
 
     pairs: Mapping[str, tuple[Tensor, Tensor]]
@@ -111,27 +112,24 @@ class RankOne:
     _norms: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        # Here, where every process comes by: blocks are asked for where they lie.
+        # Gathering needs all processes, and `block` is called only by those that hold rows of the block.
         if self.normalize != "none":
-            self._norms = norms({name: t for name, t in self.tensors.items() if isinstance(t, DTensor)})
+            self._norms = full_norms({name: t for name, t in self.tensors.items() if isinstance(t, DTensor)})
 
-    def block(self, name: str, parameter_RC: Tensor | Part, start: int, stop: int) -> Tensor | None:
-        if name not in self.pairs and name not in self.tensors:
-            return None
-        part = _seen(parameter_RC)
-        block = self._block(name, part, start, stop)
-        if self.normalize == "tensor" or (self.normalize == "filter" and not part.whole_rows):
-            block *= part.total_norm() / (self._norm(name) or 1.0)
-        elif self.normalize == "filter":
-            _scale_rows(block, part.held_RC[part.rows(start, stop)])
-        return block
-
-    def _block(self, name: str, part: Part, start: int, stop: int) -> Tensor:
+    def block(self, name: str, shard: LocalShard, start: int, stop: int) -> Tensor | None:
         if name in self.pairs:
-            u, v = (vector.to(part.held_RC) for vector in self.pairs[name])
-            rows = part.rows(start, stop)
-            return torch.outer(u[rows.start + part.row : rows.stop + part.row], v)
-        return _there(self.tensors[name], part, start, stop)
+            u, v = (vector.to(shard.entries_RC) for vector in self.pairs[name])
+            rows = shard.local_rows(start, stop)
+            block = torch.outer(u[rows.start + shard.row : rows.stop + shard.row], v)
+        elif name in self.tensors:
+            block = _matching_entries(self.tensors[name], shard, start, stop)
+        else:
+            return None
+        if self.normalize == "tensor" or (self.normalize == "filter" and not shard.has_full_rows):
+            block *= shard.norm() / (self._norm(name) or 1.0)
+        elif self.normalize == "filter":
+            _with_row_norms(block, shard.entries(start, stop))
+        return block
 
     def _norm(self, name: str) -> float:
         if name in self.pairs:
@@ -140,11 +138,14 @@ class RankOne:
         return self._norms[name] if name in self._norms else float(torch.linalg.vector_norm(self.tensors[name]))
 
 
-def _there(tensor: Tensor, part: Part, start: int, stop: int) -> Tensor:
-    """A copy of rows start … stop of `tensor`, which is divided as the parameter is or whole, that lie in `part`."""
+def _matching_entries(tensor: Tensor, shard: LocalShard, start: int, stop: int) -> Tensor:
+    """A copy of the entries of `tensor` in rows start … stop that match those of `shard`.
+
+    `tensor` has the parameter's shape and is sharded like it, or not at all.
+    """
     if isinstance(tensor, DTensor):
-        return part_of(tensor).held_RC[part.rows(start, stop)].to(part.held_RC, copy=True)
-    return part.cut(as_rows(tensor)[start:stop], start).to(part.held_RC, copy=True)
+        return local_shard(tensor).entries(start, stop).to(shard.entries_RC, copy=True)
+    return shard.crop(as_rows(tensor)[start:stop], start).to(shard.entries_RC, copy=True)
 
 
 @dataclass
@@ -153,9 +154,8 @@ class Difference:
 
     end: Mapping[str, Tensor]
 
-    def block(self, name: str, parameter_RC: Tensor | Part, start: int, stop: int) -> Tensor | None:
-        part = _seen(parameter_RC)
-        return _there(self.end[name], part, start, stop).sub_(part.held_RC[part.rows(start, stop)])
+    def block(self, name: str, shard: LocalShard, start: int, stop: int) -> Tensor | None:
+        return _matching_entries(self.end[name], shard, start, stop).sub_(shard.entries(start, stop))
 
 
 def weight_pca_directions(
@@ -167,14 +167,14 @@ def weight_pca_directions(
 ) -> list[RankOne]:
     """The top `count` PCA directions of a model's own weights.
 
-    The k-th puts `u_k v_kᵀ`, of unit Frobenius norm, on every matrix and the parameter itself on every
-    one-dimensional parameter. A matrix with fewer than k singular directions stays where it is in the k-th.
+    The k-th is `u_k v_kᵀ`, of unit Frobenius norm, on every matrix and the parameter itself on every one-dimensional
+    parameter. It is 0 on a matrix with fewer than k singular values.
 
     Args:
         model: parameters of one or more dimensions; more than two are seen as (first, rest).
         count: number of directions K.
         normalize: see `RankOne`.
-        known: (u (M, ≥K), v (N, ≥K)) of matrices that are decomposed already, by parameter name.
+        known: (u (M, ≥K), v (N, ≥K)) of matrices that have been decomposed already, by parameter name.
     """
     known = known or {}
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -192,35 +192,35 @@ def weight_pca_directions(
 
 
 def _vectors(matrices: Mapping[str, Tensor], count: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """(u, v) of matrices by name, float32; those that are divided among processes are shared out.
+    """(u, v) of matrices by name, float32; the processes split the sharded ones.
 
     Raises:
-        ValueError, RuntimeError: a matrix cannot be decomposed; on all processes, whichever it belonged to.
+        ValueError, RuntimeError: a matrix cannot be decomposed; raised in all processes.
     """
 
-    def of(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
         _, u, v = singular_vectors(as_rows(matrix), count)
         return u.float(), v.float()
 
-    divided = {name: matrix for name, matrix in matrices.items() if isinstance(matrix, DTensor)}
-    found = {name: of(matrix) for name, matrix in matrices.items() if name not in divided}
-    if not divided:
+    sharded = {name: matrix for name, matrix in matrices.items() if isinstance(matrix, DTensor)}
+    found = {name: decompose(matrix) for name, matrix in matrices.items() if name not in sharded}
+    if not sharded:
         return found
-    team = Team(next(iter(divided.values())).device_mesh.get_group())
-    names = list(divided)
-    for start in range(0, len(names), team.size):
-        batch = names[start : start + team.size]
-        mine: Tensor | None = None
+    shards = ProcessGroup(next(iter(sharded.values())).device_mesh.get_group())
+    names = list(sharded)
+    for start in range(0, len(names), shards.size):
+        batch = names[start : start + shards.size]
+        own: Tensor | None = None
         for owner, name in enumerate(batch):
-            matrix = whole(divided[name])
-            mine = matrix if owner == team.rank else mine
+            matrix = full_tensor(sharded[name])
+            own = matrix if owner == shards.rank else own
         pair: Any = None
         try:
-            if mine is not None:
-                pair = tuple(vectors.cpu() for vectors in of(mine))
+            if own is not None:
+                pair = tuple(vectors.cpu() for vectors in decompose(own))
         except (ValueError, RuntimeError) as error:
             pair = error
-        for name, outcome in zip(batch, team.exchange(pair), strict=False):
+        for name, outcome in zip(batch, shards.all_gather(pair), strict=False):
             if isinstance(outcome, Exception):
                 raise outcome
             found[name] = outcome
@@ -232,8 +232,8 @@ def trajectory_pca_directions(
 ) -> tuple[list[RankOne], Tensor]:
     """Principal components of a trajectory of checkpoints, centred, and the share of variance of each.
 
-    Computed from the S × S Gram matrix of S checkpoints, in float64. Directions have unit norm over all parameters
-    unless normalised.
+    Computed from the S × S Gram matrix of S checkpoints, in float64. Without normalisation, directions have unit norm
+    over all parameters.
 
     Raises:
         ValueError: fewer than two checkpoints, or `count` above S − 1.
@@ -243,11 +243,11 @@ def trajectory_pca_directions(
     names = list(names)
     gram = torch.zeros(len(states), len(states), dtype=torch.float64)
     for name in names:
-        flat = torch.stack([local(state[name]).flatten().float() for state in states]).double()
+        flat = torch.stack([local_tensor(state[name]).flatten().float() for state in states]).double()
         flat -= flat.mean(0)
         gram += (flat @ flat.mT).cpu()
     if names:
-        gram = summed(gram, states[0][names[0]])
+        gram = sum_over_shards(gram, states[0][names[0]])
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     directions = []

@@ -1,10 +1,10 @@
-"""Moving a model's weights along directions, and bringing them back bit for bit.
+"""Moving a model's weights along directions, and restoring them bit for bit.
 
-Two ways, with the same numbers: `memory="copy"` keeps a second set of weights and writes every point into the
-model; `memory="low"` leaves the weights alone and lets a layer's perturbed weights exist, block by block, only
-while that layer runs.
+Two ways give the same numbers: `memory="copy"` keeps a second set of weights and writes every point into the model;
+`memory="low"` never writes the stored weights and computes a layer's perturbed weights, block by block, only while
+that layer runs.
 
-Of a model that processes hold together (FSDP2) each moves its part of every parameter, by the first way.
+Of a model sharded by FSDP2 each process moves its shard of every parameter, with `memory="copy"`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from .directions import Direction, row_blocks
-from .parts import Part, as_rows, local, norms, part_of
+from .losses import Loss
+from .sharding import LocalShard, as_rows, full_norms, local_shard, local_tensor
 
 Memory = Literal["copy", "low"]
 Point = Sequence[tuple[Direction, float]]
@@ -27,14 +28,14 @@ Point = Sequence[tuple[Direction, float]]
 
 @contextmanager
 def movable(model: nn.Module, *, memory: Memory = "copy") -> Iterator[Callable[[Point], None]]:
-    """Yields `move(point)`, which puts the model at `θ + Σ t·d` over the pairs (d, t) of `point`; `move(())` is θ.
+    """Yields `move(point)`, which moves the model to `θ + Σ t·d` over the pairs (d, t) of `point`; `move(())` is θ.
 
-    Within, the model is in eval mode and no gradients are recorded; on leaving, also by an exception or Ctrl-C,
-    every weight is bit-equal to what it was and the mode is back.
+    In the block the model is in eval mode and no gradients are recorded. After it, also after an exception or Ctrl-C,
+    every weight has its original bits and the model its original mode.
 
     Raises:
         ValueError: a parameter is neither float32 nor float64 (lower precision swallows the perturbation), or
-            `memory` is unknown, or "low" for a model that is divided among processes.
+            `memory` is unknown, or "low" for a sharded model.
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -44,7 +45,7 @@ def movable(model: nn.Module, *, memory: Memory = "copy") -> Iterator[Callable[[
     if memory not in ("copy", "low"):
         raise ValueError(f"memory must be 'copy' or 'low', got {memory!r}")
     if memory == "low" and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError("memory must be 'copy' where a model is divided among processes: the copy is divided with it")
+        raise ValueError("memory must be 'copy' for a sharded model: the copy is sharded as well")
     training = model.training
     model.eval()
     mover = _Copy(model) if memory == "copy" else _Virtual(model)
@@ -53,12 +54,29 @@ def movable(model: nn.Module, *, memory: Memory = "copy") -> Iterator[Callable[[
             yield mover.move
         mover.check()
     finally:
-        _finish(mover.close)
+        _uninterrupted(mover.close)
         model.train(training)
 
 
-def _finish(close: Callable[[], None]) -> None:
-    """Runs `close` to its end even if Ctrl-C comes meanwhile."""
+@contextmanager
+def sweep(
+    model: nn.Module, loss: Loss, *, memory: Memory = "copy", progress: Callable[[], None] | None = None
+) -> Iterator[Callable[[Point], float]]:
+    """Yields `loss_at(point)`, the loss of the model moved as by `movable`; calls `progress` after each evaluation."""
+    with movable(model, memory=memory) as move:
+
+        def loss_at(point: Point) -> float:
+            move(point)
+            value = float(loss(model))
+            if progress:
+                progress()
+            return value
+
+        yield loss_at
+
+
+def _uninterrupted(close: Callable[[], None]) -> None:
+    """Runs `close` to its end even if Ctrl-C is pressed meanwhile."""
     interrupt: KeyboardInterrupt | None = None
     while True:
         try:
@@ -71,46 +89,47 @@ def _finish(close: Callable[[], None]) -> None:
 
 
 class _Copy:
-    """Holds the original weights; every point is written from them, so nothing accumulates."""
+    """Keeps the original weights; every point is computed from them, so no error accumulates."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters())
-        divided = norms({name: p.detach() for name, p in self.parameters.items() if isinstance(p, DTensor)})
+        norms = full_norms({name: p.detach() for name, p in self.parameters.items() if isinstance(p, DTensor)})
         self.originals = {
-            name: part_of(parameter.detach().clone(), divided.get(name)) for name, parameter in self.parameters.items()
+            name: local_shard(parameter.detach().clone(), norms.get(name))
+            for name, parameter in self.parameters.items()
         }
 
     @torch.no_grad()
     def move(self, point: Point) -> None:
         for name, parameter in self.parameters.items():
-            original, target_RC = self.originals[name], as_rows(local(parameter))
-            target_RC.copy_(original.held_RC)
+            original, target_RC = self.originals[name], as_rows(local_tensor(parameter))
+            target_RC.copy_(original.entries_RC)
             add_point(name, target_RC, original, point)
 
     def check(self) -> None:
-        """Nothing can be missed: every parameter is written."""
+        """Every parameter is written at every point, so there is nothing to check."""
 
     def close(self) -> None:
         self.move(())
 
 
-def add_point(name: str, target_RC: Tensor, original: Part, point: Point) -> None:
-    """`target += Σ t·d` in place, on the part of the parameter that is here."""
+def add_point(name: str, target_RC: Tensor, original: LocalShard, point: Point) -> None:
+    """`target += Σ t·d` in place, on the entries of the parameter that this process holds."""
     for start, stop in row_blocks(*original.shape) if point else ():
-        target = target_RC[original.rows(start, stop)]
+        target = target_RC[original.local_rows(start, stop)]
         if target.numel():
             _add_block(name, target, original, (start, stop), point)
 
 
-def _add_block(name: str, target: Tensor, original: Part, rows: tuple[int, int], point: Point) -> None:
+def _add_block(name: str, target: Tensor, original: LocalShard, rows: tuple[int, int], point: Point) -> None:
     for direction, t in point:
-        block = direction.block(name, original.handed, *rows) if t else None
+        block = direction.block(name, original, *rows) if t else None
         if block is not None:
             target.add_(block, alpha=t)
 
 
 def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
-    """A module's parameters that are no other module's that runs: those in its lists and dicts of parameters too."""
+    """A module's own parameters, with those in its parameter lists and dicts, which have no forward pass."""
     yield from module.parameters(recurse=False)
     for child in module.children():
         if isinstance(child, nn.ParameterDict | nn.ParameterList):
@@ -118,17 +137,17 @@ def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
 
 
 class _Virtual:
-    """Gives the layers forward functions that perturb as they go; the stored weights are never written.
+    """Replaces layers' forward functions by ones that perturb the weights on the fly.
 
-    Linear and embedding layers compute from row blocks. Any other module that owns parameters holds its perturbed
-    ones, one module at a time, from before its forward until after it.
+    Linear and embedding layers compute from perturbed row blocks and never write their weights. The parameters of any
+    other module are perturbed in place before its forward pass and restored after it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.point: Point = ()
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.handles: list[Any] = []
-        self.replaced: dict[nn.Module, Callable | None] = {}  # with the forward that an instance had of its own
+        self.replaced: dict[nn.Module, Callable | None] = {}  # instance attributes, None where there was none
         self.held: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self.owners: dict[nn.Module, str] = {}
         self.ran: set[nn.Module] = set()
@@ -150,13 +169,13 @@ class _Virtual:
         self.point = point
 
     def check(self) -> None:
-        """Sees that the last evaluation ran every module that owns parameters: others would not have moved."""
+        """Raises ValueError if the last evaluation did not run every module with parameters: those were not moved."""
         missed = [name for module, name in self.owners.items() if module not in self.ran]
         ran, self.ran = self.ran, set()
         if ran and missed:
             raise ValueError(
-                f"memory='low' moves parameters of modules that run; {missed[0]} did not, or its parameters are used "
-                "by others; use memory='copy'"
+                f"memory='low' moves parameters of modules that run; {missed[0]} did not run, or other modules use "
+                "its parameters; use memory='copy'"
             )
 
     def close(self) -> None:
@@ -177,7 +196,7 @@ class _Virtual:
 
     def _linear(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            x = x.to(module.weight.device)  # a model over several devices brings it there in the forward replaced here
+            x = x.to(module.weight.device)  # accelerate's hooks for several devices are in the replaced forward
             if not self.point:
                 return functional.linear(x, module.weight, module.bias)
             self.ran.add(module)
@@ -225,12 +244,12 @@ class _Virtual:
         """A perturbed copy of one row block."""
         name, original = self.names[id(weight)], weight.detach()
         rows = original[start:stop].clone()
-        _add_block(name, rows, part_of(original), (start, stop), self.point)
+        _add_block(name, rows, local_shard(original), (start, stop), self.point)
         return rows
 
     def _whole(self, parameter: Tensor) -> Tensor:
         copy = parameter.detach().clone()
-        add_point(self.names[id(parameter)], as_rows(copy), part_of(parameter.detach()), self.point)
+        add_point(self.names[id(parameter)], as_rows(copy), local_shard(parameter.detach()), self.point)
         return copy
 
     @torch.no_grad()
@@ -241,7 +260,7 @@ class _Virtual:
         kept = [(parameter, parameter.detach().clone()) for parameter in _own_parameters(module)]
         self.held[module] = kept
         for parameter, original in kept:
-            add_point(self.names[id(parameter)], as_rows(parameter), part_of(original), self.point)
+            add_point(self.names[id(parameter)], as_rows(parameter), local_shard(original), self.point)
 
     @torch.no_grad()
     def _release(self, module: nn.Module, *_: Any) -> None:

@@ -1,7 +1,7 @@
 """Curvature: the Hessian's top eigenvalue and trace, and the critical sharpness.
 
-`terms(model)` yields the loss as differentiable scalars that sum to it, a batch each, so that one batch's graph
-exists at a time; `TokenLoss.terms` is one. Parameters that need no gradient are left out.
+`terms(model)` yields the loss as differentiable scalars that sum to it, one per batch, so that the graph of one batch
+exists at a time; `TokenLoss.terms` is such a function. Only parameters that require a gradient are considered.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_lowrank.statistics import Estimate
 
-from .directions import keyed_generator
-from .engine import Memory, movable
+from .directions import RankOne, keyed_generator
+from .engine import Memory, sweep
 from .losses import Loss
+from .process_group import ProcessGroup, map_over
 from .statistics import interval_of_draws
-from .team import Team, each
 
 Terms = Callable[[nn.Module], Iterable[Tensor]]
 
@@ -30,9 +30,7 @@ def gradient(model: nn.Module, terms: Terms) -> dict[str, Tensor]:
     names, parameters = _trainable(model)
     total = [torch.zeros_like(parameter) for parameter in parameters]
     for term in terms(model):
-        for whole, part in zip(total, torch.autograd.grad(term, parameters, allow_unused=True), strict=True):
-            if part is not None:
-                whole.add_(part)
+        _add(total, torch.autograd.grad(term, parameters, allow_unused=True))
     return dict(zip(names, total, strict=True))
 
 
@@ -44,11 +42,14 @@ def hessian_vector_product(model: nn.Module, terms: Terms, vector: list[Tensor])
         for term in terms(model):
             first = torch.autograd.grad(term, parameters, create_graph=True, allow_unused=True)
             inner = sum(((g * v).sum() for g, v in zip(first, vector, strict=True) if g is not None), term * 0)
-            second = torch.autograd.grad(inner, parameters, allow_unused=True)
-            for whole, part in zip(total, second, strict=True):
-                if part is not None:
-                    whole.add_(part)
+            _add(total, torch.autograd.grad(inner, parameters, allow_unused=True))
     return total
+
+
+def _add(total: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
+    for tensor, gradient in zip(total, gradients, strict=True):
+        if gradient is not None:
+            tensor.add_(gradient)
 
 
 def hessian_top_eigenvalue(
@@ -62,8 +63,8 @@ def hessian_top_eigenvalue(
 ) -> tuple[float, float]:
     """(largest eigenvalue of the Hessian, bound on its error) by Lanczos with full reorthogonalisation.
 
-    Keeps one vector of the size of the model for each iteration. Stops when the residual of the top Ritz pair falls
-    below `tolerance` times its value. "Largest" is by value, not magnitude; higher is sharper.
+    Keeps a vector of the size of the model for each iteration. Stops when the residual of the top Ritz pair is below
+    `tolerance` times its value. "Largest" is by value, not magnitude; higher is sharper.
 
     Raises:
         ValueError: no parameter requires a gradient, or a product is not finite.
@@ -105,11 +106,11 @@ def hessian_trace(
     probes: int = 10,
     seed: int = 0,
     progress: Callable[[], None] | None = None,
-    replicas: Team | None = None,
+    replicas: ProcessGroup | None = None,
 ) -> Estimate:
     """Trace of the Hessian by Hutchinson's estimator with Rademacher probes, and its Student-t interval.
 
-    `replicas` as for `line_curve`: they divide the probes.
+    `replicas` as for `line_curve`; they split the probes.
     """
     names, parameters = _trainable(model)
 
@@ -121,7 +122,7 @@ def hessian_trace(
         return float(_flat(product) @ _flat(vector))
 
     with _eval(model):
-        draws = each(draw, range(probes), replicas)
+        draws = map_over(replicas, draw, range(probes))
     return interval_of_draws(draws)
 
 
@@ -139,28 +140,17 @@ def critical_sharpness(
     """`2/η_c`, η_c the smallest step along `−direction` that no longer lowers the loss (arXiv 2601.16979).
 
     With the gradient as direction and a quadratic loss it is `gᵀHg/gᵀg`. η_c is bracketed by doubling or halving
-    from `start` and bisected to a relative `tolerance`; some ten evaluations. Higher is sharper.
+    from `start` and bisected to a relative `tolerance`, in about ten evaluations. Higher is sharper.
 
     Raises:
         ValueError: no step up to 2⁴⁰ `start` raises the loss, or every one down to 2⁻⁴⁰ `start` does.
     """
-    from .directions import RankOne
-
     along = RankOne({}, direction)
-    with movable(model, memory=memory) as move:
-
-        def at(step: float) -> float:
-            move([(along, -step)] if step else ())
-            value = float(loss(model))
-            if progress:
-                progress()
-            return value
-
-        center = at(0.0) if center is None else center
+    with sweep(model, loss, memory=memory, progress=progress) as loss_at:
+        center = loss_at(()) if center is None else center
 
         def rises(step: float) -> bool:
-            value = at(step)
-            return not value < center
+            return not loss_at([(along, -step)]) < center
 
         low, high, step = 0.0, math.inf, start
         for _ in range(40):
@@ -216,8 +206,8 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _split(flat: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
-    parts = flat.split([parameter.numel() for parameter in like])
-    return [part.view(parameter.shape).to(parameter) for part, parameter in zip(parts, like, strict=True)]
+    pieces = flat.split([parameter.numel() for parameter in like])
+    return [piece.view(parameter.shape).to(parameter) for piece, parameter in zip(pieces, like, strict=True)]
 
 
 def _tridiagonal(alphas: list[float], betas: list[float]) -> Tensor:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .directions import Difference
-from .engine import Memory, movable
+from .engine import Memory, sweep
 from .losses import Loss
-from .team import Team, each
+from .process_group import ProcessGroup, map_over
 
 
 def path_grid(points: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Positions from `low` ≤ 0 to `high` ≥ 1 that hold 0 and 1 exactly, `points` of them strictly between 0 and 1."""
+    """Evenly spaced positions from `low` ≤ 0 to `high` ≥ 1, with exact 0 and 1, `points` of them strictly between."""
     if points < 1 or low > 0 or high < 1:
         raise ValueError(f"a path needs points ≥ 1, low ≤ 0 and high ≥ 1, got {points}, {low} and {high}")
     step = 1 / (points + 1)
@@ -34,25 +34,25 @@ def interpolation_curve(
     ends: tuple[float, float] | None = None,
     memory: Memory = "copy",
     progress: Callable[[], None] | None = None,
-    replicas: Team | None = None,
+    replicas: ProcessGroup | None = None,
 ) -> Tensor:
     """Losses (P,) float64 at `(1−t) θ₀ + t θ₁` for positions `t`; values outside [0, 1] extrapolate.
 
     Args:
-        model: θ₀, float32; comes back bit-equal.
+        model: θ₀, float32; every weight gets its original bits back.
         end: θ₁, a model or its parameters by name; tied parameters are named once, as `named_parameters` does.
         loss: `loss(model) -> float`.
-        positions: `t`, any order.
-        ends: losses at 0 and 1 if known already; they are not evaluated again.
+        positions: `t`, in any order.
+        ends: losses at 0 and 1 if they are known; they are not evaluated again.
         memory, progress: as for `line_curve`.
-        replicas: processes with the same models, which divide the positions among them; all call this.
+        replicas: processes with the same models, which split the positions; all of them call this function.
 
     Raises:
         ValueError: parameters of the two differ in name or shape; the message names one.
     """
     tensors = dict(end.named_parameters()) if isinstance(end, nn.Module) else end
-    here = dict(model.named_parameters())
-    for name, parameter in here.items():
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
         if name not in tensors:
             raise ValueError(f"the models must have the same parameters; {name} is missing in the second")
         if tensors[name].shape != parameter.shape:
@@ -60,22 +60,15 @@ def interpolation_curve(
                 f"the models must have the same parameters; {name} is {tuple(parameter.shape)} "
                 f"in the first and {tuple(tensors[name].shape)} in the second"
             )
-    if isinstance(end, nn.Module) and (extra := sorted(set(tensors) - set(here))):
+    if isinstance(end, nn.Module) and (extra := sorted(set(tensors) - set(parameters))):
         raise ValueError(f"the models must have the same parameters; {extra[0]} is missing in the first")
     difference = Difference({name: tensor.detach() for name, tensor in tensors.items()})
     known = {} if ends is None else {0.0: ends[0], 1.0: ends[1]}
     path = torch.as_tensor(positions, dtype=torch.float64).tolist()
-    with movable(model, memory=memory) as move:
-
-        def at(t: float) -> float:
-            move([(difference, t)] if t else ())
-            value = float(loss(model))
-            if progress:
-                progress()
-            return value
-
-        unknown = [t for t in dict.fromkeys(path) if t not in known]
-        known.update(zip(unknown, each(at, unknown, replicas), strict=True))
+    unknown = [t for t in dict.fromkeys(path) if t not in known]
+    points = [[(difference, t)] if t else [] for t in unknown]
+    with sweep(model, loss, memory=memory, progress=progress) as loss_at:
+        known.update(zip(unknown, map_over(replicas, loss_at, points), strict=True))
     return torch.tensor([known[t] for t in path], dtype=torch.float64)
 
 
@@ -85,15 +78,16 @@ def loss_barrier(
     *,
     reference: Literal["mean", "interpolated"] = "mean",
 ) -> float:
-    """`max_{0<t<1} L(t) − ½(L(0) + L(1))`, in nats; 0 or below: no barrier.
+    """`max_{0<t<1} L(t) − ½(L(0) + L(1))`, in nats; there is no barrier where it is 0 or below.
 
     Args:
         losses: along the path, at least one strictly between the end points.
-        positions: their `t`, which must hold 0 and 1; None: evenly spaced from 0 to 1.
-        reference: `"interpolated"` measures against the line between the end points' losses (arXiv 2110.06296).
+        positions: their `t`, with 0 and 1; None: evenly spaced from 0 to 1.
+        reference: what is subtracted; `"interpolated"` is the chord between the end points' losses
+            (arXiv 2110.06296) in place of their mean.
 
     Raises:
-        ValueError: an end point or the inside is missing.
+        ValueError: an end point or every inner point is missing.
     """
     y = torch.as_tensor(losses, dtype=torch.float64)
     count = y.numel()

@@ -1,7 +1,7 @@
-"""The loss along lines through a model's weights, and what its shape says.
+"""The loss along lines through a model's weights, and the metrics of its shape.
 
-`loss` is any callable from the model to a number. Offsets `t` are a symmetric grid that holds 0 exactly; the centre
-is evaluated once. Shapes: D draws or directions, G offsets.
+`loss` is any callable from the model to a number. Offsets `t` are a symmetric grid with an exact 0; the centre is
+evaluated once. Shapes: D draws or directions, G offsets.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from hf_lowrank.statistics import Estimate, student_t_quantile
 
 from .directions import Direction, Gaussian, Normalize, weight_pca_directions
-from .engine import Memory, movable
+from .engine import Memory, sweep
 from .losses import Loss
-from .parts import norms
+from .process_group import ProcessGroup, map_over
+from .sharding import full_norms
 from .statistics import interval_of_draws, jackknife_interval
-from .team import Team, each
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Curve:
         """Lower and upper ends (G,) of the Student-t interval of the mean; NaN for a single direction."""
         count = self.losses.shape[0]
         if count < 2:
-            nothing = torch.full_like(self.mean(), math.nan)
-            return nothing, nothing
+            undefined = torch.full_like(self.mean(), math.nan)
+            return undefined, undefined
         half = student_t_quantile((1 + confidence) / 2, count - 1) * self.losses.std(0) / math.sqrt(count)
         return self.mean() - half, self.mean() + half
 
@@ -65,8 +66,17 @@ def weight_scale(model: nn.Module) -> float:
     """Root-mean-square entry of the parameters with two or more dimensions (all, if there are none)."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     parameters = {name: p for name, p in parameters.items() if p.ndim >= 2} or parameters
-    squares = sum(norm**2 for norm in norms(parameters).values())
+    squares = sum(norm**2 for norm in full_norms(parameters).values())
     return math.sqrt(squares / sum(p.numel() for p in parameters.values()))
+
+
+class SweepOptions(TypedDict, total=False):
+    """Options of `line_curve` that the curves below pass on."""
+
+    memory: Memory
+    center: float | None
+    progress: Callable[[], None] | None
+    replicas: ProcessGroup | None
 
 
 def line_curve(
@@ -78,9 +88,9 @@ def line_curve(
     memory: Memory = "copy",
     center: float | None = None,
     progress: Callable[[], None] | None = None,
-    replicas: Team | None = None,
+    replicas: ProcessGroup | None = None,
 ) -> Curve:
-    """Losses at `θ + t d` for every direction and offset; the weights come back bit-equal.
+    """Losses at `θ + t d` for every direction and offset; every weight gets its original bits back.
 
     Args:
         model: parameters in float32.
@@ -88,9 +98,9 @@ def line_curve(
         directions: D of them, used one after another.
         offsets: symmetric, with 0 exactly.
         memory: `"copy"` or `"low"`, see `movable`.
-        center: the loss at the model itself if known already; it is not evaluated again.
+        center: the loss at the model itself if it is known; it is not evaluated again.
         progress: called after each evaluation.
-        replicas: processes with the same model, which divide the directions among them; all call this.
+        replicas: processes with the same model, which split the directions; all of them call this function.
 
     Raises:
         ValueError: the grid is not symmetric around an exact 0, there is no direction, or the loss at `θ` itself is
@@ -99,27 +109,15 @@ def line_curve(
     grid = torch.as_tensor(offsets, dtype=torch.float64).sort().values
     if not bool((grid == -grid.flip(0)).all()) or not bool((grid == 0).any()):
         raise ValueError(f"offsets must be symmetric and hold 0, got {grid.tolist()}")
-    with movable(model, memory=memory) as move:
-        if center is None:
-            center = float(loss(model))
-            if progress:
-                progress()
+    with sweep(model, loss, memory=memory, progress=progress) as loss_at:
+        center = loss_at(()) if center is None else center
         if not math.isfinite(center):
             raise ValueError(f"the loss at the weights themselves is {center}; nothing can be measured around it")
 
         def along(direction: Direction) -> list[float]:
-            row = []
-            for t in grid.tolist():
-                if t == 0:
-                    row.append(center)
-                    continue
-                move([(direction, t)])
-                row.append(float(loss(model)))
-                if progress:
-                    progress()
-            return row
+            return [loss_at([(direction, t)]) if t else center for t in grid.tolist()]
 
-        rows = each(along, directions, replicas)
+        rows = map_over(replicas, along, directions)
     if not rows:
         raise ValueError("there must be at least one direction")
     return Curve(grid, torch.tensor(rows, dtype=torch.float64))
@@ -133,21 +131,15 @@ def random_curve(
     draws: int,
     seed: int = 0,
     normalize: Normalize = "none",
-    memory: Memory = "copy",
-    center: float | None = None,
-    progress: Callable[[], None] | None = None,
-    replicas: Team | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Curve:
     """Losses along `draws` random directions `d ~ N(0, I)` over all parameters (arXiv 2605.13652).
 
-    Each draw has its own generator, keyed by seed, draw and parameter name: the same numbers whatever the device
-    or the number of draws. Offsets are in units of the weights (for `normalize="none"`, the standard deviation of
-    the change of each weight). Arguments and errors as for `line_curve`.
+    Each draw has its own generator, keyed by seed, draw and parameter name, so the numbers do not depend on the device
+    or the number of draws. Offsets are in units of the weights (for `normalize="none"`, the standard deviation of the
+    change of each weight). Other arguments and errors as for `line_curve`.
     """
-    directions = (Gaussian(seed, draw, normalize) for draw in range(draws))
-    return line_curve(
-        model, loss, directions, offsets, memory=memory, center=center, progress=progress, replicas=replicas
-    )
+    return line_curve(model, loss, (Gaussian(seed, draw, normalize) for draw in range(draws)), offsets, **options)
 
 
 def pca_curve(
@@ -158,17 +150,14 @@ def pca_curve(
     count: int = 1,
     normalize: Normalize = "none",
     directions: Sequence[Direction] | None = None,
-    memory: Memory = "copy",
-    center: float | None = None,
-    progress: Callable[[], None] | None = None,
-    replicas: Team | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Curve:
     """Losses along the top `count` PCA directions of the weights, or along `directions` if given.
 
-    See `weight_pca_directions` and `trajectory_pca_directions`. Arguments and errors as for `line_curve`.
+    See `weight_pca_directions` and `trajectory_pca_directions`. Other arguments and errors as for `line_curve`.
     """
     chosen = weight_pca_directions(model, count, normalize=normalize) if directions is None else directions[:count]
-    return line_curve(model, loss, chosen, offsets, memory=memory, center=center, progress=progress, replicas=replicas)
+    return line_curve(model, loss, chosen, offsets, **options)
 
 
 def plane(
@@ -181,25 +170,17 @@ def plane(
     y_offsets: Tensor | Sequence[float],
     memory: Memory = "copy",
     progress: Callable[[], None] | None = None,
-    replicas: Team | None = None,
+    replicas: ProcessGroup | None = None,
 ) -> Tensor:
-    """Losses (Y, X) float64 at `θ + x d₁ + y d₂`, for a two-dimensional landscape (arXiv 1712.09913).
+    """Losses (Y, X) float64 at `θ + x d₁ + y d₂`, a two-dimensional landscape (arXiv 1712.09913).
 
-    `replicas` as for `line_curve`: they divide the points.
+    Other arguments as for `line_curve`; `replicas` split the points.
     """
     xs = torch.as_tensor(x_offsets, dtype=torch.float64).tolist()
     ys = torch.as_tensor(y_offsets, dtype=torch.float64).tolist()
-    with movable(model, memory=memory) as move:
-
-        def at(point: tuple[float, float]) -> float:
-            x, y = point
-            move([(first, x), (second, y)])
-            value = float(loss(model))
-            if progress:
-                progress()
-            return value
-
-        losses = each(at, [(x, y) for y in ys for x in xs], replicas)
+    points = [((first, x), (second, y)) for y in ys for x in xs]
+    with sweep(model, loss, memory=memory, progress=progress) as loss_at:
+        losses = map_over(replicas, loss_at, points)
     return torch.tensor(losses, dtype=torch.float64).reshape(len(ys), len(xs))
 
 
@@ -210,7 +191,7 @@ def expected_sharpness(losses: Tensor | Sequence[float]) -> float:
         losses: (G,) or (D, G), G odd, at ascending offsets. Several directions are averaged.
 
     Returns:
-        Nats (the unit of the loss); higher is sharper, negative where the model sits above its surroundings.
+        Nats (the unit of the loss). Higher is sharper; negative where the loss around the model is lower on average.
     """
     x = torch.as_tensor(losses, dtype=torch.float64)
     return float(sharpness_per_direction(x.reshape(-1, x.shape[-1])).mean())
@@ -220,9 +201,9 @@ def sharpness_per_direction(losses_DG: Tensor) -> Tensor:
     """(D,) the sharpness along each direction."""
     count = losses_DG.shape[-1]
     if count < 3 or count % 2 == 0:
-        raise ValueError(f"losses must lie on a symmetric grid with its centre, got {count} of them")
+        raise ValueError(f"losses must be on a symmetric grid with its centre, got {count} of them")
     center = losses_DG[..., count // 2, None]
-    # t = 0 adds nothing to the sum: the mean runs over the (G − 1)/2 offsets above 0.
+    # The term of t = 0 is 0: the mean is over the (G − 1)/2 offsets above 0.
     return (losses_DG - center).sum(-1) / (count - 1)
 
 

@@ -1,6 +1,6 @@
-"""Losses that the landscape metrics probe: callables from a model to one number.
+"""Losses for the landscape metrics: callables from a model to one number.
 
-Anything `loss(model) -> float` will do. `TokenLoss` is the one for causal language models. Shapes: N sequences of
+Any `loss(model) -> float` works; `TokenLoss` is the one for causal language models. Shapes: N sequences of
 T tokens, V words, H hidden units.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .team import Team
+from .process_group import ProcessGroup
 
 Loss = Callable[[nn.Module], float]
 
@@ -24,21 +24,21 @@ class TokenLoss:
     """Mean negative log-likelihood per token, in nats, of fixed sequences under a causal language model.
 
     The model is called as `model(input_ids=…, attention_mask=…, use_cache=False)` and must return `.logits`
-    (batch, T, V). The first token of a sequence is not predicted; padding (mask 0) is never predicted. Sums are
-    kept in float64, so that the batch size changes the result by rounding only.
+    (batch, T, V). The first token of a sequence and padding (mask 0) are not predicted. Sums are kept in float64, so
+    that the batch size changes the result by rounding only.
 
     Args:
         input_ids_NT: (N, T) int64.
         attention_mask_NT: (N, T), 1 for tokens, 0 for padding; None: no padding.
-        batch_tokens: sequences go through the model in batches of about this many tokens.
-        vocabulary_chunk: rows of the output head whose logits exist at a time; None computes all logits at once
-            where a batch of them takes less than 256 MiB. Chunks need a model with `get_output_embeddings()` whose
-            logits are that head's plain output; any other model is measured whole.
-        team: the processes that hold the model together: each takes its share of a batch, which is of `batch_tokens`
-            for each of them; the sums are put together in the order of the sequences.
+        batch_tokens: about how many tokens a batch has.
+        vocabulary_chunk: rows of the output head whose logits are computed at a time; None: all of them where a batch
+            of logits takes less than 256 MiB. Chunks need a model with `get_output_embeddings()` whose logits are
+            that head's plain output; any other model computes all logits at once.
+        shards: the processes over which the model is sharded. A batch has `batch_tokens` for each of them, and each
+            evaluates its slice; the sums are gathered in the order of the sequences.
 
     Raises:
-        ValueError: shapes do not fit, or no token is predicted.
+        ValueError: shapes do not match, or no token is predicted.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class TokenLoss:
         *,
         batch_tokens: int = 4096,
         vocabulary_chunk: int | None = None,
-        team: Team | None = None,
+        shards: ProcessGroup | None = None,
     ) -> None:
         mask = torch.ones_like(input_ids_NT) if attention_mask_NT is None else attention_mask_NT
         if input_ids_NT.ndim != 2 or mask.shape != input_ids_NT.shape:
@@ -62,8 +62,8 @@ class TokenLoss:
         self.tokens = int(_predicted(self.attention_mask).sum())
         if self.tokens == 0:
             raise ValueError("the evaluation sequences predict no token: all are shorter than two tokens")
-        self.team = team
-        self.batch_size = max(1, batch_tokens // input_ids_NT.shape[1]) * (1 if team is None else team.size)
+        self.shards = shards
+        self.batch_size = max(1, batch_tokens // input_ids_NT.shape[1]) * (1 if shards is None else shards.size)
         self.vocabulary_chunk = vocabulary_chunk
         self._chunkable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -75,10 +75,10 @@ class TokenLoss:
     @torch.no_grad()
     def per_sequence(self, model: nn.Module) -> Tensor:
         """(N,) float64: summed negative log-likelihood of each sequence."""
-        return torch.cat([self._together(model, ids, mask) for ids, mask in self.batches(model)])
+        return torch.cat([self._gathered(model, ids, mask) for ids, mask in self.batches(model)])
 
     def terms(self, model: nn.Module) -> Iterator[Tensor]:
-        """The loss as differentiable scalars, one a batch, that sum to it; for gradients and Hessians."""
+        """The loss as differentiable scalars that sum to it, one per batch; for gradients and Hessians."""
         for ids, mask in self.batches(model):
             with torch.enable_grad():
                 logits = self._forward(model, ids, mask)[:, :-1].float()
@@ -87,17 +87,17 @@ class TokenLoss:
                 yield (loss.view(ids.shape[0], -1) * _predicted(mask).to(loss.device)).sum() / self.tokens
 
     def batches(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches (ids, mask) on the model's device, of equal token count but for the last."""
+        """Batches (ids, mask) on the model's device, all of one size but the last."""
         device = next(model.parameters()).device
         for start in range(0, self.input_ids.shape[0], self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield self.input_ids[rows].to(device), self.attention_mask[rows].to(device)
 
-    def _together(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        if self.team is None:
+    def _gathered(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+        if self.shards is None:
             return self._batch(model, ids, mask).cpu()
-        share = self._batch(model, self.team.share(ids), self.team.share(mask)).cpu()
-        return self.team.join(share, ids.shape[0])
+        own = self._batch(model, self.shards.batch_slice(ids), self.shards.batch_slice(mask)).cpu()
+        return self.shards.gather_batch(own, ids.shape[0])
 
     def _batch(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         targets, counted = ids[:, 1:], _predicted(mask)
@@ -106,7 +106,7 @@ class TokenLoss:
         if chunk is not None and self._is_plain(model, head, ids):
             with returning_input(head):
                 hidden = self._forward(model, ids, mask)[:, :-1]
-            with whole_root(model):
+            with unsharded_root(model):
                 loss = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), head, chunk)
         else:
             logits = self._forward(model, ids, mask)[:, :-1].float()
@@ -127,24 +127,24 @@ class TokenLoss:
         return None if logits_bytes < 256 * 2**20 else max(1, 64 * 2**20 // (ids.numel() * 4))
 
     def _is_plain(self, model: nn.Module, head: Any, ids: Tensor) -> bool:
-        """Whether the model's logits are its head's output; some cap or scale them. Tried once per model."""
+        """Whether the model's logits are its head's output; some cap or scale them. Tested once per model."""
         if model not in self._chunkable:
-            few = self.input_ids[:1, :8].to(ids.device)  # of a team, the same for all
+            few = self.input_ids[:1, :8].to(ids.device)  # the same in all processes
             mask = torch.ones_like(few)
             expected = self._forward(model, few, mask)
             with returning_input(head):
                 hidden = self._forward(model, few, mask)
             same = hidden.shape[:-1] == expected.shape[:-1] and hidden.shape[-1] == head.weight.shape[1]
-            with whole_root(model):
+            with unsharded_root(model):
                 self._chunkable[model] = same and torch.allclose(head(hidden), expected, rtol=1e-4, atol=1e-5)
         return self._chunkable[model]
 
 
 def chunked_cross_entropy(hidden_NH: Tensor, targets_N: Tensor, head: Any, chunk: int) -> Tensor:
-    """Negative log-likelihood (N,) float32 of `targets` under `head(hidden)`, with `chunk` logits a row at a time.
+    """Negative log-likelihood (N,) float32 of `targets` under `head(hidden)`, `chunk` logits per row at a time.
 
-    A head may offer `row_block(start, stop) -> (weight, bias)`; the low-memory engine does, so that a perturbed
-    output head never exists whole.
+    A head may have `row_block(start, stop) -> (weight, bias)`; the low-memory engine adds it, so that a perturbed
+    output head never exists as a whole.
     """
     rows = getattr(head, "row_block", None) or (
         lambda start, stop: (head.weight[start:stop], None if head.bias is None else head.bias[start:stop])
@@ -163,21 +163,21 @@ def chunked_cross_entropy(hidden_NH: Tensor, targets_N: Tensor, head: Any, chunk
 
 
 @contextmanager
-def whole_root(model: Any) -> Iterator[None]:
-    """Within, what the root of a model that FSDP2 divides holds itself (embeddings, output head) is whole."""
-    divided = hasattr(model, "unshard")
-    if divided:
+def unsharded_root(model: Any) -> Iterator[None]:
+    """Gathers the parameters of the root of a model under FSDP2 (embeddings, output head) in the block."""
+    sharded = hasattr(model, "unshard")
+    if sharded:
         model.unshard()
     try:
         yield
     finally:
-        if divided:
+        if sharded:
             model.reshard()
 
 
 @contextmanager
 def returning_input(module: Any) -> Iterator[None]:
-    """Within, calling `module` gives back its input."""
+    """Makes calls of `module` return their input for the time of the block."""
     had = module.__dict__.get("forward")
     module.forward = lambda hidden: hidden
     try:
@@ -190,5 +190,5 @@ def returning_input(module: Any) -> Iterator[None]:
 
 
 def _predicted(mask: Tensor) -> Tensor:
-    """(N, T−1) bool: positions whose next token is a real one and follows a real one."""
+    """(N, T−1) bool: positions where neither the token nor the next one is padding."""
     return (mask[:, 1:] == 1) & (mask[:, :-1] == 1)

@@ -1,7 +1,7 @@
-"""Singular values of weights and updates, and the quantities read off them.
+"""Singular values of weights and updates, and the quantities computed from them.
 
-One decomposition per matrix serves them all. Singular values are always float64, descending, and come from the
-smaller Gram matrix, formed in float64: exact for float32 weights to about 1e-8 of the largest one, which float32
+One decomposition per matrix serves them all. Singular values are float64, descending, and come from the smaller Gram
+matrix, computed in float64: for float32 weights their error is about 1e-8 of the largest one, which float32
 decompositions do not reach where a gap is small.
 
 Shapes: M × N matrices, R their (low) rank, K = min(M, N) singular values.
@@ -23,8 +23,8 @@ R = TypeVar("R")
 BATCH_BYTES = 64 * 2**20
 
 
-def gram_eigenvalues_to_singular_values(eigenvalues: Tensor) -> Tensor:
-    """Descending singular values of ascending Gram eigenvalues; what rounding made negative is 0."""
+def _from_gram_eigenvalues(eigenvalues: Tensor) -> Tensor:
+    """Descending singular values from ascending eigenvalues of the Gram matrix, negative ones (rounding) as 0."""
     return eigenvalues.flip(-1).clamp_min(0).sqrt()
 
 
@@ -35,7 +35,7 @@ def singular_values(matrix_MN: Tensor) -> Tensor:
         ValueError: the matrix holds a value that is not finite, or has fewer than two dimensions.
     """
     matrix = _checked(matrix_MN)
-    return gram_eigenvalues_to_singular_values(torch.linalg.eigvalsh(_gram(matrix), UPLO="U"))
+    return _from_gram_eigenvalues(torch.linalg.eigvalsh(_gram(matrix), UPLO="U"))
 
 
 def singular_vectors(matrix_MN: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,26 +47,26 @@ def singular_vectors(matrix_MN: Tensor, count: int) -> tuple[Tensor, Tensor, Ten
     matrix = _checked(matrix_MN).double()
     tall = matrix.shape[0] >= matrix.shape[1]
     values, vectors = torch.linalg.eigh(_gram(matrix), UPLO="U")
-    sigma = gram_eigenvalues_to_singular_values(values)
+    sigma = _from_gram_eigenvalues(values)
     count = min(count, sigma.numel())
     inner = vectors.flip(-1)[:, :count]
     outer = (matrix if tall else matrix.mT) @ inner
-    outer = torch.linalg.qr(outer)[0] * _column_signs(torch.linalg.qr(outer)[1])
+    q, r = torch.linalg.qr(outer)
+    outer = q * _signs(torch.diagonal(r))
     u, v = (outer, inner) if tall else (inner, outer)
-    signs = torch.sign(v.gather(0, v.abs().argmax(0, keepdim=True)))
-    signs[signs == 0] = 1
+    signs = _signs(v.gather(0, v.abs().argmax(0, keepdim=True)))
     return sigma, u * signs, v * signs
 
 
 def product_singular_values(b_MR: Tensor, a_RN: Tensor, scaling: float = 1.0) -> Tensor:
     """Singular values of `scaling · B A` in O((M + N) R²), without forming it; min(M, N) of them, float64.
 
-    QR of both factors leaves an R × R core with the same non-zero singular values; the others are exact zeros.
+    QR of both factors reduces it to an R × R core with the same non-zero singular values; the others are exact zeros.
     """
     b, a = _checked(b_MR).double(), _checked(a_RN).double()
     if b.shape[1] != a.shape[0]:
         raise ValueError(f"factors must be (M, R) and (R, N), got {tuple(b.shape)} and {tuple(a.shape)}")
-    core = _triangle(b) @ _triangle(a.mT).mT
+    core = torch.linalg.qr(b, mode="r")[1] @ torch.linalg.qr(a.mT, mode="r")[1].mT
     sigma = torch.linalg.svdvals(core) * abs(scaling)
     full = min(b.shape[0], a.shape[1])
     return torch.cat([sigma[:full], sigma.new_zeros(max(0, full - sigma.numel()))])
@@ -84,7 +84,8 @@ def difference_factors(
 def many_singular_values(matrices: Iterable[Tensor], workers: int | None = None) -> list[Tensor]:
     """Singular values of many matrices, in order: equal shapes in one batch, batches over threads.
 
-    A decomposition of some hundred rows gains little from several threads; two at a time, one thread each, do.
+    A decomposition of a few hundred rows gains little from several threads; several at a time, with one thread each,
+    are faster.
     """
     kept = list(matrices)
     shapes: dict[tuple[int, ...], list[int]] = {}
@@ -101,12 +102,12 @@ def many_singular_values(matrices: Iterable[Tensor], workers: int | None = None)
         for position, index in enumerate(batch):
             results[index] = singular_values(kept[index]) if sigma is None else sigma[position]
 
-    for_threads(work, batches, workers)
+    map_threads(work, batches, workers)
     return results
 
 
-def for_threads(work: Callable[[T], R], items: Sequence[T], workers: int | None = None) -> list[R]:
-    """`[work(item) for item in items]`, over threads with one torch thread each, as many as torch uses."""
+def map_threads(work: Callable[[T], R], items: Sequence[T], workers: int | None = None) -> list[R]:
+    """`[work(item) for item in items]` in as many threads as torch uses, each with one torch thread."""
     threads = torch.get_num_threads() if workers is None else workers
     if threads <= 1 or len(items) <= 1:
         return [work(item) for item in items]
@@ -161,11 +162,11 @@ def relative_norm(update_K: Tensor, weight_K: Tensor) -> float:
 
 
 def tail_exponent(singular_values_K: Tensor) -> float:
-    """Exponent of the power law that fits the upper tail of the eigenvalues σ² best.
+    """Exponent of the power law that best fits the upper tail of the eigenvalues σ².
 
-    Maximum likelihood above each possible lower cut, the cut with the smallest Kolmogorov–Smirnov distance
-    (Clauset, Shalizi & Newman, arXiv 0706.1062), on `σ²` as heavy-tailed self-regularisation does
-    (arXiv 1901.08276). Above 1; smaller is a heavier tail; NaN with fewer than five positive values.
+    Maximum likelihood above each possible cutoff, and the cutoff with the smallest Kolmogorov–Smirnov distance
+    (Clauset, Shalizi & Newman, arXiv 0706.1062), on σ² as in heavy-tailed self-regularisation (arXiv 1901.08276).
+    Above 1; a smaller exponent is a heavier tail. NaN with fewer than five positive values.
     """
     x = singular_values_K.double().cpu().square().sort().values
     x = x[x > x.max() * 1e-12] if x.numel() else x
@@ -193,7 +194,7 @@ def tail_exponent(singular_values_K: Tensor) -> float:
 def subspace_overlap(u_MK: Tensor, v_MK: Tensor) -> float:
     """`‖UᵀV‖_F² / k`: mean squared cosine of the principal angles of two k-dimensional subspaces, in [0, 1].
 
-    Columns must be orthonormal; the bases must have as many columns each.
+    Columns must be orthonormal, and their number the same in both bases.
     """
     if u_MK.shape != v_MK.shape:
         raise ValueError(f"bases must have one shape, got {tuple(u_MK.shape)} and {tuple(v_MK.shape)}")
@@ -218,12 +219,12 @@ def _checked(matrix: Tensor) -> Tensor:
     if matrix.ndim < 2:
         raise ValueError(f"matrix must have two dimensions, got shape {tuple(matrix.shape)}")
     if not bool(torch.isfinite(matrix).all()):
-        raise ValueError(f"matrix of shape {tuple(matrix.shape)} must be finite, it holds NaN or infinity")
+        raise ValueError(f"matrix of shape {tuple(matrix.shape)} must be finite, it holds NaN or Inf")
     return matrix
 
 
 def _gram(matrix: Tensor) -> Tensor:
-    """The smaller Gram matrix in float64, of which only the upper triangle is right: the rest need not be computed."""
+    """The smaller Gram matrix in float64; only its upper triangle is filled in correctly."""
     tall = matrix.double() if matrix.shape[-2] >= matrix.shape[-1] else matrix.double().mT
     size = tall.shape[-1]
     gram = tall.new_zeros(*tall.shape[:-2], size, size)
@@ -234,12 +235,8 @@ def _gram(matrix: Tensor) -> Tensor:
     return gram
 
 
-def _triangle(tall: Tensor) -> Tensor:
-    """R of the QR decomposition, without Q."""
-    return torch.linalg.qr(tall, mode="r")[1]
-
-
-def _column_signs(r: Tensor) -> Tensor:
-    signs = torch.sign(torch.diagonal(r))
+def _signs(values: Tensor) -> Tensor:
+    """Their signs, 1 for 0."""
+    signs = torch.sign(values)
     signs[signs == 0] = 1
     return signs

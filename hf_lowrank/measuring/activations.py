@@ -1,14 +1,12 @@
-"""Metrics 14–16: hidden states against the baseline's at the same step."""
+"""Metrics 14–16: hidden states compared with those of the baseline at the same step."""
 
 from __future__ import annotations
 
-import math
-
 from hf_lowrank.geometry import activation_similarity
-from hf_lowrank.measuring.context import Row, StepContext
-from hf_lowrank.runs.measurements import UNDEFINED
+from hf_lowrank.measuring.context import StepContext
+from hf_lowrank.measuring.rows import Row, scope_rows
 
-# All hidden states of both models are held for one batch: so many tokens keep that below 200 MiB at 60M parameters.
+# All hidden states of both models are held for one batch: at 60M parameters less than 200 MiB for so many tokens.
 BATCH_TOKENS = 512
 FIELDS = {
     "activation_l2": "l2",
@@ -19,26 +17,19 @@ FIELDS = {
 
 
 def activation_rows(at: StepContext, wanted: set[str]) -> list[Row]:
-    """A row for each layer (`hidden_states.0` is the embedding's output) and their mean for the model."""
+    """Rows of every layer (`hidden_states.0` is the embedding's output) and of the model, their mean."""
     base = at.baseline_for_comparison()
     batches = at.run.token_loss(min(at.settings.batch_tokens, BATCH_TOKENS)).batches(at.model)
-    layers = activation_similarity(at.model, at.plain_baseline_model, batches, team=at.run.placement.team)
+    layers = activation_similarity(at.model, at.plain_baseline_model, batches, shards=at.run.placement.shards)
     at.run.tick()
     rows = []
     for metric in sorted(wanted):
-        values = {f"hidden_states.{i}": getattr(layer, FIELDS[metric]) for i, layer in enumerate(layers)}
-        finite = [value for value in values.values() if math.isfinite(value)]
-        values["model"] = sum(finite) / len(finite) if finite else math.nan
-        for scope, value in values.items():
-            reason = None if math.isfinite(value) else UNDEFINED + "the layer is constant over the positions"
-            rows.append(
-                Row(
-                    metric=metric,
-                    scope=scope,
-                    value=value,
-                    settings=at.run.evaluated_on,
-                    baseline=base.run.name,
-                    reason=reason,
-                )
-            )
+        rows += scope_rows(
+            metric,
+            {f"hidden_states.{i}": getattr(layer, FIELDS[metric]) for i, layer in enumerate(layers)},
+            kind="layer",
+            undefined="the layer is constant over the positions",
+            settings=at.run.evaluated_on,
+            baseline=base.run.name,
+        )
     return rows

@@ -1,12 +1,11 @@
-"""One checkpoint under measurement: what the metrics ask for, each thing read or computed once."""
+"""One checkpoint under measurement: what metrics need of it, each thing read or computed once."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -14,34 +13,15 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.geometry import Estimate, TokenLoss
-from hf_lowrank.measuring.settings import MeasureSettings
-from hf_lowrank.processes.faults import UndefinedError
-from hf_lowrank.processes.placement import OneDevice, parameters_of
+from hf_lowrank.geometry import TokenLoss
+from hf_lowrank.measuring.decompositions import singular_values_of_targets, singular_vectors_of_targets
+from hf_lowrank.measuring.rows import UndefinedError
+from hf_lowrank.processes.placement import Placement, parameters_of
 from hf_lowrank.runs.evaluation_set import FILE_NAME, EvaluationSet
+from hf_lowrank.runs.measure_settings import MeasureSettings
 from hf_lowrank.runs.measurements import OWN_BASELINE
+from hf_lowrank.runs.selection import size_of
 from hf_lowrank.runs.trajectory import Trajectory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A measurement before it knows its run and step."""
-
-    metric: str
-    scope: str = "model"
-    value: float = math.nan
-    ci_low: float = math.nan
-    ci_high: float = math.nan
-    n: int | None = None
-    baseline: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    reason: str | None = None
-
-    @classmethod
-    def of(cls, metric: str, estimate: Estimate, **rest: Any) -> Row:
-        """A row of a random estimate."""
-        value, low, high, draws = estimate
-        return cls(metric=metric, value=value, ci_low=low, ci_high=high, n=draws, **rest)
 
 
 @dataclass
@@ -49,17 +29,17 @@ class RunContext:
     """One run under measurement, and the run that it is compared with.
 
     Attributes:
-        trajectory, baseline: the runs; `baseline` None where there is none.
+        trajectory, baseline: the runs; `baseline` is None where there is none.
         settings: how to measure.
+        placement: where models are placed.
         evaluation: the given held-out sequences; None: the run's own.
-        placement: where models lie.
         no_baseline: why there is no baseline.
-        tick: called once for each evaluation of a loss.
+        tick: called after each evaluation of a loss.
     """
 
     trajectory: Trajectory
     settings: MeasureSettings
-    placement: OneDevice
+    placement: Placement
     evaluation: EvaluationSet | None = None
     baseline: Trajectory | None = None
     no_baseline: str | None = None
@@ -67,7 +47,7 @@ class RunContext:
 
     @cached_property
     def sequences(self) -> EvaluationSet:
-        """The held-out sequences that losses are measured on."""
+        """The held-out sequences on which losses are measured."""
         chosen = self.evaluation or self.trajectory.evaluation_set()
         vocabulary = getattr(self.trajectory.config.get_text_config(), "vocab_size", None)
         largest = int(chosen.input_ids.max())
@@ -84,62 +64,64 @@ class RunContext:
         return self.token_loss(self.settings.batch_tokens)
 
     def token_loss(self, batch_tokens: int) -> TokenLoss:
-        """The loss on the run's sequences, so many tokens at a time."""
+        """The loss on the run's sequences, with batches of about so many tokens."""
         chosen = self.sequences
-        return TokenLoss(chosen.input_ids, chosen.attention_mask, batch_tokens=batch_tokens, team=self.placement.team)
+        return TokenLoss(
+            chosen.input_ids, chosen.attention_mask, batch_tokens=batch_tokens, shards=self.placement.shards
+        )
 
-    def finite_loss(self, model: torch.nn.Module, where: str) -> float:
+    def finite_loss(self, model: torch.nn.Module, checkpoint: str) -> float:
         """The model's loss.
 
         Raises:
-            UserError: it is not finite; names `where`.
+            UserError: it is not finite; the message names the checkpoint.
         """
         value = self.loss(model)
         self.tick()
         if not math.isfinite(value):
-            raise UserError(f"{where}: the loss is {value}")
+            raise UserError(f"{checkpoint}: the loss is {value}")
         return value
 
     @property
     def evaluated_on(self) -> dict[str, Any]:
-        """What a measurement of a loss stores about its sequences."""
+        """What rows about a loss record of its sequences."""
         return {"evaluation": self.sequences.fingerprint[:16], "sequences": len(self.sequences)}
 
+    def settings_of(self, block: str) -> dict[str, Any]:
+        """What rows record of a block of settings and of the sequences."""
+        return {**getattr(self.settings, block).request(), **self.evaluated_on}
 
-def size_of(trajectory: Trajectory) -> str:
-    """What two runs must share to be compared: the plain architecture's shape, as a string."""
-    config = trajectory.config
-    base = getattr(config, "base_config", None) or config
-    fields = base if isinstance(base, dict) else base.to_dict()
-    names = (
-        "model_type",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-    )
-    return json.dumps({name: fields.get(name) for name in names}, sort_keys=True)
+    @property
+    def sweep(self) -> dict[str, Any]:
+        """Options of every function that evaluates the loss at perturbed weights."""
+        return {"memory": self.settings.memory, "progress": self.tick, "replicas": self.placement.replicas}
 
 
 @lru_cache(maxsize=256)
-def run_marks(trajectory: Trajectory) -> dict[str, str]:
-    """Fingerprints of what comes with a run: its evaluation set and its tokenizer, where they are there."""
-    marks = {}
+def _comparable_files(trajectory: Trajectory) -> dict[str, str]:
+    """Fingerprints of the run's evaluation set and tokenizer, where it has them."""
+    fingerprints = {}
     if trajectory.extra(FILE_NAME) is not None:
-        marks["evaluation set"] = trajectory.evaluation_set().fingerprint
+        fingerprints["evaluation set"] = trajectory.evaluation_set().fingerprint
     tokenizer = trajectory.extra("tokenizer/tokenizer.json")
     if tokenizer is not None:
-        marks["tokenizer"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    return marks
+        fingerprints["tokenizer"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    return fingerprints
 
 
 class StepContext:
-    """One checkpoint of a run under measurement."""
+    """One checkpoint of a run under measurement.
 
-    def __init__(self, run: RunContext, step: int, earlier: StepContext | None = None) -> None:
-        self.run, self.step = run, step
-        self.vectors_wanted = 0
+    Args:
+        run, step: the checkpoint.
+        earlier: the checkpoint measured before this one; its weights and loss are reused if it is the previous one.
+        vectors_wanted: how many singular vectors of every target to keep with its singular values.
+    """
+
+    def __init__(
+        self, run: RunContext, step: int, earlier: StepContext | None = None, *, vectors_wanted: int = 0
+    ) -> None:
+        self.run, self.step, self.vectors_wanted = run, step, vectors_wanted
         self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
         steps = run.trajectory.steps
         position = steps.index(step)
@@ -161,7 +143,7 @@ class StepContext:
 
     @cached_property
     def model(self) -> Any:
-        """The checkpoint's model in its place, float32, eval."""
+        """The checkpoint's model, placed, in float32 and eval mode."""
         return self.run.placement.model(self.trajectory, self.step)
 
     @cached_property
@@ -171,29 +153,33 @@ class StepContext:
 
     @cached_property
     def previous_weights(self) -> dict[str, Tensor]:
-        """The parameters of the checkpoint before, by name."""
+        """The parameters of the previous checkpoint by name."""
         return self.run.placement.weights(self.trajectory, self.previous_step)
 
     @cached_property
     def previous_center(self) -> float:
-        """The loss of the checkpoint before."""
+        """The loss of the previous checkpoint."""
         model = self.run.placement.model(self.trajectory, self.previous_step)
         return self.run.finite_loss(model, self.trajectory.where(self.previous_step))
 
-    @cached_property
-    def dense_model(self) -> Any:
-        """The checkpoint as the plain architecture with dense weights, in its place."""
+    def check_dense(self) -> None:
+        """Raises UndefinedError where the layers have no dense weights that compute the same."""
         if self.trajectory.dense_weight_kind != "exact":
             raise UndefinedError("the layers are not linear and have no dense weights to interpolate")
+
+    @cached_property
+    def dense_model(self) -> Any:
+        """The checkpoint as the plain architecture with dense weights, placed."""
+        self.check_dense()
         return self.run.placement.dense_model(self.trajectory, self.step, self.model)
 
     def baseline_for_comparison(self) -> Trajectory:
-        """The baseline, after what would make a comparison meaningless is ruled out.
+        """The baseline, once a comparison with it is known to be meaningful.
 
         Raises:
             UndefinedError: the run is the baseline itself.
             UserError: there is no baseline, it has no checkpoint of this step, or its sequences, tokenizer or shape
-                differ; names both.
+                differ; the message names both.
         """
         ours, base = self.trajectory, self.run.baseline
         if base is None:
@@ -204,10 +190,11 @@ class StepContext:
             raise UserError(f"baseline {base.run.name} has no checkpoint of step {self.step}; it has {base.steps}")
         if size_of(base) != size_of(ours):
             raise UserError(f"{ours.run.name} and its baseline {base.run.name} have different architectures or sizes")
-        marks = [run_marks(trajectory) for trajectory in (ours, base)]
-        for name in ("evaluation set", "tokenizer"):
-            one, other = (mark.get(name) for mark in marks)
-            if one and other and one != other and not (name == "evaluation set" and self.run.evaluation is not None):
+        fingerprints = [_comparable_files(trajectory) for trajectory in (ours, base)]
+        # With sequences given by the user, those of the runs do not matter.
+        for name in ("evaluation set", "tokenizer") if self.run.evaluation is None else ("tokenizer",):
+            one, other = (known.get(name) for known in fingerprints)
+            if one and other and one != other:
                 raise UserError(
                     f"{ours.run.name} and its baseline {base.run.name} have different {name}s: "
                     f"{one[:12]} and {other[:12]}"
@@ -216,12 +203,12 @@ class StepContext:
 
     @cached_property
     def plain_baseline_model(self) -> Any:
-        """The baseline's model of this step, in its place."""
+        """The baseline's model of this step, placed."""
         return self.run.placement.model(self.baseline_for_comparison(), self.step)
 
     @cached_property
     def baseline_model(self) -> Any:
-        """The baseline's model of this step with dense weights, in its place."""
+        """The baseline's model of this step with dense weights, placed."""
         base, model = self.baseline_for_comparison(), self.plain_baseline_model
         if base.dense_weight_kind != "exact":
             name = base.run.name
@@ -238,35 +225,34 @@ class StepContext:
         """Drops the models, so that they are loaded anew."""
         for name in ("model", "dense_model", "plain_baseline_model", "baseline_model"):
             self.__dict__.pop(name, None)
-        self.run.placement.let_go()
+        self.run.placement.free_memory()
 
     def release(self, *, keep_weights: bool = False) -> None:
-        """Drops what only this checkpoint needed; the next one may still want its weights and loss."""
+        """Drops everything but what the next checkpoint may reuse: the loss, and the weights with `keep_weights`."""
         if keep_weights and "model" in self.__dict__:
             self.kept_weights = parameters_of(self.model)
         for name in list(self.__dict__):
             if name not in ("run", "step", "previous_step", "center", "kept_weights", "vectors_wanted"):
                 del self.__dict__[name]
-        self.run.placement.let_go()
+        self.run.placement.free_memory()
 
     @cached_property
     def target_values(self) -> dict[str, Tensor]:
-        """Singular values of every target's dense weight, from the decomposition that the PCA directions use too."""
-        from hf_lowrank.measuring.spectra import singular_values_of_targets, vectors_of_targets
-
+        """Singular values of every target's dense weight; PCA directions reuse the same decompositions."""
+        map_modules = self.run.placement.map
         if not self.vectors_wanted:
-            return singular_values_of_targets(self.trajectory, self.step, self.run.placement.for_all)
-        vectors = vectors_of_targets(self.trajectory, self.step, self.vectors_wanted, self.run.placement.for_all)
+            return singular_values_of_targets(self.trajectory, self.step, map_modules)
+        vectors = singular_vectors_of_targets(self.trajectory, self.step, self.vectors_wanted, map_modules)
         self._vectors = {name: (u.float(), v.float()) for name, (_, u, v) in vectors.items()}
         return {name: sigma for name, (sigma, _, _) in vectors.items()}
 
     def target_vectors(self, count: int) -> dict[str, tuple[Tensor, Tensor]] | None:
-        """(u, v) of the targets' weights by parameter name, where they have been decomposed with vectors."""
+        """(u, v) of the targets' weights by parameter name; None where no vectors have been computed."""
         if not self._vectors or self.vectors_wanted < count:
             return None
         known = {}
         parameters = dict(self.model.named_parameters())
         for name, (u, v) in self._vectors.items():
-            turned = tuple(parameters[f"{name}.weight"].shape) != (u.shape[0], v.shape[0])
-            known[f"{name}.weight"] = (v, u) if turned else (u, v)
+            transposed = tuple(parameters[f"{name}.weight"].shape) != (u.shape[0], v.shape[0])
+            known[f"{name}.weight"] = (v, u) if transposed else (u, v)
         return known

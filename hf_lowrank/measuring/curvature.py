@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from hf_lowrank.geometry import critical_sharpness, gradient, hessian_top_eigenvalue, hessian_trace
-from hf_lowrank.measuring.context import Row, StepContext
+from hf_lowrank.measuring.context import StepContext
+from hf_lowrank.measuring.rows import Row
 
 
 def hessian_rows(at: StepContext, wanted: set[str]) -> list[Row]:
-    """Top eigenvalue (its interval is the Lanczos residual's) and trace over all parameters."""
-    at.run.placement.check_whole("the Hessian")
+    """Top eigenvalue (the interval is the residual of Lanczos) and trace, over all parameters."""
+    at.run.placement.require_whole_models("the Hessian")
     chosen = at.settings.hessian
-    settings = {**chosen.request(), **at.run.evaluated_on}
+    settings = at.run.settings_of("hessian")
     model = at.model.requires_grad_(True)
     rows = []
     if "hessian_top" in wanted:
@@ -33,7 +34,7 @@ def hessian_rows(at: StepContext, wanted: set[str]) -> list[Row]:
 
 def critical_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Critical sharpness along the gradient on the held-out sequences."""
-    at.run.placement.check_whole("the gradient")
+    at.run.placement.require_whole_models("the gradient")
     model = at.model.requires_grad_(True)
     direction = gradient(model, at.run.loss.terms)
     value = critical_sharpness(

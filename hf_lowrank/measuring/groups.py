@@ -1,4 +1,4 @@
-"""Which computation yields which metrics, what defines it, and what it costs."""
+"""The computations behind the metrics: the rows that each gives, the settings that define it, and its cost."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_lowrank.measuring import activations, curvature, interpolation, landscape, spectra
-from hf_lowrank.measuring.context import Row, RunContext, StepContext
-from hf_lowrank.measuring.settings import MeasureSettings
+from hf_lowrank.measuring.context import RunContext, StepContext
+from hf_lowrank.measuring.rows import Row
+from hf_lowrank.runs.measure_settings import MeasureSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +17,10 @@ class Group:
     """Metrics that come from one computation.
 
     Attributes:
-        compute: (checkpoint, wanted ids) -> rows; a `UserError` or `ValueError` becomes the reason of null rows.
-        request: (run, metric id) -> what a finished row's settings must contain for the work to count as done.
-        evaluations: losses of the whole set that it evaluates, for the progress display.
-        costly: measured at `MeasureSettings.steps` checkpoints only, unless steps are named.
+        compute: (checkpoint, wanted ids) -> rows; an error becomes the reason of null rows.
+        request: (run, metric id) -> settings that a row must contain for the metric to count as measured.
+        evaluations: how many times it evaluates the loss, for the progress bar.
+        costly: whether it is measured at `MeasureSettings.steps` checkpoints only, unless steps are named.
     """
 
     compute: Callable[[StepContext, set[str]], list[Row]]
@@ -28,21 +29,14 @@ class Group:
     costly: bool = False
 
 
-def _evaluated(block: str) -> Callable[[RunContext, str], dict[str, Any]]:
-    return lambda run, metric: {**getattr(run.settings, block).request(), **run.evaluated_on}
-
-
-def _pca(run: RunContext, metric: str) -> dict[str, Any]:
-    request = _evaluated("pca")(run, metric)
-    if metric == "pca1_sharpness":
-        del request["count"]
-    return request
+def _settings_of(block: str) -> Callable[[RunContext, str], dict[str, Any]]:
+    return lambda run, metric: run.settings_of(block)
 
 
 def _on_path(compute: Callable[[StepContext, set[str]], list[Row]]) -> Group:
     return Group(
         compute=compute,
-        request=_evaluated("path"),
+        request=_settings_of("path"),
         evaluations=lambda settings: settings.path.points + 1,
         costly=True,
     )
@@ -61,13 +55,13 @@ GROUPS: dict[str, Group] = {
     ),
     "random": Group(
         compute=landscape.random_rows,
-        request=_evaluated("random"),
+        request=_settings_of("random"),
         evaluations=lambda settings: 2 * settings.random.steps * settings.random.draws,
         costly=True,
     ),
     "pca": Group(
         compute=landscape.pca_rows,
-        request=_pca,
+        request=landscape.pca_settings,
         evaluations=lambda settings: 2 * settings.pca.steps * settings.pca.count,
         costly=True,
     ),
@@ -76,7 +70,7 @@ GROUPS: dict[str, Group] = {
     "aligned": _on_path(interpolation.aligned_rows),
     "plane": Group(
         compute=landscape.plane_rows,
-        request=_evaluated("plane"),
+        request=_settings_of("plane"),
         evaluations=lambda settings: (2 * settings.plane.steps + 1) ** 2,
         costly=True,
     ),
@@ -88,7 +82,7 @@ GROUPS: dict[str, Group] = {
     ),
     "hessian": Group(
         compute=curvature.hessian_rows,
-        request=_evaluated("hessian"),
+        request=_settings_of("hessian"),
         evaluations=lambda settings: 6 * (settings.hessian.iterations + settings.hessian.probes),
         costly=True,
     ),

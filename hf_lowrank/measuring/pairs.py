@@ -1,4 +1,4 @@
-"""Measuring single checkpoints against single baselines, as the `evaluate` module does."""
+"""Measuring single checkpoints against single baselines, for the `evaluate` module."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Measuring runs: every metric at every checkpoint, as rows of one tidy table.
 
-Rows are `Measurement`s in `measurements.jsonl` of each run. Metrics of a matrix or layer have a row for each (its
-dotted path is the scope) and one for the model, their mean. A sweep's curve is kept for pictures: a row for each
-offset, metric `random_curve` (`pca1_curve`, `pcak_curve`, `step_path`, `method_path`), scope "model", with the
-offset as `settings["t"]`, the mean over directions as value and its 95 % band as interval; `settings` without `t`
-are those of the metric that the sweep gave. The last row of a key (all columns but the numbers, the reason and the
-fingerprints) counts.
+Rows are `Measurement`s in each run's `measurements.jsonl`. Metrics of matrices or layers have a row for each (its
+dotted path is the scope) and one for the model, their mean. The curve of a sweep is kept for pictures: a row for each
+offset, of metric `random_curve` (`pca1_curve`, `pcak_curve`, `step_path`, `method_path`) and scope "model", with the
+offset as `settings["t"]`, the mean over directions as value and its 95 % band as interval; apart from `t` its
+`settings` are those of the sweep's metric. Of rows with the same key (all columns but the numbers, the reason and the
+fingerprints) the last one counts.
 """
 
 from __future__ import annotations
@@ -13,42 +13,31 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.measuring.context import Row, RunContext, StepContext
+from hf_lowrank.measuring.context import RunContext, StepContext
 from hf_lowrank.measuring.groups import GROUPS
-from hf_lowrank.measuring.plan import check_apart, check_own, choose_steps, find_baseline, missing_metrics, rows_file
-from hf_lowrank.measuring.progress import Progress
-from hf_lowrank.measuring.settings import MeasureSettings, resolve_settings
-from hf_lowrank.metrics import CURVES, METRICS, Metric
-from hf_lowrank.processes.faults import FAULTS, LostProcessError, reason_of
-from hf_lowrank.processes.launch import Processes
-from hf_lowrank.processes.placement import OneDevice, Replicas, SeveralDevices, Shards
+from hf_lowrank.measuring.plan import Unit, find_baseline, missing_units, plan_run
+from hf_lowrank.measuring.rows import Row
+from hf_lowrank.metrics import METRICS
+from hf_lowrank.processes.faults import RECOVERABLE_ERRORS, CollectiveError, error_line
+from hf_lowrank.processes.launch import Launch, launched_processes
+from hf_lowrank.processes.placement import DeviceMap, Placement, RowSharded
+from hf_lowrank.processes.progress import Progress
+from hf_lowrank.processes.work import SharedTables, run_units
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.runs.measurements import Measurement, append_measurements, read_measurements
-from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.runs.evaluation_text import resolve_evaluation_set
+from hf_lowrank.runs.measure_settings import MeasureSettings, resolve_settings
+from hf_lowrank.runs.measurements import FILE_NAME, Measurement, append_measurements, read_measurements
+from hf_lowrank.runs.selection import Run, check_rows_belong, check_separate_tables, open_run, open_runs, table_of
 from hf_lowrank.storage.locks import all_locked
 
-__all__ = [
-    "CURVES",
-    "METRICS",
-    "Measurement",
-    "Metric",
-    "append_measurements",
-    "measure",
-    "read_measurements",
-    "unmeasured",
-]
-
 logger = logging.getLogger(__name__)
-
-Run = str | os.PathLike[str] | Trajectory
 
 
 def measure(
@@ -66,72 +55,66 @@ def measure(
     sharded: bool = False,
     progress: bool = False,
 ) -> list[Measurement]:
-    """Measures runs and returns their rows, old and new; what is there already with equal settings is not done again.
+    """Measures runs and returns all their rows; skips what has been measured with the same settings.
 
-    Under `accelerate launch` the checkpoints are shared out over the processes; those that do not go up, or a single
-    one, they measure together, each some of the draws, points and matrices. With `sharded` each model is divided
-    among them. Every process returns all rows, which are those of one process.
+    Under `accelerate launch` the processes split the checkpoints; a remainder, or a single checkpoint, they measure
+    jointly and split its draws, points and matrices. With `sharded` they hold shards of every model. Every process
+    returns all rows, and they are those of one process.
 
     Args:
         runs: run directories, folders of checkpoints, `user/repo` or `user/repo@revision`, or trajectories.
         metrics: ids, dimensions or groups of METRICS, a list or comma-separated; None: loss, perplexity and the
             sixteen; "all": the extras too.
-        steps: "all", "last", numbers; None: every checkpoint for the cheap metrics, as many as the settings say for
-            those that evaluate losses along lines.
+        steps: "all", "last", numbers; None: every checkpoint for cheap metrics, and as many as the settings say for
+            those that evaluate the loss along lines.
         baseline: the run to compare with; None: the full-rank run of the same size and seed among `runs`.
         preset: "fast" or "paper".
-        settings: own settings over the preset's, as a mapping or a YAML file.
+        settings: overrides of the preset, as a mapping or a YAML file.
         device: where models are evaluated; None: accelerate's choice for this process; "auto": over all accelerators
-            of this one process, for a model that is larger than one of them.
-        evaluation_set: held-out sequences (safetensors file or its folder, or a text file, which the run's
-            tokenizer cuts into sequences); None: each run's own.
-        output: a folder for the measurements, one subfolder a run; None: the run directories.
+            of one process, for a model that is larger than one of them.
+        evaluation_set: held-out sequences (a safetensors file or its folder, or a text file, which the run's
+            tokenizer splits into sequences); None: each run's own.
+        output: a folder for the measurements, with a subfolder for each run; None: the run directories.
         revisions: which revisions of a repository are checkpoints, as a pattern such as `"step*"`.
-        sharded: the processes of the launch hold every model together (FSDP2) in place of sharing out checkpoints, for
-            a model that is larger than one device, or than its fellows' room: each has its rows of every parameter.
-            Metrics with gradients and the aligned barrier are then null rows.
+        sharded: shards every model over the processes of the launch (FSDP2), for models that do not fit one device:
+            each holds its rows of every parameter. Metrics with gradients and the aligned barrier are null rows then.
         progress: shows evaluations done and time left on stderr.
 
     Returns:
         All rows of these runs, in file order.
 
     Raises:
-        UserError: a run, metric, step, preset, setting or the evaluation set is unusable (nothing is written then),
-            or a file cannot be written. A metric that fails for one checkpoint is a null row with the reason. Also
-            where processes that hold models together lose one of them: what was measured is written then.
+        UserError: a run, metric, step, preset, setting or the evaluation set is unusable (nothing is written), a file
+            cannot be written, or a process was lost (finished rows are saved). A metric that fails for one checkpoint
+            is a null row with the reason.
     """
-    given = [runs] if isinstance(runs, str | os.PathLike | Trajectory) else list(runs)
-    if not given:
-        raise UserError("there must be at least one run to measure")
     wanted = METRICS.select(metrics)
     chosen = settings if isinstance(settings, MeasureSettings) else resolve_settings(preset, settings)
-    trajectories = [run if isinstance(run, Trajectory) else Trajectory(run, revisions=revisions) for run in given]
-    explicit = (
-        baseline if isinstance(baseline, Trajectory) or baseline is None else Trajectory(baseline, revisions=revisions)
-    )
-    processes, placement = _place(device, sharded, chosen)
+    trajectories = open_runs(runs, "measure", revisions)
+    named = None if baseline is None else open_run(baseline, revisions)
+    launch, placement = _launch(device, sharded, chosen)
     contexts = []
     for trajectory in trajectories:
-        other, why_not = (explicit, None) if explicit is not None else find_baseline(trajectory, trajectories)
-        contexts.append(
-            RunContext(
-                trajectory,
-                chosen,
-                placement,
-                evaluation=_evaluation(evaluation_set, trajectory),
-                baseline=other,
-                no_baseline=why_not,
-            )
-        )
-    plans = [_plan(context, wanted, steps) for context in contexts]
-    files = [rows_file(context.trajectory, None if output is None else Path(output)) for context in contexts]
-    check_apart(trajectories, files)
+        other, no_baseline = (named, None) if named is not None else find_baseline(trajectory, trajectories)
+        evaluation = resolve_evaluation_set(evaluation_set, trajectory)
+        contexts.append(RunContext(trajectory, chosen, placement, evaluation, other, no_baseline))
+    plans = [plan_run(context, wanted, steps) for context in contexts]
+    files = [table_of(trajectory, output, FILE_NAME) for trajectory in trajectories]
+    check_separate_tables(trajectories, files)
+    tables = SharedTables(launch, files, read_measurements, append_measurements)
+    compares = any(METRICS[metric].needs_baseline for metric in wanted)
     with all_locked([file.parent for file in files], "measure"):
-        try:
-            _measure_all(contexts, plans, files, processes, progress)
-        except LostProcessError as error:
-            raise UserError(f"measuring together ended: {error}; what was measured is written, start again") from None
-    return [row for file in files for row in read_measurements(file)]
+        tables.merge()
+        known = [read_measurements(file) for file in files]
+        for context, file, rows in zip(contexts, files, known, strict=True):
+            check_rows_belong(context.trajectory, file, rows, context.baseline if compares else None)
+        units = launch.from_first(lambda: missing_units(contexts, plans, known))
+        with Progress("eval", progress and launch.is_first) as bar:
+            session = _Session(contexts, tables, known, bar)
+            run_units(units, session.measure, tables, placement, bar, cost=session.evaluations, activity="measuring")
+        if session.unwritable:
+            raise next(iter(session.unwritable.values()))
+    return tables.rows()
 
 
 def unmeasured(
@@ -144,218 +127,145 @@ def unmeasured(
     settings: MeasureSettings | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     evaluation_set: EvaluationSet | str | os.PathLike[str] | None = None,
 ) -> list[tuple[int, str]]:
-    """The (step, metric) that `measure` with these arguments would measure in a run; nothing is computed."""
+    """The (step, metric) pairs that `measure` with these arguments would measure; computes nothing."""
     chosen = settings if isinstance(settings, MeasureSettings) else resolve_settings(preset, settings)
-    trajectory = run if isinstance(run, Trajectory) else Trajectory(run)
-    other = baseline if isinstance(baseline, Trajectory) or baseline is None else Trajectory(baseline)
-    evaluation = _evaluation(evaluation_set, trajectory)
-    context = RunContext(trajectory, chosen, OneDevice(torch.device("cpu")), evaluation=evaluation, baseline=other)
-    rows = read_measurements(rows_file(trajectory, None))
-    return [
-        (step, metric)
-        for step, groups in _plan(context, METRICS.select(metrics), steps).items()
-        for name, ids in groups.items()
-        for metric in sorted(_missing(context, step, name, ids, rows))
-    ]
+    trajectory = open_run(run)
+    context = RunContext(
+        trajectory,
+        chosen,
+        Placement(torch.device("cpu")),
+        evaluation=resolve_evaluation_set(evaluation_set, trajectory),
+        baseline=None if baseline is None else open_run(baseline),
+    )
+    rows = read_measurements(table_of(trajectory, None, FILE_NAME))
+    units = missing_units([context], [plan_run(context, METRICS.select(metrics), steps)], [rows])
+    return [(unit.step, metric) for unit in units for ids in unit.groups.values() for metric in sorted(ids)]
 
 
-def _place(device: str | torch.device | None, sharded: bool, settings: MeasureSettings) -> tuple[Processes, OneDevice]:
-    """The processes of this launch, and where they put models."""
+def _launch(device: str | torch.device | None, sharded: bool, settings: MeasureSettings) -> tuple[Launch, Placement]:
+    """The processes of this launch, and where they place models."""
     if device == "auto":
-        if sharded or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if sharded or launched_processes() > 1:
             raise UserError(
-                "device='auto' lays a model over the accelerators of one process; start one, or divide the model "
-                "among several with sharded=True (--sharded) and no device"
+                "device='auto' places a model over the accelerators of one process; start one, or shard the model "
+                "over several with sharded=True (--sharded) and no device"
             )
-        return Processes("cpu"), SeveralDevices()
-    processes = Processes(device, together=sharded)
+        return Launch("cpu"), DeviceMap()
+    launch = Launch(device, sharded=sharded)
     if not sharded:
-        return processes, OneDevice(processes.device)
+        return launch, Placement(launch.device)
     if settings.memory == "low":
-        raise UserError("settings: memory must be 'copy' with sharded=True (--sharded): the copy is divided as well")
-    return processes, Shards(processes.device)
+        raise UserError("settings: memory must be 'copy' with sharded=True (--sharded): the copy is sharded as well")
+    return launch, RowSharded(launch.device)
 
 
-Plan = dict[int, dict[str, set[str]]]  # step -> group -> metric ids
-Unit = tuple[int, int, dict[str, set[str]]]  # number of the run, step, group -> metric ids
+@dataclass
+class _Session:
+    """Runs being measured.
+
+    Attributes:
+        contexts, tables: the runs and their tables.
+        known: the rows that the tables held at the start.
+        progress: counts evaluations of the loss.
+        unwritable: errors of runs whose rows cannot be written, by index; nothing more of them is measured.
+    """
+
+    contexts: Sequence[RunContext]
+    tables: SharedTables[Measurement]
+    known: Sequence[Sequence[Measurement]]
+    progress: Progress
+    unwritable: dict[int, UserError] = field(default_factory=dict)
+
+    def evaluations(self, unit: Unit) -> int:
+        """How many times a unit evaluates the loss."""
+        return sum(GROUPS[name].evaluations(self.contexts[unit.run].settings) for name in unit.groups)
+
+    def measure(self, units: Sequence[Unit], placement: Placement, writes: bool) -> None:
+        """Measures units one after the other and appends their rows, if this process writes any."""
+        earlier: dict[int, StepContext] = {}
+        contexts: dict[int, RunContext] = {}
+        for index, step, groups in units:
+            if index in self.unwritable:
+                continue
+            if index not in contexts:
+                contexts[index] = replace(self.contexts[index], placement=placement, tick=self.progress.tick)
+            context = contexts[index]
+            pca = context.settings.pca
+            with_vectors = "pca" in groups and pca.basis == "weights" and not context.trajectory.adapted
+            at = StepContext(context, step, earlier.get(index), vectors_wanted=pca.count if with_vectors else 0)
+            earlier = {index: at}
+            part = self.tables.part(self.tables.files[index])
+            for name, ids in groups.items():
+                label = f"{context.trajectory.run.name} {step} {name}"
+                self.progress.start(label, GROUPS[name].evaluations(context.settings))
+                rows = self._changed(index, at, [_measurement(at, row) for row in _group_rows(at, name, ids)])
+                append = partial(self.tables.append, part, rows if writes else [])
+                try:
+                    placement.synchronized(append, independent=True)
+                except UserError as error:
+                    self.unwritable[index] = error
+                    break
+            at.release(keep_weights="step" in groups)
+
+    def _changed(self, index: int, at: StepContext, rows: Sequence[Measurement]) -> list[Measurement]:
+        """The rows that the table lacks, without failures of what it has a value for: the checkpoint, its run or its
+        baseline was damaged after that was measured."""
+        known = [row for row in self.known[index] if row.step == at.step]
+        old = {row.key: row for row in known}
+        valued = [row for row in known if row.scope == "model" and not row.failed]
+
+        def has_value(failure: Measurement) -> bool:
+            return any(
+                (failure.run, failure.metric) == (row.run, row.metric)
+                and failure.baseline in (None, row.baseline)
+                and failure.settings.items() <= row.settings.items()
+                for row in valued
+            )
+
+        new = [row for row in rows if row.key not in old or row.to_line() != old[row.key].to_line()]
+        kept = [row for row in new if not (row.failed and has_value(row))]
+        for reason in dict.fromkeys(row.reason for row in new if row not in kept):
+            logger.warning(
+                "%s cannot be measured again, its earlier values are kept: %s", at.trajectory.where(at.step), reason
+            )
+        return kept
 
 
-def _plan(context: RunContext, wanted: list[str], steps: Any) -> Plan:
-    """The groups of every step, whether they are done or not."""
-    trajectory, plan = context.trajectory, Plan()
+def _group_rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
+    """The rows of a group; an error becomes null rows with its reason, and other groups are not affected."""
     try:
-        cheap = choose_steps(trajectory.steps, steps, "all")
-        costly = choose_steps(trajectory.steps, steps, context.settings.steps)
-    except UserError as error:
-        raise UserError(f"{trajectory.path}: {error}") from None
-    for metric in wanted:
-        group = METRICS[metric].group
-        for step in costly if GROUPS[group].costly else cheap:
-            plan.setdefault(step, {}).setdefault(group, set()).add(metric)
-    return {step: {name: plan[step][name] for name in GROUPS if name in plan[step]} for step in sorted(plan)}
-
-
-def _measure_all(
-    contexts: list[RunContext],
-    plans: list[Plan],
-    files: list[Path],
-    processes: Processes,
-    show: bool,
-) -> None:
-    processes.merge_parts(files)
-    known = [read_measurements(file) for file in files]
-    for context, plan, file, rows in zip(contexts, plans, files, known, strict=True):
-        wanted = {metric for groups in plan.values() for ids in groups.values() for metric in ids}
-        compares = any(METRICS[metric].needs_baseline for metric in wanted)
-        check_own(context.trajectory, file, rows, context.baseline if compares else None)
-    whole, rest = processes.rounds(processes.of_first(lambda: _work(contexts, plans, known)))
-    share = processes.share(whole, lambda unit: 1 + _evaluations(contexts, [unit]))
-    total = _evaluations(contexts, share) + _evaluations(contexts, rest) // processes.count
-    unwritable: dict[int, UserError] = {}
-    with Progress(total, show and processes.first) as bar:
-        measure_units = partial(_measure_units, files=files, known=known, unwritable=unwritable, bar=bar)
-        measure_units(share, contexts, processes, writes=processes.writes)
-        if rest:
-            # All wait here for the slowest share, which may take hours; what comes then goes from step to step.
-            processes.merge_parts(files)
-            with Replicas(processes.device) as together:
-                contexts = [replace(context, placement=together) for context in contexts]
-                measure_units(rest, contexts, processes, writes=processes.first)
-    processes.merge_parts(files)
-    if unwritable:
-        raise next(iter(unwritable.values()))
-
-
-def _work(contexts: list[RunContext], plans: list[Plan], known: list[list[Measurement]]) -> list[Unit]:
-    """What is not measured yet."""
-    work: list[Unit] = []
-    for index, (context, plan) in enumerate(zip(contexts, plans, strict=True)):
-        for step, groups in plan.items():
-            missing = {name: _missing(context, step, name, ids, known[index]) for name, ids in groups.items()}
-            missing = {name: ids for name, ids in missing.items() if ids}
-            if missing:
-                work.append((index, step, missing))
-    return work
-
-
-def _evaluations(contexts: Sequence[RunContext], units: Iterable[Unit]) -> int:
-    return sum(GROUPS[name].evaluations(contexts[i].settings) for i, _, groups in units for name in groups)
-
-
-def _measure_units(
-    units: Sequence[Unit],
-    contexts: Sequence[RunContext],
-    processes: Processes,
-    *,
-    files: Sequence[Path],
-    known: Sequence[list[Measurement]],
-    unwritable: dict[int, UserError],
-    bar: Progress,
-    writes: bool,
-) -> None:
-    """Measures units one after the other; `unwritable` gets the runs whose rows cannot be written."""
-    earlier: dict[int, StepContext] = {}
-    for index, step, groups in units:
-        if index in unwritable:
-            continue
-        context = contexts[index]
-        context.tick = bar.tick
-        at = StepContext(context, step, earlier.get(index))
-        if "pca" in groups and context.settings.pca.basis == "weights" and not context.trajectory.adapted:
-            at.vectors_wanted = context.settings.pca.count
-        earlier = {index: at}
-        old = {row.key: row for row in known[index]}
-        part = processes.part(files[index])
-        for name, ids in groups.items():
-            bar.start(f"{context.trajectory.run.name} {step} {name}", GROUPS[name].evaluations(context.settings))
-            rows = [_measurement(context, step, row) for row in _rows(at, name, ids)]
-            rows = [row for row in rows if row.key not in old or row.to_line() != old[row.key].to_line()]
-            rows = _without_lost(rows, known[index], context.trajectory.where(step))
-            try:
-                context.placement.agreed(partial(append_measurements, part, rows if writes else []), apart=True)
-            except UserError as error:
-                unwritable[index] = error
-                break
-        at.release(keep_weights="step" in groups)
-
-
-def _without_lost(rows: list[Measurement], known: list[Measurement], where: str) -> list[Measurement]:
-    """The rows without failures of what was measured before the checkpoint, its run or its baseline was damaged."""
-    measured: dict[tuple[str, int, str], list[Measurement]] = {}
-    for row in known:
-        if row.scope == "model" and not row.failed:
-            measured.setdefault((row.run, row.step, row.metric), []).append(row)
-
-    def is_there(failure: Measurement) -> bool:
-        return any(
-            failure.baseline in (None, row.baseline) and failure.settings.items() <= row.settings.items()
-            for row in measured.get((failure.run, failure.step, failure.metric), ())
-        )
-
-    lost = [row for row in rows if row.failed and is_there(row)]
-    for reason in dict.fromkeys(row.reason for row in lost):
-        logger.warning("%s cannot be measured again, what was measured stays: %s", where, reason)
-    return [row for row in rows if row not in lost]
-
-
-def _missing(context: RunContext, step: int, group: str, ids: set[str], rows: list[Measurement]) -> set[str]:
-    ours, base = context.trajectory, context.baseline
-    try:
-        return missing_metrics(ids, step, lambda metric: GROUPS[group].request(context, metric), ours, base, rows)
-    except FAULTS:
-        return ids  # the same fault becomes the reason of the rows
-
-
-def _rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
-    """The group's rows; a fault becomes null rows with its reason, and the other groups go on."""
-    try:
-        rows = at.run.placement.agreed(lambda: _computed(at, group, ids))
-    except FAULTS as error:
-        if getattr(error, "halfway", False):
+        rows = at.run.placement.synchronized(lambda: _compute(at, group, ids))
+    except RECOVERABLE_ERRORS as error:
+        if isinstance(error, CollectiveError) and error.unexpected:
             at.forget_models()
-        beside = getattr(error, "baseline", None)
-        reason = reason_of(error)
-        return [Row(metric=m, baseline=beside, settings=_request(at, group, m), reason=reason) for m in sorted(ids)]
-    return [row if row.value == row.value or row.reason else _unexplained(row) for row in rows]
+        own = error.own if isinstance(error, CollectiveError) else error
+        rest: dict[str, Any] = {"baseline": getattr(own, "baseline", None), "reason": error_line(error)}
+        return [Row(metric=metric, settings=_request(at, group, metric), **rest) for metric in sorted(ids)]
+    return [row if row.value == row.value or row.reason else replace(row, reason="the value is NaN") for row in rows]
 
 
-def _computed(at: StepContext, group: str, ids: set[str]) -> list[Row]:
+def _compute(at: StepContext, group: str, ids: set[str]) -> list[Row]:
     if at.trajectory.fingerprint(at.step) is None:
-        at.trajectory.checked_folder(at.step)  # says what is wrong, also where a metric reads nothing of it
+        at.trajectory.checked_folder(at.step)  # raises, also for metrics that do not read the damaged file
     return GROUPS[group].compute(at, ids)
 
 
 def _request(at: StepContext, group: str, metric: str) -> dict[str, Any]:
     try:
         return GROUPS[group].request(at.run, metric)
-    except FAULTS:
+    except RECOVERABLE_ERRORS:
         return {}
 
 
-def _unexplained(row: Row) -> Row:
-    return Row(**{**asdict(row), "reason": "the value is not a number"})
-
-
-def _measurement(context: RunContext, step: int, row: Row) -> Measurement:
-    run, base = context.trajectory.run, context.baseline
-    beside = base is not None and row.baseline == base.run.name and step in base.steps
+def _measurement(at: StepContext, row: Row) -> Measurement:
+    run, base = at.trajectory.run, at.run.baseline
+    compares = base is not None and row.baseline == base.run.name and at.step in base.steps
     return Measurement(
         run=run.name,
         method=run.method,
         seed=run.seed,
-        step=step,
+        step=at.step,
         **asdict(row),
-        checkpoint=context.trajectory.fingerprint(step),
-        baseline_checkpoint=base.fingerprint(step) if base is not None and beside else None,
+        checkpoint=at.trajectory.fingerprint(at.step),
+        baseline_checkpoint=base.fingerprint(at.step) if base is not None and compares else None,
     )
-
-
-def _evaluation(given: EvaluationSet | str | os.PathLike[str] | None, trajectory: Trajectory) -> EvaluationSet | None:
-    if given is None or isinstance(given, EvaluationSet):
-        return given
-    path = Path(given)
-    if path.suffix == ".txt":
-        from hf_lowrank.measuring.text import evaluation_set_from_text
-
-        return evaluation_set_from_text(path, trajectory)
-    return EvaluationSet.load(path)

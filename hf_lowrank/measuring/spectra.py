@@ -1,28 +1,27 @@
-"""Metrics 7–13: spectra of weights and of updates, each target matrix from disk by itself."""
+"""Metrics 7–13: spectra of weights and updates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from hf_lowrank.geometry import (
     effective_rank,
-    product_singular_values,
     relative_norm,
     singular_value_fraction,
-    singular_values,
     spectral_gap,
     stable_rank,
     subspace_overlap,
     tail_exponent,
 )
-from hf_lowrank.geometry.spectra import difference_factors, for_threads, singular_vectors
-from hf_lowrank.measuring.context import Row, StepContext
+from hf_lowrank.geometry.spectra import singular_vectors
+from hf_lowrank.measuring.context import StepContext
+from hf_lowrank.measuring.decompositions import singular_values_of_updates
+from hf_lowrank.measuring.rows import Row, first_checkpoint_rows, scope_rows
 from hf_lowrank.runs.measurements import UNDEFINED
-from hf_lowrank.runs.trajectory import Trajectory
 
 WEIGHT: dict[str, Callable[[Tensor], float]] = {
     "weight_effective_rank": lambda sigma: effective_rank(sigma) / sigma.numel(),
@@ -31,6 +30,7 @@ WEIGHT: dict[str, Callable[[Tensor], float]] = {
     "weight_sv_fraction": singular_value_fraction,
     "weight_tail_exponent": tail_exponent,
 }
+# From the singular values of the update and of the weight.
 UPDATE: dict[str, Callable[[Tensor, Tensor], float]] = {
     "update_norm": relative_norm,
     "update_effective_rank": lambda delta, _: effective_rank(delta) / delta.numel(),
@@ -38,85 +38,48 @@ UPDATE: dict[str, Callable[[Tensor, Tensor], float]] = {
 }
 
 
-# (work, items) -> what the work gives for each: over threads, or over processes too.
-ForAll = Callable[[Callable[[str], Any], Sequence[str]], list[Any]]
-
-
-def singular_values_of_targets(trajectory: Trajectory, step: int, for_all: ForAll = for_threads) -> dict[str, Tensor]:
-    """Singular values (K,) float64 of every target's dense weight, from the factors where it is their product."""
-
-    def one(module: str) -> Tensor:
-        factors = trajectory.low_rank_factors(step, module)
-        if factors is not None:
-            return product_singular_values(*factors)
-        return singular_values(trajectory.dense_weight(step, module))
-
-    return dict(zip(trajectory.targets, for_all(one, trajectory.targets), strict=True))
-
-
-def vectors_of_targets(
-    trajectory: Trajectory, step: int, count: int, for_all: ForAll = for_threads
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """(all σ (K,), u (M, count), v (N, count)) of every target's dense weight, from one decomposition."""
-
-    def one(module: str) -> tuple[Tensor, Tensor, Tensor]:
-        return singular_vectors(trajectory.dense_weight(step, module), count)
-
-    return dict(zip(trajectory.targets, for_all(one, trajectory.targets), strict=True))
-
-
-def singular_values_of_updates(
-    trajectory: Trajectory, start: int, end: int, for_all: ForAll = for_threads
-) -> dict[str, Tensor]:
-    """Singular values (K,) float64 of every target's change from one step to another."""
-
-    def one(module: str) -> Tensor:
-        new, old = trajectory.low_rank_factors(end, module), trajectory.low_rank_factors(start, module)
-        if new is not None and old is not None:
-            return product_singular_values(*difference_factors(new, old))
-        return singular_values(trajectory.dense_weight(end, module) - trajectory.dense_weight(start, module))
-
-    return dict(zip(trajectory.targets, for_all(one, trajectory.targets), strict=True))
-
-
 def weight_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Metrics 7–10."""
-    return per_target(
-        {name: {m: WEIGHT[m](sigma) for m in wanted} for name, sigma in at.target_values.items()},
-        wanted,
-        reason=surrogate(at.trajectory),
-    )
+    values = {m: {name: WEIGHT[m](sigma) for name, sigma in at.target_values.items()} for m in wanted}
+    return _target_rows(at, values)
 
 
 def update_rows(at: StepContext, wanted: set[str]) -> list[Row]:
-    """Metrics 11–13, against the checkpoint before."""
-    if at.previous_step is None:
-        return first_checkpoint(wanted)
-    deltas = singular_values_of_updates(at.trajectory, at.previous_step, at.step, at.run.placement.for_all)
-    values = {
-        name: {m: measure(delta, at.target_values[name]) for m, measure in UPDATE.items()}
-        for name, delta in deltas.items()
-    }
-    return per_target(values, wanted, settings={"from_step": at.previous_step}, reason=surrogate(at.trajectory))
+    """Metrics 11–13, of the change since the previous checkpoint."""
+    return _update_rows(at, at.previous_step, wanted, prefix="")
 
 
 def total_rows(at: StepContext, wanted: set[str]) -> list[Row]:
-    """As metrics 11–13, against the run's first checkpoint."""
+    """Metrics 11–13 of the change since the run's first checkpoint."""
     first = at.trajectory.steps[0]
-    if first == at.step:
-        return first_checkpoint(wanted)
-    deltas = singular_values_of_updates(at.trajectory, first, at.step, at.run.placement.for_all)
+    return _update_rows(at, None if first == at.step else first, wanted, prefix="total_")
+
+
+def _update_rows(at: StepContext, start: int | None, wanted: set[str], *, prefix: str) -> list[Row]:
+    if start is None:
+        return first_checkpoint_rows(wanted)
+    deltas = singular_values_of_updates(at.trajectory, start, at.step, at.run.placement.map)
     values = {
-        name: {f"total_{m}": measure(delta, at.target_values[name]) for m, measure in UPDATE.items()}
-        for name, delta in deltas.items()
+        metric: {
+            name: UPDATE[metric.removeprefix(prefix)](delta, at.target_values[name]) for name, delta in deltas.items()
+        }
+        for metric in wanted
     }
-    return per_target(values, wanted, settings={"from_step": first}, reason=surrogate(at.trajectory))
+    return _target_rows(at, values, settings={"from_step": start})
 
 
 def overlap_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Overlap of the top-k singular subspaces of W and of ΔW with the baseline's, mean of left and right."""
     base = at.baseline_for_comparison()
     count = at.settings.overlap.count
+    rest: dict[str, Any] = {"settings": at.settings.overlap.request(), "baseline": base.run.name}
+    rows = []
+    if "update_overlap" in wanted and at.previous_step not in base.steps:
+        reason = UNDEFINED + "the first checkpoint has none before it"
+        if at.previous_step is not None:
+            reason = f"baseline {base.run.name} has no checkpoint of step {at.previous_step}"
+        rows.append(Row(metric="update_overlap", reason=reason, **rest))
+        wanted = wanted - {"update_overlap"}
 
     def overlap(ours: Tensor, theirs: Tensor) -> float:
         if not bool(ours.any()) or not bool(theirs.any()):
@@ -124,64 +87,28 @@ def overlap_rows(at: StepContext, wanted: set[str]) -> list[Row]:
         (_, u, v), (_, other_u, other_v) = singular_vectors(ours, count), singular_vectors(theirs, count)
         return (subspace_overlap(u, other_u) + subspace_overlap(v, other_v)) / 2
 
-    def one(name: str) -> dict[str, float]:
+    def overlaps(name: str) -> dict[str, float]:
         values = {}
         ours, theirs = (run.dense_weight(at.step, name) for run in (at.trajectory, base))
         if "weight_overlap" in wanted:
             values["weight_overlap"] = overlap(ours, theirs)
-        if "update_overlap" in wanted and at.previous_step in base.steps:
+        if "update_overlap" in wanted:
             ours = ours - at.trajectory.dense_weight(at.previous_step, name)
             values["update_overlap"] = overlap(ours, theirs - base.dense_weight(at.previous_step, name))
         return values
 
-    targets = at.trajectory.targets
-    values = dict(zip(targets, at.run.placement.for_all(one, targets), strict=True))
-    settings = at.settings.overlap.request()
+    found = dict(zip(at.trajectory.targets, at.run.placement.map(overlaps, at.trajectory.targets), strict=True))
+    return rows + _target_rows(at, {m: {name: row[m] for name, row in found.items()} for m in wanted}, **rest)
+
+
+def _target_rows(at: StepContext, values: dict[str, dict[str, float]], **rest: Any) -> list[Row]:
+    """Rows of every target and of the model, from values by metric and target."""
+    surrogate = None
+    if at.trajectory.dense_weight_kind != "exact":
+        surrogate = "surrogate: the product of the factors, as the layer between them is not linear"
     rows = []
-    if "update_overlap" in wanted and at.previous_step not in base.steps:
-        reason = UNDEFINED + "the first checkpoint has none before it"
-        if at.previous_step is not None:
-            reason = f"baseline {base.run.name} has no checkpoint of step {at.previous_step}"
-        rows.append(Row(metric="update_overlap", settings=settings, baseline=base.run.name, reason=reason))
-        wanted = wanted - {"update_overlap"}
-    remark = surrogate(at.trajectory)
-    return rows + per_target(values, wanted, settings=settings, reason=remark, baseline=base.run.name)
-
-
-def first_checkpoint(wanted: set[str]) -> list[Row]:
-    """What pairs of consecutive checkpoints are at the first one."""
-    reason = UNDEFINED + "the first checkpoint has none before it"
-    return [Row(metric=metric, settings={"from_step": None}, reason=reason) for metric in sorted(wanted)]
-
-
-def surrogate(trajectory: Trajectory) -> str | None:
-    """The remark that goes with dense weights that only stand for what the layers compute."""
-    if trajectory.dense_weight_kind == "exact":
-        return None
-    return "surrogate: the product of the factors, as the layer between them is not linear"
-
-
-def per_target(
-    values: dict[str, dict[str, float]],
-    wanted: set[str],
-    *,
-    settings: dict | None = None,
-    reason: str | None = None,
-    baseline: str | None = None,
-) -> list[Row]:
-    """A row for each target and metric, and the model's: the mean over targets that have a value."""
-    rows = []
-    for metric in sorted(wanted):
-        column = {name: row[metric] for name, row in values.items()}
-        finite = [value for value in column.values() if math.isfinite(value)]
-        for scope, value in [*column.items(), ("model", sum(finite) / len(finite) if finite else math.nan)]:
-            missing = None
-            if not math.isfinite(value):
-                missing = UNDEFINED + "the matrix is zero" + (" in every target" if scope == "model" else "")
-            elif scope == "model" and len(finite) < len(column):
-                missing = f"mean over the {len(finite)} of {len(column)} targets that have a value"
-            said = "; ".join(part for part in (missing, reason) if part) or None
-            rows.append(
-                Row(metric=metric, scope=scope, value=value, settings=settings or {}, reason=said, baseline=baseline)
-            )
+    for metric in sorted(values):
+        rows += scope_rows(
+            metric, values[metric], kind="target", undefined="the matrix is zero", remark=surrogate, **rest
+        )
     return rows

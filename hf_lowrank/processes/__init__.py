@@ -1,1 +1,1 @@
-"""Several processes of one command: launch, placement of models and work, faults."""
+"""Several processes of one command: their launch, where they place models, how they split work and merge results."""

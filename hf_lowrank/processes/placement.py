@@ -1,7 +1,7 @@
-"""Where models lie while they are measured: whole on one device, over several of one process, or divided among many.
+"""Where models are placed: on one device, over the devices of one process, or replicated or sharded over processes.
 
-Metrics ask a placement for models, for the weights of checkpoints that are not evaluated, and to do work that is
-free of models; they are the same for all placements.
+Metrics get models and the weights of other checkpoints from a placement, and let it map work that needs no model over
+threads or processes; they do not know which placement it is.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.geometry import Team
-from hf_lowrank.geometry.spectra import for_threads
-from hf_lowrank.processes.faults import LostProcessError, SharedFaultError, reason_of
+from hf_lowrank.geometry import ProcessGroup
+from hf_lowrank.geometry.spectra import map_threads
+from hf_lowrank.processes.faults import CollectiveError, LostProcessError, error_line
 from hf_lowrank.processes.launch import LONGEST_WAIT
 from hf_lowrank.runs.sharded_models import sharded_model
 from hf_lowrank.runs.trajectory import Trajectory
@@ -27,63 +27,68 @@ from hf_lowrank.runs.trajectory import Trajectory
 T = TypeVar("T")
 R = TypeVar("R")
 
-# How long a process with a fault waits for the others to come to where they tell each other of faults.
-ALONE_SECONDS = 60.0
+# How long a process with an error waits for the others to reach the point where errors are exchanged.
+PEER_TIMEOUT_SECONDS = 60.0
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, tied ones once, without their graph."""
+    """Detached parameters by name, tied ones once."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-class OneDevice:
-    """Every model whole on one device.
+class Placement:
+    """Every model whole on one device of one process.
 
     Attributes:
-        team: the processes that hold models together; None: there is one.
-        replicas: the processes that each hold the model, and divide sweeps among them; None: there is one.
+        shards: the processes that hold shards of every model; None: models are whole.
+        replicas: the processes that hold a replica of every model each and split sweeps; None: there is one.
     """
 
-    team: Team | None = None
-    replicas: Team | None = None
+    shards: ProcessGroup | None = None
+    replicas: ProcessGroup | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def model(self, trajectory: Trajectory, step: int) -> Any:
-        """A checkpoint's model, float32, eval, ready to be evaluated."""
+        """A checkpoint's model in float32 and eval mode."""
         model: nn.Module = trajectory.model(step)
         return model.to(self.device)
 
     def dense_model(self, trajectory: Trajectory, step: int, model: Any) -> Any:
-        """The plain architecture with dense weights of a checkpoint whose `model` is there; the same if it is that."""
+        """The plain architecture with the dense weights of a checkpoint; `model`, its own model, if it is that."""
         return model.to_dense().eval() if hasattr(model, "to_dense") else model
 
     def weights(self, trajectory: Trajectory, step: int) -> dict[str, Tensor]:
         """The parameters of a checkpoint's model by name."""
         return parameters_of(trajectory.model(step))
 
-    def for_all(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """`[work(item) for item in items]` for work that evaluates no model."""
-        return for_threads(work, items)
+        return map_threads(work, items)
 
-    def agreed(self, work: Callable[[], R], *, apart: bool = False) -> R:
-        """What `work` gives; a fault of one process is raised on all that hold models together.
+    def synchronized(self, work: Callable[[], R], *, independent: bool = False) -> R:
+        """The result of `work`; an error in one process is raised in all that work jointly.
 
         Args:
-            apart: they do not wait for each other within `work`.
+            independent: the processes do not wait for each other within `work`, so that a process with an error waits
+                as long as the others need; else it gives up after a minute, since they may be waiting for it.
+
+        Raises:
+            CollectiveError: `work` failed in some process.
+            LostProcessError: a process is gone, or failed where the others wait for it.
         """
         return work()
 
-    def check_whole(self, what: str) -> None:
-        """Raises UserError where models are not whole in this process, which `what` needs."""
+    def require_whole_models(self, purpose: str) -> None:
+        """Raises UserError where models are sharded, for a purpose that needs whole ones."""
 
-    def let_go(self) -> None:
-        """Frees what models that are no longer referred to have held."""
+    def free_memory(self) -> None:
+        """Frees what models that are no longer referred to still hold."""
 
 
-class SeveralDevices(OneDevice):
-    """Every model over all accelerators of this process, as transformers' `device_map="auto"` spreads it."""
+class DeviceMap(Placement):
+    """Every model over all accelerators of this process, as transformers' `device_map="auto"` places it."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -92,63 +97,55 @@ class SeveralDevices(OneDevice):
         return trajectory.model(step, device_map="auto")
 
 
-class Together(OneDevice):
-    """Processes that go through the same checkpoints together, and tell each other of faults.
+class Joint(Placement):
+    """Processes that work on the same checkpoints jointly and exchange their errors.
 
     Attributes:
-        crew: these processes.
+        peers: these processes.
     """
 
-    crew: Team
+    peers: ProcessGroup
 
-    def for_all(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        own = self.agreed(lambda: for_threads(work, self.crew.own(items)), apart=True)
-        return self.crew.in_order(self._together(lambda: self.crew.exchange(own)), len(items))
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        own = self.synchronized(lambda: map_threads(work, self.peers.strided(items)), independent=True)
+        return self.peers.interleave(self._connected(lambda: self.peers.all_gather(own)), len(items))
 
-    def agreed(self, work: Callable[[], R], *, apart: bool = False) -> R:
-        """What `work` gives; a fault of one process is raised on all of them.
-
-        Args:
-            apart: they do not wait for each other within `work`, so that who fails waits for the others however long
-                theirs takes.
-
-        Raises:
-            SharedFaultError: `work` failed on some process.
-            LostProcessError: a process is gone, or failed within what all do together, where the others wait for it.
-        """
+    def synchronized(self, work: Callable[[], R], *, independent: bool = False) -> R:
         result: Any = None
-        reason, halfway, beside = None, False, None
+        own: Exception | None = None
         try:
             result = work()
-        except (SharedFaultError, LostProcessError):
+        except (CollectiveError, LostProcessError):
             raise
         except Exception as error:
-            reason, halfway = reason_of(error), not isinstance(error, UserError)
-            beside = getattr(error, "baseline", None)
-        failed = torch.tensor(float(reason is not None))
-        wait = [timedelta(seconds=ALONE_SECONDS)] if reason is not None and not apart else []
-        sent: Any = dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.crew.host, async_op=True)
-        self._together(
-            lambda: sent.wait(*wait), f"process {self.crew.rank} alone failed: {reason}" if reason else None
+            own = error
+        reason = None if own is None else error_line(own)
+        failed = torch.tensor(float(own is not None))
+        timeout = [timedelta(seconds=PEER_TIMEOUT_SECONDS)] if own is not None and not independent else []
+        pending: Any = dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.peers.cpu_group, async_op=True)
+        self._connected(
+            lambda: pending.wait(*timeout), f"only process {self.peers.rank} failed: {reason}" if reason else None
         )
         if failed:
-            reasons, halfways = zip(*self._together(lambda: self.crew.exchange((reason, halfway))), strict=True)
-            raise SharedFaultError(_common(reasons), halfway=any(halfways), baseline=beside)
+            unexpected = own is not None and not isinstance(own, UserError)
+            reasons, flags = zip(*self._connected(lambda: self.peers.all_gather((reason, unexpected))), strict=True)
+            raise CollectiveError(_common_reason(reasons), unexpected=any(flags), own=own)
         return result
 
-    def _together(self, exchange: Callable[[], R], said: str | None = None) -> R:
+    def _connected(self, exchange: Callable[[], R], on_timeout: str | None = None) -> R:
+        """The result of an exchange, whose failure means that a process is gone, or after a timeout `on_timeout`."""
         try:
             return exchange()
         except RuntimeError as error:
-            how = _short(error)
-            waited_in_vain = said is not None and "timed out" in how.lower()
-            raise LostProcessError(said if waited_in_vain else f"another process is gone ({how})") from None
+            if on_timeout is not None and "timed out" in _short(error).lower():
+                raise LostProcessError(on_timeout) from None
+            raise LostProcessError(f"another process is gone ({_short(error)})") from None
 
 
-class Replicas(Together):
-    """Every model whole in every process of a launch; they divide what a metric evaluates and decomposes.
+class Replicated(Joint):
+    """Every model whole in every process of a launch; they split what a metric evaluates and decomposes.
 
-    For a `with` statement, which ends the connections; after a fault they stay, since ending one waits for the others.
+    A context manager that closes the connections. After an error they stay open, since closing waits for the others.
 
     Args:
         device: this process's.
@@ -156,67 +153,63 @@ class Replicas(Together):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        # Apart from each other: who meets a fault tells the others where they do not exchange results.
-        try:
-            groups = [dist.new_group(backend="gloo", timeout=LONGEST_WAIT) for _ in range(2)]
-        except RuntimeError as error:
-            raise LostProcessError(f"another process is gone ({_short(error)})") from None
-        self.replicas, self.crew = (Team(None, group) for group in groups)
-        self._groups = groups
+        # Two groups, so that a process reports an error outside the group in which the others exchange results.
+        self._groups = self._connected(
+            lambda: [dist.new_group(backend="gloo", timeout=LONGEST_WAIT) for _ in range(2)]
+        )
+        self.replicas, self.peers = (ProcessGroup(None, group) for group in self._groups)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self._together(dist.barrier)  # on the launch's own group: what the others still exchange here is not cut
+            self._connected(dist.barrier)  # in the launch's own group: exchanges in the groups here may still run
             for group in self._groups:
                 dist.destroy_process_group(group)
 
 
-class Shards(Together):
-    """Every model divided among the processes of `accelerate launch` by FSDP2, each with its rows of every parameter.
+class RowSharded(Joint):
+    """Every model sharded by FSDP2 over the processes of a launch, each with its rows of every parameter.
 
-    A process holds its part of the weights, twice while they are moved, and within a forward pass what is outside
-    the blocks (embeddings, output head) and one or two blocks whole; while it loads, its part and one tensor.
+    A process holds its shard of the weights, twice while they are perturbed, and within a forward pass all of what is
+    outside the blocks (embeddings, output head) and one or two whole blocks; while loading, its shard and one tensor.
 
     Args:
         device: this process's.
     """
 
-    team: Team
-
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        # Apart from the group that gathers weights: who meets a fault tells the others here.
-        self.team = self.crew = Team(self.mesh.get_group(), dist.new_group(backend="gloo"))
+        # A CPU group of its own, so that a process reports an error outside the group that gathers weights.
+        self.shards = self.peers = ProcessGroup(self.mesh.get_group(), dist.new_group(backend="gloo"))
 
     def model(self, trajectory: Trajectory, step: int) -> Any:
-        return self._loaded(trajectory, step, dense=False)
+        return self._load(trajectory, step, dense=False)
 
     def dense_model(self, trajectory: Trajectory, step: int, model: Any) -> Any:
-        return self._loaded(trajectory, step, dense=True) if trajectory.adapted else model
+        return self._load(trajectory, step, dense=True) if trajectory.adapted else model
 
-    def _loaded(self, trajectory: Trajectory, step: int, *, dense: bool) -> Any:
-        self.let_go()
-        return self.agreed(lambda: sharded_model(trajectory, step, self.mesh, self.device, dense=dense))
+    def _load(self, trajectory: Trajectory, step: int, *, dense: bool) -> Any:
+        self.free_memory()
+        return self.synchronized(lambda: sharded_model(trajectory, step, self.mesh, self.device, dense=dense))
 
     def weights(self, trajectory: Trajectory, step: int) -> dict[str, Tensor]:
         return parameters_of(self.model(trajectory, step))
 
-    def check_whole(self, what: str) -> None:
-        raise UserError(f"{what} needs the whole model in one process; measure it without --sharded")
+    def require_whole_models(self, purpose: str) -> None:
+        raise UserError(f"{purpose} needs the whole model in one process; measure it without --sharded")
 
-    def let_go(self) -> None:
-        gc.collect()  # the hooks of FSDP2 refer to the modules that refer to them
+    def free_memory(self) -> None:
+        gc.collect()  # FSDP2's hooks form reference cycles with the modules
 
 
 def _short(error: RuntimeError) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _common(reasons: Sequence[str | None]) -> str:
-    """The first reason, with the process's number where not all have one."""
+def _common_reason(reasons: Sequence[str | None]) -> str:
+    """The first reason, with the process's number unless all processes have one."""
     rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
     return reason if None not in reasons else f"process {rank}: {reason}"[:500]

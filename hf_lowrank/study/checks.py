@@ -7,9 +7,9 @@ from pathlib import Path
 
 from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.measuring.plan import choose_steps
-from hf_lowrank.measuring.settings import resolve_settings
 from hf_lowrank.metrics import METRICS
+from hf_lowrank.runs.measure_settings import resolve_settings
+from hf_lowrank.runs.selection import choose_steps
 from hf_lowrank.study.layout import Attempt, Run, Study, attempts_of, is_swept, member_recipe, runs_of
 from hf_lowrank.study.members import check_members
 from hf_lowrank.study.spec import STAGES, StudyFile
@@ -136,10 +136,10 @@ def _check_keywords(study: Study, stages: Sequence[str]) -> None:
             if given is not None and not Path(given).exists():
                 raise fault(key, f"must be a file that is there, got {given!r}")
     if "evaluate" in stages:
-        from hf_lowrank.downstream.catalogue import units, wanted_tasks
+        from hf_lowrank.downstream.catalogue import expand_tasks, wanted_tasks
 
         try:
-            problems = units(wanted_tasks(settings.evaluate.tasks))[1]
+            problems = expand_tasks(wanted_tasks(settings.evaluate.tasks))[1]
         except UserError as error:
             problems = [str(error)]
         if problems:
@@ -229,9 +229,9 @@ def _check_texts(study: Study, recipes: dict[str, Recipe], stages: Sequence[str]
                 )
     if "evaluate" not in stages:
         return
-    from hf_lowrank.downstream.catalogue import OFFLINE, units, wanted_tasks
+    from hf_lowrank.downstream.catalogue import OFFLINE, expand_tasks, wanted_tasks
 
-    offline = set(units(wanted_tasks(settings.evaluate.tasks))[0]) & set(OFFLINE)
+    offline = set(expand_tasks(wanted_tasks(settings.evaluate.tasks))[0]) & set(OFFLINE)
     blocks = [recipe.data.source for recipe in recipes.values()]
     blocks += [(t.run.recipe or {}).get("data", {}).get("source") for t in study.strangers.values()]
     if offline and not {"python-library", "files"} & set(blocks):

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.measuring.context import size_of
+from hf_lowrank.runs.selection import size_of
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.study.layout import Run
 from hf_lowrank.study.spec import StudyFile

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.measuring.groups import GROUPS
-from hf_lowrank.measuring.plan import choose_steps
-from hf_lowrank.measuring.settings import resolve_settings
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.facts import read_facts
+from hf_lowrank.runs.measure_settings import resolve_settings
+from hf_lowrank.runs.selection import choose_steps
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.study import units
@@ -236,7 +236,7 @@ def _first_guess(study: Study, unit: units.Unit, costs: _Costs) -> float | None:
     forward = cost.step_seconds / batch / 3  # the backward pass is twice the forward one
     if unit.stage == "evaluate":
         settings = study.settings.evaluate
-        from hf_lowrank.downstream.catalogue import units as tasks_of
+        from hf_lowrank.downstream.catalogue import expand_tasks as tasks_of
         from hf_lowrank.downstream.catalogue import wanted_tasks
 
         tasks = len(tasks_of(wanted_tasks(settings.tasks))[0])

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.measuring.plan import choose_steps
 from hf_lowrank.runs.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.selection import choose_steps
 from hf_lowrank.runs.sources import open_source
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import sealed_text
@@ -134,7 +134,7 @@ def _sequences(folder: Path, theirs: Trajectory, work: dict[str, Any]) -> None:
 def evaluation_of(given: str, trajectory: Trajectory) -> EvaluationSet:
     """The sequences in a safetensors file or folder, or cut from a text by the trajectory's tokenizer."""
     from hf_lowrank.downstream.sources import context_length
-    from hf_lowrank.measuring.text import SEQUENCE_LENGTH, evaluation_set_from_text
+    from hf_lowrank.runs.evaluation_text import SEQUENCE_LENGTH, evaluation_set_from_text
 
     path = Path(given)
     if path.is_dir() or path.suffix == ".safetensors":

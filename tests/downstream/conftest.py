@@ -111,6 +111,6 @@ def few_shot(tmp_path, monkeypatch):
     }
     (folder / "spell.yaml").write_text(json.dumps(task))
     monkeypatch.setattr(catalogue, "_paths", lambda: (str(TASK_FOLDER), str(folder)))
-    monkeypatch.setattr(runner_module, "units", lambda names: (names, []))
+    monkeypatch.setattr(runner_module, "expand_tasks", lambda names: (names, []))
     monkeypatch.setattr(runner_module, "OWN", ("spell", "none_such"))
     return folder

@@ -22,7 +22,7 @@ from hf_lowrank.downstream.sharpness import direction_requests
 from hf_lowrank.downstream.sources import find_checkpoint
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure
-from hf_lowrank.processes.placement import Replicas
+from hf_lowrank.processes.placement import Replicated
 from hf_lowrank.runs.trajectory import Trajectory
 from tests.distributed.pairs import in_two
 
@@ -99,7 +99,7 @@ def test_an_answer_longer_than_the_context_is_one_line(run):
     with pytest.raises(UserError, match="longer than the context of 96"):
         lm.loglikelihood([Instance("loglikelihood", {}, ("a", " b" * 200), 0)], disable_tqdm=True)
     lm.loglikelihood([Instance("loglikelihood", {}, ("a b " * 100, " c"), 0)], disable_tqdm=True)
-    assert lm.cut_items == 1
+    assert lm.truncated_items == 1
 
 
 def test_lm_eval_finds_the_class_under_its_name():
@@ -198,7 +198,7 @@ def divided_and_alone(run, folder, logits_cache):
     sequences = []
     lm.model.register_forward_pre_hook(lambda _, inputs: sequences.append(len(inputs[0]) if inputs else 1))
     whole = (many_answers(lm), len(sequences))[1]
-    lm.replicas = Replicas(torch.device("cpu")).replicas
+    lm.replicas = Replicated(torch.device("cpu")).replicas
     divided = many_answers(lm)
     rank = lm.replicas.rank
     shares = {"equal": divided == alone, "share": (len(sequences) - whole) / whole}
@@ -224,7 +224,7 @@ def sampled_divided_and_alone(run, folder):
         return lm.generate_until(asked, disable_tqdm=True)
 
     alone, other = sampled(0), sampled(1)
-    lm.replicas = Replicas(torch.device("cpu")).replicas
+    lm.replicas = Replicated(torch.device("cpu")).replicas
     rank = lm.replicas.rank
     (folder / f"{rank}.json").write_text(json.dumps([sampled(0) == alone, alone != other]))
 

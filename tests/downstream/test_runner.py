@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from hf_lowrank.cli import main
 from hf_lowrank.downstream import TASK_FOLDER, catalogue, compare, evaluate
 from hf_lowrank.downstream import runner as runner_module
-from hf_lowrank.downstream.catalogue import OFFLINE, units, wanted_tasks
+from hf_lowrank.downstream.catalogue import OFFLINE, expand_tasks, wanted_tasks
 from hf_lowrank.downstream.figures import score_table
 from hf_lowrank.downstream.paired import paired_difference
-from hf_lowrank.downstream.runner import asked_for, unscored
+from hf_lowrank.downstream.runner import requested_scores, unscored
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.scores import (
     append_scores,
@@ -117,15 +117,15 @@ def test_problems_are_lines_and_the_rest_goes_on(run, tmp_path, tokenizer, make_
 
 
 def test_groups_are_taken_apart_and_scored_groups_stay_one():
-    found, problems = units(["lowrank_paper"])
+    found, problems = expand_tasks(["lowrank_paper"])
     assert problems == []
     assert found == ["piqa", "copa", "mrpc", "rte", "mnli", "arc_easy", "blimp", "sst2"]
-    found, problems = units(["lowrank_paper_full"])
+    found, problems = expand_tasks(["lowrank_paper_full"])
     assert not problems
     assert set(found[8:]) == {
         "qqp", "qnli", "boolq", "multirc", "cola", "wsc", "truthfulqa_mc1", "truthfulqa_mc2", "toxigen"
     }  # fmt: skip
-    assert units(["pylib"])[0] == list(OFFLINE)
+    assert expand_tasks(["pylib"])[0] == list(OFFLINE)
     assert wanted_tasks("a, b,a") == ["a", "b"]
 
 
@@ -200,7 +200,7 @@ def test_a_scored_group_has_one_row_of_its_own(run, tmp_path, monkeypatch, by_si
         "metadata: {version: 3.0}\n"
     )
     monkeypatch.setattr(catalogue, "_paths", lambda: (str(TASK_FOLDER), str(folder)))
-    monkeypatch.setattr(runner_module, "units", lambda names: (names, []))
+    monkeypatch.setattr(runner_module, "expand_tasks", lambda names: (names, []))
     monkeypatch.setattr(runner_module, "OWN", ("pair",))
     rows = evaluate(run, tasks=["pair"], steps=5, limit=60, output=tmp_path)
     members = [row for row in rows if row.group == "pair" and row.metric == "acc"]
@@ -227,10 +227,10 @@ def test_scores_of_another_run_of_that_name_are_not_taken_for_its_own(run, tmp_p
     shutil.copytree(run, other)
     recipe = yaml.safe_load((other / "recipe.yaml").read_text())
     (other / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "seed": 99}))
-    with pytest.raises(UserError, match=r"downstream\.jsonl: the rows of .* would both go there"):
+    with pytest.raises(UserError, match=r"downstream\.jsonl: .* would both write their rows to it"):
         evaluate([run, other], tasks="spell", steps=10, output=tmp_path)
     evaluate(run, tasks="spell", steps=10, output=tmp_path)
-    with pytest.raises(UserError, match=r"downstream\.jsonl: holds the rows of another run .* seed 99\)"):
+    with pytest.raises(UserError, match=r"downstream\.jsonl: holds rows of another run .* seed 99\)"):
         evaluate(other, tasks="spell", steps=10, output=tmp_path)
 
 
@@ -266,10 +266,10 @@ def test_the_command_shows_what_was_asked_for_and_fails_where_that_has_no_score(
     assert status == 1
     assert said.err.splitlines()[-1] == f"hf-lowrank: without a score: {run.name}@10 no_such_task"
     assert "Traceback" not in said.err
-    asked, missing = asked_for([Trajectory(run)], output=tmp_path, tasks="spell", steps=10, limit=3)
+    asked, missing = requested_scores([Trajectory(run)], output=tmp_path, tasks="spell", steps=10, limit=3)
     assert {(row.limit, row.step) for row in asked} == {(3, 10)}
     assert missing == []
-    assert asked_for([Trajectory(run)], output=tmp_path, tasks="spell", steps=[5, 10], limit=5) == (
+    assert requested_scores([Trajectory(run)], output=tmp_path, tasks="spell", steps=[5, 10], limit=5) == (
         [],
         [f"{run.name}@5 spell", f"{run.name}@10 spell"],
     )
@@ -277,7 +277,7 @@ def test_the_command_shows_what_was_asked_for_and_fails_where_that_has_no_score(
     other = shutil.copytree(run, tmp_path / "other" / run.name, ignore=shutil.ignore_patterns("downstream*"))
     copy = shutil.copytree(run, tmp_path / "copy" / run.name, ignore=shutil.ignore_patterns("downstream*"))
     evaluate(copy, tasks="spell", steps=10, limit=3)
-    asked, missing = asked_for([Trajectory(copy), Trajectory(other)], tasks="spell", steps=10, limit=3)
+    asked, missing = requested_scores([Trajectory(copy), Trajectory(other)], tasks="spell", steps=10, limit=3)
     assert {(row.limit, row.step) for row in asked} == {(3, 10)}
     assert missing == [f"{other}@10 spell"]
 

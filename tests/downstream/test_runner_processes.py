@@ -88,7 +88,7 @@ def test_requests_that_differ_are_not_divided(run, tmp_path, few_shot, monkeypat
 def test_processes_that_see_different_scores_do_the_work_that_the_first_sees(run, tmp_path):
     def command():
         if os.environ["RANK"] == "1":
-            runner_module._Runner._is_done = lambda *_: True
+            runner_module._SavedScores._is_done = lambda *_: True
         evaluate(run, tasks="pylib_syntax", limit=24, output=tmp_path)
 
     in_two(command)
@@ -114,8 +114,8 @@ def test_processes_that_cannot_be_joined_are_one_line(run, tmp_path):
 
     for said in said_by_two(command, tmp_path):
         assert said == [
-            "evaluating together ended: another process is gone (connection closed by peer); what was scored is "
-            "written, start again"
+            "evaluating with several processes stopped: another process is gone (connection closed by peer); finished "
+            "rows are saved, rerun to resume"
         ]
 
 
@@ -165,7 +165,7 @@ def test_a_process_lost_while_items_are_divided_ends_the_command_in_one_line(run
 
     # Two of three checkpoints go up in shares, and of the third the items are begun.
     assert lose_one(command, lost, (tmp_path / "begun").exists) == 2
-    assert "what was scored is written, start again" in (tmp_path / "said").read_text()
+    assert "finished rows are saved, rerun to resume" in (tmp_path / "said").read_text()
     left = read_scores(table)
     assert {row.step for row in left} == {0, 5}
     assert evaluate(run, tasks="pylib_syntax", output=folder)[: len(left)] == left

@@ -234,7 +234,7 @@ def read_state(folder, content):
 
 
 def read_settings(folder, content):
-    from hf_lowrank.measuring.settings import resolve_settings
+    from hf_lowrank.runs.measure_settings import resolve_settings
 
     (folder / "settings.yaml").write_bytes(content)
     resolve_settings("fast", folder / "settings.yaml")

@@ -78,7 +78,7 @@ def test_constant_or_short_input_is_an_error(x):
         g.linear_cka(x, torch.full((60, 3), 0.1))
     with pytest.raises(ValueError, match="rows"):
         g.linear_cka(x[:3], x[:3], debiased=True)
-    with pytest.raises(ValueError, match="as many rows"):
+    with pytest.raises(ValueError, match="the same number of rows"):
         g.linear_cka(x, x[:4])
 
 

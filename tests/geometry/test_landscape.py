@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from hf_lowrank import geometry as g
+from hf_lowrank.geometry.directions import row_blocks
+from hf_lowrank.geometry.sharding import local_shard
 from hf_lowrank.geometry.statistics import interval_of_draws, jackknife_interval
 from hf_lowrank.statistics import student_t_p_value, student_t_quantile
 
@@ -166,15 +168,13 @@ def test_low_memory_refuses_what_it_would_miss():
 
 def test_normalised_directions_have_the_norms_of_the_weights():
     weight = torch.randn(900, 400, generator=torch.Generator().manual_seed(0)) * torch.rand(900, 1)
-    from hf_lowrank.geometry.directions import row_blocks
-
     for normalize in ("tensor", "filter"):
         direction = g.Gaussian(0, 0, normalize)
-        whole = torch.cat([direction.block("w", weight, *rows) for rows in row_blocks(*weight.shape)])
+        whole = torch.cat([direction.block("w", local_shard(weight), *rows) for rows in row_blocks(*weight.shape)])
         assert float(whole.norm()) == pytest.approx(float(weight.norm()), rel=1e-5)
         if normalize == "filter":
             torch.testing.assert_close(whole.norm(dim=1), weight.norm(dim=1))
-        assert direction.block("norm", weight[:1], 0, 1) is None
+        assert direction.block("norm", local_shard(weight[0]), 0, 1) is None
 
 
 def test_pca_directions_of_known_weights():
@@ -186,9 +186,9 @@ def test_pca_directions_of_known_weights():
     before = [p.detach().clone() for p in model.parameters()]
     first, second = g.weight_pca_directions(model, 2)
     for direction, k in ((first, 0), (second, 1)):
-        block = direction.block("values.0", model.values[0].detach(), 0, 8)
+        block = direction.block("values.0", local_shard(model.values[0].detach()), 0, 8)
         assert float((block * torch.outer(u[:, k], v[:, k])).sum().abs()) == pytest.approx(1, rel=1e-5)
-        torch.testing.assert_close(direction.block("values.1", before[1][None], 0, 1)[0], before[1])
+        torch.testing.assert_close(direction.block("values.1", local_shard(before[1]), 0, 1)[0], before[1])
     # ½‖θ − θ*‖² along a unit matrix direction plus the vector itself: ½ t² (1 + ‖w‖²)
     loss = Quadratic(model)
     loss.hessian = [torch.ones_like(h) for h in loss.hessian]
@@ -202,7 +202,7 @@ def test_trajectory_pca_finds_the_line_that_was_walked():
     start, step = torch.randn(6, 5, generator=generator), torch.randn(6, 5, generator=generator)
     states = [{"w": start + t * step} for t in (0.0, 1.0, 2.5, 3.0)]
     directions, shares = g.trajectory_pca_directions(states, ["w"], 2)
-    block = directions[0].block("w", start, 0, 6)
+    block = directions[0].block("w", local_shard(start), 0, 6)
     assert float((block * step).sum().abs() / step.norm()) == pytest.approx(1, rel=1e-5)
     assert float(shares[0]) == pytest.approx(1, rel=1e-6)
 

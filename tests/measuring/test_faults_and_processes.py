@@ -111,7 +111,7 @@ def test_a_fault_of_one_reaches_the_other(two_runs, tmp_path, kind):
 def test_processes_that_see_different_rows_do_the_work_that_the_first_sees(two_runs, tmp_path, undisturbed):
     def measured():
         if os.environ["RANK"] == "1":  # as one whose file system lags behind
-            measure_module._missing = lambda *_: set()
+            measure_module.missing_units = lambda *_: []
         measure(list(two_runs), **WANTED)
 
     in_two(measured)
@@ -120,24 +120,24 @@ def test_processes_that_see_different_rows_do_the_work_that_the_first_sees(two_r
 
 def test_a_process_that_fails_while_the_others_are_ahead(two_runs, tmp_path, monkeypatch):
     """It cannot tell them; it gives up with its reason, and they notice that it is gone."""
-    monkeypatch.setattr(placement, "ALONE_SECONDS", 2.0)
+    monkeypatch.setattr(placement, "PEER_TIMEOUT_SECONDS", 2.0)
 
     def measured():
-        load = placement.OneDevice.model
+        load = placement.Placement.model
 
         def model(self, trajectory, step):
             if os.environ["RANK"] == "1" and step != 10:
                 raise MemoryError("no room")
             return load(self, trajectory, step)
 
-        placement.OneDevice.model = model
+        placement.Placement.model = model
         try:
             measure(two_runs[1], metrics="step", steps=10, settings=WANTED["settings"])
         except UserError as error:
             (tmp_path / os.environ["RANK"]).write_text(str(error))
 
     in_two(measured)
-    assert "process 1 alone failed: MemoryError: no room" in (tmp_path / "1").read_text()
+    assert "only process 1 failed: MemoryError: no room" in (tmp_path / "1").read_text()
     assert "another process is gone" in (tmp_path / "0").read_text()
 
 
@@ -157,7 +157,10 @@ def test_one_of_those_that_measure_together_is_lost(two_runs, tmp_path, lost):
     ended = lose_one(measured, lost, lambda: any(r.metric == "random_sharpness" for r in read_measurements(part)))
     assert ended not in (0, None)
     if lost == 1:
-        ended_so = r"measuring together ended: another process is gone .*; what was measured is written, start again"
+        ended_so = (
+            r"measuring with several processes stopped: another process is gone .*; finished rows are saved, rerun to "
+            r"resume"
+        )
         assert re.fullmatch(ended_so, said.read_text())
     assert any(row.metric == "random_sharpness" for row in read_measurements(part))
 
@@ -205,7 +208,7 @@ def test_what_was_measured_beside_a_baseline_stays_without_it(two_runs, caplog):
     before = (two_runs[1] / "measurements.jsonl").read_bytes()
     measure(two_runs[1], **wanted)
     assert (two_runs[1] / "measurements.jsonl").read_bytes() == before
-    assert "what was measured stays: no baseline" in caplog.text
+    assert "its earlier values are kept: no baseline" in caplog.text
 
 
 def test_killed_at_any_moment_and_started_again(two_runs, undisturbed):

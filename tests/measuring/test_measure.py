@@ -144,7 +144,7 @@ def test_output_goes_elsewhere_when_asked(two_runs, tmp_path):
 def test_rows_of_another_run_of_that_name_are_not_taken_for_its_own(make_run, tmp_path, other):
     ours, theirs = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", noise_seed=9, **other)
     out = tmp_path / "out"
-    both = r"run/measurements\.jsonl: the rows of .*/a/run and .*/b/run would both go there"
+    both = r"run/measurements\.jsonl: .*/a/run and .*/b/run would both write their rows to it"
     with pytest.raises(UserError, match=both):
         measure([ours, theirs], metrics="loss", output=out)
     assert not out.exists()

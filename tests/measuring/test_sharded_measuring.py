@@ -18,10 +18,10 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import Gaussian, TokenLoss, movable, random_curve, trajectory_pca_directions
 from hf_lowrank.geometry.directions import Difference
 from hf_lowrank.measuring import measure
-from hf_lowrank.measuring.progress import Progress
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.processes import placement as placements
-from hf_lowrank.processes.placement import Shards, parameters_of
+from hf_lowrank.processes.placement import RowSharded, parameters_of
+from hf_lowrank.processes.progress import Progress
 from hf_lowrank.runs.measurements import read_measurements
 from hf_lowrank.runs.trajectory import Trajectory
 from tests.distributed.processes import in_processes
@@ -94,7 +94,7 @@ def together(runs, output, rank, world):
     """What each of the processes does in the tests below, in one launch."""
     launched(rank, world, on_accelerators=False)
     measured(runs, output, sharded=True)
-    placement = Shards(torch.device("cpu"))
+    placement = RowSharded(torch.device("cpu"))
     return {
         "held": held(runs, placement),
         "moved": {run.name: moved(Trajectory(run), placement) for run in runs[:2]},
@@ -112,7 +112,7 @@ def held(runs, placement):
         assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
         here = {name: parameter.to_local().detach().clone() for name, parameter in parameters.items()}
         sequences = Trajectory(run).evaluation_set()
-        loss = TokenLoss(sequences.input_ids, sequences.attention_mask, team=placement.team)
+        loss = TokenLoss(sequences.input_ids, sequences.attention_mask, shards=placement.shards)
         random_curve(model, loss, offsets=[-0.1, 0, 0.1], draws=1, normalize="tensor")
         equal = all(torch.equal(p.to_local(), here[name]) for name, p in model.named_parameters())
         whole = sum(parameter.numel() for parameter in parameters.values())
@@ -147,7 +147,7 @@ def moved(run, placement):
 
 def chunked_loss(run, placement):
     sequences = run.evaluation_set()
-    loss = TokenLoss(sequences.input_ids, sequences.attention_mask, vocabulary_chunk=20, team=placement.team)
+    loss = TokenLoss(sequences.input_ids, sequences.attention_mask, vocabulary_chunk=20, shards=placement.shards)
     model = placement.model(run, 10)
     first = loss(model)
     assert loss._chunkable[model]
@@ -279,7 +279,7 @@ def lost(run, output, how, rank, world):
                 os._exit(9)
             raise MemoryError("no room for a batch")
 
-    placements.ALONE_SECONDS = 0.5
+    placements.PEER_TIMEOUT_SECONDS = 0.5
     Progress.tick = tick
     try:
         measure(run, metrics="loss,random", steps=10, settings=SMALL, output=output, sharded=True)
@@ -292,14 +292,14 @@ def lost(run, output, how, rank, world):
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("dies", {0: "another process is gone"}), ("fails", {1: "process 1 alone failed: MemoryError: no room"})],
+    [("dies", {0: "another process is gone"}), ("fails", {1: "only process 1 failed: MemoryError: no room"})],
 )
 def test_a_lost_process_ends_the_command_and_what_is_written_stays(runs, tmp_path, how, said):
     with pytest.raises(AssertionError, match="a process of 2 failed"):
         in_processes(2, partial(lost, runs[0], tmp_path, how), tmp_path / "of", ACCELERATE_USE_CPU="true")
     for rank, words in said.items():
         assert words in (tmp_path / f"said-{rank}").read_text()
-    assert "measuring together ended" in (tmp_path / "said-0").read_text()
+    assert "measuring with several processes stopped" in (tmp_path / "said-0").read_text()
     written = {row.metric for row in read_measurements(tmp_path / "full_rank-0")}
     assert written == {"loss"}
     measure(runs[0], metrics="loss,random", steps=10, settings=SMALL, output=tmp_path)

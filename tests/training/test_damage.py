@@ -264,7 +264,7 @@ def test_what_was_measured_stays_when_its_checkpoint_is_damaged_later(whole, tmp
     damage(copy / "evaluation.safetensors", "truncated", random.Random(0))
     with caplog.at_level("WARNING", logger="hf_lowrank"):
         assert measure(copy, **wanted) == before
-    assert any("what was measured stays: " in record.getMessage() for record in caplog.records)
+    assert any("its earlier values are kept: " in record.getMessage() for record in caplog.records)
 
 
 def test_a_table_is_completed_from_its_damaged_line_on(whole, tmp_path):

@@ -1,7 +1,8 @@
-"""Evaluation sequences from a text file, for models that came without a set of their own."""
+"""Evaluation sets that a user names: a safetensors file, or a text file for models without a set of their own."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,8 +15,19 @@ from hf_lowrank.storage.checksums import check_checksums
 SEQUENCE_LENGTH = 256
 
 
+def resolve_evaluation_set(
+    given: EvaluationSet | str | os.PathLike[str] | None, trajectory: Trajectory
+) -> EvaluationSet | None:
+    """The set that a safetensors file or its folder holds, or that a `.txt` file gives with the run's tokenizer."""
+    if given is None or isinstance(given, EvaluationSet):
+        return given
+    path = Path(given)
+    return evaluation_set_from_text(path, trajectory) if path.suffix == ".txt" else EvaluationSet.load(path)
+
+
 def evaluation_set_from_text(path: Path, trajectory: Trajectory, length: int = SEQUENCE_LENGTH) -> EvaluationSet:
-    """The file's text as packed sequences of `length` tokens of the trajectory's own tokenizer; the rest is left out.
+    """The file's text, packed into sequences of `length` tokens of the trajectory's tokenizer; a shorter rest is
+    dropped.
 
     Raises:
         UserError: the file is unreadable or too short, or the checkpoints have no tokenizer.

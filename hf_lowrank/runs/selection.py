@@ -1,0 +1,146 @@
+"""The runs, checkpoints and tables that the arguments of a command name, and whether rows belong to them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.runs.trajectory import Trajectory
+
+Run = str | os.PathLike[str] | Trajectory
+
+
+def open_run(run: Run, revisions: str | None = None) -> Trajectory:
+    """The run's trajectory; `revisions` selects checkpoints of a repository."""
+    return run if isinstance(run, Trajectory) else Trajectory(run, revisions=revisions)
+
+
+def open_runs(runs: Run | Sequence[Run], purpose: str, revisions: str | None = None) -> list[Trajectory]:
+    """The trajectories of one run or several.
+
+    Raises:
+        UserError: there is no run, or one is unusable.
+    """
+    given = [runs] if isinstance(runs, str | os.PathLike | Trajectory) else list(runs)
+    if not given:
+        raise UserError(f"there must be at least one run to {purpose}")
+    return [open_run(run, revisions) for run in given]
+
+
+def choose_steps(available: Sequence[int], wanted: str | int | Iterable[int] | None, count: int | str) -> list[int]:
+    """The checkpoints that `wanted` names: None takes `count` of them evenly spread (the last always, the first only
+    when all fit), "all", "last", one step or several ("100,200").
+
+    Raises:
+        UserError: a step is not a number or not among the checkpoints.
+    """
+    if wanted is None:
+        if count == "all" or int(count) >= len(available):
+            return list(available)
+        number, last = int(count), len(available) - 1
+        return sorted({available[round(last * (k + 1) / number)] for k in range(number)})
+    if wanted == "all":
+        return list(available)
+    if wanted == "last":
+        return [available[-1]]
+    items: Iterable[Any] = (
+        wanted.split(",") if isinstance(wanted, str) else wanted if not isinstance(wanted, int) else [wanted]
+    )
+    try:
+        chosen = {int(item) for item in items}
+    except (TypeError, ValueError):
+        raise UserError(f"steps must be all, last or numbers such as 100,200, got {wanted!r}") from None
+    missing = sorted(chosen - set(available))
+    if missing:
+        raise UserError(f"no checkpoint of step {missing[0]}; there are: {', '.join(map(str, available))}")
+    return sorted(chosen)
+
+
+def steps_of(trajectory: Trajectory, wanted: str | int | Iterable[int] | None, count: int | str = "all") -> list[int]:
+    """`choose_steps` among a trajectory's checkpoints; an error names the run."""
+    try:
+        return choose_steps(trajectory.steps, wanted, count)
+    except UserError as error:
+        raise UserError(f"{trajectory.path}: {error}") from None
+
+
+def table_of(trajectory: Trajectory, output: str | os.PathLike[str] | None, file_name: str) -> Path:
+    """Where a table of a run is written: `output/RUN/` if given, else the run directory, else (Hub) ./RUN/."""
+    name = trajectory.run.name.replace("/", "--")
+    local = Path(trajectory.path)
+    if output is not None:
+        return Path(output) / name / file_name
+    if not local.is_dir():
+        return Path(name) / file_name
+    is_checkpoint = (local / "config.json").is_file()
+    return (local.resolve().parent if is_checkpoint and local.resolve().name != name else local) / file_name
+
+
+def check_separate_tables(trajectories: Sequence[Trajectory], tables: Sequence[Path]) -> None:
+    """Raises UserError where two runs of one name would write to the same table."""
+    owners: dict[Path, Path] = {}
+    for trajectory, table in zip(trajectories, tables, strict=True):
+        owner = owners.setdefault(table.absolute(), Path(trajectory.path).resolve())
+        if owner != Path(trajectory.path).resolve():
+            raise UserError(
+                f"{table}: {owner} and {trajectory.path} would both write their rows to it; give each its own --output"
+            )
+
+
+def size_of(trajectory: Trajectory) -> str:
+    """What two runs must share to be compared: the shape of the plain architecture, as a string."""
+    config = trajectory.config
+    base = getattr(config, "base_config", None) or config
+    fields = base if isinstance(base, dict) else base.to_dict()
+    names = (
+        "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+    )  # fmt: skip
+    return json.dumps({name: fields.get(name) for name in names}, sort_keys=True)
+
+
+def is_current(row: Any, trajectory: Trajectory) -> bool:
+    """Whether a row's fingerprint is that of the trajectory's checkpoint of its step; True where one is unknown."""
+    present = trajectory.fingerprint(row.step) if row.checkpoint and row.step in trajectory.steps else None
+    return present is None or row.checkpoint == present
+
+
+def is_current_comparison(row: Any, baseline: Trajectory | None) -> bool:
+    """Whether a row compares with the checkpoint that `baseline` has of its step; True where one is unknown."""
+    if baseline is None or row.baseline != baseline.run.name:
+        return baseline is None and row.baseline is None
+    present = baseline.fingerprint(row.step) if row.baseline_checkpoint and row.step in baseline.steps else None
+    return present is None or row.baseline_checkpoint == present
+
+
+def check_rows_belong(
+    trajectory: Trajectory, table: Path, rows: Sequence[Any], baseline: Trajectory | None = None
+) -> None:
+    """Raises UserError where rows of a table are not of the checkpoints that the run has now (another run of that
+    name, or one that was trained again), or compare with another run of the name of `baseline`."""
+    run = trajectory.run
+    other = next((row for row in rows if (row.method, row.seed) != (run.method, run.seed)), None)
+    if other is not None:
+        raise UserError(
+            f"{table}: holds rows of another run of that name ({other.method}, seed {other.seed}) than "
+            f"{trajectory.path} ({run.method}, seed {run.seed}); choose another --output"
+        )
+    valued = [row for row in rows if not getattr(row, "failed", False)]
+    other = next((row for row in valued if not is_current(row, trajectory)), None)
+    if other is not None:
+        raise UserError(
+            f"{table}: its rows of step {other.step} are not of {trajectory.where(other.step)}, but of another "
+            "checkpoint of that name, or of it before it changed; choose another --output, or move that file away"
+        )
+    if baseline is None:
+        return
+    compared = (row for row in valued if row.baseline == baseline.run.name)
+    other = next((row for row in compared if not is_current_comparison(row, baseline)), None)
+    if other is not None:
+        raise UserError(
+            f"{table}: its rows of step {other.step} compare with another run named {other.baseline} than "
+            f"{baseline.path}, or with it before it changed; choose another --output, or move that file away"
+        )
