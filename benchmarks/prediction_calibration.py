@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_lowrank.downstream.prediction import gain_interval, permutation_p_value
-from hf_lowrank.downstream.ridge import leave_one_run_out
+from hf_lowrank.downstream.ridge import leave_one_group_out
 from hf_lowrank.downstream.simulation import simulated_table
 from hf_lowrank.storage.files import write_text
 
@@ -30,8 +30,8 @@ TRUTH_SIMULATIONS = 400
 def gain_of(table):
     """(gain, predictions of perplexity alone, predictions of both)."""
     y, runs = table.target.reshape(-1), table.run_of_row
-    base, _ = leave_one_run_out(table.columns([]), y, runs)
-    both, _ = leave_one_run_out(table.columns(), y, runs)
+    base, _ = leave_one_group_out(table.columns([]), y, runs)
+    both, _ = leave_one_group_out(table.columns(), y, runs)
     return (((base - y) ** 2).sum() - ((both - y) ** 2).sum()) / ((y - y.mean()) ** 2).sum(), base, both
 
 

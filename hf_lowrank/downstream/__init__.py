@@ -1,4 +1,4 @@
-"""Downstream: lm-eval's tasks on every checkpoint of a run, and what predicts the scores."""
+"""Downstream evaluation: lm-eval's tasks on every checkpoint of a run, and prediction of their scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["TASK_FOLDER", "analyse", "compare", "evaluate", "predict", "run_lm_eval"]
 
-_WHERE = {
+_MODULES = {
     "TASK_FOLDER": "lm_eval_registry",
     "analyse": "prediction",
     "compare": "paired",
@@ -17,11 +17,11 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Public names, each imported when it is asked for: lm-eval and its data sets are heavy."""
-    if name not in _WHERE:
+    """Public names, each imported on first use: lm-eval and its data sets are heavy."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

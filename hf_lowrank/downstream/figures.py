@@ -1,4 +1,4 @@
-"""Predicted against seen, and a table for the terminal."""
+"""A figure of predicted scores, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SHOWN = 8
 
 
 def prediction_figure(table: Table, prediction: Prediction) -> Figure:
-    """Two panels, perplexity alone and with geometry: every checkpoint's predicted score against the seen one, each
-    run with a mark of its own, and the line on which both are equal.
+    """Actual against predicted scores of all checkpoints, with a marker for each run and the line of equality; one
+    panel for perplexity alone and one for perplexity and geometry.
     """
     from matplotlib.figure import Figure
 
@@ -31,11 +31,11 @@ def prediction_figure(table: Table, prediction: Prediction) -> Figure:
         axis.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
         for number, name in enumerate(table.runs):
             rows = runs == number
-            mark = "osD^v<>P"[number % 8]
-            axis.plot(predicted[rows], prediction.seen[rows], mark, markersize=5, alpha=0.8, label=str(name))
+            marker = "osD^v<>P"[number % 8]
+            axis.plot(predicted[rows], prediction.seen[rows], marker, markersize=5, alpha=0.8, label=str(name))
         axis.set_title(f"{title}: R² = {r2:.2f}")
         axis.set_xlabel("predicted above-chance score")
-    axes[0].set_ylabel("seen above-chance score")
+    axes[0].set_ylabel("actual above-chance score")
     if len(table.runs) <= 16:
         axes[1].legend(fontsize=6, loc="best")
     gain = f"gain {prediction.gain:+.2f} [{prediction.gain_low:+.2f}, {prediction.gain_high:+.2f}]"
@@ -44,7 +44,7 @@ def prediction_figure(table: Table, prediction: Prediction) -> Figure:
 
 
 def prediction_tables(prediction: Prediction) -> list[Any]:
-    """rich tables: the two regressions, the largest coefficients, the best single metrics."""
+    """Tables for rich: the two regressions, the largest coefficients, the best single metrics."""
     from rich.table import Table as RichTable
 
     fits = RichTable(title=f"Downstream scores of {prediction.checkpoints} checkpoints, {prediction.runs} runs")
@@ -70,10 +70,10 @@ def prediction_tables(prediction: Prediction) -> list[Any]:
 
 
 def score_table(rows: Any, *, last_only: bool = True) -> Any:
-    """A rich table of scores: a line for each run and step (`last_only`: its last one), a column for each task.
+    """A table of scores for rich: a line for each run and step (`last_only`: its last step), a column for each task.
 
-    Shown is a task's primary metric, the first that it has of acc, mcc and acc_norm, else its first, with ± half the
-    95 % interval over items; the others are in `downstream.jsonl`. Members of a group are left out, its mean is shown.
+    It shows a task's primary metric, the first that it has of acc, mcc and acc_norm, else its first, with ± half the
+    95 % interval over items; the others are in `downstream.jsonl`. Of a group it shows the mean, not the members.
     """
     from rich import box
     from rich.table import Table as RichTable
@@ -100,8 +100,8 @@ def score_table(rows: Any, *, last_only: bool = True) -> Any:
         chance = next((r.chance for r in shown if (r.task, r.metric) == (task, metric)), None)
         guess = "" if chance is None else f"\nchance {chance:.2f}"
         name = task.removeprefix(f"{family}_") if family else task
-        said = "" if name == metric else f"\n{metric}"
-        table.add_column(Text(f"{name}{said}{guess}"), justify="right", overflow="fold")
+        suffix = "" if name == metric else f"\n{metric}"
+        table.add_column(Text(f"{name}{suffix}{guess}"), justify="right", overflow="fold")
     for run, step in lines:
         found = [cells.get((run, step, task)) for task in primary]
         table.add_row(Text(f"{run}@{step}"), *(Text("—" if one is None else _score_text(one)) for one in found))

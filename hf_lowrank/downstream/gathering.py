@@ -1,4 +1,4 @@
-"""From the tables of runs to the answer of `prediction`: `hf-lowrank predict`."""
+"""From the tables of runs to a `Prediction`: `hf-lowrank predict`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import sealed
 from hf_lowrank.storage.files import whole_file, write_text
 
-# The baseline compared with itself: measuring leaves that open, here it has a value, or the metric would be lost.
-TO_ITSELF = {"method_barrier": 0.0, "activation_l2": 0.0, "activation_cosine": 1.0, "activation_cka": 1.0}
-# What of a measurement's settings changes from checkpoint to checkpoint of the same metric.
+# The baseline compared with itself: null in its table, but a metric that lacks it would be left out here.
+OF_OWN_BASELINE = {"method_barrier": 0.0, "activation_l2": 0.0, "activation_cosine": 1.0, "activation_cka": 1.0}
+# Settings of measurements that differ between checkpoints.
 VARYING = {"from_step", "to_step", "t", "step"}
 
 Grid = dict[str, dict[int, Any]]  # run -> step -> value
@@ -41,24 +41,24 @@ def predict(
     seed: int = 0,
     output: str | os.PathLike[str] | None = None,
 ) -> Prediction:
-    """Whether geometry predicts the downstream scores of these runs better than perplexity alone.
+    """Tests whether geometry predicts the downstream scores of these runs better than perplexity alone.
 
     Args:
         runs: run directories with `measurements.jsonl` and `downstream.jsonl`.
-        tasks: whose above-chance scores are averaged; None: all that every checkpoint has.
+        tasks: tasks whose above-chance scores are averaged; None: all that every run was scored on.
         metrics: ids, dimensions or groups of METRICS; None: the sixteen.
-        permutations: of the test.
+        permutations: how many.
         seed: of permutations and bootstrap.
         output: a folder for `prediction.json` and `prediction.png`; None writes nothing.
 
     Raises:
-        UserError: fewer than 8 runs have what is needed; the line says what each of the others lacks.
+        UserError: fewer than 8 runs have measurements and scores; the message says what each of the others lacks.
     """
     table = gather(runs, tasks=tasks, metrics=metrics)
     prediction = analyse(table, permutations=permutations, seed=seed)
     if output is not None:
         folder = Path(output)
-        write_text(folder / "prediction.json", json.dumps(sealed(_plain(table, prediction)), indent=1) + "\n")
+        write_text(folder / "prediction.json", json.dumps(sealed(_json_content(table, prediction)), indent=1) + "\n")
         from hf_lowrank.downstream.figures import prediction_figure
 
         with whole_file(folder / "prediction.png") as temporary:
@@ -72,39 +72,39 @@ def gather(
     tasks: Iterable[str] | None = None,
     metrics: str | Iterable[str] | None = None,
 ) -> Table:
-    """The table of checkpoints, from what measuring and evaluating wrote.
+    """The table of checkpoints, from the measurements and scores of runs.
 
     Raises:
-        UserError: too few runs, naming what is missing where, or no step or task that all have.
+        UserError: too few runs are complete (the message says what is missing), or they share no step or task.
     """
     chosen = (
         METRICS.sixteen if metrics is None else [m for m in METRICS.select(metrics) if m not in ("loss", "perplexity")]
     )
     measured: dict[str, list[Measurement]] = {}
     scored: dict[str, list[Score]] = {}
-    faults: list[str] = []
+    problems: list[str] = []
     for given in runs:
         name = os.fspath(given)
         try:
             folder = Path(name)
             file = folder / MEASUREMENTS if _has_tables(folder) else table_of(Trajectory(name), None, MEASUREMENTS)
         except UserError as error:
-            faults.append(str(error))
+            problems.append(str(error))
             continue
         rows = [row for row in read_measurements(file) if row.scope == "model"]
         scores = usable_scores(read_scores(file.with_name(FILE_NAME)), tasks)
         if not any(row.metric == "perplexity" and math.isfinite(row.value) for row in rows):
-            faults.append(f"{name} has no perplexity (hf-lowrank measure {name})")
+            problems.append(f"{name} has no perplexity (hf-lowrank measure {name})")
         elif not scores:
-            faults.append(f"{name} has no downstream scores above chance level known (hf-lowrank evaluate {name})")
+            problems.append(f"{name} has no downstream scores above chance level known (hf-lowrank evaluate {name})")
         else:
             measured[name], scored[name] = rows, scores
     if len(measured) < FEWEST_RUNS:
         raise UserError(
             f"prediction needs at least {FEWEST_RUNS} runs with measurements and downstream scores, got "
-            f"{len(measured)} of {len(runs)}" + "".join(f"; {fault}" for fault in faults)
+            f"{len(measured)} of {len(runs)}" + "".join(f"; {problem}" for problem in problems)
         )
-    notes = [f"left out: {fault}" for fault in faults]
+    notes = [f"left out: {problem}" for problem in problems]
     target = above_chance(scored, notes)
     columns = {metric: _column(measured, metric, notes) for metric in ["perplexity", *chosen]}
     steps = _steps(list(measured), target, columns, chosen, notes)
@@ -129,7 +129,7 @@ def _has_tables(folder: Path) -> bool:
 
 
 def usable_scores(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[Score]:
-    """The primary score of each task at each checkpoint, if it is a number and guessing has a known level below 1."""
+    """The primary score of each task at each checkpoint, if it is finite and its chance level is known and below 1."""
     wanted = None if tasks is None else set(tasks)
     best: dict[tuple[int, str], Score] = {}
     for row in scores:
@@ -139,14 +139,14 @@ def usable_scores(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[
             continue
         if wanted is not None and row.task not in wanted:
             continue
-        there = best.get((row.step, row.task))
-        if there is None or PRIMARY.index(row.metric) < PRIMARY.index(there.metric):
+        known = best.get((row.step, row.task))
+        if known is None or PRIMARY.index(row.metric) < PRIMARY.index(known.metric):
             best[row.step, row.task] = row
     return list(best.values())
 
 
 def shared_tasks(scored: Mapping[str, Sequence[Score]], notes: list[str]) -> list[str]:
-    """The tasks that every run was scored on with equal items, by name; `notes` gets why others are left out."""
+    """The tasks that every run was scored on with the same items, by name; `notes` gets why others are left out."""
     if not scored:
         return []
     items: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -154,10 +154,10 @@ def shared_tasks(scored: Mapping[str, Sequence[Score]], notes: list[str]) -> lis
         for row in rows:
             items[row.task][run].add(row.items)
     shared = []
-    for task, of in sorted(items.items()):
-        if len(of) < len(scored):
-            notes.append(f"{task} is not there for every run: left out")
-        elif len(set.union(*of.values())) > 1:
+    for task, by_run in sorted(items.items()):
+        if len(by_run) < len(scored):
+            notes.append(f"{task} has no score in some runs: left out")
+        elif len(set.union(*by_run.values())) > 1:
             notes.append(f"{task} was scored on different items in different runs: left out")
         else:
             shared.append(task)
@@ -168,7 +168,7 @@ def above_chance(scored: Mapping[str, Sequence[Score]], notes: list[str]) -> Gri
     """Mean above-chance score `(score − chance)/(1 − chance)` over `shared_tasks`."""
     shared = shared_tasks(scored, notes)
     if not shared:
-        raise UserError("the runs have no task of equal items in common; evaluate them on the same ones")
+        raise UserError("the runs share no task with the same items; evaluate them on the same tasks")
     target: Grid = {}
     for run, rows in scored.items():
         by_step: dict[int, dict[str, float]] = defaultdict(dict)
@@ -180,48 +180,48 @@ def above_chance(scored: Mapping[str, Sequence[Score]], notes: list[str]) -> Gri
 
 
 def _column(measured: Mapping[str, Sequence[Measurement]], metric: str, notes: list[str]) -> Grid:
-    """A metric's values, all with the settings that most of them have."""
+    """A metric's values, of those with the most frequent settings."""
     rows = [(run, row) for run, table in measured.items() for row in table if row.metric == metric]
-    own = [(run, row) for run, row in rows if metric in TO_ITSELF and row.reason == UNDEFINED + OWN_BASELINE]
+    own = [(run, row) for run, row in rows if metric in OF_OWN_BASELINE and row.reason == UNDEFINED + OWN_BASELINE]
     rows = [(run, row) for run, row in rows if math.isfinite(row.value)]
-    kinds = Counter(_kind(row) for _, row in rows)
-    if len(kinds) > 1:
-        notes.append(f"{metric} was measured with {len(kinds)} different settings: the most frequent ones are used")
-    common = kinds.most_common(1)[0][0] if kinds else None
+    counts = Counter(_settings_key(row) for _, row in rows)
+    if len(counts) > 1:
+        notes.append(f"{metric} was measured with {len(counts)} different settings: the most frequent ones are used")
+    common = counts.most_common(1)[0][0] if counts else None
     values: Grid = {}
     for run, row in rows:
-        if _kind(row) == common:
+        if _settings_key(row) == common:
             values.setdefault(run, {})[row.step] = row.value
     for run, row in own:
-        values.setdefault(run, {})[row.step] = TO_ITSELF[metric]
+        values.setdefault(run, {})[row.step] = OF_OWN_BASELINE[metric]
     return values
 
 
-def _kind(row: Measurement) -> str:
+def _settings_key(row: Measurement) -> str:
     return json.dumps({k: v for k, v in row.settings.items() if k not in VARYING}, sort_keys=True)
 
 
 def _steps(
     runs: list[str], target: Grid, columns: Mapping[str, Grid], metrics: Sequence[str], notes: list[str]
 ) -> list[int]:
-    """The steps at which all runs have target, perplexity and the metrics that at least half of these steps have."""
+    """The steps where all runs have a target, a perplexity, and each metric that at least half of these steps have."""
 
-    def have(grid: Grid) -> set[int]:
+    def common_steps(grid: Grid) -> set[int]:
         return set.intersection(*(set(grid.get(run, {})) for run in runs))
 
     every = set.union(*(set(target[run]) for run in runs))
-    steps = have(target) & have(columns["perplexity"])
+    steps = common_steps(target) & common_steps(columns["perplexity"])
     if not steps:
-        raise UserError("the runs have no step in common with a score and a perplexity; evaluate and measure the same")
-    complete = {metric: have(columns[metric]) & steps for metric in metrics}
-    for metric, there in complete.items():
-        if 2 * len(there) >= len(steps) and there != steps:
-            notes.append(f"{metric} is null at steps {_listed(steps - there)}: these steps are left out")
-    kept = set.intersection(steps, *(there for there in complete.values() if 2 * len(there) >= len(steps)))
+        raise UserError("the runs share no step with a score and a perplexity; evaluate and measure the same steps")
+    complete = {metric: common_steps(columns[metric]) & steps for metric in metrics}
+    for metric, present in complete.items():
+        if 2 * len(present) >= len(steps) and present != steps:
+            notes.append(f"{metric} is null at steps {_listed(steps - present)}: these steps are left out")
+    kept = set.intersection(steps, *(present for present in complete.values() if 2 * len(present) >= len(steps)))
     if not kept:
         raise UserError("no step has all metrics in all runs; measure the same metrics at the same steps everywhere")
     if every - steps:
-        notes.append(f"steps {_listed(every - steps)} are not there for every run: left out")
+        notes.append(f"steps {_listed(every - steps)} are missing in some runs: left out")
     return sorted(kept)
 
 
@@ -229,17 +229,17 @@ def _listed(steps: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(steps)))
 
 
-def _plain(table: Table, prediction: Prediction) -> dict[str, Any]:
-    plain = asdict(prediction)
+def _json_content(table: Table, prediction: Prediction) -> dict[str, Any]:
+    content = asdict(prediction)
     for name in ("seen", "predicted_perplexity", "predicted_both"):
-        plain[name] = np.asarray(plain[name]).tolist()
-    plain["rows"] = [[run, step] for run in table.runs for step in table.steps]
-    return _finite(plain)
+        content[name] = np.asarray(content[name]).tolist()
+    content["rows"] = [[run, step] for run in table.runs for step in table.steps]
+    return _finite(content)
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(part) for part in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""lm-eval's own command line with this package's models, tasks and checkpoints known to it."""
+"""lm-eval's command line with this package's models, tasks and checkpoints registered."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from hf_lowrank.downstream.lm_eval_registry import TASK_FOLDER, register_models
 from hf_lowrank.errors import UserError
 
-# The modules of lm-eval that read its arguments.
-OWN_CHECKS = ("lm_eval._cli", "lm_eval.config")
+# The modules of lm-eval that check its arguments.
+ARGUMENT_MODULES = ("lm_eval._cli", "lm_eval.config")
 
 
 def run_lm_eval(arguments: Sequence[str]) -> None:
@@ -18,18 +18,18 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
 
     Raises:
         UserError: a checkpoint, tokenizer or task of this package is unusable.
-        SystemExit: as lm-eval's own parser raises it.
+        SystemExit: raised by lm-eval's parser.
     """
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    import hf_lowrank.adapters  # noqa: F401  (lets `--model hf` load adapted checkpoints too)
+    import hf_lowrank.adapters  # noqa: F401  (registers adapted models, for `--model hf`)
 
     register_models()
     setup_logging()
     given, sys.argv = sys.argv, ["lm-eval", *arguments]
     try:
-        # The parser reads sys.argv itself, to let `run` be left out.
+        # The parser reads sys.argv itself, since `run` may be left out.
         parser = HarnessCLI()
         parsed = parser.parse_args()
     finally:
@@ -42,8 +42,8 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     try:
         parser.execute(parsed)
     except (ValueError, FileNotFoundError) as error:
-        # What its command line finds wrong with the arguments itself; faults of what it runs keep their traceback.
+        # Errors of its argument checks become one line; errors of what it runs keep their traceback.
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if isinstance(error, UserError) or not frame.f_globals.get("__name__", "").startswith(OWN_CHECKS):
+        if isinstance(error, UserError) or not frame.f_globals.get("__name__", "").startswith(ARGUMENT_MODULES):
             raise
         raise UserError(str(error)) from None

@@ -1,4 +1,4 @@
-"""The names under which lm-eval knows this package's model class, and the folder with its tasks."""
+"""The names that this package's model class has in lm-eval, and the folder with its tasks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ TASK_FOLDER = Path(__file__).parent / "tasks"
 
 
 def register_models() -> None:
-    """Makes the model class known to lm-eval; can be repeated.
+    """Registers the model class with lm-eval; may be called again.
 
-    lm-eval after 0.4.13 finds it by the entry point `lm_eval.models`; 0.4.13 itself has no such discovery.
+    lm-eval after 0.4.13 finds it by the entry point `lm_eval.models`; 0.4.13 has no such discovery.
     """
-    import lm_eval.models  # noqa: F401  (fills the registry with lm-eval's own models first)
+    import lm_eval.models  # noqa: F401  (registers lm-eval's own models first)
     from lm_eval.api.registry import model_registry
 
     for name in MODEL_NAMES:

@@ -1,4 +1,4 @@
-"""What the YAML files in `tasks/` call: items as data sets, and scores of items.
+"""The functions of the YAML files in `tasks/`: items as data sets, and scores of items.
 
 lm-eval imports this module when it loads one of these tasks.
 """
@@ -16,7 +16,7 @@ from hf_lowrank.downstream.sources import find_checkpoint
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.trajectory import Trajectory
 
-# A task that lm-eval's own command line loads from its file brings the models along.
+# For lm-eval's own command line, which loads a task from its file.
 register_models()
 
 LogLikelihood = tuple[float, bool]
@@ -25,8 +25,8 @@ LogLikelihood = tuple[float, bool]
 def items_dataset(*, pylib_task: str, **metadata: Any) -> dict[str, Any]:
     """The items of one of the pylib tasks, as lm-eval's `custom_dataset`.
 
-    `metadata` is what lm-eval gives every task: the model's arguments and `--metadata`. The run is `run`, else the
-    one that `pretrained` belongs to.
+    `metadata` holds what lm-eval passes to every task: the model's arguments and `--metadata`. The run is `run`, else
+    that of `pretrained`.
     """
     from datasets import Dataset
 
@@ -35,7 +35,7 @@ def items_dataset(*, pylib_task: str, **metadata: Any) -> dict[str, Any]:
 
 
 def directions_dataset(*, direction: str, **metadata: Any) -> dict[str, Any]:
-    """The directions along which a sharpness task asks for the loss; `--metadata preset=paper` as for measuring."""
+    """The directions of a sharpness task; `--metadata preset=paper` as for measuring."""
     from datasets import Dataset
 
     requests = direction_requests(direction, str(metadata.get("preset", "fast")))
@@ -44,19 +44,19 @@ def directions_dataset(*, direction: str, **metadata: Any) -> dict[str, Any]:
 
 
 def choice_results(doc: Mapping[str, Any], results: Sequence[LogLikelihood]) -> dict[str, float]:
-    """`acc`: whether the right choice is the likeliest; for syntax the same under the name of its kind too."""
+    """`acc`: whether the right choice is the most likely one; for syntax also as `acc_KIND`."""
     scores = [likelihood for likelihood, _ in results]
     right = float(scores.index(max(scores)) == doc["gold"])
     return {"acc": right, f"acc_{doc['kind']}": right} if str(doc["id"]).startswith("pylib_syntax") else {"acc": right}
 
 
 def cloze_results(doc: Mapping[str, Any], results: Sequence[LogLikelihood]) -> dict[str, float]:
-    """`acc` among the four words, and `greedy`: whether the right one is what the model would write next."""
+    """`acc` among the four words, and `greedy`: whether the right one is the greedy continuation."""
     return {**choice_results(doc, results), "greedy": float(results[doc["gold"]][1])}
 
 
 def sharpness_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """The sharpness along one direction, which only this package's model class can tell.
+    """The sharpness along one direction, which only this package's model class computes.
 
     Raises:
         UserError: the task ran with another model class, which scored the request as text.
@@ -80,7 +80,7 @@ def _trajectory(metadata: Mapping[str, Any], task: str) -> Trajectory:
         return Trajectory(checkpoint.run)
     if Path(checkpoint.path).is_dir():
         raise UserError(
-            f"{task}: {checkpoint.path} is in no run directory, so its held-out text is not known; "
+            f"{task}: {checkpoint.path} is not in a run directory, so its held-out text is unknown; "
             "name the run with --metadata run=RUN"
         )
     return Trajectory(checkpoint.path)

@@ -1,4 +1,4 @@
-"""Two runs item by item: they answered the same items, so their difference is known better than either score."""
+"""Comparing two runs item by item; their difference on the same items is more certain than either score."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Comparison:
         difference: second − first, mean over items.
         ci_low, ci_high: 95 % percentile interval of the paired bootstrap over items.
         p_value: two-sided. McNemar's exact test for scores of 0 and 1, else the sign-flip permutation test.
-        test: which.
-        n: items. Items in which both agree are among them.
-        only_first, only_second: items that one alone got right; None for other scores than 0 and 1.
+        test: its name.
+        n: number of items, those on which both agree included.
+        only_first, only_second: numbers of items that only one got right; None for scores other than 0 and 1.
     """
 
     task: str
@@ -49,10 +49,10 @@ class Comparison:
 def paired_difference(
     first: Sequence[float], second: Sequence[float], *, seed: int = 0
 ) -> tuple[float, float, float, float, str]:
-    """(second − first, low, high, p-value, test's name) of scores of the same items.
+    """(second − first, low, high, p-value, name of the test) for scores of the same items.
 
     Raises:
-        ValueError: the scores are not of the same number of items, or there are none.
+        ValueError: the numbers of scores differ, or there are none.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
@@ -78,13 +78,13 @@ def compare(
     metric: str = "acc",
     step: int | None = None,
 ) -> list[Comparison]:
-    """Compares two run directories on the tasks that both have scores for.
+    """Compares two run directories on the tasks for which both have scores.
 
     Args:
         first, second: run directories (or folders that hold a run's `downstream.jsonl`).
-        tasks: None: all in both.
+        tasks: None: all that both have.
         metric: the score of an item.
-        step: the checkpoint of both; None: the last that each has.
+        step: the checkpoint of both; None: the last one of each.
 
     Raises:
         UserError: scores are missing, or the items are not the same.
@@ -95,7 +95,7 @@ def compare(
         if task not in shared:
             raise UserError(f"no {metric} of {task!r} in both {first} and {second}; {nearest(task, shared)}")
     if not (tasks or shared):
-        raise UserError(f"{first} and {second} have no task with {metric} in common; hf-lowrank evaluate scores them")
+        raise UserError(f"{first} and {second} have no task with {metric} in common; run hf-lowrank evaluate on both")
     return [_compared([Path(first), Path(second)], tables, task, metric, step) for task in tasks or shared]
 
 
@@ -105,7 +105,7 @@ def _rows(run: Path, metric: str) -> dict[str, list[Score]]:
         if row.metric == metric:
             rows.setdefault(row.task, []).append(row)
     if not rows:
-        raise UserError(f"{run}: has no scores with metric {metric!r}; hf-lowrank evaluate {run} makes them")
+        raise UserError(f"{run}: has no scores with metric {metric!r}; run hf-lowrank evaluate {run}")
     return rows
 
 

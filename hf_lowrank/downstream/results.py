@@ -1,4 +1,4 @@
-"""What lm-eval found, as rows of the table and as scores of single items."""
+"""lm-eval's results as rows of the table and as scores of single items."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from hf_lowrank.downstream.catalogue import OFFLINE
 from hf_lowrank.runs.scores import Score, bootstrap
 
-# Scores that are shares of items, for which guessing has a level.
+# Scores that are fractions of items, which have a chance level.
 FRACTIONS = {"acc", "acc_norm", "acc_bytes", "exact_match", "acc_mutual_info"}
 
 
 def task_rows(name: str, task: Any, samples: Sequence[Mapping[str, Any]], common: dict[str, Any]) -> Iterator[Score]:
-    """A row for each metric of a task, with the bootstrap's interval over its items."""
+    """A row for each metric of a task, with a bootstrap interval over its items."""
     from lm_eval.api.metrics import mean
 
     columns: dict[tuple[str, str], list[Any]] = {}
@@ -47,7 +47,7 @@ def task_rows(name: str, task: Any, samples: Sequence[Mapping[str, Any]], common
 def group_rows(
     name: str, group: Any, results: Mapping[str, Any], members: Sequence[Score], common: dict[str, Any]
 ) -> list[Score]:
-    """The group's own scores, as lm-eval aggregates them, with the error that its members' errors make."""
+    """The group's own scores, as lm-eval aggregates them, with the error that follows from its members' errors."""
     by_size = {config.metric: bool(config.weight_by_size) for config in group.aggregate_metric_list or ()}
     found: list[Score] = []
     for key, value in results["groups"][name].items():
@@ -55,10 +55,10 @@ def group_rows(
         if not filter_ or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         full = metric if filter_ == "none" else f"{metric},{filter_}"
-        parts = [row for row in members if row.metric == full]
-        weights = [row.n if by_size.get(metric, True) else 1 for row in parts]
-        error = math.hypot(*(w * (row.stderr or 0.0) for w, row in zip(weights, parts, strict=True))) / sum(weights)
-        guesses = [row.chance for row in parts]
+        scores = [row for row in members if row.metric == full]
+        weights = [row.n if by_size.get(metric, True) else 1 for row in scores]
+        error = math.hypot(*(w * (row.stderr or 0.0) for w, row in zip(weights, scores, strict=True))) / sum(weights)
+        guesses = [row.chance for row in scores]
         chance = None
         if None not in guesses:
             chance = sum(w * (guess or 0.0) for w, guess in zip(weights, guesses, strict=True)) / sum(weights)
@@ -71,9 +71,9 @@ def group_rows(
                 stderr=error,
                 ci_low=value - 1.96 * error,
                 ci_high=value + 1.96 * error,
-                n=sum(row.n for row in parts),
+                n=sum(row.n for row in scores),
                 chance=chance,
-                higher_is_better=parts[0].higher_is_better,
+                higher_is_better=scores[0].higher_is_better,
                 group=None,
                 task_version=str(results.get("versions", {}).get(name)),
             )
@@ -82,13 +82,13 @@ def group_rows(
 
 
 def _chance(task: Any, metric: str, doc: Mapping[str, Any]) -> float | None:
-    """What guessing scores on one item; None where that has no meaning."""
+    """The chance level of one item; None where it has none."""
     if metric == "mcc":
         return 0.0
     if task.OUTPUT_TYPE != "multiple_choice" or not (metric in FRACTIONS or metric.startswith("acc_")):
         return None
     if callable(task.config.process_results) and task.config.task not in OFFLINE:
-        return None  # the task's own rule of scoring; only its author knows what guessing gives
+        return None  # the chance level of a task's own scoring function is unknown
     gold = doc_gold(task, doc)
     return (len(gold) if isinstance(gold, list) else 1) / max(1, len(task.doc_to_choice(doc)))
 
@@ -99,7 +99,7 @@ def doc_gold(task: Any, doc: Mapping[str, Any]) -> Any:
 
 
 def item_scores(samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each item with its scores, named by the task's own id where that is one, else by its number."""
+    """Each item with its scores, named by the task's own id if that is unique, else by its number."""
     own = [sample["doc"].get("id") if isinstance(sample["doc"], dict) else None for sample in samples]
     named = set(zip(map(repr, own), (sample["filter"] for sample in samples), strict=True))
     by_number = None in own or len(named) < len(samples)
@@ -110,5 +110,5 @@ def item_scores(samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]
 
 def _number(value: Any) -> Any:
     if isinstance(value, tuple | list):
-        return [_number(part) for part in value]
+        return [_number(item) for item in value]
     return value.item() if hasattr(value, "item") else value

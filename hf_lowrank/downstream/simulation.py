@@ -1,4 +1,4 @@
-"""Simulated runs with a known answer, to check how `prediction` behaves."""
+"""Simulated runs with a known effect, to test `prediction`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def simulated_table(
 ) -> Table:
     """Runs whose scores follow log-perplexity and, with `effect`, the first two metrics beyond perplexity.
 
-    Perplexity falls with the step and differs from run to run; every metric follows perplexity in part and has a part
-    of its own that persists within a run; the score has one too, which nothing explains.
+    Perplexity falls with the step and differs between runs. Every metric is partly determined by perplexity and has a
+    component of its own that persists within a run; so has the score, and nothing explains it.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -24,7 +24,7 @@ def simulated_table(
 
     trend = np.linspace(1.0, -1.0, steps)[None, :]
     perplexity = trend + 0.5 * normal(runs, 1) + 0.1 * normal(runs, steps)
-    loadings = 0.9 * np.cos(np.arange(metrics))  # the same in every simulation, or each had a truth of its own
+    loadings = 0.9 * np.cos(np.arange(metrics))  # the same in all simulations
     own = 0.8 * normal(runs, 1, metrics) + 0.4 * normal(runs, steps, metrics)
     geometry = perplexity[:, :, None] * loadings + own
     target = -perplexity + effect * (own[:, :, 0] - own[:, :, 1])

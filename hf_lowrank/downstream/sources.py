@@ -1,4 +1,4 @@
-"""What `pretrained=` may name, and what of a run belongs to it: its folder, tokenizer, context, held-out sequences."""
+"""The checkpoints that `pretrained=` may name, with their tokenizer and context length."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Checkpoint:
     Attributes:
         path: a folder with the weights, or a repository on the Hub.
         revision: of a repository; None for a folder.
-        run: the run directory that the folder belongs to, None where it is none.
-        step: the optimizer step, None where it is not known.
+        run: the run directory of the folder; None if it is not in one.
+        step: the optimizer step; None if unknown.
     """
 
     path: str
@@ -63,22 +63,22 @@ def find_checkpoint(pretrained: str | os.PathLike[str], revision: str | None = N
 
 
 def tokenizer_folder(trajectory: Trajectory, step: int) -> str:
-    """Where a checkpoint's tokenizer is: in its folder, else in the run's `tokenizer/`.
+    """The folder of a checkpoint's tokenizer: its own, else the run's `tokenizer/`.
 
     Raises:
-        UserError: it has none, or it is damaged.
+        UserError: there is none, or it is damaged.
     """
     where = trajectory.where(step)
     if not Path(where).is_dir():
         return where
     candidates = [Path(where), trajectory.extra("tokenizer")]
     for folder in candidates:
-        there = [] if folder is None else [name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
-        if there:
-            check_checksums(Path(folder), there)
+        files = [] if folder is None else [name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
+        if files:
+            check_checksums(Path(folder), files)
             return str(folder)
     raise UserError(
-        f"{where}: has no tokenizer, nor has its run; downstream tasks need one (save_pretrained it there)"
+        f"{where}: neither it nor its run has a tokenizer, which downstream tasks need; save_pretrained one there"
     )
 
 
@@ -98,7 +98,7 @@ def load_tokenizer(trajectory: Trajectory, step: int) -> PreTrainedTokenizerBase
 
 
 def context_length(trajectory: Trajectory) -> int:
-    """Tokens that a run's models were trained to see: the recipe's sequences, no more than the architecture takes."""
+    """The context length in tokens: that of the recipe's sequences, at most that of the architecture."""
     config = trajectory.config.get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
     recipe = trajectory.run.recipe or {}

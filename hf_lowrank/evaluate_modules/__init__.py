@@ -1,4 +1,4 @@
-"""Modules for the `evaluate` library, each a folder with its card; `path` says where they lie."""
+"""Modules for the `evaluate` library, each in a folder with its card; `path` gives the folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def path(name: str = "lowrank_geometry") -> str:
     """
     folder = Path(__file__).parent / name
     if not (folder / f"{name}.py").is_file():
-        there = sorted(p.parent.name for p in Path(__file__).parent.glob("*/*.py") if p.stem == p.parent.name)
-        raise ValueError(f"unknown evaluate module {name!r}; there are: {', '.join(there)}")
+        names = sorted(p.parent.name for p in Path(__file__).parent.glob("*/*.py") if p.stem == p.parent.name)
+        raise ValueError(f"unknown evaluate module {name!r}; there are: {', '.join(names)}")
     return str(folder)

@@ -1,6 +1,6 @@
 """Geometry of trained models as pure functions of tensors, plain modules and a loss callable.
 
-Needs torch alone and nothing of the rest of the package.
+Needs torch, and of this package only `hf_lowrank.statistics`.
 """
 
 from hf_lowrank.statistics import Estimate

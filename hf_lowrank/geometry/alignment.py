@@ -1,8 +1,8 @@
 """Permuting one model's hidden units to match another's without changing its function (arXiv 2209.04836).
 
-The symmetries of a decoder in the layout of Llama (also Mistral, Qwen2, Qwen3): the residual stream's channels, each
-MLP's channels, and each attention layer's heads: with grouped queries whole key/value groups, and the query heads
-inside a group. Channels inside a head stay, because rotary positions tell them apart.
+The symmetries of a decoder with the layout of Llama (also Mistral, Qwen2, Qwen3) are the channels of the residual
+stream, the channels of each MLP, and the heads of each attention layer: with grouped queries, whole key/value groups
+and the query heads inside a group. Channels inside a head are not permuted, since rotary positions distinguish them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RESIDUAL_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.
 
 @dataclass(frozen=True)
 class Permutations:
-    """Where each unit of the permuted model comes from.
+    """For each unit of the permuted model, the index of the unit that it is taken from.
 
     Attributes:
         residual: (H,) source channels of the residual stream.
@@ -37,7 +37,7 @@ class Permutations:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the permutations have to know of an architecture.
+    """The parts of an architecture that permutations depend on.
 
     Attributes:
         query_heads, key_value_heads: heads of an attention layer; the second divides the first.
@@ -59,15 +59,19 @@ def blocks_of(state: Mapping[str, Tensor]) -> list[str]:
     """Names of the decoder blocks.
 
     Raises:
-        ValueError: the parameters are not laid out as Llama's; the message names what is missing or unknown.
+        ValueError: the parameters do not have the layout of Llama; the message names what is missing.
     """
     blocks = [match[1] for name in state if (match := BLOCK.fullmatch(name))]
     if not blocks:
-        raise ValueError("alignment knows decoders laid out as Llama; there is no layers.N.self_attn.q_proj.weight")
+        raise ValueError(
+            "alignment needs a decoder with the layout of Llama; there is no layers.N.self_attn.q_proj.weight"
+        )
     for block in blocks:
-        for part in (*RESIDUAL_IN, *RESIDUAL_OUT):
-            if f"{block}.{part}.weight" not in state:
-                raise ValueError(f"alignment knows decoders laid out as Llama; {block}.{part}.weight is missing")
+        for module in (*RESIDUAL_IN, *RESIDUAL_OUT):
+            if f"{block}.{module}.weight" not in state:
+                raise ValueError(
+                    f"alignment needs a decoder with the layout of Llama; {block}.{module}.weight is missing"
+                )
     return blocks
 
 
@@ -75,22 +79,22 @@ def permute(state: Mapping[str, Tensor], permutations: Permutations, layout: Lay
     """The parameters of the same function with its units reordered.
 
     Raises:
-        ValueError: a parameter of which the permutations do not know how it would change.
+        ValueError: it is unknown how a parameter changes with the permutations.
     """
     blocks = blocks_of(state)
     result = {}
     for name, tensor in state.items():
         block = next((b for b in blocks if name.startswith(b + ".")), None)
-        part = (name.removeprefix(f"{block}.") if block else name).rpartition(".")[0]
-        result[name] = _permuted(tensor, name, part, block, permutations, layout)
+        module = (name.removeprefix(f"{block}.") if block else name).rpartition(".")[0]
+        result[name] = _permuted(tensor, name, module, block, permutations, layout)
     return result
 
 
 def _permuted(
-    tensor: Tensor, name: str, part: str, block: str | None, permutations: Permutations, layout: Layout
+    tensor: Tensor, name: str, module: str, block: str | None, permutations: Permutations, layout: Layout
 ) -> Tensor:
     hidden, weight = permutations.residual, name.endswith(".weight")
-    kind = part.rpartition(".")[2]
+    kind = module.rpartition(".")[2]
     if block and kind in ATTENTION:
         moved = _permute_attention(tensor, kind, permutations.heads.get(block), layout, weight)
     elif block and kind in ("q_norm", "k_norm"):
@@ -100,8 +104,8 @@ def _permuted(
     elif tensor.shape == hidden.shape or kind in ("embed_tokens", "lm_head"):
         moved = tensor
     else:
-        raise ValueError(f"alignment does not know how to permute {name} of shape {tuple(tensor.shape)}")
-    return _permute_residual(moved, part, hidden, weight)
+        raise ValueError(f"alignment cannot permute {name} of shape {tuple(tensor.shape)}")
+    return _permute_residual(moved, module, hidden, weight)
 
 
 def match_weights(
@@ -113,13 +117,13 @@ def match_weights(
     rounds: int = 20,
     seed: int = 0,
 ) -> Permutations:
-    """Permutations of `other`'s units that bring its parameters nearest to `reference`'s (weight matching).
+    """Permutations of `other`'s units that bring its parameters closest to `reference`'s (weight matching).
 
-    The residual stream is matched first by what no other symmetry touches (embeddings, norms), then by coordinate
-    descent over all layers in random order until a round changes nothing. Needs scipy.
+    The residual stream is first matched by the parameters that no other symmetry affects (embeddings, norms), then all
+    layers by coordinate descent in random order until a round changes nothing. Needs scipy.
 
     Raises:
-        ValueError: the parameters differ in name or shape, or are not laid out as Llama's.
+        ValueError: the parameters differ in name or shape, or do not have the layout of Llama.
     """
     blocks = blocks_of(reference)
     for name, tensor in reference.items():
@@ -149,10 +153,10 @@ def match_weights(
     return found
 
 
-def _permute_residual(tensor: Tensor, part: str, hidden: Tensor, weight: bool) -> Tensor:
-    if part.endswith(RESIDUAL_OUT):
+def _permute_residual(tensor: Tensor, module: str, hidden: Tensor, weight: bool) -> Tensor:
+    if module.endswith(RESIDUAL_OUT):
         return tensor[hidden]
-    if part.endswith((*RESIDUAL_IN, "embed_tokens", "lm_head")):
+    if module.endswith((*RESIDUAL_IN, "embed_tokens", "lm_head")):
         return tensor[:, hidden] if weight else tensor
     return tensor[hidden]
 
@@ -177,11 +181,9 @@ def _permute_attention(tensor: Tensor, kind: str, heads: Tensor | None, layout: 
 
 def _mlp_similarity(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], block: str, hidden: Tensor) -> Tensor:
     similarity = ours[f"{block}.mlp.down_proj.weight"].mT @ theirs[f"{block}.mlp.down_proj.weight"][hidden]
-    for part in ("gate_proj", "up_proj"):
-        similarity = (
-            similarity + ours[f"{block}.mlp.{part}.weight"] @ theirs[f"{block}.mlp.{part}.weight"][:, hidden].mT
-        )
-        bias = f"{block}.mlp.{part}.bias"
+    for kind in ("gate_proj", "up_proj"):
+        weight, bias = f"{block}.mlp.{kind}.weight", f"{block}.mlp.{kind}.bias"
+        similarity = similarity + ours[weight] @ theirs[weight][:, hidden].mT
         if bias in ours:
             similarity = similarity + torch.outer(ours[bias], theirs[bias])
     return similarity
@@ -190,7 +192,7 @@ def _mlp_similarity(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], bl
 def _match_heads(
     ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], block: str, hidden: Tensor, layout: Layout
 ) -> Tensor:
-    """Groups are assigned by their best inner assignment of query heads plus their keys and values."""
+    """Source heads; groups are assigned by the best assignment of their query heads, plus their keys and values."""
     query = torch.zeros(layout.query_heads, layout.query_heads, dtype=torch.float64)
     shared = torch.zeros(layout.key_value_heads, layout.key_value_heads, dtype=torch.float64)
     for kind in ATTENTION:
@@ -225,27 +227,26 @@ def _residual_similarity(
     *,
     inside: bool,
 ) -> Tensor:
-    """(H, H) similarity of residual channels; `inside` adds the blocks, with their other units permuted as found."""
+    """(H, H) similarity of residual channels; `inside` adds the blocks, permuted as found so far."""
     size = found.residual.numel()
-    same = torch.arange(size)
-    placed = permute(theirs, Permutations(same, found.mlp, found.heads), layout)
+    permuted = permute(theirs, Permutations(torch.arange(size), found.mlp, found.heads), layout)
     total = torch.zeros(size, size, dtype=torch.float64)
     for name, a in ours.items():
-        b, part = placed[name], name.rpartition(".")[0]
-        if part.endswith(("embed_tokens", "lm_head")) and a.ndim == 2:
+        b, module = permuted[name], name.rpartition(".")[0]
+        if module.endswith(("embed_tokens", "lm_head")) and a.ndim == 2:
             total += a.mT @ b
         elif any(name.startswith(block + ".") for block in blocks) and a.ndim == 2:
-            if inside and part.endswith(RESIDUAL_OUT):
+            if inside and module.endswith(RESIDUAL_OUT):
                 total += a @ b.mT
-            elif inside and part.endswith(RESIDUAL_IN):
+            elif inside and module.endswith(RESIDUAL_IN):
                 total += a.mT @ b
-        elif a.ndim == 1 and a.numel() == size and not part.endswith(RESIDUAL_IN):
+        elif a.ndim == 1 and a.numel() == size and not module.endswith(RESIDUAL_IN):
             total += torch.outer(a, b)
     return total
 
 
 def _assign(similarity: Tensor) -> Tensor:
-    """For each row the column of the assignment with the greatest total."""
+    """For each row, the column in the assignment with the largest total similarity."""
     from scipy.optimize import linear_sum_assignment
 
     return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])

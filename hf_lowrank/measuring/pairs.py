@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +14,20 @@ from hf_lowrank.runs.trajectory import Trajectory
 
 
 def checkpoint_of(text: str) -> tuple[Trajectory, int]:
-    """The trajectory and the step that `RUN/checkpoint-N`, a folder with one checkpoint, or `user/repo@step-N` name.
+    """The trajectory and the step of `RUN/checkpoint-N`, a folder with one checkpoint, or `user/repo@step-N`.
 
-    The checkpoints beside it belong to the trajectory, so that changes since the one before can be measured.
+    The trajectory has the run's other checkpoints as well, so that changes since the previous one can be measured.
     """
     one = Trajectory(text)
     if len(one.steps) != 1:
         raise UserError(f"{text}: must name one checkpoint, holds {len(one.steps)}; add checkpoint-N or @step-N")
     repository, separator, revision = text.partition("@")
     path = Path(text)
-    around: str | Path = path.resolve().parent if path.is_dir() else repository
-    if path.is_dir() and path.resolve().name != f"checkpoint-{one.steps[0]}":
-        return one, one.steps[0]
-    if separator and not path.is_dir() and not revision.startswith("step"):
-        return one, one.steps[0]
-    return Trajectory(around), one.steps[0]
+    if path.is_dir():
+        run: str | Path | None = path.resolve().parent if path.resolve().name == f"checkpoint-{one.steps[0]}" else None
+    else:
+        run = repository if not separator or revision.startswith("step") else None
+    return one if run is None else Trajectory(run), one.steps[0]
 
 
 def measure_pairs(
@@ -36,15 +36,15 @@ def measure_pairs(
     """The sixteen of every checkpoint in `predictions` against its baseline in `references`.
 
     Args:
-        predictions, references: as many checkpoints, `RUN/checkpoint-N` or `user/repo@step-N`; a pair has one step.
+        predictions, references: checkpoints, `RUN/checkpoint-N` or `user/repo@step-N`; both of a pair have one step.
         options: `metrics`, `preset`, `settings`, `device` and `evaluation_set`, as for `hf_lowrank.measuring.measure`.
 
     Returns:
-        By metric id the model's values in the order given, None where there is none; under `"reasons"` for every
-        checkpoint what is said about its missing values, by metric id.
+        By metric id the model's values in the given order, None where there is none; under `"reasons"`, for every
+        checkpoint, the reasons for missing values by metric id.
 
     Raises:
-        UserError: numbers or steps differ, a checkpoint cannot be found, or an option is not allowed.
+        UserError: numbers or steps differ, a checkpoint does not exist, or an option is not allowed.
     """
     from hf_lowrank.measuring import measure
 
@@ -60,11 +60,7 @@ def measure_pairs(
         with tempfile.TemporaryDirectory() as folder:
             rows = measure(run, metrics=wanted, steps=step, baseline=base, output=folder, **options)
         found = {row.metric: row for row in rows if row.scope == "model"}
-        said = {}
         for metric in wanted:
-            row = found[metric]
-            values[metric].append(row.value if row.value == row.value else None)
-            if row.value != row.value:
-                said[metric] = row.reason or ""
-        reasons.append(said)
+            values[metric].append(None if math.isnan(found[metric].value) else found[metric].value)
+        reasons.append({metric: found[metric].reason or "" for metric in wanted if values[metric][-1] is None})
     return {**values, "reasons": reasons}

@@ -1,24 +1,24 @@
-"""What defines the numbers: sequences, grids, draws, by preset and by the user's own choice."""
+"""The settings that define measurements: sequences, grids and draws, from a preset and the user's overrides."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.storage.parsing import parse_plain_yaml
+from hf_lowrank.storage.layers import Layers, read_mapping, validated
 
 
 class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def request(self) -> dict[str, Any]:
-        """The block as it is stored with a measurement."""
+        """The block as rows record it."""
         return self.model_dump(mode="json")
 
 
@@ -27,9 +27,7 @@ class RandomSettings(_Block):
     relative: bool = Field(default=True, description="The radius is a multiple of the root-mean-square weight.")
     steps: int = Field(default=2, ge=1, description="Offsets on either side of 0.")
     draws: int = Field(default=6, ge=2, description="Random directions.")
-    normalize: Literal["none", "tensor", "filter"] = Field(
-        default="none", description="See METRICS.md; none is N(0, I)."
-    )
+    normalize: Literal["none", "tensor", "filter"] = Field(default="none", description="none: unnormalised N(0, I).")
     seed: int = Field(default=0, description="Seed of the directions.")
 
 
@@ -37,7 +35,7 @@ class PcaSettings(_Block):
     radius: float = Field(default=0.1, gt=0, description="Largest offset |t|.")
     steps: int = Field(default=1, ge=1, description="Offsets on either side of 0.")
     count: int = Field(default=10, ge=1, description="Directions K of pcak_sharpness.")
-    basis: Literal["weights", "trajectory"] = Field(default="weights", description="What is decomposed.")
+    basis: Literal["weights", "trajectory"] = Field(default="weights", description="What the PCA decomposes.")
     normalize: Literal["none", "tensor", "filter"] = Field(
         default="tensor", description="tensor: an offset of 0.1 changes every tensor by a tenth of its norm."
     )
@@ -45,8 +43,8 @@ class PcaSettings(_Block):
 
 class PathSettings(_Block):
     points: int = Field(default=3, ge=1, description="Positions strictly between the end points.")
-    low: float = Field(default=0.0, le=0, description="Where the path begins; below 0 extrapolates.")
-    high: float = Field(default=1.0, ge=1, description="Where the path ends; above 1 extrapolates.")
+    low: float = Field(default=0.0, le=0, description="Start of the path; below 0 extrapolates.")
+    high: float = Field(default=1.0, ge=1, description="End of the path; above 1 extrapolates.")
 
 
 class PlaneSettings(_Block):
@@ -66,18 +64,20 @@ class OverlapSettings(_Block):
 
 
 class MeasureSettings(BaseModel):
-    """Everything that `measure` can be told about how to measure."""
+    """How to measure."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sequences: int | None = Field(
-        default=16, ge=1, description="Held-out sequences, the first ones of the run's; null: all."
+        default=16, ge=1, description="Held-out sequences, the first ones of the run; null: all."
     )
     steps: int | Literal["all"] = Field(
-        default=3, description="How many checkpoints the costly metrics are measured at."
+        default=3, description="Number of checkpoints at which costly metrics are measured."
     )
-    batch_tokens: int = Field(default=4096, ge=1, description="Tokens a batch; changes no number but by rounding.")
-    memory: Literal["copy", "low"] = Field(default="copy", description="low: no second copy of the weights, slower.")
+    batch_tokens: int = Field(default=4096, ge=1, description="Tokens per batch; changes numbers by rounding only.")
+    memory: Literal["copy", "low"] = Field(
+        default="copy", description="low: no second copy of the weights, but slower."
+    )
     random: RandomSettings = Field(default_factory=RandomSettings)
     pca: PcaSettings = Field(default_factory=PcaSettings)
     path: PathSettings = Field(default_factory=PathSettings)
@@ -103,43 +103,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 def resolve_settings(
     preset: str = "fast", own: Mapping[str, Any] | str | os.PathLike[str] | None = None
 ) -> MeasureSettings:
-    """The preset's settings with the user's own laid over them, from a mapping or a YAML file.
+    """The preset's settings, overridden by a mapping or a YAML file.
 
     Raises:
-        UserError: an unknown preset or key, or a value that is not allowed; names file and key.
+        UserError: an unknown preset or key, or a value that is not allowed; the message names file and key.
     """
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
-    where = "settings"
-    if own is not None and not isinstance(own, Mapping):
-        where = os.fspath(own)
-        try:
-            own = parse_plain_yaml(Path(where).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(own, Mapping):
-            raise UserError(f"{where}: must hold a mapping of keys to values, got {type(own).__name__}")
-    merged = _merge(PRESETS[preset], own or {})
-    try:
-        return MeasureSettings(**merged)
-    except ValidationError as error:
-        raise UserError(f"{where}: {_first_fault(error)}") from None
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors()[0]
-    path = [str(part) for part in fault["loc"]]
-    key = ".".join(path)
-    if fault["type"] == "extra_forbidden":
-        block = MeasureSettings.model_fields.get(path[0]) if len(path) > 1 else None
-        model: Any = block.annotation if block is not None else MeasureSettings
-        return f"unknown key {key!r}; {nearest(path[-1], model.model_fields)}"
-    return f"{key}: {fault['msg']}, got {fault['input']!r}"
+    layers = Layers(Path("settings"))
+    layers.lay(deepcopy(PRESETS[preset]), f"preset {preset}")
+    if own is None or isinstance(own, Mapping):
+        layers.lay(deepcopy(dict(own or {})), "settings")
+    else:
+        layers.path = Path(own)
+        layers.lay(read_mapping(Path(own), "settings"), os.fspath(own))
+    return validated(MeasureSettings, layers.data, layers)

@@ -177,7 +177,7 @@ def _chain(path: Path, what: str) -> list[tuple[Path, dict[str, Any]]]:
             names = " -> ".join(file.name for file in circle)
             raise UserError(f"{following}: extends must not lead back to itself: {names}")
         visited.append(resolved)
-        data = _read_mapping(following, what, named_by=chain[-1][0] if chain else None)
+        data = read_mapping(following, what, named_by=chain[-1][0] if chain else None)
         parent = data.pop("extends", None)
         chain.append((following, data))
         if parent is not None and not isinstance(parent, str):
@@ -186,7 +186,12 @@ def _chain(path: Path, what: str) -> list[tuple[Path, dict[str, Any]]]:
     return chain
 
 
-def _read_mapping(path: Path, what: str, named_by: Path | None) -> dict[str, Any]:
+def read_mapping(path: Path, what: str, named_by: Path | None = None) -> dict[str, Any]:
+    """A YAML file that holds a mapping; `named_by` is the file that extends it.
+
+    Raises:
+        UserError: it is missing, unreadable or not a mapping.
+    """
     where = f"{named_by}: extends: {path}" if named_by else f"{path}"
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
@@ -197,7 +202,7 @@ def _read_mapping(path: Path, what: str, named_by: Path | None) -> dict[str, Any
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {_one_line(error)}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{where}: a {what} must be a mapping of keys to values, got {type(data).__name__}")
+        raise UserError(f"{where}: a {what} file must be a mapping of keys to values, got {type(data).__name__}")
     return data
 
 

@@ -10,12 +10,12 @@ from sklearn.linear_model import Ridge
 from hf_lowrank.downstream.gathering import gather, predict
 from hf_lowrank.downstream.prediction import (
     Table,
+    _with_usable_metrics,
     analyse,
     gain_interval,
     permutation_p_value,
-    without_useless,
 )
-from hf_lowrank.downstream.ridge import PENALTIES, leave_one_run_out
+from hf_lowrank.downstream.ridge import PENALTIES, leave_one_group_out
 from hf_lowrank.downstream.simulation import simulated_table
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, append_measurements
@@ -45,10 +45,10 @@ def reference(x, y, runs):
     return predicted, penalties
 
 
-def test_leave_one_run_out_is_the_nested_procedure():
+def test_leave_one_group_out_is_the_nested_procedure():
     table = simulated_table(3, runs=8, steps=3, metrics=4, effect=0.5)
     x, y, runs = table.columns(), table.target.reshape(-1), table.run_of_row
-    predicted, folds = leave_one_run_out(x, y, runs)
+    predicted, folds = leave_one_group_out(x, y, runs)
     expected, penalties = reference(x, y, runs)
     np.testing.assert_allclose(predicted, expected, rtol=1e-9, atol=1e-10)
     assert [fold.penalty for fold in folds] == pytest.approx(penalties)
@@ -57,11 +57,11 @@ def test_leave_one_run_out_is_the_nested_procedure():
 def test_nothing_of_the_left_out_run_reaches_its_fit():
     table = simulated_table(1, runs=9, effect=0.5)
     x, y, runs = table.columns(), table.target.reshape(-1), table.run_of_row
-    _, before = leave_one_run_out(x, y, runs)
+    _, before = leave_one_group_out(x, y, runs)
     x2, y2 = x.copy(), y.copy()
     x2[runs == 4] = 1e6 * x2[runs == 4] + 1e5
     y2[runs == 4] = -1e6
-    _, after = leave_one_run_out(x2, y2, runs)
+    _, after = leave_one_group_out(x2, y2, runs)
     for name in ("mean_P", "scale_P", "mean_y", "coef_P", "penalty"):
         np.testing.assert_array_equal(getattr(before[4], name), getattr(after[4], name))
         assert not np.array_equal(getattr(before[3], name), getattr(after[3], name)) or name == "penalty"
@@ -78,9 +78,9 @@ def test_a_planted_leak_does_not_help():
     names = [f"mark_{r}" for r in range(runs)]
     table = Table([f"r{i}" for i in range(runs)], list(range(steps)), names, perplexity, marks, target)
     y = target.reshape(-1)
-    honest, _ = leave_one_run_out(table.columns(), y, table.run_of_row)
+    honest, _ = leave_one_group_out(table.columns(), y, table.run_of_row)
     split_runs = np.tile(np.arange(steps), runs)
-    leaky, _ = leave_one_run_out(table.columns(), y, split_runs)
+    leaky, _ = leave_one_group_out(table.columns(), y, split_runs)
 
     def r2(p):
         return 1 - ((p - y) ** 2).sum() / ((y - y.mean()) ** 2).sum()
@@ -95,8 +95,8 @@ def test_the_interval_covers_the_expected_gain():
     for seed in range(60):
         table = simulated_table(seed, effect=0.5)
         y, runs = table.target.reshape(-1), table.run_of_row
-        base, _ = leave_one_run_out(table.columns([]), y, runs)
-        both, _ = leave_one_run_out(table.columns(), y, runs)
+        base, _ = leave_one_group_out(table.columns([]), y, runs)
+        both, _ = leave_one_group_out(table.columns(), y, runs)
         squares = ((y - y.mean()) ** 2).sum()
         gains.append((((base - y) ** 2).sum() - ((both - y) ** 2).sum()) / squares)
         intervals.append(gain_interval(table.target, base, both, resamples=500))
@@ -122,7 +122,7 @@ def _nulls(count):
 
 def _gain(table):
     y, runs = table.target.reshape(-1), table.run_of_row
-    errors = [((leave_one_run_out(table.columns(c), y, runs)[0] - y) ** 2).sum() for c in ([], None)]
+    errors = [((leave_one_group_out(table.columns(c), y, runs)[0] - y) ** 2).sum() for c in ([], None)]
     return (errors[0] - errors[1]) / ((y - y.mean()) ** 2).sum()
 
 
@@ -139,7 +139,7 @@ def test_constant_and_null_metrics_are_left_out_with_a_note():
     table = simulated_table(0, runs=8, metrics=3)
     table.geometry[:, :, 1] = 0.7
     table.geometry[2, 0, 2] = np.nan
-    left = without_useless(table)
+    left = _with_usable_metrics(table)
     assert left.metrics == ["metric_0"]
     assert left.notes == ["metric_1 is constant: left out", "metric_2 is null in run2: left out"]
 

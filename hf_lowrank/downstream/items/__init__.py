@@ -1,4 +1,4 @@
-"""Tasks without a network: items made from a run's own held-out text by seeded generators."""
+"""Tasks that need no network: items that seeded generators make from a run's held-out text."""
 
 from hf_lowrank.downstream.items.build import MAKERS, VERSION, items_for, load_items
 from hf_lowrank.downstream.items.held_out import Source, held_out_sources

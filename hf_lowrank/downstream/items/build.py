@@ -1,4 +1,4 @@
-"""Items as JSON lines in the cache, made once for each corpus, tokenizer and context length."""
+"""Items as JSON lines in the cache, made once per corpus, tokenizer and context length."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.parsing import parse_json
 
-# Raised whenever the same text would give other items.
+# Incremented whenever the same text would give other items.
 VERSION = 4
 SEED = 0
 FEWEST = 500
@@ -32,7 +32,7 @@ SHORTEST_SOURCE = 500
 
 Maker = Callable[[Sequence[Source], Encoder, Draws, int], list[Item]]
 
-# Each task with its maker and how many items it asks for.
+# Each task with its generator and number of items.
 MAKERS: dict[str, tuple[Maker, int]] = {
     "pylib_cloze": (make_cloze, 600),
     "pylib_syntax": (make_syntax, 720),
@@ -42,10 +42,10 @@ MAKERS: dict[str, tuple[Maker, int]] = {
 
 
 def items_for(trajectory: Trajectory, task: str) -> Path:
-    """The file with a run's items for `task`, made if it is not there.
+    """The file with a run's items for `task`, which is made if it does not exist.
 
     Raises:
-        UserError: the run's held-out text or tokenizer cannot be had, or the text gives fewer than 500 items.
+        UserError: the run's held-out text or tokenizer is not available, or the text gives fewer than 500 items.
     """
     from hf_lowrank.training.cache import cached_folder
     from hf_lowrank.training.tokenization import tokenizer_fingerprint
@@ -83,14 +83,14 @@ def _sources(data: str, run: str) -> tuple[Source, ...]:
 def make_items(
     task: str, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, length: int, seed: int = SEED
 ) -> list[dict[str, Any]]:
-    """A task's items from held-out text, for models that see `length` tokens; the same for the same arguments."""
+    """A task's items from held-out text, for models with a context of `length` tokens; deterministic."""
     maker, count = MAKERS[task]
-    # Tiny files are boilerplate that stands word for word in other files, training ones among them.
-    whole = [source for source in sources if len(source.text) >= SHORTEST_SOURCE]
-    items = maker(whole, Encoder.of(tokenizer, length), Draws(seed, task, VERSION), count)
+    # Tiny files are boilerplate that other files repeat word for word, files of the training text among them.
+    usable = [source for source in sources if len(source.text) >= SHORTEST_SOURCE]
+    items = maker(usable, Encoder.of(tokenizer, length), Draws(seed, task, VERSION), count)
     return [{"id": f"{task}-{number:04d}", **item} for number, item in enumerate(items)]
 
 
 def load_items(file: Path) -> list[dict[str, Any]]:
-    """The items of a file that `items_for` gave."""
+    """The items of a file made by `items_for`."""
     return [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines()]

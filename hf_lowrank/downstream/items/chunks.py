@@ -1,4 +1,4 @@
-"""Functions and other statements of Python files as pieces small enough to be read, tokenised and parsed alone."""
+"""Functions and other statements of Python files, as chunks that are tokenised and parsed by themselves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHORTEST, LONGEST = 4, 60
 
 @dataclass(frozen=True)
 class Word:
-    """One token of a chunk: what it is, its line in the chunk, its columns, and whether it begins a statement."""
+    """A token of a chunk: its type and text, its line in the chunk, its columns, and whether it begins a statement."""
 
     type: int
     text: str
@@ -40,7 +40,7 @@ class Chunk:
     Attributes:
         source: the file's name.
         first_line: number of the first line in the file, from 1.
-        lines: as they stand in the file.
+        lines: as in the file.
     """
 
     source: str
@@ -49,7 +49,7 @@ class Chunk:
 
     @cached_property
     def words(self) -> list[Word]:
-        """The chunk's tokens that lie on one line each; columns are those of the file."""
+        """The chunk's tokens that do not span lines; columns are those of the file."""
         shift = len(self.lines[0]) - len(self.lines[0].lstrip(" "))
         found: list[Word] = []
         begins = True
@@ -69,12 +69,12 @@ class Chunk:
         return textwrap.dedent("\n".join(self.lines)) + "\n"
 
     def parsed_with(self, line: int, text: str) -> ast.Module | None:
-        """The syntax tree with one line replaced; None where it does not parse."""
+        """The syntax tree with one line replaced; None if it does not parse."""
         return parsed(textwrap.dedent("\n".join([*self.lines[:line], text, *self.lines[line + 1 :]])) + "\n")
 
 
 def parsed(text: str) -> ast.Module | None:
-    """The syntax tree, or None."""
+    """The syntax tree; None if the text does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -84,28 +84,28 @@ def parsed(text: str) -> ast.Module | None:
 
 
 def chunks_of(sources: Sequence[Source]) -> Iterator[Chunk]:
-    """Functions, methods and other statements of `SHORTEST` to `LONGEST` lines, without tabs, that parse alone."""
+    """Functions, methods and other statements of `SHORTEST` to `LONGEST` lines without tabs that parse alone."""
     for source in sources:
         tree = parsed(source.text)
         if tree is None:
             continue
-        # As Python counts lines: str.splitlines would also break at form feeds and the like.
+        # Lines as Python counts them; str.splitlines would also split at form feeds.
         lines = source.text.replace("\r\n", "\n").split("\n")
-        for node in _pieces(tree.body):
+        for node in _statements(tree.body):
             start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-            piece = tuple(lines[start - 1 : node.end_lineno])
-            if not SHORTEST <= len(piece) <= LONGEST or any("\t" in line or "\f" in line for line in piece):
+            segment = tuple(lines[start - 1 : node.end_lineno])
+            if not SHORTEST <= len(segment) <= LONGEST or any("\t" in line or "\f" in line for line in segment):
                 continue
-            chunk = Chunk(source.name, start, piece)
-            shift = len(piece[0]) - len(piece[0].lstrip(" "))
-            whole = all(not line.strip() or line[:shift].isspace() or not shift for line in piece)
+            chunk = Chunk(source.name, start, segment)
+            shift = len(segment[0]) - len(segment[0].lstrip(" "))
+            whole = all(not line.strip() or line[:shift].isspace() or not shift for line in segment)
             if whole and parsed(chunk.dedented) is not None:
                 yield chunk
 
 
-def _pieces(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
     for node in body:
         if isinstance(node, ast.ClassDef):
-            yield from _pieces(node.body)
+            yield from _statements(node.body)
         else:
             yield node

@@ -1,4 +1,4 @@
-"""`pylib_cloze`: the last word of a sentence of documentation, among the last words of three other sentences."""
+"""`pylib_cloze`: the last word of a sentence of documentation among the last words of three other sentences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def make_cloze(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: int) -> list[Item]:
-    """About `count` items in groups of four that share their four choices, each the right one once."""
+    """About `count` items in groups of four that share four choices, each of which is right once."""
     by_word: dict[tuple[int, str], list[tuple[str, int, str]]] = defaultdict(list)
     taken: set[str] = set()
     for source, line, context, word in _sentences(sources):
@@ -30,7 +30,7 @@ def make_cloze(sources: Sequence[Source], encoder: Encoder, draws: Draws, count:
         if context not in taken and length <= MOST_TOKENS and encoder.split(context, " " + word) is not None:
             taken.add(context)
             by_word[length, word].append((source, line, context))
-    # Equal in tokens; neighbours in this order are about equally frequent as last words.
+    # Neighbours in this order have the same number of tokens and are about equally frequent as last words.
     ordered = sorted(by_word, key=lambda key: (key[0], -len(by_word[key]), key[1]))
     waiting = {key: draws.shuffled(by_word[key])[:SENTENCES_A_WORD] for key in ordered}
     items: list[Item] = []
@@ -50,7 +50,7 @@ def make_cloze(sources: Sequence[Source], encoder: Encoder, draws: Draws, count:
 
 
 def _group(words: Sequence[str], found: list[tuple[str, int, str]], number: int) -> Iterator[Item]:
-    """The four items of a group; the right choice is at a different place in each."""
+    """The four items of a group; the right choice has a different position in each."""
     for turn, (source, line, context) in enumerate(found):
         target = (turn + number) % CHOICES
         order = [word for word in words if word != words[turn]]
@@ -67,7 +67,7 @@ def _group(words: Sequence[str], found: list[tuple[str, int, str]], number: int)
 
 
 def _sentences(sources: Sequence[Source]) -> Iterator[tuple[str, int, str, str]]:
-    """(file, line, context, last word) of sentences in docstrings and comments, white space made single."""
+    """(file, line, context, last word) of sentences in docstrings and comments, with white space normalised."""
     for source in sources:
         for line, opening, text in (*_docstrings(source), *_comments(source)):
             for paragraph in re.split(r"\n\s*\n", text):

@@ -1,4 +1,4 @@
-"""The text before a line or a word, as much of it as a model can see."""
+"""The context of a line: the lines before it, as many as fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LINES_BEFORE = 6
 
 
 def item_of(chunk: Chunk, line: int, kind: str, context: str, real: str, other: str) -> Item:
-    """An item before its choices are put in order."""
+    """An item whose choices are not yet ordered."""
     return {
         "kind": kind,
         "source": chunk.source,
@@ -22,7 +22,7 @@ def item_of(chunk: Chunk, line: int, kind: str, context: str, real: str, other: 
 
 
 def context_before(chunk: Chunk, line: int, longest: str, encoder: Encoder, most: int = LINES_BEFORE) -> str | None:
-    """As many of the chunk's lines before `line` as fit with `longest`, at most `most`; None where none does."""
+    """As many of the chunk's lines before `line` as fit together with `longest`, at most `most`; None if none fits."""
     length = len(encoder.tokens("\n" + longest)) + 2
     best = None
     for start in range(line - 1, max(-1, line - 1 - most), -1):

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Draws:
-    """Random choices from a `torch.Generator` of its own, keyed by a hash of `key`."""
+    """Random choices from a `torch.Generator` whose seed is a hash of `key`."""
 
     def __init__(self, *key: object) -> None:
         digest = hashlib.sha256(repr(key).encode()).digest()

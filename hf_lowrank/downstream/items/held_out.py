@@ -1,4 +1,4 @@
-"""The text that a run was not trained on, as its own recipe splits it."""
+"""The held-out text of a run, as its recipe splits it off."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def held_out_sources(recipe: dict[str, Any] | None, run: str) -> list[Source]:
     """The held-out documents of a run, in a fixed order.
 
     Args:
-        recipe: the run's resolved recipe; its `data` block alone is read.
+        recipe: the run's resolved recipe, of which only the `data` block is read.
         run: the run's name, for messages.
 
     Raises:
-        UserError: there is no recipe, the corpus is on the Hub (whose text is not on this machine), or the text
-            cannot be read.
+        UserError: there is no recipe, the corpus is on the Hub (its text is not on this machine), or the text cannot
+            be read.
     """
-    # The rule that splits the corpus is training's; asking it again is what keeps training text out of the items.
+    # Training's own rule for splitting the corpus keeps training text out of the items.
     from hf_lowrank.training.recipe import DataSettings
     from hf_lowrank.training.sources import local_files
 
     if not recipe or not isinstance(recipe.get("data"), dict):
-        raise UserError(f"{run}: has no recipe.yaml with a data block, so its held-out text is not known")
+        raise UserError(f"{run}: has no recipe.yaml with a data block, so its held-out text is unknown")
     data = DataSettings.model_validate(recipe["data"])
     if data.source == "python-library":
         return list(_library(data.held_out_share))
@@ -51,7 +51,7 @@ def held_out_sources(recipe: dict[str, Any] | None, run: str) -> list[Source]:
 
 
 def _library(share: float) -> Iterator[Source]:
-    """The held-out files of the standard library: the rule of `training.sources.python_library`, and those alone."""
+    """The held-out files of the standard library, by the rule of `training.sources.python_library`."""
     from hf_lowrank.training.sources import is_held_out
 
     root = Path(sysconfig.get_path("stdlib"))

@@ -1,8 +1,8 @@
-"""Names that come back: `pylib_copy`, and the kind "name" of `pylib_syntax`.
+"""Repeated names: `pylib_copy`, and the kind "name" of `pylib_syntax`.
 
-A name x that stands in the context already is used again; the other choice is a name y, about as frequent, that does
-not occur. Names come in fixed couples (x, y), so that y is the right one just as often. In `pylib_copy` what stands
-before x has been followed by x before: it can be got right by looking back for it (induction, arXiv 2209.11895).
+A name x that occurs in the context is used again; the other choice is a name y of about the same frequency that does
+not occur. Names form fixed couples (x, y), so that y is the right choice just as often. In `pylib_copy` x has followed
+the text before it earlier, so looking it up gives the right choice (induction, arXiv 2209.11895).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ PLAIN_NAME = re.compile(r"[A-Za-z]{3,}")
 LAST_WORD = re.compile(r"\w+\W*$")
 USES_A_NAME = 100
 LINES_OF_COPY = 40
-# Attributes all follow a dot, so fewer would leave too few items.
+# Attributes all follow a dot, so a lower limit would leave too few items.
 COPIES_ALIKE = 40
 MOST_CHUNKS = 4000
 
 
 @dataclass(frozen=True)
 class Use:
-    """A name that stood in an earlier line of its chunk."""
+    """A name that occurs in an earlier line of its chunk."""
 
     chunk: Chunk
     word: Word
@@ -41,13 +41,13 @@ class Use:
         return self.chunk.lines[self.word.line][self.word.start - 1 : self.word.start]
 
     def written(self, name: str) -> str:
-        """The use's line with another name in its place."""
+        """The line with another name in place of this one."""
         line = self.chunk.lines[self.word.line]
         return line[: self.word.start] + name + line[self.word.end :]
 
 
 def make_copy(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: int) -> list[Item]:
-    """About `count` items: the name that continues a line, against one that was not there before."""
+    """About `count` items: the name that continues a line, against one that does not occur before."""
     pairs = InversePairs(-(-count // 2), COPIES_ALIKE)
     for use, other in _uses(draws.shuffled(list(chunks_of(sources))), encoder, draws):
         if pairs.full:
@@ -71,7 +71,7 @@ def make_copy(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: 
 
 
 def reused_names(chunks: Sequence[Chunk], encoder: Encoder, draws: Draws, wanted: int) -> InversePairs:
-    """Pairs of lines in which a name that was there before gives way to one that was not."""
+    """Pairs of lines with a name that occurs before, and with one that does not."""
     pairs = InversePairs(wanted)
     for use, other in _uses(chunks, encoder, draws):
         if pairs.full:
@@ -88,7 +88,7 @@ def reused_names(chunks: Sequence[Chunk], encoder: Encoder, draws: Draws, wanted
 
 
 def _follows_again(context: str, continuation: str) -> bool:
-    """Whether the last word of `context`, with what stands after it, was followed by `continuation` before."""
+    """Whether the end of `context` from its last word on has been followed by `continuation` before."""
     last = LAST_WORD.search(context)
     return last is not None and re.search(re.escape(last[0] + continuation) + r"(?![A-Za-z])", context) is not None
 
@@ -102,7 +102,7 @@ def _has(text: str, name: str) -> bool:
 
 
 def _uses(chunks: Sequence[Chunk], encoder: Encoder, draws: Draws) -> Iterator[tuple[Use, str]]:
-    """Uses of names with the other name of the couple, in random order, no couple too often.
+    """Uses of names with the other name of the couple, in random order, each couple a limited number of times.
 
     A couple's names are single tokens, follow the same character, and are neighbours in the order of frequency.
     """

@@ -1,4 +1,4 @@
-"""Choosing items so that no rule can win that looks at single tokens or lengths without looking at the context."""
+"""Choosing items for which no rule that ignores the context, and looks at tokens or lengths only, beats chance."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MOST_ALIKE = 2
 
 
 class InversePairs:
-    """Collects items with two choices and keeps those for which there is another one with the inverse swap.
+    """Collects items with two choices and keeps pairs of items with inverse swaps.
 
-    In every such pair the token (or tokens) that is right in one item is wrong in the other and the other way round,
-    so that a rule that scores a choice by its own tokens, characters or length is right in exactly one of the two.
+    In such a pair the tokens that are right in one item are wrong in the other, and vice versa, so that a rule that
+    scores a choice by its own tokens, characters or length is right in exactly one of the two.
 
-    A model that sees no more than one token back is a fixed rule for each token before the swap. So that chance does
-    not make such rules look clever, no token is before the same swap in more than `alike` items.
+    A model that sees only one token back is a fixed rule for each token before the swap. To keep such rules from
+    beating chance by luck, no token precedes the same swap in more than `alike` items.
     """
 
     def __init__(self, pairs: int, alike: int = MOST_ALIKE) -> None:
@@ -33,13 +33,13 @@ class InversePairs:
         return len(self.pairs) >= self.wanted
 
     def add(self, swap: Swap, token_before: int, item: Item) -> None:
-        """Takes an item whose right choice differs from the wrong one by `swap`, after `token_before`."""
+        """Adds an item whose right choice differs from the wrong one by `swap`, after `token_before`."""
         if self.full or self.alike[token_before, swap] >= self.most_alike:
             return
         self.alike[token_before, swap] += 1
         inverse = self.waiting[swap[1], swap[0]]
         for position, other in enumerate(inverse):
-            # Both halves from one place would make the pair a single question.
+            # Two items from the same line would be one question.
             if (other["source"], other["line"]) != (item["source"], item["line"]):
                 self.pairs.append((inverse.pop(position), item))
                 return
@@ -47,7 +47,7 @@ class InversePairs:
 
 
 def two_choices(pairs: list[tuple[Item, Item]]) -> list[Item]:
-    """The items of `pairs` with the right choice first in every second one; needs `real` and `other` in each."""
+    """The items of `pairs`, which have `real` and `other`, with the right choice first in every second one."""
     items: list[Item] = []
     for number, pair in enumerate(pairs):
         for half, item in enumerate(pair):

@@ -1,4 +1,4 @@
-"""`pylib_bits_per_byte`: passages of held-out text, from anywhere in it, each as long as a model can see."""
+"""`pylib_bits_per_byte`: passages from all of the held-out text, each as long as fits the context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PASSAGES_A_DOCUMENT = 32
 
 
 def make_passages(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: int) -> list[Item]:
-    """`count` passages of whole lines that do not overlap, at most 32 of one document."""
+    """`count` passages of whole lines that do not overlap, at most 32 per document."""
     starts: list[tuple[Source, list[str], int]] = []
     for source in sources:
         lines = source.text.split("\n")
@@ -35,7 +35,7 @@ def make_passages(sources: Sequence[Source], encoder: Encoder, draws: Draws, cou
 
 
 def _fitting(lines: list[str], encoder: Encoder) -> str | None:
-    """The longest beginning of `lines` that fits; None where not even the first line does, or it is empty."""
+    """The longest prefix of `lines` that fits; None if the first line does not fit or the prefix is blank."""
     low, high = 0, len(lines)
     while low < high:
         middle = (low + high + 1) // 2

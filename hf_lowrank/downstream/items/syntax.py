@@ -19,7 +19,7 @@ TRIES_A_CHUNK = 3
 
 BRACKETS = {a: [b for b in side if b != a] for side in ("([{", ")]}") for a in side}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
-# Each keyword's stand-in is also replaced by it, so that both directions occur.
+# Each keyword also replaces its replacement, so that both directions occur.
 KEYWORDS = {
     "if": "for", "def": "return", "else": "elif", "in": "as", "not": "is", "class": "from", "try": "with",
     "except": "finally", "raise": "while", "import": "and", "or": "lambda",
@@ -32,7 +32,7 @@ Corruption = tuple[int, str]  # line in the chunk, its corrupted text
 
 
 def make_syntax(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: int) -> list[Item]:
-    """About `count` items, equally many of each kind, in inverse pairs."""
+    """About `count` items in inverse pairs, the same number of each kind."""
     each = -(-count // (2 * len(KINDS)))
     collected = {kind: InversePairs(each) for kind in FINDERS}
     chunks = draws.shuffled(list(chunks_of(sources)))
@@ -62,7 +62,7 @@ def _collect(
 
 
 def _is_wrong(chunk: Chunk, line: int, bad: str, kind: str) -> bool:
-    """Whether the corrupted line breaks the code: it does not parse, or says something that has no effect."""
+    """Whether the corrupted line breaks the code: it does not parse, or is an expression without effect."""
     tree = chunk.parsed_with(line, bad)
     if tree is None:
         return True
@@ -80,7 +80,7 @@ def _replaced(chunk: Chunk, word: Word, text: str) -> Corruption:
 
 
 def _brackets(chunk: Chunk, draws: Draws) -> Iterator[Corruption]:
-    """A bracket whose partner is on the same line becomes one of another shape."""
+    """A bracket whose partner is on the same line is replaced by one of another shape."""
     stack: list[Word] = []
     for word in chunk.words:
         if word.type != tokenize.OP:
@@ -95,7 +95,7 @@ def _brackets(chunk: Chunk, draws: Draws) -> Iterator[Corruption]:
 
 
 def _colons(chunk: Chunk, draws: Draws) -> Iterator[Corruption]:
-    """A colon becomes a comma, or a comma a colon."""
+    """A colon is replaced by a comma, or a comma by a colon."""
     for word in chunk.words:
         if word.line and word.type == tokenize.OP and word.text in (":", ","):
             yield _replaced(chunk, word, "," if word.text == ":" else ":")
@@ -108,7 +108,7 @@ def _keywords(chunk: Chunk, draws: Draws) -> Iterator[Corruption]:
 
 
 def _operators(chunk: Chunk, draws: Draws) -> Iterator[Corruption]:
-    """An assignment's sign becomes another operator, or another operator an assignment's sign."""
+    """The = of an assignment is replaced by another operator, or another operator by =."""
     for word in chunk.words:
         line = chunk.lines[word.line]
         if word.line and word.type == tokenize.OP and line[word.start - 1 : word.start] == " ":
@@ -119,7 +119,7 @@ def _operators(chunk: Chunk, draws: Draws) -> Iterator[Corruption]:
 
 
 def _indentation(chunk: Chunk, draws: Draws) -> Iterator[Corruption]:
-    """A statement's first line moves a level in or out."""
+    """The first line of a statement is indented one level more or less."""
     for word in chunk.words:
         line = chunk.lines[word.line]
         if word.first and word.line and word.start >= INDENT and not line[: word.start].strip():

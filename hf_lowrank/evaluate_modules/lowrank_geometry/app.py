@@ -1,4 +1,4 @@
-"""The module as a Space: two checkpoints in, a table of metrics out."""
+"""The module as a Space: measures one checkpoint against another and shows a table of metrics."""
 
 import tempfile
 from pathlib import Path
@@ -10,7 +10,7 @@ MODULE = evaluate.load(str(Path(__file__).with_name("lowrank_geometry.py")))
 
 
 def compare(checkpoint: str, baseline: str, evaluation_text: str) -> list[list[str]]:
-    """Rows of (metric, value or the reason why there is none)."""
+    """Rows of (metric, value or the reason for having none)."""
     with tempfile.TemporaryDirectory() as folder:
         options = {}
         if evaluation_text.strip():

@@ -1,29 +1,29 @@
 """Sixteen geometric and spectral metrics of causal language model checkpoints against their baselines."""
 
-# `evaluate` reads the imports line by line, so each stands on one of its own.
+# `evaluate` reads the imports line by line, so each is on a line of its own.
 import datasets
 import evaluate
 
 import hf_lowrank.measuring.pairs
 
 _DESCRIPTION = """\
-Says what kind of solution a checkpoint is, beside its perplexity: the loss landscape around it, barriers to the
-checkpoint before and to a baseline, spectra of weights and updates, and likeness of activations to the baseline's.
+Describes the solution that a checkpoint is, in addition to its perplexity: the loss landscape around it, barriers to
+the previous checkpoint and to a baseline, spectra of weights and updates, and similarity of activations to a baseline.
 """
 
 _KWARGS_DESCRIPTION = """\
 Args:
     predictions: list of str, checkpoints to measure: `RUN/checkpoint-N` or `user/repo@step-N`.
-    references: list of str, the baseline's checkpoint of the same step for each of them.
+    references: list of str, for each of them the baseline's checkpoint of the same step.
     metrics: ids, dimensions or groups of metrics; None: the sixteen.
     preset: "fast" or "paper".
-    settings: own settings over the preset's, a mapping or a YAML file.
+    settings: overrides of the preset, a mapping or a YAML file.
     device: where the models run; None: a GPU if there is one.
-    evaluation_set: held-out sequences: a safetensors file of hf_lowrank, its folder, or a text file; None: those
-        that were written with the run.
+    evaluation_set: held-out sequences: a safetensors file of hf_lowrank, its folder, or a text file; None: those of
+        the run.
 Returns:
-    a dict with a list of values for each metric, in the order of the predictions, None where there is none; and
-    under "reasons", for each prediction, why, by metric.
+    a dict with a list of values for each metric, in the order of the predictions, None where there is no value; and
+    under "reasons", for each prediction, the reasons by metric.
 Examples:
     >>> import evaluate
     >>> from hf_lowrank.evaluate_modules import path
@@ -41,7 +41,7 @@ _CITATION = """\
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class LowrankGeometry(evaluate.Metric):
-    """The module that `evaluate.load` finds."""
+    """The class that `evaluate.load` instantiates."""
 
     def _info(self):
         features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
