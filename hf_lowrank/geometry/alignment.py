@@ -82,30 +82,43 @@ def permute(state: Mapping[str, Tensor], permutations: Permutations, layout: Lay
         ValueError: it is unknown how a parameter changes with the permutations.
     """
     blocks = blocks_of(state)
-    result = {}
+    result = dict(state)
     for name, tensor in state.items():
         block = next((b for b in blocks if name.startswith(b + ".")), None)
-        module = (name.removeprefix(f"{block}.") if block else name).rpartition(".")[0]
-        result[name] = _permuted(tensor, name, module, block, permutations, layout)
+        rows, columns = _orders(name, tensor, block, permutations, layout)
+        if rows is not None:
+            result[name] = result[name][_entries(rows, tensor.shape[0])]
+        if columns is not None and name.endswith(".weight"):
+            result[name] = result[name][:, _entries(columns, tensor.shape[1])]
     return result
 
 
-def _permuted(
-    tensor: Tensor, name: str, module: str, block: str | None, permutations: Permutations, layout: Layout
-) -> Tensor:
-    hidden, weight = permutations.residual, name.endswith(".weight")
-    kind = module.rpartition(".")[2]
-    if block and kind in ATTENTION:
-        moved = _permute_attention(tensor, kind, permutations.heads.get(block), layout, weight)
-    elif block and kind in ("q_norm", "k_norm"):
-        return tensor  # over the channels inside a head
-    elif block and kind in ("gate_proj", "up_proj", "down_proj"):
-        moved = _permute_mlp(tensor, kind, permutations.mlp.get(block), weight)
-    elif tensor.shape == hidden.shape or kind in ("embed_tokens", "lm_head"):
-        moved = tensor
-    else:
+def _orders(
+    name: str, tensor: Tensor, block: str | None, permutations: Permutations, layout: Layout
+) -> tuple[Tensor | None, Tensor | None]:
+    """The source units of a parameter's rows and of its columns; None where they keep their order."""
+    residual, kind = permutations.residual, name.rpartition(".")[0].rpartition(".")[2]
+    if block is not None:
+        heads, channels = permutations.heads.get(block), permutations.mlp.get(block)
+        groups = None if heads is None else heads[:: layout.group] // layout.group
+        orders: dict[str, tuple[Tensor | None, Tensor | None]] = {
+            "q_proj": (heads, residual), "k_proj": (groups, residual), "v_proj": (groups, residual),
+            "o_proj": (residual, heads), "gate_proj": (channels, residual), "up_proj": (channels, residual),
+            "down_proj": (residual, channels), "q_norm": (None, None), "k_norm": (None, None),
+        }  # fmt: skip
+        if kind in orders:
+            return orders[kind]
+    if kind in ("embed_tokens", "lm_head"):
+        return None, residual
+    if tensor.shape != residual.shape:
         raise ValueError(f"alignment cannot permute {name} of shape {tuple(tensor.shape)}")
-    return _permute_residual(moved, module, hidden, weight)
+    return residual, None
+
+
+def _entries(units: Tensor, length: int) -> Tensor:
+    """Indices of the entries of units, each of the same number of consecutive entries, `length` in all."""
+    size = length // units.numel()
+    return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 
 def match_weights(
@@ -151,32 +164,6 @@ def match_weights(
         if _equal(before, found):
             break
     return found
-
-
-def _permute_residual(tensor: Tensor, module: str, hidden: Tensor, weight: bool) -> Tensor:
-    if module.endswith(RESIDUAL_OUT):
-        return tensor[hidden]
-    if module.endswith((*RESIDUAL_IN, "embed_tokens", "lm_head")):
-        return tensor[:, hidden] if weight else tensor
-    return tensor[hidden]
-
-
-def _permute_mlp(tensor: Tensor, kind: str, channels: Tensor | None, weight: bool) -> Tensor:
-    if channels is None:
-        return tensor
-    if kind == "down_proj":
-        return tensor[:, channels] if weight else tensor
-    return tensor[channels]
-
-
-def _permute_attention(tensor: Tensor, kind: str, heads: Tensor | None, layout: Layout, weight: bool) -> Tensor:
-    if heads is None:
-        return tensor
-    groups = heads[:: layout.group] // layout.group
-    count, order = (layout.query_heads, heads) if kind in ("q_proj", "o_proj") else (layout.key_value_heads, groups)
-    if kind == "o_proj":
-        return tensor.view(tensor.shape[0], count, -1)[:, order].reshape(tensor.shape) if weight else tensor
-    return tensor.view(count, -1, *tensor.shape[1:])[order].reshape(tensor.shape)
 
 
 def _mlp_similarity(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], block: str, hidden: Tensor) -> Tensor:
