@@ -44,18 +44,21 @@ audit: $(VENV)/.installed-dev
 	fi
 
 # Needs Chromium (on the path, or CHROMIUM=) and npm.
-browser-test: $(VENV)/.installed-dev
-	cd tests/report/browser && npm install --no-audit --no-fund
+browser-test: $(VENV)/.installed-dev node_modules/.installed
 	$(BIN)/python -m pytest tests/report/browser/check_page.py -s
 
-lint: $(VENV)/.installed-dev
+# The page's scripts and styles are linted by tools from npm, which need Node.js.
+lint: $(VENV)/.installed-dev node_modules/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	npm run --silent lint
 
-format: $(VENV)/.installed-dev
+format: $(VENV)/.installed-dev node_modules/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python -m hf_lowrank.report.schema
+	npm run --silent format
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/optimizers.py
@@ -67,6 +70,10 @@ bench: $(VENV)/.installed-dev
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --no-isolation --outdir dist .
+
+node_modules/.installed: package.json package-lock.json
+	npm ci --silent --no-audit --no-fund
+	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
@@ -82,4 +89,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf dist build .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf dist build .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache node_modules

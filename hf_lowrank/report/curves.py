@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hf_lowrank.metrics import PLANE
-from hf_lowrank.runs.records import RunRecord
+from hf_lowrank.runs.records import Row, RunRecord
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,25 @@ def curves(run: RunRecord, metric: str) -> list[Curve]:
             )
         )
     return found
+
+
+def center(metric: str, t: Sequence[float | None], losses: Sequence[float | None]) -> float | None:
+    """What a curve's rise is measured from: the mean of both ends of a path, else the loss at the model itself."""
+    known = {
+        position: loss for position, loss in zip(t, losses, strict=True) if position is not None and loss is not None
+    }
+    if not known:
+        return None
+    if metric.endswith("_path"):
+        return (known[min(known)] + known[max(known)]) / 2
+    return known.get(0.0, min(known.values()))
+
+
+def last_barriers(run: RunRecord, metric: str = "method_barrier", step: int | None = None) -> dict[str, Row]:
+    """The barriers of `run` by baseline, at `step` or the last step that each has."""
+    rows = run.model_rows(metric)
+    return {row.baseline: row for row in rows
+            if row.value is not None and row.baseline and step in (None, row.step)}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +21,7 @@ from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, Look, looks
 from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.payload import payload, script_json
+from hf_lowrank.report.schema import MetricText, Payload, Run
 from hf_lowrank.report.study import Study, load_study
 from hf_lowrank.report.verdicts import losses_by_method
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
@@ -149,7 +150,7 @@ def _group_choice(compared: Sequence[Group], sets: bool, scales: bool) -> tuple[
     return name, options
 
 
-def _metric_choice(metrics: dict[str, dict[str, str]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+def _metric_choice(metrics: Mapping[str, MetricText]) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Dimensions with their metrics, for the filter by metric."""
     return [
         (
@@ -179,11 +180,11 @@ def _colours(chosen: dict[str, Look]) -> str:
     )
 
 
-def _of(entry: dict[str, Any], metric: str) -> dict[str, Any]:
+def _of(entry: Run, metric: str) -> Mapping[str, Any]:
     return entry["metrics"].get(metric, {})
 
 
-def _trends(data: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
+def _trends(data: Payload) -> dict[str, list[tuple[str, ...]]]:
     """Per dimension the pictures over steps: metric, title, meaning, unit, and why it may be empty."""
     found: dict[str, list[tuple[str, ...]]] = {dimension: [] for dimension in SECTIONS}
     for metric, about in data["metrics"].items():

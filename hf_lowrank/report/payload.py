@@ -1,38 +1,40 @@
-"""The page's data: what the pictures draw, as plain JSON in columns, numbers cut to the digits that show."""
+"""The page's data: what the pictures draw, as plain JSON in columns, with numbers rounded to the digits that show."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_lowrank.metrics import CURVES, POINTWISE, SECTIONS, describe, metric_order
 from hf_lowrank.report.answer import Group
 from hf_lowrank.report.colours import Look
-from hf_lowrank.report.curves import curves, plane
+from hf_lowrank.report.curves import center, curves, last_barriers, plane
+from hf_lowrank.report.means import method_means
+from hf_lowrank.report.schema import (
+    Barrier,
+    Curve,
+    Line,
+    Payload,
+    Plane,
+    Prediction,
+    Run,
+    Task,
+    Trend,
+    Trial,
+    short,
+    shorts,
+)
 from hf_lowrank.report.standings import downstream
 from hf_lowrank.report.study import Study
 from hf_lowrank.runs.records import RunRecord, finished_or_all
 
-# Beyond this many points a line of a few hundred pixels does not change.
-POINTS_OF_A_LINE = 400
-DIGITS = 5
+# More points than this change nothing about a line of a few hundred pixels.
+POINTS_PER_LINE = 400
 
 
-def short(value: float | None, digits: int = DIGITS) -> float | None:
-    """`value` to `digits` significant digits; None for what JSON cannot hold."""
-    if value is None or not math.isfinite(value):
-        return None
-    rounded = float(f"{value:.{digits}g}")
-    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
-
-
-def shorts(values: Iterable[float | None], digits: int = DIGITS) -> list[float | None]:
-    return [short(value, digits) for value in values]
-
-
-def thinned(points: Sequence[tuple[int, float]], limit: int = POINTS_OF_A_LINE) -> list[tuple[float, float]]:
+def thinned(points: Sequence[tuple[int, float]], limit: int = POINTS_PER_LINE) -> list[tuple[float, float]]:
     """At most `limit` points: the means of equal runs of neighbours, x and y alike; the last point stays."""
     if len(points) <= limit:
         return list(points)
@@ -44,63 +46,58 @@ def thinned(points: Sequence[tuple[int, float]], limit: int = POINTS_OF_A_LINE) 
     return [*means[:-1], points[-1]]
 
 
-def _line(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def _line(points: Sequence[tuple[float, float]]) -> Line:
     return {"x": shorts((x for x, _ in points), 8), "y": shorts(y for _, y in points)}
 
 
-class _Scopes:
-    """Layer paths by number, so that each is written once."""
+def _metrics(run: RunRecord, scopes: dict[str, int]) -> dict[str, Trend]:
+    """Per metric: the model's values over steps with intervals, and per layer one row of values for each step.
 
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-
-    def number(self, scope: str) -> int:
-        return self.numbers.setdefault(scope, len(self.numbers))
-
-
-def _metrics(run: RunRecord, scopes: _Scopes) -> dict[str, Any]:
-    """Per metric: the model's values over steps with intervals, and per layer one row of values for each step."""
-    found: dict[str, Any] = {}
+    `scopes` numbers the layers' paths, so that each is written once.
+    """
+    found: dict[str, Trend] = {}
     layered: dict[str, dict[int, dict[str, float | None]]] = {}
     for row in sorted(run.rows, key=lambda row: row.step):
         if row.metric in POINTWISE:
             continue
         entry = found.setdefault(row.metric, {"x": [], "y": [], "lo": [], "hi": [], "why": None, "base": row.baseline})
-        if row.metric == "method_barrier" and row.scope == "model" and row.value is not None:
-            entry.setdefault("pairs", {})[row.baseline or ""] = short(row.value)
-        if row.baseline != entry["base"]:  # trends follow one baseline, the first; the matrix has them all
+        if row.baseline != entry["base"]:  # trends follow one baseline, the first; `_barriers` has them all
             continue
         if row.scope != "model":
             layered.setdefault(row.metric, {}).setdefault(row.step, {})[row.scope] = row.value
         elif row.value is None:
             entry["why"] = row.reason
         else:
+            columns = (entry["x"], entry["y"], entry["lo"], entry["hi"])
             if entry["x"] and entry["x"][-1] == row.step:  # other settings: the last measured is drawn
-                for key in ("x", "y", "lo", "hi"):
-                    entry[key].pop()
-            entry["x"].append(row.step)
-            for key, value in (("y", row.value), ("lo", row.ci_low), ("hi", row.ci_high)):
-                entry[key].append(short(value))
+                for column in columns:
+                    column.pop()
+            for column, value in zip(columns, (row.step, *shorts((row.value, row.ci_low, row.ci_high))), strict=True):
+                column.append(value)
     for metric, by_step in layered.items():
         names = list(dict.fromkeys(scope for layers in by_step.values() for scope in layers))
         found[metric]["layers"] = {
             "steps": list(by_step),
-            "scopes": [scopes.number(name) for name in names],
+            "scopes": [scopes.setdefault(name, len(scopes)) for name in names],
             "values": [shorts((layers.get(name) for name in names), 4) for layers in by_step.values()],
         }
     for entry in found.values():
-        if "pairs" in entry:  # at the last step that each baseline has
-            entry["pairs"] = list(entry["pairs"].items())
         if not any(value is not None for value in entry["lo"]):
             del entry["lo"], entry["hi"]
     return found
 
 
-def _curves(run: RunRecord) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def _curves(run: RunRecord) -> dict[str, list[Curve]]:
+    found: dict[str, list[Curve]] = {}
     for metric in CURVES:
         for curve in curves(run, metric):
-            entry: dict[str, Any] = {"step": curve.step, "t": shorts(curve.t), "y": shorts(curve.mean, 6)}
+            y = shorts(curve.mean, 6)
+            entry: Curve = {
+                "step": curve.step,
+                "t": shorts(curve.t),
+                "y": y,
+                "center": short(center(metric, curve.t, y), 9),
+            }
             if curve.low is not None and curve.high is not None:
                 entry["lo"], entry["hi"] = shorts(curve.low, 6), shorts(curve.high, 6)
             if curve.relative:
@@ -111,7 +108,7 @@ def _curves(run: RunRecord) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _plane(run: RunRecord) -> dict[str, Any] | None:
+def _plane(run: RunRecord) -> Plane | None:
     found = plane(run)
     if found is None:
         return None
@@ -119,94 +116,120 @@ def _plane(run: RunRecord) -> dict[str, Any] | None:
     return {"step": found.step, "x": shorts(found.x), "y": shorts(found.y), "loss": losses}
 
 
-def _add_scores(entries: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Gives each run its above-chance means over steps, beside the loss there, and its tasks' last scores; returns
-    the tasks."""
+def _add_scores(entries: Sequence[Run], groups: Sequence[Group]) -> list[Task]:
+    """Gives each run its above-chance means over steps, with the loss there, and its tasks' last scores; returns the
+    tasks."""
     runs = {run.name: run for group in groups for run in group.runs}
     means = {name: steps for group in groups for name, steps in downstream(group.runs)[0].items()}
-    tasks: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, Task] = {}
     for entry in entries:
         run = runs[entry["name"]]
         losses = {**dict(run.logged("eval_loss")), **{r.step: r.value for r in run.model_rows("loss") if r.value}}
         steps = sorted(means.get(run.name, {}).items())
         if steps:
-            entry["metrics"]["downstream"] = {
-                "x": [step for step, _ in steps],
-                "y": shorts(value for _, value in steps),
-                "why": None,
-                "base": None,
-            }
+            entry["metrics"]["downstream"] = {**_line(steps), "why": None, "base": None}
         both = [(losses[step], value, step) for step, value in steps if step in losses]
-        entry["above"] = {"x": shorts(x for x, _, _ in both), "y": shorts(y for _, y, _ in both)}
-        entry["above"]["step"] = [step for _, _, step in both]
-        entry["tasks"] = {}
+        entry["above"] = {
+            "x": shorts(x for x, _, _ in both),
+            "y": shorts(y for _, y, _ in both),
+            "step": [step for _, _, step in both],
+        }
         for score in sorted(run.scores, key=lambda score: (score.limit is None, score.step)):
             if score.group is None:
                 key = f"{score.task}:{score.metric}"
-                tasks.setdefault(
-                    key,
-                    {
+                if key not in tasks:
+                    tasks[key] = {
                         "id": key,
                         "task": score.task,
                         "metric": score.metric,
                         "chance": short(score.chance),
                         "higher": score.higher_is_better,
-                    },
-                )
-                entry["tasks"][key] = [short(v) for v in (score.value, score.ci_low, score.ci_high)] + [score.step]
+                    }
+                entry["tasks"][key] = [*shorts((score.value, score.ci_low, score.ci_high)), score.step]
     return sorted(tasks.values(), key=lambda task: (task["chance"] is None, task["id"]))
 
 
-def _with_whole_lines(entries: Sequence[dict[str, Any]], unfinished: set[str]) -> list[dict[str, Any]]:
-    """Takes from runs that are not finished what finished ones of their method have: the mean of both would end where
-    theirs does."""
+def _prefer_finished(entries: Sequence[Run], unfinished: set[str]) -> list[Run]:
+    """The entries without what an unfinished run has in common with a finished one of its method: a mean of both would
+    end where the unfinished one does."""
     for entry in entries:
         if entry["name"] not in unfinished:
             continue
         same = (entry["method"], entry["group"])
         twins = [e for e in entries if (e["method"], e["group"]) == same and e["name"] not in unfinished]
-        for kind, line in entry["loss"].items():
+        for kind in ("eval", "train"):
             if any(twin["loss"][kind]["x"] for twin in twins):
-                line.update(_line([]))
+                entry["loss"][kind] = _line([])
         for part in ("metrics", "curves", "tasks"):
-            entry[part] = {key: v for key, v in entry[part].items() if not any(key in twin[part] for twin in twins)}
+            for key in [key for key in entry[part] if any(key in twin[part] for twin in twins)]:
+                del entry[part][key]
         if any(twin["plane"] for twin in twins):
             entry["plane"] = None
         if any(twin["above"]["x"] for twin in twins):
             entry["above"] = {"x": [], "y": [], "step": []}
-    return [entry for entry in entries if entry["name"] not in unfinished or _draws(entry)]
+    return [entry for entry in entries if entry["name"] not in unfinished or _has_pictures(entry)]
 
 
-def _draws(entry: Mapping[str, Any]) -> bool:
-    lines = any(line["x"] for line in [*entry["loss"].values(), entry["above"]])
-    return lines or any(entry[part] for part in ("metrics", "curves", "tasks", "plane"))
+def _has_pictures(entry: Run) -> bool:
+    lines = any(line["x"] for line in (*entry["loss"].values(), entry["above"]))  # type: ignore[index]
+    return bool(lines or entry["metrics"] or entry["curves"] or entry["tasks"] or entry["plane"])
 
 
-def _study(study: Study, numbers: dict[str, int]) -> dict[str, Any]:
-    """The sweep, and what was predicted against what was seen, by number of run."""
-    sweep = [
+def _barriers(groups: Sequence[Group], entries: Sequence[Run], numbers: Mapping[str, int]) -> list[Barrier]:
+    """The mean barrier between every two methods that were measured against each other, either one as baseline."""
+    shown = {entry["name"] for entry in entries if "method_barrier" in entry["metrics"]}
+    barriers: list[Barrier] = []
+    for group in groups:
+        method_of = {run.name: numbers[run.method] for run in group.runs}
+        found: dict[tuple[int | str, int | str], list[float]] = {}
+        columns = set()
+        for run in group.runs:
+            for baseline, row in last_barriers(run).items() if run.name in shown else ():
+                own, other = method_of[run.name], method_of.get(baseline, baseline)
+                columns.add(other)
+                for pair in {(own, other), (other, own)}:
+                    found.setdefault(pair, []).append(short(row.value) or 0.0)
+        barriers += [
+            {"group": group.id, "row": row, "column": column, "value": short(sum(values) / len(values), 7)}
+            for (row, column), values in found.items()
+            if column in columns
+        ]
+    return barriers
+
+
+def _trials(study: Study, numbers: Mapping[str, int]) -> list[Trial]:
+    return [
         {
-            "method": numbers[rate.member],
-            "rate": short(rate.learning_rate),
-            "loss": short(rate.loss, 6),
-            "chosen": rate.chosen,
-            "edge": rate.at_edge,
+            "method": numbers[trial.member],
+            "rate": short(trial.learning_rate),
+            "loss": short(trial.loss, 6),
+            "chosen": trial.chosen,
+            "edge": trial.at_edge,
         }
-        for rate in study.sweep
+        for trial in study.sweep
     ]
+
+
+def _prediction(study: Study) -> Prediction | None:
+    """Predicted against seen scores; None where the file holds no lists of one length."""
     found = study.prediction or {}
-    keys = ("seen", "predicted_perplexity", "predicted_both")
-    sides = [found.get(key) for key in keys]
-    whole = all(isinstance(side, list) for side in sides) and len({len(side) for side in sides if side}) == 1
-    prediction: dict[str, Any] | None = None
-    if whole:
-        prediction = {
-            key: shorts((_finite(v) for v in side), 5) for key, side in zip(keys, sides, strict=True) if side
-        }
-        rows = found.get("rows")
-        rows = rows if isinstance(rows, list) and len(rows) == len(prediction.get("seen", ())) else []
-        prediction["rows"] = [[str(row[0]).rsplit("/", 1)[-1], row[1]] for row in rows]
-    claims = [
+    sides = [found.get(key) for key in ("seen", "predicted_perplexity", "predicted_both")]
+    if not all(isinstance(side, list) for side in sides) or len({len(side) for side in sides if side}) != 1:
+        return None
+    seen, alone, both = (shorts(_finite(value) for value in side or ()) for side in sides)
+    rows = found.get("rows")
+    rows = rows if isinstance(rows, list) and len(rows) == len(seen) else []
+    return {
+        "seen": seen,
+        "predicted_perplexity": alone,
+        "predicted_both": both,
+        "rows": [[str(row[0]).rsplit("/", 1)[-1], row[1]] for row in rows],
+    }
+
+
+def _claims(study: Study) -> list[list[Any]]:
+    """One row per claim and per comparison, for the CSV."""
+    return [
         [
             *(claim.id, claim.statement, claim.verdict, part.part, part.label),
             *(part.effect, part.low, part.high, part.unit or claim.whole.unit, part.p_value, part.n),
@@ -214,18 +237,14 @@ def _study(study: Study, numbers: dict[str, int]) -> dict[str, Any]:
         for claim in study.claims
         for part in (claim.whole, *claim.details)
     ]
-    return {"sweep": sweep, "prediction": prediction, "claims": claims}
 
 
 def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -> dict[str, Any]:
-    """Everything the pictures need; see `figures.js` and `scores.js` for who reads what.
-
-    `chosen` gives every method's look, and by its order its number.
-    """
+def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -> Payload:
+    """Everything the pictures need; `chosen` gives every method's look, and by its order its number."""
     runs = [(group.id, run) for group in groups for run in group.runs]
     ranked = {run.name for group in groups for run in finished_or_all(group.runs)}
     columns = {column.id: column for group in groups for column in group.columns if column.kind == "number"}
@@ -240,8 +259,8 @@ def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -
         for run, cells in zip(group.runs, group.cells, strict=True)
     }
     numbers = {name: position for position, name in enumerate(chosen)}
-    scopes = _Scopes()
-    entries: list[dict[str, Any]] = [
+    scopes: dict[str, int] = {}
+    entries: list[Run] = [
         {
             "name": run.name,
             "method": numbers[run.method],
@@ -256,11 +275,13 @@ def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -
             "metrics": _metrics(run, scopes),
             "curves": _curves(run),
             "plane": _plane(run),
+            "above": {"x": [], "y": [], "step": []},
+            "tasks": {},
         }
         for group, run in runs
     ]
     tasks = _add_scores(entries, groups)
-    entries = _with_whole_lines(entries, {run.name for _, run in runs if run.unfinished})
+    entries = _prefer_finished(entries, {run.name for _, run in runs if run.unfinished})
     metrics = sorted({metric for entry in entries for metric in entry["metrics"]}, key=metric_order)
     return {
         "methods": [
@@ -268,9 +289,13 @@ def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -
             for name, look in chosen.items()
         ],
         "runs": entries,
-        "scopes": list(scopes.numbers),
+        "means": method_means(entries),
+        "barriers": _barriers(groups, entries, numbers),
+        "scopes": list(scopes),
         "tasks": tasks,
-        **_study(study, numbers),
+        "sweep": _trials(study, numbers),
+        "prediction": _prediction(study),
+        "claims": _claims(study),
         "quantities": {
             column.id: {
                 "title": describe(column.id).title if column.id in metrics else column.title,
@@ -280,7 +305,7 @@ def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -
             }
             for column in columns.values()
         },
-        "dimensions": SECTIONS,
+        "dimensions": dict(SECTIONS.items()),
         "metrics": {
             metric: {
                 "title": about.title,

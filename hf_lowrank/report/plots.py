@@ -15,7 +15,7 @@ import numpy as np
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.metrics import CURVES, describe, metric_order
 from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
-from hf_lowrank.report.curves import Plane, curves, plane
+from hf_lowrank.report.curves import Plane, center, curves, last_barriers, plane
 from hf_lowrank.runs.records import RunRecord, finished_or_all, load_runs
 from hf_lowrank.statistics import mean_interval
 
@@ -77,8 +77,7 @@ def line_curves(
         known = {t: value for t, value in zip(curve.t, curve.mean, strict=True) if value is not None}
         if not known:
             continue
-        ends = (known[min(known)] + known[max(known)]) / 2
-        shift = 0.0 if not rise else ends if metric.endswith("_path") else known.get(0.0, min(known.values()))
+        shift = (center(metric, curve.t, curve.mean) or 0.0) if rise else 0.0
         lines[run.name] = {t: value - shift for t, value in known.items()}
         if curve.low is not None and curve.high is not None:
             low, high = (tuple(value - shift for value in side) for side in (curve.low, curve.high))
@@ -206,14 +205,10 @@ def barrier_matrix(runs: Iterable[Any], *, step: int | None = None, metric: str 
     by_name = {run.name: run for run in records}
     pairs: dict[tuple[str, str], list[float]] = {}
     for run in records:
-        latest: dict[str, tuple[int, float]] = {}
-        for row in run.model_rows(metric):
-            if row.value is not None and row.baseline and (step is None or row.step == step):
-                latest[row.baseline] = (row.step, row.value)
-        for baseline, (_, value) in latest.items():
+        for baseline, row in last_barriers(run, metric, step).items():
             other = by_name[baseline].method if baseline in by_name else baseline
             for pair in {(run.method, other), (other, run.method)}:
-                pairs.setdefault(pair, []).append(value)
+                pairs.setdefault(pair, []).append(row.value or 0.0)
     if not pairs:
         raise UserError(f"no {metric} was measured in these runs; measure it with a baseline first")
     chosen = looks(name for pair in pairs for name in pair)

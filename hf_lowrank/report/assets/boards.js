@@ -1,6 +1,24 @@
 /* Which picture stands in which figure, and what its controls do. */
 (() => {
-  const { DATA, html, number, draw, strip, heat, scatter, swatch, rowsOf, finite, add, refresh, cells, options, plotBox, tools, csvButton } = LR;
+  const {
+    DATA,
+    html,
+    number,
+    draw,
+    strip,
+    heat,
+    scatter,
+    swatch,
+    rowsOf,
+    finite,
+    add,
+    refresh,
+    cells,
+    options,
+    plotBox,
+    tools,
+    csvButton,
+  } = LR;
 
   /* Methods side by side, by any quantity. */
   const compareFigure = document.getElementById("fig-compare");
@@ -14,15 +32,40 @@
     pick.append(...sections.values());
     const host = compareFigure.querySelector(".chart");
     const values = compareFigure.querySelector(".values");
-    const rows = (spec) => [["method", "run", pick.value], ...spec.rows.flatMap((row) => row.values.map((v) => [row.label, v.name, v.value]))];
+    const rows = (spec) => [
+      ["method", "run", pick.value],
+      ...spec.rows.flatMap((row) => row.values.map((v) => [row.label, v.name, v.value])),
+    ];
     const figure = add(compareFigure, () => {
       const spec = LR.stripSpec(pick.value);
-      compareFigure.querySelector(".meaning").textContent = DATA.quantities[pick.value].help + ".";
+      compareFigure.querySelector(".meaning").textContent = DATA.quantities[pick.value].help;
       strip(host, spec);
-      values.replaceChildren(html("ul", {}, ...spec.rows.map((row) => html("li", {}, `${row.label}: ${spec.value(row.mean)}` + (finite(row.lo) ? `, 95 % interval ${spec.value(row.lo)} to ${spec.value(row.hi)}, ${row.n} runs` : row.n > 1 ? `, ${row.n} runs` : ", one run")))));
+      values.replaceChildren(
+        html(
+          "ul",
+          {},
+          ...spec.rows.map((row) =>
+            html(
+              "li",
+              {},
+              `${row.label}: ${spec.value(row.mean)}` +
+                (finite(row.lo)
+                  ? `, 95 % interval ${spec.value(row.lo)} to ${spec.value(row.hi)}, ${row.n} runs`
+                  : row.n > 1
+                    ? `, ${row.n} runs`
+                    : ", one run"),
+            ),
+          ),
+        ),
+      );
     });
     pick.addEventListener("change", () => refresh(figure));
-    csvButton(compareFigure, () => `${pick.value.replace(/[^\w]+/g, "-")}.csv`, "Methods side by side", () => rows(LR.stripSpec(pick.value)));
+    csvButton(
+      compareFigure,
+      () => `${pick.value.replace(/[^\w]+/g, "-")}.csv`,
+      "Methods side by side",
+      () => rows(LR.stripSpec(pick.value)),
+    );
   }
 
   /* The loss over steps. */
@@ -32,10 +75,16 @@
     const host = plotBox(lossFigure.querySelector(".chart"), "Loss over training steps");
     const spec = () => LR.lossSpec(choice);
     const retable = tools(lossFigure, "loss", "Loss over training steps", spec);
-    const figure = add(lossFigure, () => { draw(host, spec()); retable(); });
+    const figure = add(lossFigure, () => {
+      draw(host, spec());
+      retable();
+    });
     for (const input of lossFigure.querySelectorAll("input")) {
       input.checked = choice[input.dataset.option] === input.value;
-      input.addEventListener("change", () => { choice[input.dataset.option] = input.value; refresh(figure); });
+      input.addEventListener("change", () => {
+        choice[input.dataset.option] = input.value;
+        refresh(figure);
+      });
     }
   }
 
@@ -60,10 +109,16 @@
       draw(host, spec());
       retable();
     });
-    slider.addEventListener("input", () => { choice.step = +slider.value; refresh(figure); });
+    slider.addEventListener("input", () => {
+      choice.step = +slider.value;
+      refresh(figure);
+    });
     for (const input of node.querySelectorAll("input[type=radio]")) {
       input.checked = (input.value === "absolute") === choice.absolute;
-      input.addEventListener("change", () => { choice.absolute = input.value === "absolute"; refresh(figure); });
+      input.addEventListener("change", () => {
+        choice.absolute = input.value === "absolute";
+        refresh(figure);
+      });
     }
   }
 
@@ -72,9 +127,13 @@
     const metric = node.dataset.trend;
     const title = DATA.metrics[metric].title;
     const host = plotBox(node.querySelector(".chart"), `${title} over training steps`);
-    const spec = () => LR.trendSpec(metric, { height: 216, ends: false, empty: node.dataset.why || "No value for these runs." });
+    const spec = () =>
+      LR.trendSpec(metric, { height: 216, ends: false, empty: node.dataset.why || "No value for these runs." });
     const retable = tools(node, metric, `${title} over training steps`, spec);
-    add(node, () => { draw(host, spec()); retable(); });
+    add(node, () => {
+      draw(host, spec());
+      retable();
+    });
   }
 
   /* Heat maps of layers and steps. */
@@ -83,9 +142,15 @@
     const grid = node.querySelector(".grid");
     add(node, () => {
       const { specs, low, high } = LR.heatSpecs(metric);
-      const hosts = cells(grid, specs.map((s) => s.method), (method) => html("h4", {}, swatch(method, 24), ` ${DATA.methods[method].title}`));
+      const hosts = cells(
+        grid,
+        specs.map((s) => s.method),
+        (method) => html("h4", {}, swatch(method, 24), ` ${DATA.methods[method].title}`),
+      );
       hosts.forEach((host, i) => heat(host, specs[i].spec));
-      node.querySelector(".scale").replaceChildren(html("span", {}, number(low, 3)), html("i", {}), html("span", {}, number(high, 3)));
+      node
+        .querySelector(".scale")
+        .replaceChildren(html("span", {}, number(low, 3)), html("i", {}), html("span", {}, number(high, 3)));
     });
   }
   const planeFigure = document.getElementById("fig-planes");
@@ -93,9 +158,15 @@
     const grid = planeFigure.querySelector(".grid");
     add(planeFigure, () => {
       const { specs, high } = LR.planeSpecs();
-      const hosts = cells(grid, specs.map((s) => s.run), (run) => html("h4", {}, swatch(run.method, 24), ` ${LR.runTitle(run)}`));
+      const hosts = cells(
+        grid,
+        specs.map((s) => s.run),
+        (run) => html("h4", {}, swatch(run.method, 24), ` ${LR.runTitle(run)}`),
+      );
       hosts.forEach((host, i) => heat(host, specs[i].spec));
-      planeFigure.querySelector(".scale").replaceChildren(html("span", {}, "0"), html("i", {}), html("span", {}, `${number(high, 3)} nats`));
+      planeFigure
+        .querySelector(".scale")
+        .replaceChildren(html("span", {}, "0"), html("i", {}), html("span", {}, `${number(high, 3)} nats`));
     });
   }
   const barrierFigure = document.getElementById("fig-barriers");
@@ -114,7 +185,10 @@
     const slider = layerFigure.querySelector("input[type=range]");
     const output = layerFigure.querySelector("output");
     const grid = layerFigure.querySelector(".grid");
-    options(pick, LR.layerMetrics().map((m) => [m, DATA.metrics[m].title]));
+    options(
+      pick,
+      LR.layerMetrics().map((m) => [m, DATA.metrics[m].title]),
+    );
     let moved = false;
     const current = () => {
       const all = LR.layerSteps(pick.value);
@@ -129,23 +203,59 @@
       slider.setAttribute("aria-valuetext", output.textContent);
       layerFigure.querySelector(".meaning").textContent = DATA.metrics[pick.value]?.meaning || "";
       const specs = LR.layerSpecs(pick.value, current());
-      const hosts = cells(grid, specs.map(([kind]) => kind), (kind, host) => { plotBox(host, kind); return html("h4", {}, kind); });
+      const hosts = cells(
+        grid,
+        specs.map(([kind]) => kind),
+        (kind, host) => {
+          plotBox(host, kind);
+          return html("h4", {}, kind);
+        },
+      );
       hosts.forEach((host, i) => {
         plotBox(host, `${DATA.metrics[pick.value].title} of ${specs[i][0]} by block`);
         draw(host, specs[i][1]);
       });
       if (!specs.length) grid.append(html("p", { className: "empty" }, "No layer was measured for these runs."));
     });
-    pick.addEventListener("change", () => { moved = false; refresh(figure); });
-    slider.addEventListener("input", () => { moved = true; refresh(figure); });
-    csvButton(layerFigure, () => `${pick.value}-layers.csv`, "Layer by layer", () => [
-      ["metric", "step", "kind", "series", "method", "block", "value", "ci_low", "ci_high"],
-      ...LR.layerSpecs(pick.value, current()).flatMap(([kind, spec]) => rowsOf(spec).slice(1).map((row) => [pick.value, current(), kind, ...row])),
-    ]);
+    pick.addEventListener("change", () => {
+      moved = false;
+      refresh(figure);
+    });
+    slider.addEventListener("input", () => {
+      moved = true;
+      refresh(figure);
+    });
+    csvButton(
+      layerFigure,
+      () => `${pick.value}-layers.csv`,
+      "Layer by layer",
+      () => [
+        ["metric", "step", "kind", "series", "method", "block", "value", "ci_low", "ci_high"],
+        ...LR.layerSpecs(pick.value, current()).flatMap(([kind, spec]) =>
+          rowsOf(spec)
+            .slice(1)
+            .map((row) => [pick.value, current(), kind, ...row]),
+        ),
+      ],
+    );
   }
 
   /* Downstream: a strip for each task, and the loss against the score. */
-  const said = (spec) => html("ul", {}, ...spec.rows.map((row) => html("li", {}, `${row.label}: ${spec.value(row.mean)}` + (finite(row.lo) ? `, 95 % interval ${spec.value(row.lo)} to ${spec.value(row.hi)} over ${row.items ? "items" : "seeds"}` : ""))));
+  const said = (spec) =>
+    html(
+      "ul",
+      {},
+      ...spec.rows.map((row) =>
+        html(
+          "li",
+          {},
+          `${row.label}: ${spec.value(row.mean)}` +
+            (finite(row.lo)
+              ? `, 95 % interval ${spec.value(row.lo)} to ${spec.value(row.hi)} over ${row.items ? "items" : "seeds"}`
+              : ""),
+        ),
+      ),
+    );
   const taskFigure = document.getElementById("fig-tasks");
   if (taskFigure) {
     const values = taskFigure.querySelector(".values");
@@ -158,10 +268,24 @@
     });
     csvButton(taskFigure, "tasks.csv", "Scores by task", () => [
       ["task", "metric", "chance", "method", "run", "step", "value", "ci_low", "ci_high"],
-      ...LR.shownTasks().flatMap((task) => LR.shownRuns().filter((run) => run.tasks[task.id]).map((run) => {
-        const [value, low, high, step] = run.tasks[task.id];
-        return [task.task, task.metric, task.chance, DATA.methods[run.method].name, run.name, step, value, low, high];
-      })),
+      ...LR.shownTasks().flatMap((task) =>
+        LR.shownRuns()
+          .filter((run) => run.tasks[task.id])
+          .map((run) => {
+            const [value, low, high, step] = run.tasks[task.id];
+            return [
+              task.task,
+              task.metric,
+              task.chance,
+              DATA.methods[run.method].name,
+              run.name,
+              step,
+              value,
+              low,
+              high,
+            ];
+          }),
+      ),
     ]);
   }
   const scatterFigure = document.getElementById("fig-scatter");
@@ -171,7 +295,10 @@
     const host = plotBox(scatterFigure.querySelector(".chart"), "Loss against downstream score");
     const spec = () => LR.scatterSpec(pick.value);
     const retable = tools(scatterFigure, "loss-downstream", "Loss against downstream score", spec);
-    const figure = add(scatterFigure, () => { scatter(host, spec()); retable(); });
+    const figure = add(scatterFigure, () => {
+      scatter(host, spec());
+      retable();
+    });
     pick.addEventListener("change", () => refresh(figure));
   }
 
@@ -180,21 +307,44 @@
   if (predictionFigure) {
     add(predictionFigure, () => {
       const panels = LR.predictionSpecs();
-      const hosts = cells(predictionFigure.querySelector(".grid"), panels.map((p) => p.title), (title, host) => { plotBox(host, `Predicted against seen: ${title}`); return html("h4", {}, title); });
+      const hosts = cells(
+        predictionFigure.querySelector(".grid"),
+        panels.map((p) => p.title),
+        (title, host) => {
+          plotBox(host, `Predicted against seen: ${title}`);
+          return html("h4", {}, title);
+        },
+      );
       hosts.forEach((host, i) => scatter(host, panels[i].spec));
     });
     csvButton(predictionFigure, "prediction.csv", "Predicted against seen", () => [
       ["run", "step", "seen", "predicted_perplexity", "predicted_both"],
-      ...(DATA.prediction ? DATA.prediction.seen.map((seen, i) => [...(DATA.prediction.rows[i] || ["", ""]), seen, DATA.prediction.predicted_perplexity[i], DATA.prediction.predicted_both[i]]) : []),
+      ...(DATA.prediction
+        ? DATA.prediction.seen.map((seen, i) => [
+            ...(DATA.prediction.rows[i] || ["", ""]),
+            seen,
+            DATA.prediction.predicted_perplexity[i],
+            DATA.prediction.predicted_both[i],
+          ])
+        : []),
     ]);
   }
   const sweepFigure = document.getElementById("fig-sweep");
   if (sweepFigure) {
     const host = plotBox(sweepFigure.querySelector(".chart"), "Loss by learning rate");
     const retable = tools(sweepFigure, "sweep", "Loss by learning rate", LR.sweepSpec);
-    add(sweepFigure, () => { draw(host, LR.sweepSpec()); retable(); });
+    add(sweepFigure, () => {
+      draw(host, LR.sweepSpec());
+      retable();
+    });
   }
   document.getElementById("saveclaims")?.addEventListener("click", () => {
-    LR.download("claims.csv", LR.csvText([["claim", "statement", "verdict", "part", "comparison", "effect", "ci_low", "ci_high", "unit", "p_value", "n"], ...DATA.claims]));
+    LR.download(
+      "claims.csv",
+      LR.csvText([
+        ["claim", "statement", "verdict", "part", "comparison", "effect", "ci_low", "ci_high", "unit", "p_value", "n"],
+        ...DATA.claims,
+      ]),
+    );
   });
 })();

@@ -9,26 +9,53 @@
 
   /** The path of a marker of radius r around (x, y): one shape per method, told apart without colour. */
   function marker(shape, x, y, r) {
-    const polygon = (n, turn, radius = r * 1.18) => "M" + Array.from({ length: n }, (_, i) => {
-      const a = turn + (2 * Math.PI * i) / n;
-      return `${(x + radius * Math.cos(a)).toFixed(1)},${(y + radius * Math.sin(a)).toFixed(1)}`;
-    }).join("L") + "Z";
+    const polygon = (n, turn, radius = r * 1.18) =>
+      "M" +
+      Array.from({ length: n }, (_, i) => {
+        const a = turn + (2 * Math.PI * i) / n;
+        return `${(x + radius * Math.cos(a)).toFixed(1)},${(y + radius * Math.sin(a)).toFixed(1)}`;
+      }).join("L") +
+      "Z";
     const bar = (a) => {
-      const c = Math.cos(a), s = Math.sin(a), w = r * 0.42, l = r * 1.3;
-      return "M" + [[l, w], [-l, w], [-l, -w], [l, -w]].map(([p, q]) => `${(x + p * c - q * s).toFixed(1)},${(y + p * s + q * c).toFixed(1)}`).join("L") + "Z";
+      const c = Math.cos(a),
+        s = Math.sin(a),
+        w = r * 0.42,
+        l = r * 1.3;
+      return (
+        "M" +
+        [
+          [l, w],
+          [-l, w],
+          [-l, -w],
+          [l, -w],
+        ]
+          .map(([p, q]) => `${(x + p * c - q * s).toFixed(1)},${(y + p * s + q * c).toFixed(1)}`)
+          .join("L") +
+        "Z"
+      );
     };
     const up = -Math.PI / 2;
     switch (shape) {
-      case "square": return polygon(4, Math.PI / 4, r * 1.25);
-      case "diamond": return polygon(4, 0, r * 1.35);
-      case "up": return polygon(3, up, r * 1.4);
-      case "down": return polygon(3, -up, r * 1.4);
-      case "hexagon": return polygon(6, 0);
-      case "pentagon": return polygon(5, up);
-      case "plus": return bar(0) + bar(Math.PI / 2);
-      case "cross": return bar(Math.PI / 4) + bar(-Math.PI / 4);
-      case "star": return bar(up) + bar(up + Math.PI / 3) + bar(up - Math.PI / 3);
-      default: return `M${x - r},${y}a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0Z`;
+      case "square":
+        return polygon(4, Math.PI / 4, r * 1.25);
+      case "diamond":
+        return polygon(4, 0, r * 1.35);
+      case "up":
+        return polygon(3, up, r * 1.4);
+      case "down":
+        return polygon(3, -up, r * 1.4);
+      case "hexagon":
+        return polygon(6, 0);
+      case "pentagon":
+        return polygon(5, up);
+      case "plus":
+        return bar(0) + bar(Math.PI / 2);
+      case "cross":
+        return bar(Math.PI / 4) + bar(-Math.PI / 4);
+      case "star":
+        return bar(up) + bar(up + Math.PI / 3) + bar(up - Math.PI / 3);
+      default:
+        return `M${x - r},${y}a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0Z`;
     }
   }
 
@@ -37,7 +64,13 @@
     const look = DATA.methods[method];
     const node = svg("svg", { width, height: 12, viewBox: `0 0 ${width} 12`, class: "swatch", "aria-hidden": "true" });
     node.append(
-      svg("path", { d: `M1 6H${width - 1}`, stroke: `var(--c${method})`, "stroke-width": 2, fill: "none", "stroke-dasharray": look.dash.map((d) => d * 1.6).join(" ") || null }),
+      svg("path", {
+        d: `M1 6H${width - 1}`,
+        stroke: `var(--c${method})`,
+        "stroke-width": 2,
+        fill: "none",
+        "stroke-dasharray": look.dash.map((d) => d * 1.6).join(" ") || null,
+      }),
       svg("path", { d: marker(look.marker, width / 2, 6, 3.4), fill: `var(--c${method})` }),
     );
     return node;
@@ -46,11 +79,20 @@
   const finite = (v) => v !== null && v !== undefined && Number.isFinite(v);
 
   function extent(series, refs, zero) {
-    let low = Infinity, high = -Infinity;
-    const take = (v) => { if (finite(v)) { if (v < low) low = v; if (v > high) high = v; } };
+    let low = Infinity,
+      high = -Infinity;
+    const take = (v) => {
+      if (finite(v)) {
+        if (v < low) low = v;
+        if (v > high) high = v;
+      }
+    };
     for (const s of series) {
       s.y.forEach(take);
-      if (s.lo) { s.lo.forEach(take); s.hi.forEach(take); }
+      if (s.lo) {
+        s.lo.forEach(take);
+        s.hi.forEach(take);
+      }
     }
     refs.forEach((r) => take(r.y));
     if (zero) take(0);
@@ -59,8 +101,8 @@
     return [zero && low === 0 ? 0 : below, above];
   }
 
-  /** Moves labels apart, at least `gap` between neighbours, within [top, bottom]. */
-  function spread(labels, gap, top, bottom) {
+  /** Moves labels apart, at least `gap` between neighbours, none below `bottom`. */
+  function spread(labels, gap, bottom) {
     labels.sort((a, b) => a.y - b.y);
     for (let i = 1; i < labels.length; i++) labels[i].at = Math.max(labels[i].at, labels[i - 1].at + gap);
     const over = labels.length ? labels[labels.length - 1].at - bottom : 0;
@@ -90,9 +132,17 @@
     const yWrite = spec.y.write || yTicks.write;
     const left = 10 + 6.6 * Math.max(...yTicks.values.map((v) => yWrite(v).length), 2);
     const right = ends ? Math.min(26 + longest * 6.7, width * 0.26) : 14;
-    const top = spec.y.title ? 34 : 14, bottom = height - 32;
-    let x0 = Infinity, x1 = -Infinity;
-    for (const s of series) s.x.forEach((v, i) => { if (finite(s.y[i])) { x0 = Math.min(x0, v); x1 = Math.max(x1, v); } });
+    const top = spec.y.title ? 34 : 14,
+      bottom = height - 32;
+    let x0 = Infinity,
+      x1 = -Infinity;
+    for (const s of series)
+      s.x.forEach((v, i) => {
+        if (finite(s.y[i])) {
+          x0 = Math.min(x0, v);
+          x1 = Math.max(x1, v);
+        }
+      });
     if (x0 === x1) [x0, x1] = spec.x.log ? [x0 / 2, x1 * 2] : [x0 - 0.5, x1 + 0.5];
     const along = spec.x.log ? (v) => Math.log(v / x0) / Math.log(x1 / x0) : (v) => (v - x0) / (x1 - x0);
     const X = (v) => left + along(v) * (width - left - right);
@@ -104,7 +154,9 @@
       back.append(svg("line", { x1: left, x2: width - right, y1: Y(v), y2: Y(v), class: v === 0 ? "zero" : "grid" }));
       back.append(svg("text", { x: left - 7, y: Y(v) + 4, "text-anchor": "end" }, yWrite(v)));
     }
-    const xTicks = spec.x.ticks ? { values: spec.x.ticks, write: spec.x.write } : ticks(x0, x1, Math.max(Math.round((width - left - right) / 92), 2));
+    const xTicks = spec.x.ticks
+      ? { values: spec.x.ticks, write: spec.x.write }
+      : ticks(x0, x1, Math.max(Math.round((width - left - right) / 92), 2));
     const xWrite = spec.x.write || xTicks.write;
     back.append(svg("line", { x1: left, x2: width - right, y1: bottom, y2: bottom, class: "base" }));
     for (const v of xTicks.values) {
@@ -119,7 +171,9 @@
     }
     root.append(back);
 
-    const bands = svg("g"), lines = svg("g"), names = svg("g", { class: "ends" });
+    const bands = svg("g"),
+      lines = svg("g"),
+      names = svg("g", { class: "ends" });
     const marks = [];
     series.forEach((s, index) => {
       const look = DATA.methods[s.method];
@@ -130,38 +184,92 @@
         const flush = () => {
           if (stretch.length > 1) {
             const there = stretch.map((i) => `${X(s.x[i]).toFixed(1)},${Y(s.lo[i]).toFixed(1)}`);
-            const back_ = stretch.slice().reverse().map((i) => `${X(s.x[i]).toFixed(1)},${Y(s.hi[i]).toFixed(1)}`);
-            bands.append(svg("path", { d: `M${there.join("L")}L${back_.join("L")}Z`, fill: colour, class: "band", "data-i": index }));
+            const back_ = stretch
+              .slice()
+              .reverse()
+              .map((i) => `${X(s.x[i]).toFixed(1)},${Y(s.hi[i]).toFixed(1)}`);
+            bands.append(
+              svg("path", {
+                d: `M${there.join("L")}L${back_.join("L")}Z`,
+                fill: colour,
+                class: "band",
+                "data-i": index,
+              }),
+            );
           } else if (stretch.length === 1) {
             const i = stretch[0];
-            bands.append(svg("path", { d: `M${X(s.x[i])} ${Y(s.lo[i])}V${Y(s.hi[i])}`, stroke: colour, "stroke-width": 5, class: "band whisker", "data-i": index }));
+            bands.append(
+              svg("path", {
+                d: `M${X(s.x[i])} ${Y(s.lo[i])}V${Y(s.hi[i])}`,
+                stroke: colour,
+                "stroke-width": 5,
+                class: "band whisker",
+                "data-i": index,
+              }),
+            );
           }
           stretch = [];
         };
         s.x.forEach((_, i) => (finite(s.lo[i]) && finite(s.hi[i]) ? stretch.push(i) : flush()));
         flush();
       }
-      let d = "", pen = false;
+      let d = "",
+        pen = false;
       s.x.forEach((v, i) => {
-        if (finite(s.y[i])) { d += `${pen ? "L" : "M"}${X(v).toFixed(1)},${Y(s.y[i]).toFixed(1)}`; pen = true; } else pen = false;
+        if (finite(s.y[i])) {
+          d += `${pen ? "L" : "M"}${X(v).toFixed(1)},${Y(s.y[i]).toFixed(1)}`;
+          pen = true;
+        } else pen = false;
       });
-      lines.append(svg("path", {
-        d, stroke: colour, class: s.faint ? "line faint" : "line", "data-i": index,
-        "stroke-width": s.faint ? 1.1 : WIDTH, "stroke-dasharray": look.dash.map((v) => v * WIDTH).join(" ") || null,
-      }));
+      lines.append(
+        svg("path", {
+          d,
+          stroke: colour,
+          class: s.faint ? "line faint" : "line",
+          "data-i": index,
+          "stroke-width": s.faint ? 1.1 : WIDTH,
+          "stroke-dasharray": look.dash.map((v) => v * WIDTH).join(" ") || null,
+        }),
+      );
       const drawn = s.x.map((_, i) => i).filter((i) => finite(s.y[i]));
-      const dots = s.points === false ? [drawn[drawn.length - 1]] : drawn.length <= 24 ? drawn : drawn.filter((_, i) => i % Math.ceil(drawn.length / 12) === 0 || i === drawn.length - 1);
+      const dots =
+        s.points === false
+          ? [drawn[drawn.length - 1]]
+          : drawn.length <= 24
+            ? drawn
+            : drawn.filter((_, i) => i % Math.ceil(drawn.length / 12) === 0 || i === drawn.length - 1);
       if (!s.faint) {
-        lines.append(svg("path", { d: dots.map((i) => marker(look.marker, X(s.x[i]), Y(s.y[i]), 3.1)).join(""), fill: colour, class: "dots", "data-i": index }));
+        lines.append(
+          svg("path", {
+            d: dots.map((i) => marker(look.marker, X(s.x[i]), Y(s.y[i]), 3.1)).join(""),
+            fill: colour,
+            class: "dots",
+            "data-i": index,
+          }),
+        );
       }
-      for (const i of s.rings || []) lines.append(svg("circle", { cx: X(s.x[i]), cy: Y(s.y[i]), r: 7.5, fill: "none", stroke: colour, "stroke-width": 1.6, "data-i": index }));
+      for (const i of s.rings || [])
+        lines.append(
+          svg("circle", {
+            cx: X(s.x[i]),
+            cy: Y(s.y[i]),
+            r: 7.5,
+            fill: "none",
+            stroke: colour,
+            "stroke-width": 1.6,
+            "data-i": index,
+          }),
+        );
       const last = drawn[drawn.length - 1];
       marks.push({ index, label: s.label, method: s.method, x: X(s.x[last]), y: Y(s.y[last]), at: Y(s.y[last]) });
     });
     if (ends) {
-      for (const m of spread(marks, 14.5, top, bottom)) {
+      for (const m of spread(marks, 14.5, bottom)) {
         const x = width - right + 12;
-        if (Math.abs(m.at - m.y) > 3 || x - m.x > 16) names.append(svg("path", { d: `M${m.x + 5},${m.y}L${x - 3},${m.at}`, class: "leader", stroke: `var(--c${m.method})` }));
+        if (Math.abs(m.at - m.y) > 3 || x - m.x > 16)
+          names.append(
+            svg("path", { d: `M${m.x + 5},${m.y}L${x - 3},${m.at}`, class: "leader", stroke: `var(--c${m.method})` }),
+          );
         names.append(svg("text", { x, y: m.at + 4, fill: `var(--c${m.method})`, "data-i": m.index }, m.label));
       }
     }
@@ -169,21 +277,45 @@
     root.append(bands, lines, names, cursor);
     host.replaceChildren(root);
     if (!previous) listen(host);
-    host.plot = { spec, series, X, Y, left, right, top, bottom, width, height, x0, x1, cursor, root, xWrite, xs: positions(series) };
+    host.plot = {
+      spec,
+      series,
+      X,
+      Y,
+      left,
+      right,
+      top,
+      bottom,
+      width,
+      height,
+      x0,
+      x1,
+      cursor,
+      root,
+      xWrite,
+      xs: positions(series),
+    };
   }
 
   function positions(series) {
     const all = new Set();
-    for (const s of series) s.x.forEach((v, i) => { if (finite(s.y[i])) all.add(v); });
+    for (const s of series)
+      s.x.forEach((v, i) => {
+        if (finite(s.y[i])) all.add(v);
+      });
     return [...all].sort((a, b) => a - b);
   }
 
   /** The value of a series at x: its own point, or none when the nearest lies elsewhere. */
   function at(series, x, reach) {
-    let best = -1, distance = Infinity;
+    let best = -1,
+      distance = Infinity;
     for (let i = 0; i < series.x.length; i++) {
       const d = Math.abs(series.x[i] - x);
-      if (d < distance && finite(series.y[i])) { best = i; distance = d; }
+      if (d < distance && finite(series.y[i])) {
+        best = i;
+        distance = d;
+      }
     }
     return distance <= reach ? best : -1;
   }
@@ -191,6 +323,13 @@
   const tip = html("div", { className: "tip", hidden: true });
   tip.setAttribute("role", "presentation");
   document.body.append(tip);
+  /** Shows the tooltip next to the pointer, within the window. */
+  function tipAtPointer(event) {
+    tip.hidden = false;
+    const rightmost = window.scrollX + document.documentElement.clientWidth - tip.offsetWidth - 6;
+    tip.style.left = `${Math.max(Math.min(event.pageX + 14, rightmost), 4)}px`;
+    tip.style.top = `${event.pageY + 15}px`;
+  }
   const announcer = document.getElementById("live");
 
   function show(host, x, pointerY, say) {
@@ -201,16 +340,24 @@
     found.sort((a, b) => b.s.y[b.i] - a.s.y[a.i]);
     let near = null;
     if (pointerY !== null) {
-      near = found.reduce((a, b) => (Math.abs(p.Y(b.s.y[b.i]) - pointerY) < Math.abs(p.Y(a.s.y[a.i]) - pointerY) ? b : a));
+      near = found.reduce((a, b) =>
+        Math.abs(p.Y(b.s.y[b.i]) - pointerY) < Math.abs(p.Y(a.s.y[a.i]) - pointerY) ? b : a,
+      );
       if (Math.abs(p.Y(near.s.y[near.i]) - pointerY) > 40) near = null;
     }
     const px = p.X(x);
     p.cursor.replaceChildren(svg("line", { x1: px, x2: px, y1: p.top, y2: p.bottom }));
     for (const f of found) {
-      p.cursor.append(svg("path", { d: marker(DATA.methods[f.s.method].marker, p.X(f.s.x[f.i]), p.Y(f.s.y[f.i]), 4.6), fill: `var(--c${f.s.method})` }));
+      p.cursor.append(
+        svg("path", {
+          d: marker(DATA.methods[f.s.method].marker, p.X(f.s.x[f.i]), p.Y(f.s.y[f.i]), 4.6),
+          fill: `var(--c${f.s.method})`,
+        }),
+      );
     }
     p.cursor.setAttribute("visibility", "visible");
-    for (const node of p.root.querySelectorAll("[data-i]")) node.classList.toggle("dim", near !== null && +node.dataset.i !== near.index);
+    for (const node of p.root.querySelectorAll("[data-i]"))
+      node.classList.toggle("dim", near !== null && +node.dataset.i !== near.index);
     let listed = found;
     if (found.length > 12) {
       const centre = near ? found.indexOf(near) : 0;
@@ -221,7 +368,8 @@
     const body = html("table", {});
     for (const f of listed) {
       const value = html("td", {}, write(f.s.y[f.i]));
-      if (f.s.lo && finite(f.s.lo[f.i])) value.append(html("small", {}, ` ${write(f.s.lo[f.i])} – ${write(f.s.hi[f.i])}`));
+      if (f.s.lo && finite(f.s.lo[f.i]))
+        value.append(html("small", {}, ` ${write(f.s.lo[f.i])} – ${write(f.s.hi[f.i])}`));
       const name = html("td", {}, swatch(f.s.method, 20), f.s.label);
       body.append(html("tr", { className: f === near ? "near" : "" }, name, value));
     }
@@ -230,7 +378,8 @@
     if (found.length > listed.length) tip.append(html("small", {}, `and ${found.length - listed.length} more`));
     tip.hidden = false;
     const box = p.root.getBoundingClientRect();
-    const side = box.left + px + tip.offsetWidth + 24 < document.documentElement.clientWidth ? px + 14 : px - tip.offsetWidth - 14;
+    const side =
+      box.left + px + tip.offsetWidth + 24 < document.documentElement.clientWidth ? px + 14 : px - tip.offsetWidth - 14;
     tip.style.left = `${Math.max(window.scrollX + box.left + side, 6)}px`;
     const wish = box.top + (pointerY === null ? p.top : pointerY - tip.offsetHeight / 2);
     tip.style.top = `${window.scrollY + Math.min(Math.max(wish, 60), window.innerHeight - tip.offsetHeight - 8)}px`;
@@ -275,11 +424,14 @@
     const head = ["series", "method", spec.x.label, spec.y.label, "ci_low", "ci_high"];
     const rows = [];
     for (const s of spec.series) {
-      s.x.forEach((x, i) => { if (finite(s.y[i])) rows.push([s.label, DATA.methods[s.method].title, x, s.y[i], s.lo ? s.lo[i] : null, s.hi ? s.hi[i] : null]); });
+      s.x.forEach((x, i) => {
+        if (finite(s.y[i]))
+          rows.push([s.label, DATA.methods[s.method].title, x, s.y[i], s.lo ? s.lo[i] : null, s.hi ? s.hi[i] : null]);
+      });
     }
     return [head, ...rows];
   }
   const saveChart = (name, spec) => download(name + ".csv", csvText(rowsOf(spec)));
 
-  Object.assign(LR, { draw, swatch, marker, rowsOf, saveChart, finite, tip });
+  Object.assign(LR, { draw, swatch, marker, rowsOf, saveChart, finite, tip, tipAtPointer });
 })();

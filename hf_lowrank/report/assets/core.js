@@ -1,6 +1,7 @@
 "use strict";
-/* Ground: small helpers, number formats, one store of what is shown. No names leave this function scope. */
+/* Basics: small helpers, number formats, and the state of what is shown. No names leave this function scope. */
 (() => {
+  /** @type {Payload} The types are in types.js, written from the Python that fills it. */
   const DATA = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
 
@@ -50,13 +51,19 @@
     const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
     const values = [];
     for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) values.push(i * step);
-    const places = Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (step / 10 ** Math.floor(Math.log10(step) + 1e-9) === 2.5 ? 1 : 0));
+    const places = Math.max(
+      0,
+      -Math.floor(Math.log10(step) + 1e-9) + (step / 10 ** Math.floor(Math.log10(step) + 1e-9) === 2.5 ? 1 : 0),
+    );
     const write = (v) => {
       if (Math.abs(v) < step * 1e-6) return "0";
       if (places > 5) return number(v, 2);
-      if (Math.abs(v) >= 1e4 && step >= 1000) return number(v / 1000, Math.max(1, Math.ceil(Math.log10(Math.abs(v) / step)) + 1)) + "k";
-      return v.toLocaleString("en-US", { minimumFractionDigits: places, maximumFractionDigits: places })
-        .replace(/,/g, "\u202f").replace("-", "−");
+      if (Math.abs(v) >= 1e4 && step >= 1000)
+        return number(v / 1000, Math.max(1, Math.ceil(Math.log10(Math.abs(v) / step)) + 1)) + "k";
+      return v
+        .toLocaleString("en-US", { minimumFractionDigits: places, maximumFractionDigits: places })
+        .replace(/,/g, "\u202f")
+        .replace("-", "−");
     };
     return { values, write, step };
   }
@@ -66,20 +73,6 @@
     const size = Math.max(Math.abs(low), Math.abs(high));
     const pad = high - low > size * 1e-9 ? (high - low) * share : size * 0.05 || 1;
     return [low - pad, high + pad];
-  }
-
-  /* 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom. */
-  const T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131,
-    2.12, 2.11, 2.101, 2.093, 2.086, 2.08, 2.074, 2.069, 2.064, 2.06, 2.056, 2.052, 2.048, 2.045, 2.042];
-
-  /** Mean and 95 % interval over seeds; no interval for one value. */
-  function meanInterval(values) {
-    const n = values.length;
-    const mean = values.reduce((a, b) => a + b, 0) / n;
-    if (n < 2) return { mean, lo: null, hi: null, n };
-    const variance = values.reduce((a, b) => a + (b - mean) ** 2, 0) / (n - 1);
-    const half = (T975[n - 2] || 1.96) * Math.sqrt(variance / n);
-    return { mean, lo: mean - half, hi: mean + half, n };
   }
 
   function csvText(rows) {
@@ -104,10 +97,15 @@
     widths.set(host, { width, epoch });
     return width;
   }
-  const forgetWidths = () => { epoch++; };
+  const forgetWidths = () => {
+    epoch++;
+  };
 
   function download(name, text) {
-    const link = html("a", { download: name, href: URL.createObjectURL(new Blob([text], { type: "text/csv;charset=utf-8" })) });
+    const link = html("a", {
+      download: name,
+      href: URL.createObjectURL(new Blob([text], { type: "text/csv;charset=utf-8" })),
+    });
     document.body.append(link);
     link.click();
     link.remove();
@@ -118,20 +116,51 @@
   const state = {
     group: 0,
     hidden: new Set(),
-    seeds: DATA.runs.some((run, i) => DATA.runs.some((o, j) => j > i && o.method === run.method && o.group === run.group)) ? "mean" : "each",
+    seeds: DATA.runs.some((run, i) =>
+      DATA.runs.some((o, j) => j > i && o.method === run.method && o.group === run.group),
+    )
+      ? "mean"
+      : "each",
   };
   const listeners = [];
   const changed = () => listeners.forEach((listen) => listen());
   const visible = (run) => run.group === state.group && !state.hidden.has(run.method);
   const shownRuns = () => DATA.runs.filter(visible);
+  /** What is drawn: each run, or for each method the means over its runs (a method's only run is its mean). */
+  const meansOf = new Map(DATA.means.map((means) => [`${means.group} ${means.method}`, means]));
+  const meanOf = (run) => meansOf.get(`${run.group} ${run.method}`) ?? run;
+  const byMethod = (runs) => [...new Set(runs.map(meanOf))].sort((a, b) => a.method - b.method);
+  const shownEntries = () => (state.seeds === "mean" ? byMethod(shownRuns()) : shownRuns());
   const methodTitle = (run) => DATA.methods[run.method].title;
-  /** A run's short name in legends: its method where that is enough, with the seed where it is not. */
+  /** The short name of a run or of a method's means in legends: the method, and the seed where it is needed. */
   const runTitle = (run) => {
+    if (run.name === undefined) return methodTitle(run);
     const twins = DATA.runs.filter((o) => o.method === run.method && o.group === run.group);
     if (twins.length === 1) return methodTitle(run);
     const seedTells = twins.filter((o) => o.seed === run.seed).length === 1 && run.seed !== null;
     return seedTells ? `${methodTitle(run)}, seed ${run.seed}` : `${methodTitle(run)}, ${run.name}`;
   };
 
-  window.LR = { DATA, svg, html, number, ticks, padded, meanInterval, csvText, download, widthOf, forgetWidths, state, listeners, changed, visible, shownRuns, methodTitle, runTitle };
+  window.LR = {
+    DATA,
+    svg,
+    html,
+    number,
+    ticks,
+    padded,
+    csvText,
+    download,
+    widthOf,
+    forgetWidths,
+    state,
+    listeners,
+    changed,
+    visible,
+    shownRuns,
+    shownEntries,
+    meanOf,
+    byMethod,
+    methodTitle,
+    runTitle,
+  };
 })();

@@ -5,9 +5,22 @@
 
   /* Theme: the system's, until the reader says otherwise. */
   const themeButton = document.getElementById("theme");
-  const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
-  const remember = (value) => { try { localStorage.setItem("hf_lowrank theme", value); } catch { /* file: pages may have no storage */ } };
-  const recall = () => { try { return localStorage.getItem("hf_lowrank theme"); } catch { return null; } };
+  const dark = () =>
+    root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  const remember = (value) => {
+    try {
+      localStorage.setItem("hf_lowrank theme", value);
+    } catch {
+      /* file: pages may have no storage */
+    }
+  };
+  const recall = () => {
+    try {
+      return localStorage.getItem("hf_lowrank theme");
+    } catch {
+      return null;
+    }
+  };
   const labelTheme = () => {
     const other = dark() ? "light" : "dark";
     themeButton.setAttribute("aria-label", `Switch to ${other} colours`);
@@ -36,10 +49,16 @@
       changed();
     });
   }
-  document.getElementById("allmethods")?.addEventListener("click", () => { state.hidden.clear(); changed(); });
+  document.getElementById("allmethods")?.addEventListener("click", () => {
+    state.hidden.clear();
+    changed();
+  });
   for (const radio of document.querySelectorAll("input[name=seeds]")) {
     radio.checked = radio.value === state.seeds;
-    radio.addEventListener("change", () => { state.seeds = radio.value; changed(); });
+    radio.addEventListener("change", () => {
+      state.seeds = radio.value;
+      changed();
+    });
   }
   document.getElementById("group")?.addEventListener("change", (event) => {
     state.group = +event.target.value;
@@ -59,20 +78,33 @@
 
   /* By metric: the figures that tell of it, whole sections where none of theirs does, and its column of the runs. */
   const metricChoice = document.getElementById("metric");
-  const figuresOf = [...document.querySelectorAll("#pictures section")].map((section) => [section, [...section.querySelectorAll("figure")]]);
+  const figuresOf = [...document.querySelectorAll("#pictures section")].map((section) => [
+    section,
+    [...section.querySelectorAll("figure")],
+  ]);
   const tellsOf = (figure, dimension, metric) => {
     const { trend, heat, curve, tells = "", dimension: own } = figure.dataset;
-    if (figure.id === "fig-layers") return LR.layerMetrics().some((m) => (metric ? m === metric : DATA.metrics[m].dimension === dimension));
+    if (figure.id === "fig-layers")
+      return LR.layerMetrics().some((m) => (metric ? m === metric : DATA.metrics[m].dimension === dimension));
     const told = [trend, heat, ...tells.split(" ")].filter(Boolean);
     if (metric) return told.includes(metric);
-    return own === dimension || told.some((m) => DATA.metrics[m]?.dimension === dimension) || (curve !== undefined && told.length === 0);
+    return (
+      own === dimension ||
+      told.some((m) => DATA.metrics[m]?.dimension === dimension) ||
+      (curve !== undefined && told.length === 0)
+    );
   };
   metricChoice.addEventListener("change", () => {
     const [kind, name] = [metricChoice.value.slice(0, 1), metricChoice.value.slice(2)];
-    const metric = kind === "m" ? name : null, dimension = kind === "d" ? name : null;
+    const metric = kind === "m" ? name : null,
+      dimension = kind === "d" ? name : null;
     for (const [section, figures] of figuresOf) {
-      for (const figure of figures) figure.classList.toggle("filtered", Boolean(kind) && !tellsOf(figure, dimension, metric));
-      section.classList.toggle("filtered", figures.every((figure) => figure.classList.contains("filtered")));
+      for (const figure of figures)
+        figure.classList.toggle("filtered", Boolean(kind) && !tellsOf(figure, dimension, metric));
+      section.classList.toggle(
+        "filtered",
+        figures.every((figure) => figure.classList.contains("filtered")),
+      );
     }
     const set = (select, value) => {
       if (!select || ![...select.options].some((option) => option.value === value)) return;
@@ -85,7 +117,9 @@
     }
     LR.chooseColumns(metric, dimension);
     LR.redraw();
-    const left = figuresOf.flatMap(([, figures]) => figures).filter((figure) => !figure.classList.contains("filtered")).length;
+    const left = figuresOf
+      .flatMap(([, figures]) => figures)
+      .filter((figure) => !figure.classList.contains("filtered")).length;
     document.getElementById("live").textContent = `${left} pictures shown`;
   });
   metricChoice.value = "";
@@ -96,9 +130,37 @@
     for (const run of shownRuns()) {
       const name = DATA.methods[run.method].name;
       for (const [metric, entry] of Object.entries(run.metrics)) {
-        entry.x.forEach((step, i) => rows.push([run.name, name, run.seed, step, metric, "model", entry.y[i], entry.lo ? entry.lo[i] : null, entry.hi ? entry.hi[i] : null]));
+        entry.x.forEach((step, i) =>
+          rows.push([
+            run.name,
+            name,
+            run.seed,
+            step,
+            metric,
+            "model",
+            entry.y[i],
+            entry.lo ? entry.lo[i] : null,
+            entry.hi ? entry.hi[i] : null,
+          ]),
+        );
         const layers = entry.layers;
-        if (layers) layers.steps.forEach((step, i) => layers.scopes.forEach((scope, j) => { if (finite(layers.values[i][j])) rows.push([run.name, name, run.seed, step, metric, DATA.scopes[scope], layers.values[i][j], null, null]); }));
+        if (layers)
+          layers.steps.forEach((step, i) =>
+            layers.scopes.forEach((scope, j) => {
+              if (finite(layers.values[i][j]))
+                rows.push([
+                  run.name,
+                  name,
+                  run.seed,
+                  step,
+                  metric,
+                  DATA.scopes[scope],
+                  layers.values[i][j],
+                  null,
+                  null,
+                ]);
+            }),
+          );
       }
     }
     download("measurements.csv", csvText(rows));

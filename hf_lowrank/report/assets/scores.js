@@ -1,35 +1,49 @@
 /* What the pictures of tasks, prediction and sweep show. */
 (() => {
-  const { DATA, state, number, meanInterval, shownRuns, runTitle, finite } = LR;
+  const { DATA, state, number, shownRuns, byMethod, methodTitle, runTitle, finite } = LR;
 
   const shownTasks = () => DATA.tasks.filter((task) => shownRuns().some((run) => run.tasks[task.id]));
-  const taskTitle = (task) => (DATA.tasks.some((other) => other.task === task.task && other.metric !== task.metric) || task.chance === null ? `${task.task} (${task.metric})` : task.task);
+  const taskTitle = (task) =>
+    DATA.tasks.some((other) => other.task === task.task && other.metric !== task.metric) || task.chance === null
+      ? `${task.task} (${task.metric})`
+      : task.task;
 
   /** One strip of methods for a task; with a single run the interval is the one over the task's items. */
   function taskSpec(task) {
-    const byMethod = new Map();
-    for (const run of shownRuns()) {
-      const found = run.tasks[task.id];
-      if (!found || !finite(found[0])) continue;
-      if (!byMethod.has(run.method)) byMethod.set(run.method, []);
-      byMethod.get(run.method).push({ name: runTitle(run), value: found[0], lo: found[1], hi: found[2] });
-    }
-    const rows = [...byMethod.entries()].sort((a, b) => a[0] - b[0]).map(([method, values]) => {
-      const interval = values.length > 1 ? meanInterval(values.map((v) => v.value)) : { mean: values[0].value, lo: values[0].lo, hi: values[0].hi, n: 1 };
-      return { label: DATA.methods[method].title, method, values, ...interval, items: values.length === 1 };
+    const runs = shownRuns().filter((run) => finite(run.tasks[task.id]?.[0]));
+    const rows = byMethod(runs).map((entry) => {
+      const values = runs
+        .filter((run) => run.method === entry.method)
+        .map((run) => ({ name: runTitle(run), value: run.tasks[task.id][0] }));
+      const found = entry.tasks[task.id];
+      const interval = Array.isArray(found) ? { mean: found[0], lo: found[1], hi: found[2], n: 1 } : found;
+      return { label: methodTitle(entry), method: entry.method, values, ...interval, items: values.length === 1 };
     });
     rows.sort((a, b) => (task.higher ? b.mean - a.mean : a.mean - b.mean) || a.method - b.method);
     const label = `${task.metric}${task.higher ? "" : ", lower is better"}`;
-    return { rows, label, value: (v) => number(v, 3), ref: finite(task.chance) ? { at: task.chance, label: `guessing ${number(task.chance, 2)}` } : null };
+    return {
+      rows,
+      label,
+      value: (v) => number(v, 3),
+      ref: finite(task.chance) ? { at: task.chance, label: `guessing ${number(task.chance, 2)}` } : null,
+    };
   }
 
   /** Loss against the mean above-chance score over all checkpoints (`by` empty), or against one task's at the last. */
   function scatterSpec(by) {
     const task = DATA.tasks.find((t) => t.id === by);
-    const byMethod = new Map();
+    const series = new Map();
     for (const run of shownRuns()) {
-      if (!byMethod.has(run.method)) byMethod.set(run.method, { label: DATA.methods[run.method].title, method: run.method, x: [], y: [], names: [], big: [] });
-      const s = byMethod.get(run.method);
+      if (!series.has(run.method))
+        series.set(run.method, {
+          label: DATA.methods[run.method].title,
+          method: run.method,
+          x: [],
+          y: [],
+          names: [],
+          big: [],
+        });
+      const s = series.get(run.method);
       const seed = run.seed === null ? run.name : `seed ${run.seed}`;
       if (task) {
         if (!run.tasks[by] || !finite(run.final.validation_loss)) continue;
@@ -50,52 +64,80 @@
     return {
       x: { label: "validation loss (nats per token)" },
       y: { label: task ? `${taskTitle(task)}, ${task.metric}` : "mean above-chance score" },
-      series: [...byMethod.values()].filter((s) => s.x.length).sort((a, b) => a.method - b.method),
+      series: [...series.values()].filter((s) => s.x.length).sort((a, b) => a.method - b.method),
       refs: finite(chance) ? [{ y: chance, label: "guessing" }] : [],
       empty: "No checkpoint of these runs has both a loss and a score.",
     };
   }
 
-  /** Two panels: predicted from perplexity alone, and with geometry, against what was seen. */
+  /** Two panels: predicted from perplexity alone, and with geometry, against the actual scores. */
   function predictionSpecs() {
     const found = DATA.prediction;
     if (!found) return [];
     const methodOf = (name) => DATA.runs.find((run) => run.name === name || run.name.endsWith("/" + name))?.method;
     const panel = (key, title) => {
-      const byMethod = new Map();
+      const series = new Map();
       found.seen.forEach((seen, i) => {
         const [run, step] = found.rows[i] || ["", ""];
         const method = methodOf(run) ?? 0;
         if (state.hidden.has(method)) return;
-        if (!byMethod.has(method)) byMethod.set(method, { label: DATA.methods[method].title, method, x: [], y: [], names: [] });
-        const s = byMethod.get(method);
+        if (!series.has(method))
+          series.set(method, { label: DATA.methods[method].title, method, x: [], y: [], names: [] });
+        const s = series.get(method);
         s.x.push(found[key][i]);
         s.y.push(seen);
         s.names.push(`${run}, step ${step}`);
       });
-      return { title, spec: { x: { label: "predicted above-chance score" }, y: { label: "seen" }, series: [...byMethod.values()].sort((a, b) => a.method - b.method), equal: true, height: 340 } };
+      return {
+        title,
+        spec: {
+          x: { label: "predicted above-chance score" },
+          y: { label: "seen" },
+          series: [...series.values()].sort((a, b) => a.method - b.method),
+          equal: true,
+          height: 340,
+        },
+      };
     };
-    const panels = [panel("predicted_perplexity", "Perplexity alone"), panel("predicted_both", "Perplexity and geometry")];
+    const panels = [
+      panel("predicted_perplexity", "Perplexity alone"),
+      panel("predicted_both", "Perplexity and geometry"),
+    ];
     return panels;
   }
 
   /** Loss by learning rate, the chosen rate ringed; one at the edge of what was tried says so in its label. */
   function sweepSpec() {
-    const byMethod = new Map();
+    const trials = new Map();
     for (const entry of DATA.sweep) {
       if (state.hidden.has(entry.method) || !finite(entry.loss)) continue;
-      if (!byMethod.has(entry.method)) byMethod.set(entry.method, []);
-      byMethod.get(entry.method).push(entry);
+      if (!trials.has(entry.method)) trials.set(entry.method, []);
+      trials.get(entry.method).push(entry);
     }
     const rates = [...new Set(DATA.sweep.map((entry) => entry.rate))].sort((a, b) => a - b);
-    const series = [...byMethod.entries()].sort((a, b) => a[0] - b[0]).map(([method, entries]) => {
-      entries.sort((a, b) => a.rate - b.rate);
-      const rings = entries.map((_, i) => i).filter((i) => entries[i].chosen);
-      const edge = entries.some((entry) => entry.chosen && entry.edge);
-      return { label: DATA.methods[method].title + (edge ? " (at the edge)" : ""), method, x: entries.map((e) => e.rate), y: entries.map((e) => e.loss), rings };
-    });
-    const shown = rates.filter((rate, i) => i === 0 || Math.log(rate / rates[0]) / Math.log(rates[rates.length - 1] / rates[0] || 2) > 0.04);
-    return { x: { label: "learning rate", log: true, ticks: shown, write: (v) => String(Number(v.toPrecision(3))) }, y: { label: "loss (nats per token)", title: true }, series, height: 380 };
+    const series = [...trials.entries()]
+      .sort((a, b) => a[0] - b[0])
+      .map(([method, entries]) => {
+        entries.sort((a, b) => a.rate - b.rate);
+        const rings = entries.map((_, i) => i).filter((i) => entries[i].chosen);
+        const edge = entries.some((entry) => entry.chosen && entry.edge);
+        return {
+          label: DATA.methods[method].title + (edge ? " (at the edge)" : ""),
+          method,
+          x: entries.map((e) => e.rate),
+          y: entries.map((e) => e.loss),
+          rings,
+        };
+      });
+    const shown = rates.filter(
+      (rate, i) => i === 0 || Math.log(rate / rates[0]) / Math.log(rates[rates.length - 1] / rates[0] || 2) > 0.04,
+    );
+    return {
+      x: { label: "learning rate", log: true, ticks: shown, write: (v) => String(Number(v.toPrecision(3))) },
+      y: { label: "loss (nats per token)", title: true },
+      series,
+      height: 380,
+    };
   }
 
   Object.assign(LR, { shownTasks, taskTitle, taskSpec, scatterSpec, predictionSpecs, sweepSpec });

@@ -4,13 +4,17 @@
   const { listeners, html, number, saveChart, rowsOf, forgetWidths } = LR;
 
   const figures = new Map();
-  const watch = (key, rootMargin) => new IntersectionObserver((entries) => {
-    for (const entry of entries) {
-      const figure = figures.get(entry.target);
-      figure[key] = entry.isIntersecting;
-      if (entry.isIntersecting && figure.stale) refresh(figure);
-    }
-  }, { rootMargin });
+  const watch = (key, rootMargin) =>
+    new IntersectionObserver(
+      (entries) => {
+        for (const entry of entries) {
+          const figure = figures.get(entry.target);
+          figure[key] = entry.isIntersecting;
+          if (entry.isIntersecting && figure.stale) refresh(figure);
+        }
+      },
+      { rootMargin },
+    );
   const near = watch("near", "400px");
   const seen = watch("seen", "0px");
   function refresh(figure) {
@@ -40,17 +44,27 @@
     later = setTimeout(follow, 60);
   }
   listeners.push(() => redraw());
-  let width = window.innerWidth, waiting = 0;
+  let width = window.innerWidth,
+    waiting = 0;
   addEventListener("resize", () => {
     if (window.innerWidth === width) return;
     width = window.innerWidth;
     clearTimeout(waiting);
-    waiting = setTimeout(() => { forgetWidths(); redraw(); }, 120);
+    waiting = setTimeout(() => {
+      forgetWidths();
+      redraw();
+    }, 120);
   });
-  addEventListener("beforeprint", () => { forgetWidths(); redraw(true); });
-  addEventListener("afterprint", () => { forgetWidths(); redraw(); });
+  addEventListener("beforeprint", () => {
+    forgetWidths();
+    redraw(true);
+  });
+  addEventListener("afterprint", () => {
+    forgetWidths();
+    redraw();
+  });
 
-  /** The hosts of a grid's pictures by name, kept from one drawing to the next. `make(name)` gives what stands above. */
+  /** The hosts of a grid's pictures by name, kept from one drawing to the next; `make(name)` gives their headings. */
   function cells(grid, names, make) {
     grid.cells ??= new Map();
     const kept = names.map((name) => {
@@ -61,7 +75,8 @@
       return grid.cells.get(name);
     });
     const boxes = kept.map((cell) => cell.box);
-    if (boxes.length !== grid.childElementCount || boxes.some((box, i) => grid.children[i] !== box)) grid.replaceChildren(...boxes);
+    if (boxes.length !== grid.childElementCount || boxes.some((box, i) => grid.children[i] !== box))
+      grid.replaceChildren(...boxes);
     kept.forEach((cell) => LR.widthOf(cell.host));
     return kept.map((cell) => cell.host);
   }
@@ -82,17 +97,35 @@
   /** The values behind a chart as a table, for whoever would rather read than look. */
   function valuesTable(spec, title) {
     const [head, ...rows] = rowsOf(spec);
-    const write = (value) => (typeof value === "number" ? number(value, 5) : value === null || value === undefined ? "–" : String(value));
+    const write = (value) =>
+      typeof value === "number" ? number(value, 5) : value === null || value === undefined ? "–" : String(value);
     const shown = rows.slice(0, 500);
     const names = ["Series", "Method", spec.x.label, spec.y.label, "95 % from", "95 % to"];
-    const table = html("table", {},
+    const table = html(
+      "table",
+      {},
       html("caption", { className: "out" }, title),
       html("thead", {}, html("tr", {}, ...head.map((_, i) => html("th", { scope: "col" }, names[i])))),
-      html("tbody", {}, ...shown.map((row) => html("tr", {}, ...row.map((value, i) => (i === 0 ? html("th", { scope: "row" }, write(value)) : html("td", {}, write(value))))))));
+      html(
+        "tbody",
+        {},
+        ...shown.map((row) =>
+          html(
+            "tr",
+            {},
+            ...row.map((value, i) =>
+              i === 0 ? html("th", { scope: "row" }, write(value)) : html("td", {}, write(value)),
+            ),
+          ),
+        ),
+      ),
+    );
     const box = html("div", { className: "scroll", tabIndex: 0 }, table);
     box.setAttribute("role", "region");
     box.setAttribute("aria-label", title);
-    return rows.length > shown.length ? [box, html("p", { className: "quiet" }, `${rows.length - shown.length} more values are in the CSV.`)] : [box];
+    return rows.length > shown.length
+      ? [box, html("p", { className: "quiet" }, `${rows.length - shown.length} more values are in the CSV.`)]
+      : [box];
   }
   function tools(figure, name, title, specOf) {
     const bar = figure.querySelector(".tools");
@@ -105,15 +138,17 @@
       const open = tableButton.getAttribute("aria-expanded") !== "true";
       tableButton.setAttribute("aria-expanded", String(open));
       values.hidden = !open;
-      if (open) fill(); else values.replaceChildren();
+      if (open) fill();
+      else values.replaceChildren();
     });
     const save = html("button", { type: "button", className: "plainbutton" }, "CSV");
     save.setAttribute("aria-label", `${title}: download as CSV`);
     save.addEventListener("click", () => saveChart(name, specOf()));
     bar.append(tableButton, save);
-    return () => { if (!values.hidden) fill(); };
+    return () => {
+      if (!values.hidden) fill();
+    };
   }
-
 
   /** A button for the CSV of what `rows` gives at that moment. */
   function csvButton(figure, name, title, rows) {

@@ -16,7 +16,8 @@
     rows.sort((a, b) => {
       // What has no value stands last whichever way the column is sorted.
       if (a.value === null || b.value === null) return (a.value === null) - (b.value === null) || a.order - b.order;
-      const less = typeof a.value === "string" ? a.value.localeCompare(b.value, "en", { numeric: true }) : a.value - b.value;
+      const less =
+        typeof a.value === "string" ? a.value.localeCompare(b.value, "en", { numeric: true }) : a.value - b.value;
       return sign * less || a.order - b.order;
     });
     body.append(...rows.map((entry) => entry.row));
@@ -47,15 +48,24 @@
   /* Values, or how each method stands beside full-rank training. */
   for (const radio of document.querySelectorAll("input[name^=against-]")) {
     radio.checked = radio.value === "values";
-    radio.addEventListener("change", () => radio.closest("[data-group]").querySelector("table.methods").classList.toggle("versus", radio.value === "beside"));
+    radio.addEventListener("change", () =>
+      radio
+        .closest("[data-group]")
+        .querySelector("table.methods")
+        .classList.toggle("versus", radio.value === "beside"),
+    );
   }
 
   function show(table, wanted) {
-    for (const cell of table.querySelectorAll("[data-d]")) cell.classList.toggle("away", cell.dataset.d !== "id" && !wanted(cell.dataset));
+    for (const cell of table.querySelectorAll("[data-d]"))
+      cell.classList.toggle("away", cell.dataset.d !== "id" && !wanted(cell.dataset));
   }
   const choices = [...document.querySelectorAll("select.columns")];
   for (const choice of choices) {
-    const choose = () => show(choice.closest("[data-group]").querySelector("table.runs"), (cell) => ["all", cell.d].includes(choice.value));
+    const choose = () =>
+      show(choice.closest("[data-group]").querySelector("table.runs"), (cell) =>
+        ["all", cell.d].includes(choice.value),
+      );
     choice.addEventListener("change", choose);
     choose();
   }
@@ -66,7 +76,8 @@
       choice.dispatchEvent(new Event("change"));
       const table = choice.closest("[data-group]").querySelector("table.runs");
       const id = metric === "loss" ? "validation_loss" : metric;
-      if (metric && [...table.tHead.rows[0].cells].some((cell) => cell.dataset.id === id)) show(table, (cell) => cell.id === id);
+      if (metric && [...table.tHead.rows[0].cells].some((cell) => cell.dataset.id === id))
+        show(table, (cell) => cell.id === id);
     }
   };
 
@@ -75,7 +86,15 @@
       const table = button.closest("[data-group]").querySelector("table.methods");
       const ids = [...table.tHead.rows[0].cells].map((cell) => cell.dataset.id);
       const head = ids.flatMap((id, i) => (i === 0 ? [id] : [id, `${id}_ci_low`, `${id}_ci_high`, `${id}_rank`]));
-      const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => [...row.cells].flatMap((cell, i) => (i === 0 ? [raw(cell)] : [raw(cell), cell.dataset.lo ?? null, cell.dataset.hi ?? null, cell.dataset.rank ?? null])));
+      const rows = [...table.tBodies[0].rows]
+        .filter((row) => !row.hidden)
+        .map((row) =>
+          [...row.cells].flatMap((cell, i) =>
+            i === 0
+              ? [raw(cell)]
+              : [raw(cell), cell.dataset.lo ?? null, cell.dataset.hi ?? null, cell.dataset.rank ?? null],
+          ),
+        );
       download("methods.csv", csvText([head, ...rows]));
     });
   }
@@ -83,15 +102,26 @@
   for (const button of document.querySelectorAll("button.savetable")) {
     button.addEventListener("click", () => {
       const table = button.closest("[data-group]").querySelector("table.runs");
-      const used = [...table.tHead.rows[0].cells].map((_, i) => i).filter((i) => !table.tHead.rows[0].cells[i].classList.contains("away"));
+      const used = [...table.tHead.rows[0].cells]
+        .map((_, i) => i)
+        .filter((i) => !table.tHead.rows[0].cells[i].classList.contains("away"));
       const head = used.flatMap((i) => {
         const id = table.tHead.rows[0].cells[i].dataset.id;
-        return table.querySelector(`tbody td[data-id="${CSS.escape(id)}"][data-lo]`) ? [id, id + "_ci_low", id + "_ci_high"] : [id];
+        return table.querySelector(`tbody td[data-id="${CSS.escape(id)}"][data-lo]`)
+          ? [id, id + "_ci_low", id + "_ci_high"]
+          : [id];
       });
-      const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => used.flatMap((i) => {
-        const cell = row.cells[i], id = cell.dataset.id;
-        return head.includes(id + "_ci_low") ? [raw(cell), cell.dataset.lo ?? null, cell.dataset.hi ?? null] : [raw(cell)];
-      }));
+      const rows = [...table.tBodies[0].rows]
+        .filter((row) => !row.hidden)
+        .map((row) =>
+          used.flatMap((i) => {
+            const cell = row.cells[i],
+              id = cell.dataset.id;
+            return head.includes(id + "_ci_low")
+              ? [raw(cell), cell.dataset.lo ?? null, cell.dataset.hi ?? null]
+              : [raw(cell)];
+          }),
+        );
       download("runs.csv", csvText([head, ...rows]));
     });
   }

@@ -4,7 +4,9 @@ import { createRequire } from "node:module";
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 
-const require = createRequire(process.env.BROWSER_MODULES ? pathToFileURL(process.env.BROWSER_MODULES + "/x.js") : import.meta.url);
+const require = createRequire(
+  process.env.BROWSER_MODULES ? pathToFileURL(process.env.BROWSER_MODULES + "/x.js") : import.meta.url,
+);
 const { chromium } = require("playwright-core");
 const axe = readFileSync(require.resolve("axe-core"), "utf8");
 const [, , file, executablePath, shots] = process.argv;
@@ -12,15 +14,31 @@ const [, , file, executablePath, shots] = process.argv;
 const found = { faults: [], requests: [], axe: [], overflow: [], controls: {} };
 const browser = await chromium.launch({
   executablePath,
-  args: ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
+  args: [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+  ],
 });
 
 async function open(width, colorScheme) {
-  const context = await browser.newContext({ viewport: { width, height: 900 }, colorScheme, acceptDownloads: true, bypassCSP: true });
+  const context = await browser.newContext({
+    viewport: { width, height: 900 },
+    colorScheme,
+    acceptDownloads: true,
+    bypassCSP: true,
+  });
   const page = await context.newPage();
   page.on("pageerror", (error) => found.faults.push(error.message));
-  page.on("console", (message) => { if (message.type() === "error") found.faults.push(message.text()); });
-  page.on("request", (request) => { if (!/^(file|data|blob):/.test(request.url())) found.requests.push(request.url()); });
+  page.on("console", (message) => {
+    if (message.type() === "error") found.faults.push(message.text());
+  });
+  page.on("request", (request) => {
+    if (!/^(file|data|blob):/.test(request.url())) found.requests.push(request.url());
+  });
   await page.goto(pathToFileURL(file).href);
   await page.waitForSelector("body.ready");
   const height = await page.evaluate(() => document.documentElement.scrollHeight);
@@ -32,7 +50,14 @@ async function open(width, colorScheme) {
   return page;
 }
 
-for (const [width, scheme] of [[1440, "light"], [1440, "dark"], [768, "light"], [768, "dark"], [390, "light"], [390, "dark"]]) {
+for (const [width, scheme] of [
+  [1440, "light"],
+  [1440, "dark"],
+  [768, "light"],
+  [768, "dark"],
+  [390, "light"],
+  [390, "dark"],
+]) {
   const page = await open(width, scheme);
   const wide = await page.evaluate(() => document.documentElement.scrollWidth);
   if (wide > width) found.overflow.push([width, wide]);
@@ -42,7 +67,14 @@ for (const [width, scheme] of [[1440, "light"], [1440, "dark"], [768, "light"], 
   await page.waitForTimeout(300);
   await page.evaluate(axe);
   const { violations } = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"] }));
-  for (const v of violations) found.axe.push({ width, scheme, id: v.id, impact: v.impact, where: v.nodes.slice(0, 3).map((n) => n.html.slice(0, 160)) });
+  for (const v of violations)
+    found.axe.push({
+      width,
+      scheme,
+      id: v.id,
+      impact: v.impact,
+      where: v.nodes.slice(0, 3).map((n) => n.html.slice(0, 160)),
+    });
   if (shots) await page.screenshot({ path: `${shots}/${width}-${scheme}.png`, fullPage: true });
   await page.context().close();
 }
@@ -53,16 +85,24 @@ for (const [width, scheme] of [[1440, "light"], [1440, "dark"], [768, "light"], 
   const bare = await context.newPage();
   await bare.goto(pathToFileURL(file).href);
   const value = bare.locator('table.methods td[data-id="perplexity"] .value').first();
-  found.without_script = (await bare.isVisible("h1")) && (await value.isVisible()) && (await bare.isVisible("noscript"));
+  found.without_script =
+    (await bare.isVisible("h1")) && (await value.isVisible()) && (await bare.isVisible("noscript"));
   if (shots) await bare.screenshot({ path: `${shots}/without-script.png` });
   await context.close();
 }
 
 const page = await open(1440, "light");
 const does = async (name, act) => {
-  try { found.controls[name] = await act(); } catch (error) { found.controls[name] = `failed: ${error.message.split("\n")[0]}`; }
+  try {
+    found.controls[name] = await act();
+  } catch (error) {
+    found.controls[name] = `failed: ${error.message.split("\n")[0]}`;
+  }
 };
-const column = (id) => page.$$eval(`table.runs tbody td[data-id="${id}"]`, (cells) => cells.filter((c) => c.offsetParent).map((c) => Number(c.dataset.v)));
+const column = (id) =>
+  page.$$eval(`table.runs tbody td[data-id="${id}"]`, (cells) =>
+    cells.filter((c) => c.offsetParent).map((c) => Number(c.dataset.v)),
+  );
 const rising = (values) => values.every((v, i) => i === 0 || v >= values[i - 1]);
 
 await does("sort", async () => {
@@ -79,7 +119,9 @@ await does("methods", async () => {
   const heading = page.locator('table.methods th[data-id="speed"] button').first();
   await heading.focus();
   await page.keyboard.press("Enter");
-  const values = await page.$$eval('table.methods td[data-id="speed"]', (cells) => cells.filter((c) => c.offsetParent && c.dataset.v).map((c) => Number(c.dataset.v)));
+  const values = await page.$$eval('table.methods td[data-id="speed"]', (cells) =>
+    cells.filter((c) => c.offsetParent && c.dataset.v).map((c) => Number(c.dataset.v)),
+  );
   const said = await page.getAttribute('table.methods th[data-id="speed"]', "aria-sort");
   await page.locator('table.methods th[data-id="perplexity"] button').first().click();
   return values.length > 1 && rising(values) && said === "ascending";
@@ -99,11 +141,15 @@ await does("by metric", async () => {
   const spectra = await shown();
   await page.selectOption("#metric", "m:weight_stable_rank");
   const one = await shown();
-  const column = (await page.isVisible('table.runs th[data-id="weight_stable_rank"]')) && !(await page.isVisible('table.runs th[data-id="perplexity"]'));
+  const alone =
+    (await page.isVisible('table.runs th[data-id="weight_stable_rank"]')) &&
+    !(await page.isVisible('table.runs th[data-id="perplexity"]'));
   const compared = await page.inputValue("#compare-by");
   await page.selectOption("#metric", "");
   await page.selectOption("#compare-by", "validation_loss");
-  return all > spectra && spectra > one && one > 0 && column && compared === "weight_stable_rank" && (await shown()) === all;
+  return (
+    all > spectra && spectra > one && one > 0 && alone && compared === "weight_stable_rank" && (await shown()) === all
+  );
 });
 await does("by scale", async () => {
   if (!(await page.$("#group"))) return true;
@@ -137,7 +183,10 @@ await does("filter", async () => {
 });
 await does("only one", async () => {
   await page.locator("button.chip").nth(1).dblclick();
-  const pressed = await page.$$eval("button.chip", (all) => all.filter((c) => c.getAttribute("aria-pressed") === "true").length);
+  const pressed = await page.$$eval(
+    "button.chip",
+    (all) => all.filter((c) => c.getAttribute("aria-pressed") === "true").length,
+  );
   await page.click("#allmethods");
   return pressed === 1;
 });
@@ -152,7 +201,12 @@ await does("seeds", async () => {
 await does("loss", async () => {
   const path = () => page.$eval("#fig-loss .line", (line) => line.getAttribute("d"));
   const seen = new Set([await path()]);
-  for (const [name, value] of [["which", "train"], ["part", "all"], ["part", "end"], ["which", "eval"]]) {
+  for (const [name, value] of [
+    ["which", "train"],
+    ["part", "all"],
+    ["part", "end"],
+    ["which", "eval"],
+  ]) {
     await page.check(`#fig-loss input[name=${name}][value=${value}]`, { force: true });
     seen.add(await path());
   }
@@ -206,10 +260,20 @@ await does("values", async () => {
 });
 await does("csv", async () => {
   const names = [];
-  for (const selector of ["button.savemethods", "button.savetable", "#savealldata", "#fig-loss .tools button >> nth=1", "#fig-layers .tools button", "#fig-compare .tools button"]) {
+  for (const selector of [
+    "button.savemethods",
+    "button.savetable",
+    "#savealldata",
+    "#fig-loss .tools button >> nth=1",
+    "#fig-layers .tools button",
+    "#fig-compare .tools button",
+  ]) {
     const [file_] = await Promise.all([page.waitForEvent("download"), page.locator(selector).first().click()]);
-    const text = readFileSync(await file_.path(), "utf8").trim().split("\r\n");
-    if (text.length < 3 || text.some((line) => line.split(",").length < 3)) return `short: ${file_.suggestedFilename()}`;
+    const text = readFileSync(await file_.path(), "utf8")
+      .trim()
+      .split("\r\n");
+    if (text.length < 3 || text.some((line) => line.split(",").length < 3))
+      return `short: ${file_.suggestedFilename()}`;
     names.push(file_.suggestedFilename());
   }
   return new Set(names).size === 6;
@@ -252,11 +316,20 @@ await does("study", async () => {
   await page.keyboard.press("End");
   const said = await page.textContent("#live");
   const files = [];
-  for (const selector of ["#saveclaims", "#fig-prediction .tools button", "#fig-sweep .tools button >> nth=1", "#fig-tasks .tools button"]) {
+  for (const selector of [
+    "#saveclaims",
+    "#fig-prediction .tools button",
+    "#fig-sweep .tools button >> nth=1",
+    "#fig-tasks .tools button",
+  ]) {
     const [file_] = await Promise.all([page.waitForEvent("download"), page.locator(selector).first().click()]);
-    files.push(readFileSync(await file_.path(), "utf8").trim().split("\r\n").length);
+    files.push(
+      readFileSync(await file_.path(), "utf8")
+        .trim()
+        .split("\r\n").length,
+    );
   }
-  return parts && marks > 1 && rings > 1 && said.startsWith("learning rate") && files.every((lines) => lines > 3);
+  return parts && marks > 1 && rings > 1 && said.startsWith("learning rate") && files.every((count) => count > 3);
 });
 await does("details", async () => {
   await page.locator("details.run summary").first().click();
@@ -278,10 +351,11 @@ await does("print", async () => {
   await page.emulateMedia({ media: "screen" });
   return !bar && answer && wide;
 });
-// Time from a click on a filter to the end of the frame that shows it, at eleven places of the page: the median of seven
-// clicks, and the least, since other work on the machine only adds to it.
+// Time from a click on a filter to the end of the frame that shows it, at eleven positions of the page: the median of
+// seven clicks, and the least, since other work on the machine only adds to it.
 found.filter_ms = await page.evaluate(async () => {
-  const medians = [], least = [];
+  const medians = [],
+    least = [];
   for (let place = 0; place <= 10; place++) {
     scrollTo({ top: (place / 10) * document.documentElement.scrollHeight, behavior: "instant" });
     const here = [];

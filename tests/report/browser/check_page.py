@@ -1,7 +1,7 @@
 """The page in a real browser: every control used, every width and theme looked at by axe.
 
-Not part of `make test`; needs Node.js, Chromium and the packages of package.json (`npm install` here):
-    pytest tests/report/browser/check_page.py
+Not part of `make test`; needs Node.js, Chromium and the packages of package.json:
+    make browser-test
 """
 
 import json
