@@ -9,7 +9,7 @@ WITNESSES := $(shell sed -n '/^# witnesses/,$$p' constraints.txt | grep '==')
 # torch goes first and exactly pinned: left to the resolver it may bring another build than the tested one.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart test drill gpu-test audit browser-test lint format bench wheel clean
+.PHONY: quickstart test drill gpu-test audit browser-test lint format pages bench wheel clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/hf-lowrank study recipes/studies/quickstart.yaml --output $(RUNS)
@@ -59,6 +59,10 @@ format: $(VENV)/.installed-dev node_modules/.installed
 	$(BIN)/ruff format .
 	$(BIN)/python -m hf_lowrank.report.schema
 	npm run --silent format
+
+# The tables of settings in model_cards/, from the methods' entries.
+pages: $(VENV)/.installed
+	$(BIN)/python model_cards/update.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/optimizers.py

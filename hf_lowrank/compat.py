@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import PeftType
+    from transformers import PreTrainedConfig
 
 
 # Lazy loading
@@ -112,8 +113,8 @@ class _PostImport:
 
 def _register_with_transformers(configuration_auto: Any) -> None:
     if "lowrank" not in configuration_auto.CONFIG_MAPPING:
-        # Importing the model registers both classes for good, so that the model is known as soon as its config is.
-        configuration_auto.CONFIG_MAPPING.register("lowrank", LazyClass("hf_lowrank.adapters.modeling:LowRankConfig"))
+        path = "hf_lowrank.adapters.configuration:LowRankConfig"
+        configuration_auto.CONFIG_MAPPING.register("lowrank", LazyClass(path))
 
 
 def _register_with_peft(mapping: Any) -> None:
@@ -131,6 +132,14 @@ _REGISTRIES: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.configuration_auto": _register_with_transformers,
     "peft.mapping": _register_with_peft,
 }
+
+
+def register_model(config_cls: type[PreTrainedConfig], path: str) -> None:
+    """Makes `AutoModelForCausalLM` know the model class `module:name` of a config class, without importing it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    stand_in: Any = LazyClass(path)
+    MODEL_FOR_CAUSAL_LM_MAPPING.register(config_cls, stand_in)
 
 
 def peft_type_of(name: str) -> PeftType:

@@ -331,6 +331,10 @@ def _added(cls: type[MethodSettings], shared: Collection[type[MethodSettings]]) 
 def _difference(setting: Setting, inherited: Setting) -> Setting:
     return replace(
         setting,
-        description=setting.allowed if setting.allowed != inherited.allowed else "",
+        description="; ".join(
+            text
+            for text, known in ((setting.description, inherited.description), (setting.allowed, inherited.allowed))
+            if text != known
+        ),
         choices={word: setting.choices[word] for word in setting.choices if word not in inherited.choices},
     )

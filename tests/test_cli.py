@@ -1,15 +1,17 @@
-"""The command line itself; what the verbs do is tested with the functions that they call."""
+"""The command line itself; what the commands do is tested with the functions that they call."""
 
 import io
 import runpy
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
-from hf_lowrank.cli import main
+from hf_lowrank.cli import STAGES, main
 from hf_lowrank.errors import LowRankWarning
 from hf_lowrank.formats import console, echo, hide_hub_progress_bars, is_first_process, print_own_warnings_as_lines
 from hf_lowrank.methods import METHODS
@@ -40,8 +42,10 @@ def test_it_is_a_module_for_launchers(capsys, monkeypatch):
 def test_methods_lists_the_table(capsys):
     status, out, _ = run(capsys, "methods")
     assert status == 0
-    for name in METHODS:
-        assert name in out
+    for name, method in METHODS.items():
+        assert f"{name}: {method.title}" in out
+        for setting in method.settings.model_fields:
+            assert f"    {setting} " in out
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,70 @@ def test_wrong_input_is_one_line_and_status_2(capsys, arguments, tmp_path, monke
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+LIGHT = {
+    "annotated_doc", "annotated_types", "hf_lowrank", "markdown_it", "mdurl", "pydantic", "pydantic_core", "pygments",
+    "rich", "shellingham", "typer", "typing_extensions", "typing_inspection", "colorama", "click",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ("--help", 0, "Commands"),
+        ("measure --help", 0, "--preset"),
+        ("methods", 0, "galore"),
+        ("metrics", 0, "pcak_sharpness"),
+        ("no_such_command", 2, "no_such_command"),
+        ("train", 2, "RECIPE"),
+        ("train no/such.yaml", 2, "no/such.yaml: no such recipe file"),
+        ("train no/such.yaml --no-such-option", 2, "--no-such-option"),
+        ("memory no/such.yaml", 2, "no/such.yaml: no such recipe file"),
+        ("study no/such.yaml", 2, "no/such.yaml: no such study file"),
+        ("study Makefile --stages traim", 2, "stages must be some of sweep,train"),
+        ("measure no/such/run", 2, "no/such/run: no such folder"),
+        ("measure . --metrics no_such", 2, "unknown metric 'no_such'"),
+        ("measure . --steps some", 2, "steps must be all, last or numbers such as 100,200, got 'some'"),
+        ("measure . --preset slow", 2, "'slow' is not one of 'fast', 'paper'"),
+        ("measure . --settings no.yaml", 2, "no.yaml: no such settings file"),
+        ("report no/such --output x", 2, "no/such: no such run directory"),
+        ("push no/such user/repo", 2, "no/such: no such run directory"),
+        ("predict . --metrics no_such", 2, "unknown metric 'no_such'"),
+    ],
+)
+def test_help_and_wrong_arguments_load_no_library(arguments, status, words):
+    code = (
+        "import sys\n"
+        "from hf_lowrank.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "finally:\n"
+        "    others = {name.split('.')[0] for name in sys.modules if name[0] != '_'} - sys.stdlib_module_names\n"
+        "    print('LOADED', len(sys.modules), *sorted(others))\n"
+    )
+    command = [sys.executable, "-c", code, *arguments.split()]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    *lines, loaded = result.stdout.splitlines()
+    assert result.returncode == status
+    assert words in ("\n".join(lines) if status == 0 else result.stderr)
+    count, *others = loaded.removeprefix("LOADED ").split()
+    assert set(others) <= LIGHT
+    assert int(count) < 400
+
+
+def test_stages_are_those_of_a_study():
+    assert spec.STAGES == STAGES
+
+
+def test_torchao_says_nothing_of_its_import():
+    def lines(prepare):
+        code = f"from hf_lowrank import cli; {prepare}; import torchao.quantization"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return [line for line in result.stderr.splitlines() if "torchao" in line or "Enum subclass" in line]
+
+    pytest.importorskip("torchao")
+    assert lines("cli.prepare()") == []
 
 
 @pytest.mark.parametrize("columns", ["0", "60"])

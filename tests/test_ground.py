@@ -1,5 +1,6 @@
-"""The small modules everything stands on: targets, the evaluation set, whole files, the table of methods."""
+"""Targets, the table of methods, the evaluation set, and files that are written whole."""
 
+import re
 import subprocess
 import sys
 
@@ -9,9 +10,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_lowrank.adapters.methods import ReLoraSettings, SLTrainSettings
 from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.methods import METHODS, Method, MethodTable
-from hf_lowrank.optim.methods import FullRankSettings
+from hf_lowrank.methods import (
+    KINDS,
+    METHODS,
+    SPARE_LOOKS,
+    Method,
+    MethodTable,
+    check_options,
+    setting_sections,
+    settings_of,
+    spare_look,
+)
+from hf_lowrank.optim.methods import FiraSettings, FrugalSettings, FullRankSettings, MuonSettings
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.storage.files import whole_file, write_text
 from hf_lowrank.targets import target_modules
@@ -127,15 +139,91 @@ class TestMethods:
             assert method.summary.endswith(".")
             assert name in ("full_rank", "low_rank") or method.source.startswith("arXiv ")
 
+    def test_entries_load_when_the_table_is_read_and_in_the_order_of_kinds(self):
+        table = MethodTable(modules=("hf_lowrank.adapters.methods", "hf_lowrank.optim.methods"))
+        kinds = [method.kind for method in table.values()]
+        assert kinds == sorted(kinds, key=KINDS.index)
+        assert list(table) == list(METHODS)
+
+    def test_every_method_is_drawn_differently(self):
+        looks = [method.look for method in METHODS.values()]
+        assert len({look.light for look in looks}) == len({look.dark for look in looks}) == len(looks)
+
+    def test_a_method_without_a_look_always_gets_the_same_one(self):
+        def made(name):
+            return Method(name=name, title=name, summary="", kind="optimizer", settings=FullRankSettings)
+
+        assert made("mine").look == made("mine").look == spare_look("mine")
+        assert len({made(f"method {i}").look for i in range(50)}) == len(SPARE_LOOKS)
+
+    def test_every_setting_says_what_it_means_and_allows(self):
+        for method in METHODS.values():
+            for setting in settings_of(method.settings).values():
+                assert setting.description, f"{method.name}.{setting.name}"
+                assert not setting.description.endswith(".")
+                assert set(setting.choices) == set(setting.choices) & set(re.findall(r"\w+", setting.allowed))
+                check_options(method.settings, {setting.name: setting.default}, method.name)
+
     def test_nearest(self):
         assert nearest("galor", ["galore", "fira"]) == "did you mean 'galore'?"
         assert nearest("zzz", ["galore", "fira"]) == "allowed: fira, galore"
 
 
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("settings", "options", "message"),
+        [
+            (FiraSettings, {"rank": 0}, "rank of Fira must be an integer of at least 1, got 0"),
+            (FiraSettings, {"rank": True}, "rank of Fira must be an integer of at least 1, got True"),
+            (FiraSettings, {"rank": 2.0}, "rank of Fira must be an integer of at least 1, got 2.0"),
+            (FiraSettings, {"scale": 0}, "scale of Fira must be a number above 0, got 0"),
+            (FiraSettings, {"scale": float("nan")}, "scale of Fira must be a number above 0, got nan"),
+            (FiraSettings, {"stagger": 1}, "stagger of Fira must be True or False, got 1"),
+            (FiraSettings, {"residual": "mine"}, "residual of Fira must be one of official, paper, got 'mine'"),
+            (
+                FiraSettings,
+                {"proj_type": "full"},
+                "of Fira must be one of std, reverse_std, right, left, got",
+            ),
+            (
+                FiraSettings,
+                {"target_modules": 3},
+                "_modules of Fira must be a string or a list of strings, got 3",
+            ),
+            (MuonSettings, {"momentum": 1}, r"momentum of Fira must be a number in \[0, 1\), got 1"),
+            (MuonSettings, {"seed": "x"}, "seed of Fira must be an integer or None, got 'x'"),
+            (SLTrainSettings, {"sparsity": 1}, r"sparsity of Fira must be a number in \(0, 1\), got 1"),
+            (ReLoraSettings, {"prune_ratio": 2}, r"prune_ratio of Fira must be a number in \[0, 1\], got 2"),
+        ],
+    )
+    def test_a_wrong_value_is_named_with_what_is_allowed(self, settings, options, message):
+        with pytest.raises(UserError, match=message):
+            check_options(settings, options, "Fira")
+
+    def test_other_options_and_subsets_pass(self):
+        check_options(FiraSettings, {"lr": -1.0, "rank": 4, "scale": 1}, "Fira")
+        check_options(FiraSettings, {}, "Fira")
+
+    def test_shared_settings_are_listed_once(self):
+        sections = dict(setting_sections(METHODS))
+        assert len(sections) == len(METHODS) + 4
+        listed = [setting.name for settings in sections.values() for setting in settings]
+        assert listed.count("update_proj_gap") == listed.count("rank_pattern") == listed.count("layerwise") == 1
+        (fira,) = [settings for heading, settings in sections.items() if heading.startswith("fira: Fira (arXiv")]
+        assert [setting.name for setting in fira] == [
+            "scale", "proj_type", "subspace", "residual", "norm_growth_limit"
+        ]  # fmt: skip
+        (frugal,) = [settings for heading, settings in sections.items() if heading.startswith("frugal:")]
+        assert frugal[0].choices == {"blocks": settings_of(FrugalSettings)["subspace"].choices["blocks"]}
+
+
 def test_import_is_light():
     code = (
         "import sys, hf_lowrank\n"
-        "heavy = {'datasets', 'evaluate', 'lm_eval', 'pandas', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "hf_lowrank.METHODS, hf_lowrank.METRICS, hf_lowrank.__version__\n"
+        "heavy = {'torch', 'transformers', 'peft', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
+        "from hf_lowrank import *\n"
+        "heavy |= {'datasets', 'evaluate', 'lm_eval', 'pandas', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'import hf_lowrank loaded {sorted(heavy)}' if heavy else 0)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

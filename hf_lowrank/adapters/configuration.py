@@ -11,6 +11,7 @@ from peft.utils import PeftType
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from hf_lowrank.compat import register_model
 from hf_lowrank.errors import UserError
 
 ADAPTERS = ("COLA", "SLTRAIN", "LORA")
@@ -113,3 +114,4 @@ class LowRankConfig(PreTrainedConfig):
 
 
 AutoConfig.register("lowrank", LowRankConfig)
+register_model(LowRankConfig, "hf_lowrank.adapters.modeling:LowRankForCausalLM")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Rank = Annotated[int, Field(ge=1, description="rank of the subspaces")]
 Scale = Annotated[float, Field(gt=0, description="factor of the update that is lifted back from the subspace")]
+ApolloScale = Annotated[float, Field(gt=0, description="the update is multiplied by its square root")]
 NormGrowthLimit = Annotated[
     float, Field(ge=1, description="largest factor by which the norm of the scaled gradient may grow in one step")
 ]
@@ -47,8 +48,9 @@ MOMENTS = explained(
     rotate="rotates them into the new basis",
     reset="sets them to zero",
 )
-
-
+ScaleType = Annotated[
+    Literal["channel", "tensor"], explained("scaling factors", channel="one per channel", tensor="one per matrix")
+]
 FrugalSubspace = Annotated[Literal["svd", "randomized", "random", "columns", "blocks"], SUBSPACE]
 
 
@@ -124,22 +126,17 @@ class FiraSettings(SubspaceSettings):
 
 
 class ApolloSettings(SubspaceSettings):
+    scale: ApolloScale = 1.0
     proj_type: Annotated[Literal["std", "reverse_std", "right", "left"], SIDE] = "std"
     subspace: Annotated[Literal["svd", "randomized", "random", "columns", "gaussian"], SUBSPACE] = "gaussian"
-    scale_type: Annotated[
-        Literal["channel", "tensor"],
-        explained("scaling factors", channel="one per channel", tensor="one per matrix"),
-    ] = "channel"
+    scale_type: ScaleType = "channel"
     norm_growth_limit: NormGrowthLimit = 1.01
 
 
 class ApolloMiniSettings(ApolloSettings):
     rank: Rank = 1
-    scale: Scale = 128.0
-    scale_type: Annotated[
-        Literal["channel", "tensor"],
-        explained("scaling factors", channel="one per channel", tensor="one per matrix"),
-    ] = "tensor"
+    scale: ApolloScale = 128.0
+    scale_type: ScaleType = "tensor"
 
 
 class FrugalSettings(SubspaceSettings):

@@ -1,6 +1,7 @@
-"""Each method has its page, and the page says what the method really takes."""
+"""Each method has a page, whose table of settings is the one of the method's entry."""
 
 import re
+import runpy
 import typing
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hf_lowrank.methods import METHODS
 
 PAGES = Path(__file__).parents[2] / "model_cards"
+UPDATE = runpy.run_path(str(PAGES / "update.py"))
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -21,8 +23,13 @@ def test_the_page_has_every_setting_with_its_default(name):
         line.split("|")[1].strip(" `"): line.split("|")[2].strip(" `") for line in page.splitlines() if "| `" in line
     }
     assert rows == {setting: str(field.default) for setting, field in method.settings.model_fields.items()}
-    for heading in ("## When to take it", "## Cost", "## Settings", "## Notes"):
+    for heading in ("## When to use it", "## Cost", "## Settings", "## Notes"):
         assert heading in page
+
+
+@pytest.mark.parametrize("page", UPDATE["pages"](), ids=lambda page: page.stem)
+def test_tables_are_those_that_make_pages_writes(page):
+    assert page.read_text(encoding="utf-8") == UPDATE["updated"](page)
 
 
 def test_the_list_names_all_pages():
