@@ -15,6 +15,7 @@ from hf_lowrank.cli import STAGES, main
 from hf_lowrank.errors import LowRankWarning
 from hf_lowrank.formats import console, echo, hide_hub_progress_bars, is_first_process, print_own_warnings_as_lines
 from hf_lowrank.methods import METHODS
+from hf_lowrank.study import spec
 
 
 def run(capsys, *arguments):
