@@ -28,7 +28,7 @@ from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.errors import UserError
 from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, WORKSPACE, Ledger, Peak, StandIns
 from hf_lowrank.optim.groups import decayed_names
-from hf_lowrank.optim.moments import _levels
+from hf_lowrank.optim.state import quantization_levels
 from hf_lowrank.training.recipe import Recipe, first_line
 from hf_lowrank.training.trainer import drop_logits
 
@@ -134,7 +134,7 @@ def _apart(packed: bool) -> Iterator[None]:
     transformers makes a mask of every fake batch, of a real one only where there are fillings.
     """
     maskless = replaced(import_utils, "is_fake_tensor", lambda tensor: False) if packed else nullcontext()
-    _levels.cache_clear()
+    quantization_levels.cache_clear()
     package = logging.getLogger("hf_lowrank")
     level = package.level
     package.setLevel(logging.WARNING)
@@ -144,7 +144,7 @@ def _apart(packed: bool) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        _levels.cache_clear()
+        quantization_levels.cache_clear()
         package.setLevel(level)
 
 

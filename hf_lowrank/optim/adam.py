@@ -1,4 +1,4 @@
-"""Adam's arithmetic on lists of tensors, through torch's fused kernels where the device has them."""
+"""Adam's arithmetic on lists of tensors, with torch's fused kernels if the device has them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-ADAM_VARIANTS = ("official", "torch")
+from hf_lowrank.compat import fused_adamw_, fused_kernel_devices
 
 
 def variant_eps(eps: float, beta2: float, age: int, variant: str) -> float:
-    """The ε that makes torch's rule, which adds it after the bias correction, equal `variant`'s at Adam step `age`."""
+    """The ε with which torch's rule, which adds it after bias correction, equals `variant`'s at Adam step `age`."""
     return eps / math.sqrt(1 - beta2**age) if variant == "official" else eps
 
 
 def decay_factors(lr: float, weight_decay: float, variant: str) -> tuple[float, float]:
     """`(keep, gain)` such that `weight ← keep · weight − lr · gain · update` is `variant`'s decoupled weight decay.
 
-    `official` decays the weights after the update, `torch` before it.
+    `official` decays the weight after the update, `torch` before it.
     """
     keep = 1 - lr * weight_decay
     return keep, (keep if variant == "official" else 1.0)
@@ -41,7 +40,7 @@ def adamw_(
     weight_decay: float,
     variant: str,
 ) -> None:
-    """One AdamW step in place, the `age`-th (from 1) of all of `params`; they share device and dtype."""
+    """The `age`-th AdamW step (from 1) of parameters that share device and dtype, in place."""
     keep, gain = decay_factors(lr, weight_decay, variant)
     options: dict[str, Any] = {
         "lr": lr * gain,
@@ -72,19 +71,19 @@ Four = tuple[Tensor, ...]  # weight, gradient, moments
 
 def _fused(fours: list[Four], age: int, options: dict[str, Any]) -> None:
     weights, directions, firsts, seconds = (list(kind) for kind in zip(*fours, strict=True))
-    # The kernel that torch.optim.AdamW ends in; all that it sorts before is sorted here already. It adds no step.
+    # The kernel that torch.optim.AdamW ends in, without its sorting. It does not increment `step`.
     step = torch.full((), float(age), dtype=torch.float32, device=weights[0].device)
-    torch._fused_adamw_(weights, directions, firsts, seconds, [], [step] * len(weights), **options)
+    fused_adamw_(weights, directions, firsts, seconds, [], [step] * len(weights), **options)
 
 
 def _by_layout(fours: list[Four]) -> tuple[list[Four], list[Four], list[Four]]:
-    """What the fused kernel can step as it is, what it can step as copies, and what it cannot.
+    """What the fused kernel can step directly, what it can step as contiguous copies, and what it cannot.
 
-    The kernel goes through memory as if weight, gradient and moments lay there alike and without gaps; it asks for
-    no shape and no stride. Other kernels round 16-bit numbers in between, so that results would depend on the layout.
+    The kernel ignores shapes and strides: it assumes that weight, gradient and moments have the same memory layout
+    without gaps. Other kernels round 16-bit intermediates, so results would depend on the layout.
     """
     first = fours[0][0]
-    if first.device.type not in _get_fused_kernels_supported_devices() or not first.is_floating_point():
+    if first.device.type not in fused_kernel_devices() or not first.is_floating_point():
         return [], [], fours
     alike: list[Four] = []
     others: list[Four] = []
@@ -101,7 +100,7 @@ def _by_layout(fours: list[Four]) -> tuple[list[Four], list[Four], list[Four]]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill a piece of memory, in whatever order."""
+    """Whether its elements fill a contiguous piece of memory, in any order."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -112,8 +111,8 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def adam_moves(
-    lows: Tensor,
+def adam_direction(
+    low: Tensor,
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
@@ -122,26 +121,26 @@ def adam_moves(
     eps: float,
     variant: str,
 ) -> Tensor:
-    """Minus the bias-corrected Adam direction of stacked gradients `lows` (k, rows, rank).
+    """The bias-corrected Adam direction of stacked gradients `low` (k, rows, rank); updates the moments in place.
 
-    Updates the moments in place. The fused step of a zero weight at learning rate 1 is just that, in one pass.
+    A fused step of a zero weight at learning rate −1 computes it in one pass.
     """
-    moves = torch.zeros_like(lows)
+    direction = torch.zeros_like(low)
     adamw_(
-        moves.unbind(),
-        lows.unbind(),
+        direction.unbind(),
+        low.unbind(),
         exp_avgs,
         exp_avg_sqs,
         age=age,
-        lr=1.0,
+        lr=-1.0,
         betas=betas,
         eps=eps,
         weight_decay=0.0,
         variant=variant,
     )
-    return moves
+    return direction
 
 
 def bias_gain(betas: tuple[float, float], age: int) -> float:
-    """`sqrt(1-β2^t) / (1-β1^t)`: the bias-corrected direction divided by the uncorrected `M / (sqrt(V) + ε)`."""
+    """`sqrt(1-β2^t) / (1-β1^t)`: the bias-corrected direction over the uncorrected `M / (sqrt(V) + ε)`."""
     return math.sqrt(1 - betas[1] ** age) / (1 - betas[0] ** age)

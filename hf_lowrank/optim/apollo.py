@@ -1,35 +1,32 @@
-"""APOLLO and APOLLO-Mini (arXiv 2412.05270): the gradient itself, scaled by what Adam does to a projection of it."""
+"""APOLLO and APOLLO-Mini (arXiv 2412.05270): the gradient, scaled by Adam's effect on a random projection of it."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import torch
-
-from hf_lowrank.optim.base import Bound, Params
-from hf_lowrank.optim.batch import Batch
+from hf_lowrank.optim.base import Declared, Params
+from hf_lowrank.optim.batch import ProjectedBatch
 from hf_lowrank.optim.core import ProjectedAdamW
-from hf_lowrank.optim.limiter import channel_scales, limit_growth_, row_norm
-
-SCALE_TYPES = ("channel", "tensor")
+from hf_lowrank.optim.layout import Layout
+from hf_lowrank.optim.limiter import RESIDUAL_NORM, channel_scales, limit_growth_
+from hf_lowrank.optim.methods import ApolloSettings
 
 
 class ApolloAdamW(ProjectedAdamW):
     """APOLLO: `W ← W − η_t · sqrt(scale) · φ G`, with the norm-growth limiter on the scaled gradient.
 
-    The projection has N(0, 1/rank) entries, is drawn from the seed at every step, changes every `update_proj_gap`
-    steps, and is never stored. APOLLO-Mini is `rank=1, scale_type="tensor", scale=128`.
+    The projection has N(0, 1/rank) entries, changes every `update_proj_gap` steps, and is never stored: each step
+    draws it again from the seed. APOLLO-Mini is `rank=1, scale_type="tensor", scale=128`.
 
     Args:
-        scale_type: `channel`: `φ_i = ‖N_i‖ / ‖R_i‖` for each row that is not projected; `tensor`: one number.
-        norm_growth_limit: how much the scaled gradient's norm may grow from one step to the next.
+        scale_type: `channel`: `φ_i = ‖N_i‖ / ‖R_i‖` per row that is not projected; `tensor`: one factor per matrix.
+        norm_growth_limit: largest factor by which the norm of the scaled gradient may grow in one step.
 
-    The other arguments are `ProjectedAdamW`'s; `proj_type="full"` has no channels to scale and is refused.
+    The other arguments are those of `ProjectedAdamW`; `proj_type="full"` has no channels to scale and is refused.
     """
 
-    limits_norm = True
-    proj_types = ("std", "reverse_std", "right", "left")
+    settings = ApolloSettings
 
     def __init__(
         self,
@@ -45,26 +42,23 @@ class ApolloAdamW(ProjectedAdamW):
         own = {"scale_type": scale_type, "norm_growth_limit": norm_growth_limit}
         super().__init__(params, lr, scale=scale, subspace=subspace, own=own, **options)
 
-    def _choices(self) -> dict[str, tuple[str, ...]]:
-        return super()._choices() | {"scale_type": SCALE_TYPES}
+    def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
+        return {**super().declare_state(group, layout), **RESIDUAL_NORM}
 
-    def _bounds(self) -> dict[str, Bound]:
-        return super()._bounds() | {"norm_growth_limit": (lambda x: x >= 1, "at least 1")}
-
-    def _update_batch(self, batch: Batch) -> None:
+    def update(self, batch: ProjectedBatch) -> None:
         group = batch.group
-        lows, moves = batch.project(), batch.moves()
-        of_tensor = group["scale_type"] == "tensor"
-        if of_tensor:
-            lows, moves = lows.flatten(1)[:, None], moves.flatten(1)[:, None]
-        norm = batch.place.norms if of_tensor else row_norm
-        scales = channel_scales(lows, moves, batch.bias_gain, norm) * math.sqrt(group["scale"])
+        low = batch.project(keep_stack=True)
+        direction = batch.adam(low)
+        if group["scale_type"] == "tensor":
+            one_row = low.flatten(1)[:, None], direction.flatten(1)[:, None]
+            scales = channel_scales(*one_row, batch.bias_gain, batch.partition.norms)
+        else:
+            scales = channel_scales(low, direction, batch.bias_gain)
+        scales *= math.sqrt(group["scale"])
 
-        norms = batch.place.norms(scales * batch.grad_norms(scales.dtype))
-        scales /= limit_growth_(norms, batch.limits, group["norm_growth_limit"])[:, None]
+        norms = batch.partition.norms(scales * batch.grad_norms(scales.dtype))
+        scales /= limit_growth_(norms, batch.state("residual_norm"), group["norm_growth_limit"])[:, None]
 
-        keep, step = batch.factors
-        if keep != 1:
-            torch._foreach_mul_(batch.weights, keep)
-        apply_ = batch.add_scaled_gradients_ if of_tensor else batch.scale_rows_
-        apply_(scales, alpha=-step * batch.bias_gain)
+        batch.decay_()
+        scales = scales[:, 0] if group["scale_type"] == "tensor" else scales
+        batch.add_scaled_gradients_(scales, -batch.lr * batch.bias_gain)

@@ -1,24 +1,25 @@
-"""Target matrices of equal shape and age, taken through one step together.
+"""The verbs of a step, for several target matrices of equal shape and age at once: project, adam, lift and add.
 
-Where they are divided among processes, `rows` of a projection are those of this process, see `places`.
-A basis is a (columns, rank) matrix, or for random columns the (rank,) indices of the columns themselves.
+A batch holds oriented matrices (see `layout`), and for sharded ones this process's part of them (see `sharding`).
+A basis is a (columns, rank) matrix, or for random columns the (rank,) indices of those columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_lowrank.optim.adam import adam_moves, bias_gain, decay_factors
-from hf_lowrank.optim.places import ALONE, Alone
+from hf_lowrank.compat import foreach_add_, foreach_mul_
+from hf_lowrank.optim.adam import adam_direction, bias_gain, decay_factors
+from hf_lowrank.optim.entries import Entry
+from hf_lowrank.optim.layout import stored_in
 
 
-class Limits(NamedTuple):
-    """Elements of gradients.
+class BatchLimits(NamedTuple):
+    """Numbers of gradient elements.
 
     Attributes:
         stacked: of the largest matrices that are copied into a stack.
@@ -29,14 +30,215 @@ class Limits(NamedTuple):
     batch: int
 
 
-# A stack saves a kernel for each matrix, and costs the copy. On an accelerator each kernel takes the host ten
-# microseconds, and the copy next to nothing. On a CPU a batch of this size stays in the cache from the projection to
-# the weights.
-ON_CPU, ON_ACCELERATOR = Limits(2**16, 2**20), Limits(2**23, 2**25)
+# A stack saves a kernel per matrix and costs the copy. On an accelerator each kernel takes the host ten microseconds,
+# and the copy next to nothing. On a CPU a batch of this size stays in the cache from the projection to the weights.
+ON_CPU, ON_ACCELERATOR = BatchLimits(2**16, 2**20), BatchLimits(2**23, 2**25)
 
 
-def batch_limits(device: torch.device) -> Limits:
+def batch_limits(device: torch.device) -> BatchLimits:
     return ON_CPU if device.type == "cpu" else ON_ACCELERATOR
+
+
+class Batch:
+    """Target matrices that share shape, dtype, device, group and age.
+
+    Args:
+        entries: their parameters, whose step is counted already.
+
+    Attributes:
+        entries: the same.
+        group: the options of their parameter group.
+        age: which Adam step this is, from 1.
+        partition: how each matrix is split among processes.
+        lr: the learning rate, as it multiplies the update.
+        keep: what decoupled weight decay multiplies the weight by: `W ← keep · W − lr · update`.
+        weights: oriented views (rows, columns) of the weights, to be updated in place.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        first = entries[0]
+        self.entries, self.group, self.age = entries, first.group, first.age
+        self.partition, self._transposed = first.layout.partition, first.layout.transposed
+        lr = float(self.group["lr"])
+        self.keep, gain = decay_factors(lr, self.group["weight_decay"], self.group["adam_variant"])
+        self.lr = lr * gain
+        self._updated = [entry.wide_weight() for entry in entries]
+        self._stored_weights = [
+            view
+            for entry, weight in zip(entries, self._updated, strict=True)
+            for view in stored_in(entry.layout, weight, entry.info.name)
+        ]
+        self._stored_grads = [view for entry in entries for view in entry.layout.stored(entry.grad)]
+        self.weights = self._oriented(self._stored_weights)
+        self._read: dict[str, list[Tensor]] = {}  # by parameter
+        self._views: dict[str, list[Tensor]] = {}  # by matrix
+
+    def _oriented(self, stored: list[Tensor]) -> list[Tensor]:
+        return [matrix.mT for matrix in stored] if self._transposed else stored
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """Oriented views of the gradients, (rows, columns) each."""
+        return self._oriented(self._stored_grads)
+
+    def state(self, key: str) -> list[Tensor]:
+        """A declared state tensor of each matrix, to be updated in place; this process's part of it."""
+        if key not in self._views:
+            self._read[key] = [entry.read(key) for entry in self.entries]
+            whole = self.entries[0].declared(key).shape is None
+            self._views[key] = [
+                view
+                for entry, tensor in zip(self.entries, self._read[key], strict=True)
+                for view in (entry.layout.matrices(tensor) if whole else entry.layout.parts(tensor))
+            ]
+        return self._views[key]
+
+    def finish(self) -> None:
+        """Writes back the weights and states that were updated in copies."""
+        for key, tensors in self._read.items():
+            for entry, tensor in zip(self.entries, tensors, strict=True):
+                entry.write(key, tensor)
+        for entry, weight in zip(self.entries, self._updated, strict=True):
+            entry.write_weight(weight)
+
+
+class ProjectedBatch(Batch):
+    """A batch whose matrices have subspaces.
+
+    Args:
+        bases: one per matrix, as this process multiplies by them.
+        left_bases: (rows, rank) each, or None.
+        accumulated: (k, rows, rank) projections of this step's earlier backward passes, or None.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        bases: list[Tensor],
+        left_bases: list[Tensor] | None = None,
+        accumulated: Tensor | None = None,
+    ) -> None:
+        super().__init__(entries)
+        self._bases, self._left_bases, self._accumulated = bases, left_bases, accumulated
+        limits, count, elements = batch_limits(self.weights[0].device), len(self.weights), self.weights[0].numel()
+        dense = bases[0].is_floating_point() and left_bases is None
+        self.stacks = dense and count > 1 and elements <= limits.stacked and count * elements <= limits.batch
+        self._low: Tensor | None = None
+        self._stacked_grads: Tensor | None = None
+        self._stacked_bases: Tensor | None = None
+
+    @property
+    def bias_gain(self) -> float:
+        """What bias correction multiplies `M / (sqrt(V) + ε)` by."""
+        return bias_gain(self.group["betas"], self.age)
+
+    # The verbs
+
+    def project(self, *, keep_stack: bool = False) -> Tensor:
+        """The projected gradients, (k, rows, rank), in the type of the moments.
+
+        Args:
+            keep_stack: whether a stacked copy of the gradients stays in memory for `grad_norms` and
+                `add_scaled_gradients_`.
+        """
+        if self._low is None:
+            low = self._project_stack(keep_stack) if self.stacks else self._project_each()
+            self._low = self.partition.projected(low.to(self.state("exp_avg")[0].dtype))
+            if self._accumulated is not None:
+                self._low += self._accumulated
+        return self._low
+
+    def adam(self, low: Tensor) -> Tensor:
+        """Adam's bias-corrected direction of projected gradients, (k, rows, rank); updates the moments."""
+        return adam_direction(
+            low,
+            self.state("exp_avg"),
+            self.state("exp_avg_sq"),
+            age=self.age,
+            betas=self.group["betas"],
+            eps=self.group["eps"],
+            variant=self.group["adam_variant"],
+        )
+
+    def decay_(self) -> None:
+        """`W ← keep · W`, for methods that do not lift."""
+        if self.keep != 1:
+            foreach_mul_(self.weights, self.keep)
+
+    def lift_and_add_(self, low: Tensor, alpha: float) -> None:
+        """`W ← keep · W + alpha · lift(low)`, without a dense temporary for large matrices."""
+        low = self.partition.for_lifting(low.to(self.weights[0].dtype))
+        if self.stacks:
+            bases = self._stack_of_bases().to(low.dtype)
+            lifted = torch.bmm(bases, low.mT) if self._transposed else torch.bmm(low, bases.mT)
+            if self.keep != 1:
+                foreach_mul_(self._stored_weights, self.keep)
+            foreach_add_(self._stored_weights, lifted.unbind(), alpha=alpha)
+            return
+        for weight, one, basis, left in zip(self.weights, low.unbind(), self._bases, self._lefts, strict=True):
+            if not basis.is_floating_point():
+                (weight.mul_(self.keep) if self.keep != 1 else weight).index_add_(1, basis, one, alpha=alpha)
+                continue
+            rows = one if left is None else left.to(one.dtype) @ one
+            weight.addmm_(rows, basis.to(one.dtype).mT, beta=self.keep, alpha=alpha)
+
+    def residuals(self) -> Iterator[Tensor]:
+        """`G − lift(project(G))` of one matrix after the other, (rows, columns)."""
+        low = self.partition.for_lifting(self.project())
+        for grad, one, basis, left in zip(self.grads, low.unbind(), self._bases, self._lefts, strict=True):
+            if basis.is_floating_point():
+                yield grad - lift_matrix(one.to(grad.dtype), basis, left)
+            else:
+                yield grad.index_fill(-1, basis, 0)
+
+    def grad_norms(self, dtype: torch.dtype) -> Tensor:
+        """The norms of the gradients' rows, (k, rows)."""
+        if self.stacks:
+            stack = self._stack_of_grads()
+            return self.partition.row_norms(row_norms(stack.mT if self._transposed else stack, dtype))
+        return self.partition.row_norms(torch.stack([row_norms(grad, dtype) for grad in self.grads]))
+
+    def add_scaled_gradients_(self, scales: Tensor, alpha: float) -> None:
+        """`W ← W + alpha · scales · G`, with a scale per row (k, rows) or per matrix (k,); the last use of G."""
+        scales = self.partition.for_lifting(scales) if scales.ndim == 2 else scales[:, None]
+        if self.stacks:
+            stack, self._stacked_grads = self._stack_of_grads(), None  # a copy, and used up here
+            stack *= (scales[:, None] if self._transposed else scales[..., None]).to(stack.dtype)
+            foreach_add_(self._stored_weights, stack.unbind(), alpha=alpha)
+            return
+        for weight, grad, scale in zip(self.weights, self.grads, scales.unbind(), strict=True):
+            weight.addcmul_(grad, scale[:, None].to(grad.dtype), value=alpha)
+
+    # Stacks
+
+    @property
+    def _lefts(self) -> Sequence[Tensor | None]:
+        return self._left_bases or [None] * len(self._bases)
+
+    def _project_stack(self, keep_stack: bool) -> Tensor:
+        stack = self._stack_of_grads()
+        if not keep_stack:
+            self._stacked_grads = None
+        return torch.bmm(stack.mT if self._transposed else stack, self._stack_of_bases())
+
+    def _project_each(self) -> Tensor:
+        grads, rank = self.grads, self.entries[0].layout.rank
+        rows = rank if self._left_bases else grads[0].shape[0]
+        low = grads[0].new_empty(len(grads), rows, rank)
+        for one, grad, basis, left in zip(low.unbind(), grads, self._bases, self._lefts, strict=True):
+            project_matrix(grad, basis, left, out=one)
+        return low
+
+    def _stack_of_grads(self) -> Tensor:
+        """A copy of the gradients, stacked as they are stored."""
+        if self._stacked_grads is None:
+            self._stacked_grads = torch.stack(self._stored_grads)
+        return self._stacked_grads
+
+    def _stack_of_bases(self) -> Tensor:
+        if self._stacked_bases is None:
+            self._stacked_bases = torch.stack(self._bases)
+        return self._stacked_bases
 
 
 def project_matrix(
@@ -50,172 +252,18 @@ def project_matrix(
     return torch.mm(matrix, basis, out=out)
 
 
-def row_norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Euclidean norms of the rows of an oriented gradient, or of several: (…, rows, columns) -> (…, rows).
-
-    The CPU's norm kernel is many times slower across memory than along it; of a transposed view, squares are summed.
-    """
-    if matrix.stride(-1) == 1 or matrix.device.type != "cpu":
-        return torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype)
-    return matrix.to(dtype).square().sum(-1).sqrt_()
-
-
-def lift_matrix(low: Tensor, basis: Tensor, columns: int, left_basis: Tensor | None = None) -> Tensor:
+def lift_matrix(low: Tensor, basis: Tensor, left_basis: Tensor | None = None) -> Tensor:
     """`R Qᵀ`, or `P R Qᵀ` with a left basis: back to (rows, columns)."""
-    if not basis.is_floating_point():
-        return low.new_zeros(*low.shape[:-1], columns).index_copy_(-1, basis, low)
     if left_basis is not None:
         low = left_basis @ low
     return low @ basis.mT
 
 
-@dataclass
-class Batch:
-    """Matrices that share shape, dtype, device, group options and Adam age.
+def row_norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Euclidean norms of the rows of an oriented gradient, or of several: (…, rows, columns) -> (…, rows).
 
-    Attributes:
-        group: the options of their parameter group.
-        age: which Adam step this is, from 1.
-        transposed: whether matrices are oriented by transposing them as they are stored.
-        stored_weights, stored_grads: what this process holds, as it is stored.
-        bases: one for each matrix, as this process multiplies by them; see the module.
-        left_bases: (rows, rank) each, or None.
-        exp_avgs, exp_avg_sqs: the moments, of the projected shape.
-        limits: 0-dimensional tensors with the residual's last norm, or empty.
-        earlier: (k, rows, rank) projections of this step's earlier backward passes, or None.
-        place: where the parts of each matrix lie.
+    The CPU's norm kernel is many times slower across memory than along it; a transposed view's squares are summed.
     """
-
-    group: dict[str, Any]
-    age: int
-    transposed: bool
-    stored_weights: list[Tensor]
-    stored_grads: list[Tensor]
-    bases: list[Tensor]
-    left_bases: list[Tensor] | None
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    limits: list[Tensor]
-    earlier: Tensor | None = None
-    place: Alone = ALONE
-
-    def __post_init__(self) -> None:
-        self.weights = self._oriented(self.stored_weights)
-        limits, count, elements = batch_limits(self.weights[0].device), len(self.weights), self.weights[0].numel()
-        dense = self.bases[0].is_floating_point() and self.left_bases is None
-        self.stackable = dense and count > 1 and elements <= limits.stacked and count * elements <= limits.batch
-        self._lows: Tensor | None = None
-        self._stack: Tensor | None = None
-        self._stacked_bases: Tensor | None = None
-
-    def _oriented(self, stored: list[Tensor]) -> list[Tensor]:
-        return [matrix.mT for matrix in stored] if self.transposed else stored
-
-    @property
-    def grads(self) -> list[Tensor]:
-        """Oriented views of the gradients, (rows, columns) each."""
-        return self._oriented(self.stored_grads)
-
-    @property
-    def factors(self) -> tuple[float, float]:
-        """`(keep, step)`: `weight ← keep · weight + step · move` with Adam's bias-corrected move."""
-        lr = float(self.group["lr"])
-        keep, gain = decay_factors(lr, self.group["weight_decay"], self.group["adam_variant"])
-        return keep, lr * gain
-
-    @property
-    def bias_gain(self) -> float:
-        return bias_gain(self.group["betas"], self.age)
-
-    def _stored_stack(self) -> Tensor:
-        """A copy of the gradients, stacked as they are stored."""
-        if self._stack is None:
-            self._stack = torch.stack(self.stored_grads)
-        return self._stack
-
-    def _stack_of_bases(self) -> Tensor:
-        if self._stacked_bases is None:
-            self._stacked_bases = torch.stack(self.bases)
-        return self._stacked_bases
-
-    def project(self) -> Tensor:
-        """The projected gradients, (k, rows, rank), in the moments' type."""
-        if self._lows is None:
-            if self.stackable:
-                stack = self._stored_stack()
-                if not self.limits:  # only what goes outside of the subspace needs the gradients again
-                    self._stack = None
-                lows = torch.bmm(stack.mT if self.transposed else stack, self._stack_of_bases())
-            else:
-                lefts: list[Any] = self.left_bases or [None] * len(self.stored_grads)
-                grads = self.grads
-                rank = self.exp_avgs[0].shape[-1]
-                rows = rank if self.left_bases else grads[0].shape[0]
-                lows = grads[0].new_empty(len(grads), rows, rank)
-                for low, grad, basis, left in zip(lows.unbind(), grads, self.bases, lefts, strict=True):
-                    project_matrix(grad, basis, left, out=low)
-            self._lows = self.place.projected(lows.to(self.exp_avgs[0].dtype))
-            if self.earlier is not None:
-                self._lows += self.earlier
-        return self._lows
-
-    def moves(self) -> Tensor:
-        """Minus Adam's bias-corrected direction of the projected gradients, (k, rows, rank); updates the moments."""
-        return adam_moves(
-            self.project(),
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            age=self.age,
-            betas=self.group["betas"],
-            eps=self.group["eps"],
-            variant=self.group["adam_variant"],
-        )
-
-    def apply_lifted_(self, lows: Tensor, *, keep: float, alpha: float) -> None:
-        """`W ← keep · W + alpha · lift(lows)`, without a dense temporary for large matrices."""
-        lows = self.place.for_lifting(lows.to(self.weights[0].dtype))
-        if self.stackable:
-            bases = self._stack_of_bases().to(lows.dtype)
-            lifted = torch.bmm(bases, lows.mT) if self.transposed else torch.bmm(lows, bases.mT)
-            if keep != 1:
-                torch._foreach_mul_(self.stored_weights, keep)
-            torch._foreach_add_(self.stored_weights, lifted.unbind(), alpha=alpha)
-            return
-        for index, (weight, low, basis) in enumerate(zip(self.weights, lows.unbind(), self.bases, strict=True)):
-            if not basis.is_floating_point():
-                (weight.mul_(keep) if keep != 1 else weight).index_add_(1, basis, low, alpha=alpha)
-                continue
-            if self.left_bases is not None:
-                low = self.left_bases[index].to(low.dtype) @ low  # noqa: PLW2901
-            weight.addmm_(low, basis.to(low.dtype).mT, beta=keep, alpha=alpha)
-
-    def residuals(self) -> Iterator[Tensor]:
-        """`G − lift(project(G))` of one matrix after the other, (rows, columns)."""
-        lows = self.place.for_lifting(self.project())
-        lefts: list[Any] = self.left_bases or [None] * len(self.stored_grads)
-        for grad, low, basis, left in zip(self.grads, lows.unbind(), self.bases, lefts, strict=True):
-            if basis.is_floating_point():
-                yield grad - lift_matrix(low.to(grad.dtype), basis, grad.shape[-1], left)
-            else:
-                yield grad.index_fill(-1, basis, 0)
-
-    def grad_norms(self, dtype: torch.dtype) -> Tensor:
-        """The norms of the gradients' rows, (k, rows)."""
-        if self.stackable:
-            stack = self._stored_stack()
-            return self.place.row_norms(row_norms(stack.mT if self.transposed else stack, dtype))
-        return self.place.row_norms(torch.stack([row_norms(grad, dtype) for grad in self.grads]))
-
-    def scale_rows_(self, scales: Tensor, *, alpha: float) -> None:
-        """`W ← W + alpha · diag(scales) G` with scales (k, rows); the last that a step does."""
-        self.add_scaled_gradients_(self.place.for_lifting(scales), alpha=alpha)
-
-    def add_scaled_gradients_(self, scales: Tensor, *, alpha: float) -> None:
-        """`scale_rows_` with the scales of all rows that this process holds of each matrix, or with (k, 1)."""
-        if self.stackable:
-            stack, self._stack = self._stored_stack(), None  # a copy, and used up here
-            stack *= (scales[:, None] if self.transposed else scales[..., None]).to(stack.dtype)
-            torch._foreach_add_(self.stored_weights, stack.unbind(), alpha=alpha)
-            return
-        for weight, grad, scale in zip(self.weights, self.grads, scales.unbind(), strict=True):
-            weight.addcmul_(grad, scale[:, None].to(grad.dtype), value=alpha)
+    if matrix.stride(-1) == 1 or matrix.device.type != "cpu":
+        return torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype)
+    return matrix.to(dtype).square().sum(-1).sqrt_()

@@ -1,7 +1,8 @@
-"""Parameter groups: which parameters live in a subspace, which decay, and what `TrainingArguments` say."""
+"""Parameter groups: which parameters are targets, which decay, and what `TrainingArguments` say about them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim.engines import refuse_flattened_model
+from hf_lowrank.optim.layout import check_rank
 from hf_lowrank.targets import target_modules as select_target_modules
 from hf_lowrank.targets import target_parameters as select_target_parameters
 from hf_lowrank.targets import warn_of_stacks
@@ -41,9 +43,8 @@ def param_groups(
 
     Args:
         target_modules: which linear layers are targets, see `hf_lowrank.targets.target_modules`.
-        target_parameters: names, or their endings, of parameters that are targets beside, such as the stacks in which
-            transformers keeps a mixture's experts (`"experts.gate_up_proj"`). There is a warning where such stacks
-            are left to AdamW.
+        target_parameters: names or name endings of further targets, such as the stacks that hold a mixture's experts
+            in transformers (`"experts.gate_up_proj"`). A warning names such stacks if they are left to AdamW.
 
     Raises:
         UserError: `target_modules` or `target_parameters` match nothing, or nothing trainable; `rank` is too large
@@ -65,10 +66,10 @@ def param_groups(
             groups[key] = {"params": [], "weight_decay": weight_decay if key[1] else 0.0, "rank": None}
             if key[0]:
                 groups[key].update(group_options, rank=rank)
-        stacked = param.ndim == 3 and group_options.get("matrix") != "flatten"
-        most = min(param.shape[1:] if stacked else (param.shape[0], param[0].numel())) if key[0] else 0
-        if key[0] and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most):
-            raise UserError(f"rank must be from 1 to {most} for {name} of shape {tuple(param.shape)}, got {rank!r}")
+        if key[0]:
+            stacked = param.ndim == 3 and group_options.get("matrix") != "flatten"
+            rows, columns = param.shape[1:] if stacked else (param.shape[0], param[0].numel())
+            check_rank(rank, name, param.shape, rows, columns)
         groups[key]["params"].append((name, param))
     if not any(target for target, _ in groups):
         raise UserError(
@@ -80,7 +81,7 @@ def param_groups(
 
 
 def group_parameters(group: Mapping[str, Any]) -> list[Tensor]:
-    """A group's parameters, whether it lists them plainly or as (name, parameter) pairs."""
+    """A group's parameters, given as such or as (name, parameter) pairs."""
     params = group["params"]
     if isinstance(params, Tensor):
         return [params]
@@ -88,7 +89,7 @@ def group_parameters(group: Mapping[str, Any]) -> list[Tensor]:
 
 
 def check_coverage(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Stops the run when a trainable parameter of `model` is in no group, or in two.
+    """Checks that each trainable parameter of `model` is in exactly one group.
 
     Raises:
         UserError: naming the first such parameters.
@@ -110,7 +111,7 @@ def check_coverage(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> Non
 
 
 def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The optimizer's keyword arguments that `TrainingArguments` hold: lr, betas, eps and weight_decay.
+    """The keyword arguments of an optimizer that `TrainingArguments` hold: lr, betas, eps and weight_decay.
 
     For `Trainer(optimizer_cls_and_kwargs=(GaLoreAdamW, {"model": model, "rank": 128, **adam_arguments(args)}))`.
     """
@@ -120,3 +121,25 @@ def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
     }
+
+
+def parameter_table(title: str, rows: Iterable[tuple[str, Tensor, str]]) -> str:
+    """A table for the log, with one line for all parameters that differ only in the numbers of their names.
+
+    Args:
+        title: of the first line.
+        rows: each parameter's name, the parameter, and how it is handled.
+    """
+    alike: dict[tuple[str, str, str], int] = {}
+    values: dict[str, int] = {}
+    for name, param, how in rows:
+        shape = " × ".join(map(str, param.shape))
+        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), shape, how)
+        alike[key] = alike.get(key, 0) + 1
+        kind = how.partition(",")[0]
+        values[kind] = values.get(kind, 0) + param.numel()
+    shapes = {key: f"{count} of {key[1]}" if count > 1 else key[1] for key, count in alike.items()}
+    widths = max(len(name) for name, _, _ in alike), max(map(len, shapes.values()))
+    lines = [f"{title}: " + ", ".join(f"{count:,} values with {kind}" for kind, count in values.items())]
+    lines += [f"  {key[0]:<{widths[0]}}  {shape:<{widths[1]}}  {key[2]}" for key, shape in shapes.items()]
+    return "\n".join(lines)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,6 @@ from accelerate.state import GradientState
 from torch import Tensor
 
 from hf_lowrank.errors import UserError
-
-if TYPE_CHECKING:
-    from hf_lowrank.optim.base import TargetedAdamW
 
 
 def check_layerwise(*, max_grad_norm: float, fp16: bool) -> None:
@@ -33,28 +31,32 @@ def check_layerwise(*, max_grad_norm: float, fp16: bool) -> None:
         raise UserError("fp16 must be off with layerwise=True: its loss scale is only checked at the end; use bf16")
 
 
+class StepsInsideBackward(Protocol):
+    """An optimizer that can step one parameter at a time."""
+
+    def step_inside_backward(self, group: int, position: int, param: Tensor, *, ends_step: bool) -> None: ...
+
+
 class Layerwise:
-    """The hooks of one optimizer.
+    """The gradient hooks of one optimizer.
 
     Whether a backward pass ends an optimizer step is accelerate's `sync_gradients`, which Trainer and
-    `accelerator.accumulate` set; `accumulating` says it in a loop without accelerate.
+    `accelerator.accumulate` set; a loop without accelerate uses `accumulating`.
     """
 
-    def __init__(self, optimizer: TargetedAdamW) -> None:
+    def __init__(self, optimizer: StepsInsideBackward) -> None:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise UserError(
                 "layerwise=True needs a single process, got a world size of "
                 f"{dist.get_world_size()}: gradients would be used before they are averaged; leave it out"
             )
         self._optimizer = weakref.ref(optimizer)
-        self._groups: dict[Tensor, int] = {}
         self._accumulating = False
 
-    def attach(self, group: int, params: Sequence[Tensor]) -> None:
-        """Hooks the parameters of group number `group`."""
-        for param in params:
-            self._groups[param] = group
-            param.register_post_accumulate_grad_hook(self._after_gradient)
+    def attach(self, group: int, first: int, params: Sequence[Tensor]) -> None:
+        """Adds hooks to the parameters of group number `group`, the optimizer's parameters from number `first`."""
+        for position, param in enumerate(params, first):
+            param.register_post_accumulate_grad_hook(partial(self._after_gradient, group, position))
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -65,14 +67,8 @@ class Layerwise:
             self._accumulating = before
 
     @torch.no_grad()
-    def _after_gradient(self, param: Tensor) -> None:
+    def _after_gradient(self, group: int, position: int, param: Tensor) -> None:
         optimizer = self._optimizer()
-        if optimizer is None or param.grad is None:
-            return
-        group = optimizer.param_groups[self._groups[param]]
-        if self._accumulating or not GradientState().sync_gradients:
-            if optimizer._keep_part(group, param):
-                param.grad = None
-            return
-        optimizer._update_one(group, param)
-        param.grad = None
+        if optimizer is not None and param.grad is not None:
+            ends_step = not self._accumulating and GradientState().sync_gradients
+            optimizer.step_inside_backward(group, position, param, ends_step=ends_step)

@@ -1,30 +1,32 @@
-"""torch's Muon for the target matrices and AdamW for the rest, as one optimizer, to compare with."""
+"""torch's Muon for the target matrices and AdamW for the rest, as one optimizer, for comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_lowrank.compat import adjust_lr, zeropower_via_newtonschulz
 from hf_lowrank.errors import UserError
-from hf_lowrank.optim.base import Bound, Entry, Params, TargetedAdamW, is_count
+from hf_lowrank.optim.base import Declared, Params, TargetedAdamW
+from hf_lowrank.optim.batch import Batch
+from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.groups import param_groups
-from hf_lowrank.optim.sharding import Sharding, check_divided_by_rows, local_part, sharding_of
+from hf_lowrank.optim.layout import Layout, make_layout
+from hf_lowrank.optim.methods import MuonSettings
+from hf_lowrank.optim.state import StateTensor
 
-ADJUST_LR = ("original", "match_rms_adamw")
-NS_DTYPES = ("bfloat16", "float32")
 A, B, C = COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-7
 
 
 def orthogonalise(matrix: Tensor, steps: int, dtype: str = "bfloat16") -> Tensor:
-    """Newton–Schulz: the matrix with its singular values brought near one, in `dtype`; torch's own in bfloat16."""
+    """Newton–Schulz: the matrix with its singular values brought close to one, in `dtype`; torch's own in bfloat16."""
     if dtype == "bfloat16":
-        return _zeropower_via_newtonschulz(matrix, COEFFICIENTS, steps, SMALLEST_NORM)
+        found: Tensor = zeropower_via_newtonschulz(matrix, COEFFICIENTS, steps, SMALLEST_NORM)
+        return found
     tall = matrix.shape[0] > matrix.shape[1]
     work = matrix.float().T if tall else matrix.float()
     work = work / work.norm().clamp(min=SMALLEST_NORM)
@@ -35,17 +37,20 @@ def orthogonalise(matrix: Tensor, steps: int, dtype: str = "bfloat16") -> Tensor
 
 
 class MuonAdamW(TargetedAdamW):
-    """`torch.optim.Muon`'s update of the groups that have `muon=True`, AdamW for the others.
+    """The update of `torch.optim.Muon` for the groups with `muon=True`, AdamW for the others.
 
     Args:
         params: a model (its target modules get Muon), groups, or parameters.
         lr: of both; `adjust_lr_fn="match_rms_adamw"` makes one rate fit both (arXiv 2502.16982).
         momentum, nesterov, ns_steps, adjust_lr_fn: as in `torch.optim.Muon`.
-        ns_dtype: what Newton–Schulz computes in. Torch's "bfloat16" makes a hundredth of a difference in a gradient's
-            last digit, so that runs on other numbers of processes differ visibly; "float32" keeps them together.
+        ns_dtype: precision of Newton–Schulz. In torch's "bfloat16" a difference in a gradient's last digit becomes
+            one of a percent, so that runs on different numbers of processes visibly differ; "float32" keeps them
+            together.
 
-    The other arguments are `ProjectedAdamW`'s.
+    The other arguments are those of `ProjectedAdamW`.
     """
+
+    settings = MuonSettings
 
     def __init__(
         self,
@@ -88,89 +93,55 @@ class MuonAdamW(TargetedAdamW):
         if not any(group["muon"] for group in self.param_groups):
             raise UserError("MuonAdamW needs at least one group with muon=True; pass the model itself")
 
-    def _is_target(self, group: dict[str, Any]) -> bool:
+    def is_target(self, group: Mapping[str, Any]) -> bool:
         return bool(group["muon"])
 
-    def _adopt(self, group: dict[str, Any], param: Tensor) -> None:
+    def make_layout(self, group: dict[str, Any], param: Tensor, name: str) -> Layout:
         if param.ndim != 2:
-            raise UserError(
-                f"{self.name_of(param)} of shape {tuple(param.shape)} is no matrix; put it into a group without muon"
-            )
-        check_divided_by_rows(param, self.name_of(param))
-        self._shardings[param] = sharding_of(param)
+            raise UserError(f"{name} of shape {tuple(param.shape)} is not a matrix; put it into a group without muon")
+        return make_layout(param, name, rank=1, proj_type="right", first_index=self.matrix_count)
 
-    def _forget(self) -> None:
-        self._shardings: MutableMapping[Tensor, Sharding | None] = WeakTensorKeyDictionary()
+    def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
+        return {"momentum_buffer": StateTensor(shape=None, dtype="parameter")}
 
-    def _how(self, group: dict[str, Any], param: Tensor) -> str:
+    def describe(self, group: Mapping[str, Any], layout: Layout) -> str:
         return "Muon"
 
-    def _choices(self) -> dict[str, tuple[str, ...]]:
-        return super()._choices() | {"adjust_lr_fn": ADJUST_LR, "ns_dtype": NS_DTYPES}
+    def batch_size(self, entry: Entry) -> int:
+        """One matrix, or one per process of those that shard it."""
+        return 1 if entry.layout.sharding is None else entry.layout.sharding.size
 
-    def _bounds(self) -> dict[str, Bound]:
-        return super()._bounds() | {
-            "momentum": (lambda x: 0 <= x < 1, "from 0 to below 1"),
-            "ns_steps": (is_count, "a whole number from 1"),
-        }
-
-    def _update_targets(self, entries: Sequence[Entry]) -> None:
-        for turn in self._turns(entries):
-            updates = [self._momentum(entry) for entry in turn]
-            for entry, update in zip(turn, self._orthogonalised(turn, updates), strict=True):
-                lr = float(entry.group["lr"])
-                wide = entry.weight.float() if self._rounds(entry) else entry.weight
-                wide.mul_(1 - lr * entry.group["weight_decay"])
-                wide.add_(update, alpha=-_adjust_lr(lr, entry.group["adjust_lr_fn"], entry.param.shape))
-                self._write_weight(entry, wide)
-
-    def _momentum(self, entry: Entry) -> Tensor:
-        """The gradient's running mean, with Nesterov's look ahead: this process's rows of it."""
-        state, momentum = self.state[entry.param], entry.group["momentum"]
-        if not state:
-            state["step"] = 0
-            state["momentum_buffer"] = torch.zeros_like(entry.param, memory_format=torch.preserve_format)
-        state["step"] += 1
-        mean = local_part(state["momentum_buffer"])
-        mean.lerp_(entry.grad, 1 - momentum)
-        return entry.grad.lerp(mean, momentum) if entry.group["nesterov"] else mean
-
-    def _turns(self, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-        """Sharded matrices together, as many as there are processes; others one at a time."""
-        alike: dict[Any, list[Entry]] = {}
-        for entry in entries:
-            sharding = self._shardings[entry.param]
-            key = id(entry.param) if sharding is None else (sharding.key, entry.weight.dtype, entry.weight.device)
-            alike.setdefault(key, []).append(entry)
-        for members in alike.values():
-            sharding = self._shardings[members[0].param]
-            size = 1 if sharding is None else sharding.size
-            for start in range(0, len(members), size):
-                yield members[start : start + size]
-
-    def _orthogonalised(self, turn: Sequence[Entry], updates: list[Tensor]) -> list[Tensor]:
-        """Newton–Schulz of whole matrices, each by one process; every process gets its rows."""
-        sharding = self._shardings[turn[0].param]
-        if sharding is None:
-            return [_direction(entry, update) for entry, update in zip(turn, updates, strict=True)]
-        owners = list(range(len(turn)))
-        shapes = [tuple(entry.param.shape) for entry in turn]
-        wholes = sharding.to_owners(updates, owners, [rows for rows, _ in shapes])
-        done = {i: _direction(turn[i], whole).to(whole.dtype).contiguous() for i, whole in wholes.items()}
-        return sharding.from_owners(done, owners, shapes, updates[0])
-
-    def _kept_dtype(self, key: str, value: Tensor, group: dict[str, Any], param: Tensor) -> torch.dtype:
-        return param.dtype if key == "momentum_buffer" else super()._kept_dtype(key, value, group, param)
+    def update(self, batch: Batch) -> None:
+        group = batch.group
+        updates = []
+        for mean, grad in zip(batch.state("momentum_buffer"), batch.grads, strict=True):
+            mean.lerp_(grad, 1 - group["momentum"])
+            updates.append(grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean)
+        rate = adjust_lr(batch.lr, group["adjust_lr_fn"], batch.entries[0].param.shape)
+        for weight, direction in zip(batch.weights, _orthogonalised(batch, updates), strict=True):
+            weight.mul_(batch.keep).add_(direction, alpha=-rate)
 
 
-def _direction(entry: Entry, update: Tensor) -> Tensor:
-    return orthogonalise(update, entry.group["ns_steps"], entry.group["ns_dtype"])
+def _orthogonalised(batch: Batch, updates: list[Tensor]) -> list[Tensor]:
+    """Newton–Schulz of whole matrices; each sharded one by one process, which returns everyone's rows."""
+    group, layout = batch.group, batch.entries[0].layout
+
+    def direction(matrix: Tensor) -> Tensor:
+        return orthogonalise(matrix, group["ns_steps"], group["ns_dtype"])
+
+    if layout.sharding is None:
+        return list(map(direction, updates))
+    owners = list(range(len(updates)))
+    shapes = [(layout.rows, layout.columns) for _ in updates]
+    wholes = layout.sharding.to_owners(updates, owners, [rows for rows, _ in shapes])
+    done = {i: direction(whole).to(whole.dtype).contiguous() for i, whole in wholes.items()}
+    return layout.sharding.from_owners(done, owners, shapes, updates[0])
 
 
 def muon_groups(
     model: nn.Module, *, target_modules: str | Sequence[str] = "auto", weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """`param_groups` with `muon=True` in the place of a rank."""
+    """`param_groups` with `muon=True` instead of a rank."""
     groups = param_groups(model, rank=1, target_modules=target_modules, weight_decay=weight_decay)
     for group in groups:
         group["muon"] = group.pop("rank") is not None

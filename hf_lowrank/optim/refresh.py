@@ -1,23 +1,23 @@
-"""Choosing new bases for the parameters that are due.
+"""Choosing new bases for the targets whose subspaces are due.
 
-A matrix that is divided among processes is handed round: one process, another for each matrix, gets it whole, chooses,
-and gives every process its rows of the basis. No process holds more than the matrices of its turn, and only then.
+A matrix that is sharded is sent whole to one process, a different one for each matrix, which chooses the basis and
+gives every process its rows of it. No process holds more than one round of whole matrices at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_lowrank.optim.base import Entry
-from hf_lowrank.optim.matrices import Layout
-from hf_lowrank.optim.places import Cut
-from hf_lowrank.optim.sharding import Sharding, local_part
+from hf_lowrank.optim.entries import Entry
+from hf_lowrank.optim.layout import Layout
+from hf_lowrank.optim.sharding import RowSharded, Sharding, local_part
+from hf_lowrank.optim.state import StateTensor
 from hf_lowrank.optim.subspaces import (
     FROM_THE_LAST,
     OF_GRADIENTS,
@@ -32,161 +32,148 @@ SIDES = ("basis", "left_basis")
 Bases = dict[str, Tensor]
 
 
-class Due(NamedTuple):
-    """A parameter that gets a new basis."""
-
-    entry: Entry
-    layout: Layout
-    state: dict[str, Any]
-
-    @property
-    def subspace(self) -> str:
-        return str(self.entry.group["subspace"])
-
-    @property
-    def sides(self) -> tuple[str, ...]:
-        """The state's keys of what is chosen."""
-        if self.subspace == UNSTORED:
-            return ()
-        return SIDES if self.layout.both else SIDES[:1]
-
-    @property
-    def last(self) -> dict[str, Tensor]:
-        """The bases in use, by side; none before the first choice counts."""
-        return {side: self.state[side] for side in self.sides if side in self.state and self.state["refreshes"]}
-
-    def whole_shape(self, side: str) -> tuple[int, ...]:
-        """Shape of the basis of one whole matrix."""
-        if self.subspace in OF_INDICES:
-            return (self.layout.rank,)
-        return (self.layout.columns if side == "basis" else self.layout.rows, self.layout.rank)
+def basis_state(subspace: str, layout: Layout) -> dict[str, StateTensor]:
+    """The state tensors that hold the bases of a subspace; a refresh creates them."""
+    if subspace == UNSTORED:
+        return {}
+    if subspace in OF_INDICES:
+        return {"basis": StateTensor(shape=(layout.rank,), dtype=torch.int64, initial=None)}
+    lengths = {"basis": layout.columns, **({"left_basis": layout.rows} if layout.both else {})}
+    return {
+        side: StateTensor(shape=(length, layout.rank), dtype="parameter", initial=None)
+        for side, length in lengths.items()
+    }
 
 
-def choose_bases(due: Sequence[Due]) -> list[Bases]:
-    """The new bases of each, as its state keeps them."""
+def choose_bases(due: Sequence[Entry]) -> list[Bases]:
+    """New bases for each target, as its state holds them."""
     found: list[Bases] = [{} for _ in due]
-    divided: dict[tuple[Any, ...], list[int]] = {}
-    for number, one in enumerate(due):
-        sharding = one.layout.sharding
-        if sharding is not None and isinstance(one.layout.place, Cut):
-            if one.sides:
-                key = (id(sharding.group), one.subspace, one.layout.both, one.entry.grad.dtype, one.entry.grad.device)
-                divided.setdefault(key, []).append(number)
-        else:
-            found[number] = _choose_held(one)
-    whole = [bases for one, bases in zip(due, found, strict=True) if one.layout.sharding is None]
-    if whole and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for bases in whole:
-            for basis in bases.values():  # decompositions may differ in their last bits between machines
-                dist.broadcast(basis, src=0)
-    for numbers in divided.values():
+    sharded: dict[tuple[Any, ...], list[int]] = {}
+    for number, entry in enumerate(due):
+        sharding = entry.layout.sharding
+        if sharding is None or not isinstance(entry.layout.partition, RowSharded):
+            found[number] = _choose_held(entry)
+        elif _shapes(entry):
+            subspace, grad = entry.group["subspace"], entry.grad
+            key = (id(sharding.group), subspace, entry.layout.both, grad.dtype, grad.device)
+            sharded.setdefault(key, []).append(number)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for entry, bases in zip(due, found, strict=True):
+            if entry.layout.sharding is None:
+                for basis in bases.values():  # decompositions may differ in their last bits between machines
+                    dist.broadcast(basis, src=0)
+    for numbers in sharded.values():
         sharding = due[numbers[0]].layout.sharding
         assert sharding is not None
         for start in range(0, len(numbers), sharding.size):
             turn = numbers[start : start + sharding.size]
-            for number, bases in zip(turn, _choose_divided([due[i] for i in turn], sharding), strict=True):
+            for number, bases in zip(turn, _choose_sharded([due[i] for i in turn], sharding), strict=True):
                 found[number] = bases
     return found
 
 
-def _choose_held(due: Due) -> Bases:
-    """The bases of matrices that this process holds whole: of a plain parameter, or of its part of a stack."""
-    entry, layout, _ = due
-    numbers = layout.numbers
-    last = {side: layout.parts(due.last[side]) if side in due.last else [None] * len(numbers) for side in SIDES}
+def _shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
+    """The shape of one matrix's basis, by side; none for a subspace that is not stored."""
+    return {side: entry.declared(side).shape or () for side in SIDES if side in entry.info.declared}
+
+
+def _last(entry: Entry) -> Bases:
+    """The bases in use, by side; none before a first choice has counted."""
+    return {side: entry.state[side] for side in _shapes(entry) if side in entry.state and entry.state["refreshes"]}
+
+
+def _choose_held(entry: Entry) -> Bases:
+    """The bases of matrices that this process holds whole: of an unsharded parameter, or its part of a stack."""
+    layout, indices, last = entry.layout, entry.layout.held_indices, _last(entry)
+    parts = {side: layout.parts(basis) for side, basis in last.items()}
     chosen = [
-        _choose(due, matrix, number, {side: parts[place] for side, parts in last.items()})
-        for place, (matrix, number) in enumerate(zip(layout.matrices(entry.grad), numbers, strict=True))
+        _choose(entry, matrix, index, {side: of_side[number] for side, of_side in parts.items()})
+        for number, (matrix, index) in enumerate(zip(layout.matrices(entry.grad), indices, strict=True))
     ]
     if not layout.stacked:
         return chosen[0]
     bases = {}
-    for side in due.sides:
-        shape = (len(numbers), *due.whole_shape(side))
-        dtype = torch.int64 if due.subspace in OF_INDICES else entry.weight.dtype
-        stack = torch.empty(shape, dtype=dtype, device=entry.weight.device)
+    for side, shape in _shapes(entry).items():
+        dtype = entry.declared(side).dtype_for(entry.weight, "parameter")
+        stack = torch.empty((len(indices), *shape), dtype=dtype, device=entry.weight.device)
         for part, own in zip(stack, chosen, strict=True):
             part.copy_(own[side])
         if layout.sharding is not None:
-            layout.sharding.settle_replicas([stack])
-            stack = layout.sharding.tensor(stack, (layout.count, *shape[1:]))
+            layout.sharding.synchronize_replicas([stack])
+            stack = layout.sharding.tensor(stack, (layout.count, *shape))
         bases[side] = stack
     return bases
 
 
-def _choose_divided(turn: Sequence[Due], sharding: Sharding) -> list[Bases]:
-    """The bases of as many divided matrices as there are processes, each chosen by one of them."""
-    owners = [due.layout.index % sharding.size for due in turn]
-    stored = [
-        matrix.mT if due.layout.transposed else matrix
-        for due in turn
-        for matrix in due.layout.matrices(due.entry.grad)
-    ]
-    lengths = [due.layout.columns if due.layout.transposed else due.layout.rows for due in turn]
+def _choose_sharded(turn: Sequence[Entry], sharding: Sharding) -> list[Bases]:
+    """The bases of as many sharded matrices as there are processes, each chosen by one of them."""
+    owners = [entry.layout.first_index % sharding.size for entry in turn]
+    transposed = [entry.layout.transposed for entry in turn]
+    stored = [view for entry in turn for view in entry.layout.stored(entry.grad)]
+    lengths = [entry.layout.columns if entry.layout.transposed else entry.layout.rows for entry in turn]
     grads = sharding.to_owners(stored, owners, lengths)
-    last: dict[int, dict[str, Tensor | None]] = {number: dict.fromkeys(SIDES) for number in grads}
-    for side in turn[0].sides if turn[0].subspace in FROM_THE_LAST else ():
-        held = [number for number, due in enumerate(turn) if side in due.last]
+    last: dict[int, Bases] = {number: {} for number in grads}
+    for side in _shapes(turn[0]) if turn[0].group["subspace"] in FROM_THE_LAST else ():
+        held = [number for number, entry in enumerate(turn) if side in _last(entry)]
         if held:
             wholes = sharding.to_owners(
-                [local_part(turn[number].last[side]) for number in held],
+                [local_part(_last(turn[number])[side]) for number in held],
                 [owners[number] for number in held],
-                [turn[number].whole_shape(side)[0] for number in held],
+                [_shapes(turn[number])[side][0] for number in held],
             )
-            for place, basis in wholes.items():
-                last[held[place]][side] = basis
+            for number, basis in wholes.items():
+                last[held[number]][side] = basis
     chosen = {
-        number: _choose(turn[number], grad.mT if turn[number].layout.transposed else grad, None, last[number])
+        number: _choose(turn[number], grad.mT if transposed[number] else grad, None, last[number])
         for number, grad in grads.items()
     }
     bases: list[Bases] = [{} for _ in turn]
-    for side in turn[0].sides:
-        shapes = [due.whole_shape(side) for due in turn]
-        like = turn[0].entry.weight
-        if turn[0].subspace in OF_INDICES:
-            like = like.new_empty(0, dtype=torch.int64)
+    for side in _shapes(turn[0]):
+        shapes = [_shapes(entry)[side] for entry in turn]
+        dtype = turn[0].declared(side).dtype_for(turn[0].weight, "parameter")
+        like = turn[0].weight.new_empty(0, dtype=dtype)
         parts = sharding.from_owners({n: own[side] for n, own in chosen.items()}, owners, shapes, like)
         for of_one, part, shape in zip(bases, parts, shapes, strict=True):
-            of_one[side] = sharding.tensor(part.clone(), shape)  # not a view of the exchange
+            of_one[side] = sharding.tensor(part.clone(), shape)  # not a view of the exchanged buffer
     return bases
 
 
-def _choose(due: Due, matrix: Tensor, number: int | None, last: dict[str, Tensor | None]) -> Bases:
-    """The basis of one whole oriented matrix, and the left one where both sides are projected, in the weight's type.
+def _choose(entry: Entry, matrix: Tensor, index: int | None, last: Mapping[str, Tensor]) -> Bases:
+    """The bases of one whole oriented matrix, by side, in the type of the weight.
 
     Args:
-        number: the matrix's own among the optimizer's; None where its parameter holds no other.
-        last: the bases in use before.
+        index: the matrix's among all of the optimizer's; None for the only one of its parameter.
+        last: the bases in use.
     """
-    layout, group = due.layout, due.entry.group
-    if due.subspace == UNSTORED:
+    layout, group, sides = entry.layout, entry.group, list(_shapes(entry))
+    if not sides:
         return {}
-    kept = {side: basis.clone() for side in due.sides if (basis := last[side]) is not None}
-    if kept and due.subspace in OF_GRADIENTS and not matrix.any():  # of a stack whose others have gradients
-        return kept
+    if last and group["subspace"] in OF_GRADIENTS and not matrix.any():  # in a stack whose others have gradients
+        return {side: basis.clone() for side, basis in last.items()}
     request = Request(
         grad=matrix,
         rank=layout.rank,
         transposed=layout.transposed,
-        previous=last["basis"],
-        key=(group["seed"], layout.index if number is None else number, due.state["refreshes"]),
+        previous=last.get("basis"),
+        key=(group["seed"], layout.first_index if index is None else index, entry.state["refreshes"]),
     )
-    choose = SUBSPACES[due.subspace]
+    choose = SUBSPACES[group["subspace"]]
     if not layout.both:
         bases: tuple[Tensor, ...] = (choose(request),)
-    elif due.subspace == "svd":
+    elif group["subspace"] == "svd":
         bases = exact_bases(request)
     else:
         other = replace(
             request,
             grad=matrix.mT,
             transposed=not layout.transposed,
-            previous=last["left_basis"],
+            previous=last.get("left_basis"),
             key=(*request.key, 1),
         )
         bases = (choose(request), choose(other))
-    dtype = due.entry.weight.dtype
     return {
-        side: (basis.to(dtype) if basis.is_floating_point() else basis).clone(memory_format=torch.contiguous_format)
-        for side, basis in zip(due.sides, bases, strict=True)
+        side: basis.to(entry.declared(side).dtype_for(entry.weight, "parameter")).clone(
+            memory_format=torch.contiguous_format
+        )
+        for side, basis in zip(sides, bases, strict=True)
     }

@@ -1,6 +1,6 @@
-"""Choosing the subspace of an oriented gradient (rows × columns): `rank` directions of its row space.
+"""The choice of subspace for an oriented gradient (rows × columns): `rank` directions of its row space.
 
-Pure functions of tensors. `SUBSPACES` is the table that a group's `subspace` names.
+Pure functions of tensors. A group's `subspace` names an entry of `SUBSPACES`.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lowrank.optim.places import ALONE, Alone
+from hf_lowrank.optim.sharding import REPLICATED, Replicated
 
 
 def draw_seed(*key: int) -> int:
-    """A seed that `key` alone decides, so that any draw can be repeated after a resume or elsewhere."""
+    """A seed that depends only on `key`, so that any draw can be repeated after a resume or on another machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def draw_generator(device: torch.device, *key: int) -> torch.Generator:
-    """A generator on `device` seeded by `key` alone."""
+    """A generator on `device` whose seed depends only on `key`."""
     return torch.Generator(device).manual_seed(draw_seed(*key))
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a choice of subspace may look at.
+    """What a choice of subspace is based on.
 
     Attributes:
         grad: the oriented gradient (rows, columns), finite.
-        rank: how many directions.
+        rank: number of directions.
         transposed: whether `grad` is the transpose of the stored gradient.
-        previous: the basis in use before (columns, rank), or None at the first choice.
-        key: seeds the draws: (seed, matrix, refresh).
+        previous: the basis in use (columns, rank), or None at the first choice.
+        key: seeds random draws: (seed, matrix, refresh).
     """
 
     grad: Tensor
@@ -55,10 +55,10 @@ def exact_basis(request: Request) -> Tensor:
 
 
 def exact_bases(request: Request) -> tuple[Tensor, Tensor]:
-    """The top right and left singular vectors, (columns, rank) and (rows, rank), of one decomposition.
+    """The top right and left singular vectors, (columns, rank) and (rows, rank), from one decomposition.
 
-    It is taken of the gradient as stored: the signs of singular vectors depend on the call, and the moments that
-    are carried over a refresh depend on the signs.
+    It decomposes the gradient as stored: the signs of singular vectors depend on the call, and moments that are kept
+    over a refresh depend on the signs.
     """
     stored = request.work.mT if request.transposed else request.work
     left, _, right = torch.linalg.svd(stored, full_matrices=False)
@@ -76,10 +76,9 @@ MOST_ITERATIONS = 8
 def randomized_basis(request: Request) -> Tensor:
     """Nearly the top right singular vectors, by subspace iteration from the basis in use (arXiv 0909.4061).
 
-    It ends when the basis captures 0.99 of the gradient's energy, and so of what any basis can; in training that is
-    after one iteration. Where the spectrum is flat, it ends when an iteration adds little. The result is turned to
-    the singular directions inside the subspace (Rayleigh-Ritz), largest first, and signed to agree with the last
-    basis, since moments are carried over.
+    It stops when the basis captures 0.99 of the gradient's energy, in training usually after one iteration, or, for a
+    flat spectrum, when an iteration adds little. The result is rotated to the singular directions inside the subspace
+    (Rayleigh–Ritz), largest first, with signs that agree with the last basis, since moments are kept.
     """
     grad, rank = request.work, request.rank
     if request.previous is None:
@@ -112,12 +111,12 @@ def random_basis(request: Request) -> Tensor:
 
 
 def gaussian_matrix(grad: Tensor, rank: int, key: tuple[int, ...]) -> Tensor:
-    """A (columns, rank) matrix of N(0, 1/rank) entries on `grad`'s device, in its type; `key` alone decides it."""
+    """A (columns, rank) matrix of N(0, 1/rank) entries on `grad`'s device, in its type; it depends only on `key`."""
     return gaussian_matrices(grad, grad.shape[-1], rank, [key])[0]
 
 
 def gaussian_matrices(like: Tensor, columns: int, rank: int, keys: Sequence[tuple[int, ...]]) -> Tensor:
-    """Such a matrix for each of `keys`, (k, columns, rank)."""
+    """Such a matrix per key, (k, columns, rank)."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     wide = torch.empty(len(keys), columns, rank, device=like.device, dtype=dtype)
     generator = torch.Generator(like.device)
@@ -127,25 +126,25 @@ def gaussian_matrices(like: Tensor, columns: int, rank: int, keys: Sequence[tupl
 
 
 def random_columns(request: Request) -> Tensor:
-    """`rank` different columns at random, ascending: (rank,) indices."""
+    """`rank` distinct random columns, ascending: (rank,) indices."""
     generator = draw_generator(torch.device("cpu"), *request.key)
     chosen = torch.randperm(request.grad.shape[-1], generator=generator)[: request.rank]
     return chosen.sort().values.to(request.grad.device)
 
 
-def captured_energy(grad: Tensor, basis: Tensor, place: Alone = ALONE) -> Tensor:
-    """Share of the gradient's squared norm inside the span of an orthonormal `basis`, 0 to 1 (1 for zero)."""
+def captured_energy(grad: Tensor, basis: Tensor, partition: Replicated = REPLICATED) -> Tensor:
+    """Share of the gradient's squared norm in the span of an orthonormal `basis`, 0 to 1 (1 for a zero gradient)."""
     work = grad.to(basis.dtype)
-    total = place.sum(work.square().sum())
-    return torch.where(total > 0, place.energy(work @ basis) / total, torch.ones_like(total))
+    total = partition.sum(work.square().sum())
+    return torch.where(total > 0, partition.energy(work @ basis) / total, torch.ones_like(total))
 
 
-def subspace_overlap(basis: Tensor, other: Tensor, place: Alone = ALONE) -> Tensor:
-    """`‖UᵀV‖_F² / k` of two orthonormal bases (columns, k): 1 for one span, k / columns for random ones."""
-    return place.sum(basis.mT @ other).square().sum() / basis.shape[-1]
+def subspace_overlap(basis: Tensor, other: Tensor, partition: Replicated = REPLICATED) -> Tensor:
+    """`‖UᵀV‖_F² / k` of two orthonormal bases (columns, k): 1 for equal spans, k / columns for random ones."""
+    return partition.sum(basis.mT @ other).square().sum() / basis.shape[-1]
 
 
-# What a group's `subspace` may be. "gaussian" is drawn anew at each step from its seed and never stored.
+# By the name of a group's `subspace`. "gaussian" is drawn again at each step from its seed and never stored.
 SUBSPACES: dict[str, Callable[[Request], Tensor]] = {
     "svd": exact_basis,
     "randomized": randomized_basis,
@@ -153,7 +152,7 @@ SUBSPACES: dict[str, Callable[[Request], Tensor]] = {
     "columns": random_columns,
 }
 UNSTORED = "gaussian"
-# Those whose basis is the indices of columns, those that look at the gradient, and those that begin from the last.
+# Those whose basis is column indices, those that depend on the gradient, and those that start from the last basis.
 OF_INDICES = ("columns",)
 OF_GRADIENTS = ("svd", "randomized")
 FROM_THE_LAST = ("randomized",)

@@ -251,7 +251,7 @@ def test_nothing_outside_is_touched(tiny):
     assert torch.equal(before, torch.get_rng_state())
     assert torch.distributed.is_initialized() is False
     # A table of levels made on tensors without memory must not be left for real moments.
-    from hf_lowrank.optim.moments import dequantize, quantize
+    from hf_lowrank.optim.state import dequantize, quantize
 
     values = torch.randn(512)
     assert torch.allclose(dequantize(*quantize(values, True), True), values, atol=0.1)

@@ -103,7 +103,7 @@ def test_a_training_that_fails_leaves_no_profiler_behind(recipe, tmp_path, monke
 
     prepared = recipe()
     monkeypatch.setattr("hf_lowrank.memory.recorder.estimate", fail)
-    monkeypatch.setattr(GaLoreAdamW, "_update_batch", fail)
+    monkeypatch.setattr(GaLoreAdamW, "update", fail)
     with pytest.raises(RuntimeError, match="broken"):
         pretrain(prepared, tmp_path / "run")
     assert not torch.autograd._profiler_enabled()

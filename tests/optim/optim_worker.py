@@ -13,7 +13,7 @@ import torch.distributed as dist
 from test_conformance import METHOD_CASES, PROJECTED, loss_of, make, net, weights
 from torch import nn
 
-from hf_lowrank.optim import core
+from hf_lowrank.optim.subspaces import SUBSPACES
 from hf_lowrank.storage.files import whole_file
 
 HARD = {"state_dtype": "float32", "stochastic_rounding": True, "layerwise": True}
@@ -80,9 +80,9 @@ def parallel(folder, rank, world):
         dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
     if rank:
         # Another machine's decompositions: equally right, other signs.
-        for key, choose in core.SUBSPACES.items():
+        for key, choose in SUBSPACES.items():
             flip = -1 if key != "columns" else 1
-            core.SUBSPACES[key] = lambda request, choose=choose, flip=flip: flip * choose(request)
+            SUBSPACES[key] = lambda request, choose=choose, flip=flip: flip * choose(request)
     ends = {}
     for name in METHOD_CASES:
         model = net(torch.float64)

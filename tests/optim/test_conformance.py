@@ -167,7 +167,7 @@ def test_layerwise_accumulation_is_the_sum(name):
         with parts.accumulating():
             for part in range(2):
                 loss_of(inside, step + part).backward()
-        if getattr(parts, "stays_low", False):
+        if getattr(parts, "needs_only_projections", False):
             assert inside.layers[0].weight.grad is None
         loss_of(inside, step + 2).backward()
         parts.step()
@@ -367,7 +367,7 @@ def test_groups_can_be_added(name):
     late.grad = torch.randn(9, 5)
     optimizer.step()
     assert not torch.equal(late, before)
-    with pytest.raises(UserError, match=r"vector of shape \(4,\) is no matrix"):
+    with pytest.raises(UserError, match=r"vector of shape \(4,\) is not a matrix"):
         optimizer.add_param_group({"params": [("vector", nn.Parameter(torch.zeros(4)))], **chosen})
     assert len(optimizer.param_groups) == 3
 

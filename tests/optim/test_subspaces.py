@@ -148,7 +148,7 @@ def test_what_a_method_cannot_use_is_refused():
         FiraAdamW([param], rank=2, subspace="gaussian")
     with pytest.raises(UserError, match="must be one of svd, randomized, random with proj_type='full', got 'columns'"):
         GaLoreAdamW([param], rank=2, proj_type="full", subspace="columns")
-    with pytest.raises(UserError, match="update_proj_gap of GaLoreAdamW must be a whole number from 1, got 0"):
+    with pytest.raises(UserError, match="update_proj_gap of GaLoreAdamW must be an integer of at least 1, got 0"):
         GaLoreAdamW([param], rank=2, update_proj_gap=0)
     with pytest.raises(UserError, match="matrix='stack' needs three dimensions"):
         GaLoreAdamW([param], rank=2, matrix="stack")

@@ -156,7 +156,7 @@ def test_errors_name_what_is_wrong(tmp_path, tiny_llama):
         GaLoreAdamW(tiny_llama)
     with pytest.raises(UserError, match="at least one group with a rank"):
         GaLoreAdamW(tiny_llama.parameters())
-    with pytest.raises(UserError, match=r"model\.norm\.weight of shape \(16,\) is no matrix"):
+    with pytest.raises(UserError, match=r"model\.norm\.weight of shape \(16,\) is not a matrix"):
         GaLoreAdamW([("model.norm.weight", tiny_llama.model.norm.weight)], rank=2)
     with pytest.raises(UserError, match="residual of FiraAdamW must be one of official, paper, got 'both'"):
         FiraAdamW(tiny_llama, rank=2, residual="both")

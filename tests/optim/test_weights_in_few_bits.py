@@ -9,7 +9,7 @@ from torchao.optim.quant_utils import create_dynamic_map, dequant_with_qmap, qua
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW
-from hf_lowrank.optim.moments import dequantize, quantize, round_stochastically_
+from hf_lowrank.optim.state import dequantize, quantize, round_stochastically_
 
 
 def test_rounding_has_the_right_mean_and_only_neighbours():

@@ -1,4 +1,4 @@
-"""Steps along the lists of the last step are the steps that look everything up anew."""
+"""Matrices are stepped in batches, and a step depends on parameters, gradients and state alone."""
 
 import copy
 import gc
@@ -126,7 +126,14 @@ EVENTS = [
 ]
 
 
-def trained(name, event, dtype=torch.float32, planned=True, **options):
+def renewed(optimizer):
+    """Another optimizer of the same parameters, groups and state, which has made no step."""
+    other = type(optimizer).__new__(type(optimizer))
+    other.__setstate__(optimizer.__getstate__())
+    return other
+
+
+def trained(name, event, dtype=torch.float32, renew=False, **options):
     model = net(dtype)
     model.extra = torch.nn.Parameter(torch.ones(3, dtype=dtype))
     params = [(key, param) for key, param in model.named_parameters() if key != "extra"]
@@ -134,31 +141,27 @@ def trained(name, event, dtype=torch.float32, planned=True, **options):
     rank = {"rank": 1 if name == "apollo-mini" else 3}
     rest = [(key, param) for key, param in params if param.ndim != 2]
     optimizer = make(name, [{"params": matrices, **rank}, {"params": rest, "rank": None}], **options)
-    if not planned:
-        optimizer._plan_of = lambda entries: None
-    used = 0
     for step in range(1, 13):
         backward(model, step)
         event(model, optimizer, step)
-        plan = optimizer._plan
+        if renew:
+            optimizer = renewed(optimizer)
         optimizer.step()
-        used += plan is not None and optimizer._plan is plan
-    assert bool(used) == (planned and "stagger" not in name), used
     return [param.detach() for param in model.parameters()]
 
 
 @every_dtype
 @every_projection
-def test_a_planned_step_is_the_step_to_the_bit(name, dtype):
-    for one, other in zip(trained(name, nothing, dtype), trained(name, nothing, dtype, planned=False), strict=True):
+def test_what_an_optimizer_remembers_besides_its_state_changes_no_bit(name, dtype):
+    for one, other in zip(trained(name, nothing, dtype), trained(name, nothing, dtype, renew=True), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("name", ["galore", "fira", "apollo", "frugal"])
-def test_a_plan_ends_where_it_no_longer_holds(name, event):
-    for one, other in zip(trained(name, event), trained(name, event, planned=False), strict=True):
+def test_what_changes_between_steps_is_noticed(name, event):
+    for one, other in zip(trained(name, event), trained(name, event, renew=True), strict=True):
         assert torch.equal(one, other)
 
 
@@ -166,7 +169,7 @@ def test_a_plan_ends_where_it_no_longer_holds(name, event):
 def test_moments_of_another_type(state_dtype):
     options = {"dtype": torch.bfloat16, "state_dtype": state_dtype}
     for one, other in zip(
-        trained("fira", nothing, **options), trained("fira", nothing, planned=False, **options), strict=True
+        trained("fira", nothing, **options), trained("fira", nothing, renew=True, **options), strict=True
     ):
         assert torch.equal(one, other)
 
@@ -174,7 +177,7 @@ def test_moments_of_another_type(state_dtype):
 @every_projection
 def test_matrices_are_stepped_alike_in_a_stack_and_one_by_one(name, monkeypatch):
     stacked = trained(name, nothing, torch.float64)
-    monkeypatch.setattr(batch, "ON_CPU", batch.Limits(0, 2**23))
+    monkeypatch.setattr(batch, "ON_CPU", batch.BatchLimits(0, 2**23))
     for one, other in zip(stacked, trained(name, nothing, torch.float64), strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-11)
 
@@ -185,7 +188,6 @@ def test_neither_gradients_nor_parameters_are_kept_alive():
     for step in range(5):
         backward(model, step)
         optimizer.step()
-    assert optimizer._plan is not None
     grad, param = weakref.ref(model.layers[0].weight.grad), weakref.ref(model.layers[0].weight)
     model.zero_grad()
     assert grad() is None
@@ -203,7 +205,6 @@ def test_state_and_weights_that_were_replaced_are_not_kept_alive():
     for step in range(1, 5):
         backward(model, step)
         optimizer.step()
-    assert optimizer._plan is not None
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     kept = [StorageWeakRef(each.untyped_storage()) for each in [*tensors, *(p.data for p in model.parameters())]]
     assert len(kept) > 10
@@ -214,24 +215,24 @@ def test_state_and_weights_that_were_replaced_are_not_kept_alive():
     assert all(each.expired() for each in kept)
 
 
-def test_eight_bits_and_stochastic_rounding_are_planned_too():
+def test_eight_bits_and_stochastic_rounding_depend_on_the_state_alone():
     options = {"dtype": torch.bfloat16, "state_dtype": "float32", "stochastic_rounding": True}
     for one, other in zip(
-        trained("galore", nothing, **options), trained("galore", nothing, planned=False, **options), strict=True
+        trained("galore", nothing, **options), trained("galore", nothing, renew=True, **options), strict=True
     ):
         assert torch.equal(one, other)
     pytest.importorskip("torchao")
     finals = []
-    for planned in (True, False):
+    for renew in (False, True):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
         groups = param_groups(model, rank=32, target_modules="all-linear")
         optimizer = GaLoreAdamW(groups, state_dtype="8bit", update_proj_gap=5)
-        if not planned:
-            optimizer._plan_of = lambda entries: None
         for step in range(8):
             model.zero_grad()
             model(torch.randn(4, 64, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            if renew:
+                optimizer = renewed(optimizer)
             optimizer.step()
         assert any(state["exp_avg"].dtype == torch.uint8 for state in optimizer.state.values())
         finals.append([param.detach() for param in model.parameters()])
@@ -242,21 +243,27 @@ def test_a_batch_above_the_limit_is_not_copied_into_one_stack(monkeypatch):
     experts = torch.nn.Parameter(torch.randn(4, 8, 6))
     optimizer = GaLoreAdamW([{"params": [experts], "rank": 2}])
     seen = []
-    update = GaLoreAdamW._update_batch
-    monkeypatch.setattr(GaLoreAdamW, "_update_batch", lambda self, b: (seen.append(b.stackable), update(self, b)))
+    update = GaLoreAdamW.update
+    monkeypatch.setattr(GaLoreAdamW, "update", lambda self, b: (seen.append(b.stacks), update(self, b)))
     for limit in (4 * 48, 4 * 48 - 1):
-        monkeypatch.setattr(batch, "ON_CPU", batch.Limits(48, limit))
+        monkeypatch.setattr(batch, "ON_CPU", batch.BatchLimits(48, limit))
         experts.grad = torch.randn_like(experts)
         optimizer.step()
     assert seen == [True, False]
 
 
-def test_every_optimizer_has_its_own_plan_or_none():
-    assert set(PROJECTED) < set(METHOD_CASES)
-    for name in METHOD_CASES:
-        model = net()
-        optimizer = make(name, model)
-        for step in range(1, 4):
-            backward(model, step)
-            optimizer.step()
-        assert (optimizer._plan is None) == (name in ("muon", "galore-stagger"))
+@pytest.mark.parametrize("name", METHOD_CASES)
+def test_the_matrices_of_a_batch_are_alike(name, monkeypatch):
+    model = net()
+    optimizer = make(name, model)
+    batches = []
+    update = type(optimizer).update
+    monkeypatch.setattr(type(optimizer), "update", lambda self, b: (batches.append(b), update(self, b)))
+    for step in range(1, 4):
+        backward(model, step)
+        optimizer.step()
+    shapes = [{tuple(weight.shape) for weight in each.weights} for each in batches]
+    assert all(len(of_one) == 1 for of_one in shapes)
+    sizes = [len(each.weights) for each in batches]
+    assert sum(sizes) == 4 * 3
+    assert (max(sizes) == 1) == (name == "muon")  # which takes one at a time

@@ -1,7 +1,7 @@
-"""How a parameter is seen as matrices: decided once, from its shape and its group's options.
+"""How a target parameter is seen as matrices: decided once, from its shape and the options of its group.
 
-Every method works on *oriented* matrices: a view whose last dimension is the one that gets projected. A left
-projection of W is a right projection of its transpose, so that one set of formulas serves both sides.
+Every method works on *oriented* matrices: views whose last dimension is the one that is projected. A left projection
+of W is a right projection of its transpose, so one set of formulas covers both sides.
 """
 
 from __future__ import annotations
@@ -9,13 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from hf_lowrank.compat import is_view
 from hf_lowrank.errors import UserError
-from hf_lowrank.optim.places import ALONE, Alone, Cut
-from hf_lowrank.optim.sharding import Sharding, check_divided_by_rows, local_part, sharding_of
+from hf_lowrank.optim.sharding import (
+    REPLICATED,
+    Replicated,
+    RowSharded,
+    Sharding,
+    check_sharded_by_rows,
+    local_part,
+    sharding_of,
+)
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 MATRIX_VIEWS = ("auto", "stack", "flatten")
@@ -26,16 +35,16 @@ class Layout:
     """One target parameter's matrices.
 
     Attributes:
-        count: how many matrices it holds (1, or the number of stacked experts).
+        count: number of matrices (1, or the number of stacked experts).
         rows, columns: shape of an oriented matrix; `columns` is projected to `rank`.
         transposed: whether the oriented matrix is the transpose of the stored one (a left projection).
         both: whether rows are projected as well (`proj_type="full"`).
         stacked: whether the first dimension counts matrices.
-        channels_last: whether a kernel's columns are in the order of that memory format; it is free.
-        rank: the rank of the subspace.
-        index: the number of the first matrix among all of the optimizer's; keys its random draws.
-        sharding: how the parameter's rows are divided among processes, None where they are not.
-        place: where the parts of each matrix lie. A stack is divided into whole matrices.
+        rank: of the subspace.
+        first_index: index of the first matrix among all of the optimizer's; seeds its random draws.
+        channels_last: whether a convolution kernel's columns are in the order of that memory format.
+        sharding: how the parameter's rows are sharded, None if they are not.
+        partition: how each matrix is split among processes. A sharded stack is split into whole matrices.
     """
 
     count: int
@@ -45,17 +54,22 @@ class Layout:
     both: bool
     stacked: bool
     rank: int
-    index: int
+    first_index: int
     channels_last: bool = False
     sharding: Sharding | None = None
-    place: Alone = ALONE
+    partition: Replicated = REPLICATED
 
-    @property
-    def numbers(self) -> range:
-        """The numbers of the matrices of which this process holds something, among all of the optimizer's."""
+    @cached_property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for parameters whose matrices can be stepped in one batch."""
+        return (self.rows, self.columns, self.transposed, self.both, self.rank, self.sharding and self.sharding.key)
+
+    @cached_property
+    def held_indices(self) -> range:
+        """Indices, among all of the optimizer's, of the matrices that this process holds something of."""
         if self.sharding is None or not self.stacked:
-            return range(self.index, self.index + self.count)
-        return range(*(self.index + bound for bound in self.sharding.bounds(self.count)))
+            return range(self.first_index, self.first_index + self.count)
+        return range(*(self.first_index + bound for bound in self.sharding.bounds(self.count)))
 
     @property
     def low_shape(self) -> tuple[int, int]:
@@ -63,21 +77,16 @@ class Layout:
         return (self.rank if self.both else self.rows, self.rank)
 
     @property
-    def param_elements(self) -> int:
+    def elements(self) -> int:
+        """Elements of the whole parameter."""
         return self.count * self.rows * self.columns
 
     def state_shape(self, *shape: int) -> tuple[int, ...]:
-        """`shape`, with the number of matrices in front where the parameter holds several."""
+        """`shape`, preceded by the number of matrices if the parameter stacks several."""
         return (self.count, *shape) if self.stacked else shape
 
-    def zeros(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A state tensor of zeros, divided as the parameter `like` is."""
-        if self.sharding is None or not shape:
-            return torch.zeros(shape, dtype=dtype, device=like.device)
-        return self.sharding.zeros(shape, like, dtype)
-
     def matrices(self, tensor: Tensor) -> list[Tensor]:
-        """Oriented 2-D views of what this process holds of a weight or gradient of this layout's parameter."""
+        """Oriented 2-D views of this process's part of a tensor of the parameter's shape."""
         return [view.mT if self.transposed else view for view in self.stored(tensor)]
 
     def stored(self, tensor: Tensor) -> Sequence[Tensor]:
@@ -85,22 +94,23 @@ class Layout:
         return tensor.unbind(0) if self.stacked else (_as_matrix(tensor, self.channels_last),)
 
     def parts(self, state_tensor: Tensor) -> list[Tensor]:
-        """What this process holds of a state tensor for each matrix, as views."""
+        """This process's part of a state tensor of each matrix, as views."""
         state_tensor = local_part(state_tensor)
         return list(state_tensor.unbind(0)) if self.stacked else [state_tensor]
 
-    def stored_in(self, weight: Tensor, name: str) -> Sequence[Tensor]:
-        """`stored`, of a weight that is written to.
 
-        Raises:
-            UserError: the memory format is no longer that which the layout was made for; names the parameter.
-        """
-        views = self.stored(weight)
-        if weight.ndim > 2 and not views[0]._is_view():
-            raise UserError(
-                f"{name} is in another memory format than when the optimizer was made; convert the model before"
-            )
-        return views
+def stored_in(layout: Layout, weight: Tensor, name: str) -> Sequence[Tensor]:
+    """`layout.stored` of a weight that is written to.
+
+    Raises:
+        UserError: the weight's memory format has changed since the layout was made; names the parameter.
+    """
+    views = layout.stored(weight)
+    if weight.ndim > 2 and not is_view(views[0]):
+        raise UserError(
+            f"{name} is in another memory format than when the optimizer was created; convert the model before that"
+        )
+    return views
 
 
 def _as_matrix(tensor: Tensor, channels_last: bool) -> Tensor:
@@ -118,14 +128,23 @@ def is_transposed(rows: int, columns: int, proj_type: str) -> bool:
     return proj_type == "left"
 
 
-def make_layout(param: Tensor, name: str, *, rank: int, proj_type: str, matrix: str, index: int) -> Layout:
+def check_rank(rank: object, name: str, shape: Sequence[int], rows: int, columns: int) -> None:
+    """Raises UserError unless `rank` is an integer from 1 to the shorter side of parameter `name`'s matrices."""
+    most = min(rows, columns)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
+        raise UserError(f"rank must be from 1 to {most} for {name} of shape {tuple(shape)}, got {rank!r}")
+
+
+def make_layout(
+    param: Tensor, name: str, *, rank: int, proj_type: str, matrix: str = "auto", first_index: int = 0
+) -> Layout:
     """The layout of target parameter `name`.
 
-    Three dimensions are a stack of matrices (experts); four or five a convolution kernel, flattened behind its
-    first dimension; `matrix="flatten"` or `"stack"` decides where that guess is wrong.
+    A parameter of three dimensions is a stack of matrices (experts); one of four or five is a convolution kernel,
+    flattened after its first dimension. `matrix="flatten"` or `"stack"` overrides that rule.
 
     Raises:
-        UserError: a vector, a rank above the smaller side, or an unknown option, naming the parameter.
+        UserError: a vector, a rank above the smaller side, or an unknown option; names the parameter.
     """
     if proj_type not in PROJ_TYPES:
         raise UserError(f"proj_type of {name} must be one of {', '.join(PROJ_TYPES)}, got {proj_type!r}")
@@ -133,30 +152,27 @@ def make_layout(param: Tensor, name: str, *, rank: int, proj_type: str, matrix: 
         raise UserError(f"matrix of {name} must be one of {', '.join(MATRIX_VIEWS)}, got {matrix!r}")
     if param.ndim < 2:
         raise UserError(
-            f"{name} of shape {tuple(param.shape)} is no matrix and has no low-rank subspace; "
+            f"{name} of shape {tuple(param.shape)} is not a matrix and has no low-rank subspace; "
             "put it into a group with rank=None, or pass the model itself"
         )
     stacked = param.ndim == 3 if matrix == "auto" else matrix == "stack"
     if stacked and param.ndim != 3:
         raise UserError(f"matrix='stack' needs three dimensions, {name} has shape {tuple(param.shape)}")
-    check_divided_by_rows(param, name)
+    check_sharded_by_rows(param, name)
     held = local_part(param.detach())
     channels_last = not stacked and held.ndim == 4 and held.is_contiguous(memory_format=torch.channels_last)
-    if not stacked and held.ndim > 2 and not _as_matrix(held, channels_last)._is_view():
+    if not stacked and held.ndim > 2 and not is_view(_as_matrix(held, channels_last)):
         raise UserError(f"{name} of shape {tuple(param.shape)} must be contiguous to be seen as a matrix")
     count = param.shape[0] if stacked else 1
     rows, columns = param.shape[-2:] if stacked else (param.shape[0], math.prod(param.shape[1:]))
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(rows, columns):
-        raise UserError(
-            f"rank must be from 1 to {min(rows, columns)} for {name} of shape {tuple(param.shape)}, got {rank!r}"
-        )
+    check_rank(rank, name, param.shape, rows, columns)
     transposed = is_transposed(rows, columns, proj_type)
     if transposed:
         rows, columns = columns, rows
     both, sharding = proj_type == "full", sharding_of(param)
-    place: Alone = ALONE
+    partition = REPLICATED
     if sharding is not None and not stacked:
-        place = Cut(
+        partition = RowSharded(
             sharding,
             rows=rows,
             columns=columns,
@@ -174,8 +190,8 @@ def make_layout(param: Tensor, name: str, *, rank: int, proj_type: str, matrix: 
         both=both,
         stacked=stacked,
         rank=rank,
-        index=index,
+        first_index=first_index,
         channels_last=channels_last,
         sharding=sharding,
-        place=place,
+        partition=partition,
     )

@@ -1,0 +1,163 @@
+"""The parameters of one optimizer step, and questions about the gradients of all of them at once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_lowrank.compat import foreach_norm
+from hf_lowrank.optim.layout import Layout
+from hf_lowrank.optim.sharding import agree_all, local_part, sharding_of
+from hf_lowrank.optim.state import StateTensor, round_stochastically_
+from hf_lowrank.optim.subspaces import draw_generator
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterInfo:
+    """What is decided once about a parameter, when it is added to the optimizer.
+
+    Attributes:
+        name: as in its group, or its position there.
+        ref: the parameter; weak, so that one that sharding replaces can be freed.
+        position: among all of the optimizer's parameters; seeds stochastic rounding.
+        layout: of a target; None for a parameter that gets plain AdamW.
+        kind: equal for parameters whose matrices can be stepped in one batch.
+        declared: its state, see `TargetedAdamW.declare_state`.
+    """
+
+    name: str
+    ref: weakref.ref[Tensor]
+    position: int
+    layout: Layout | None
+    kind: int
+    declared: dict[str, StateTensor | int]
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A parameter that is stepped.
+
+    Attributes:
+        weight, grad: this process's part of the parameter and of its gradient.
+        state: the optimizer's state of the parameter.
+    """
+
+    info: ParameterInfo
+    group: dict[str, Any]
+    param: Tensor
+    weight: Tensor
+    grad: Tensor
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of a target."""
+        assert self.info.layout is not None
+        return self.info.layout
+
+    @property
+    def age(self) -> int:
+        """Number of Adam steps since the moments were zero."""
+        return int(self.state["step"] - self.state.get("reset_at", 0))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the weight is rounded stochastically."""
+        return bool(self.group["stochastic_rounding"]) and self.param.dtype == torch.bfloat16
+
+    def declared(self, key: str) -> StateTensor:
+        """The declaration of one of its state tensors."""
+        declared = self.info.declared[key]
+        assert isinstance(declared, StateTensor)
+        return declared
+
+    def read(self, key: str) -> Tensor:
+        """A state tensor to compute with, see `StateTensor.read`."""
+        return self.declared(key).read(self.state, key)
+
+    def write(self, key: str, value: Tensor) -> None:
+        """Stores what was computed from `read`'s tensor."""
+        self.declared(key).write(self.state, key, value)
+
+    def create_state(self) -> None:
+        """Gives the state everything that is declared with an initial value."""
+        self.state["step"] = 0
+        for key, declared in self.info.declared.items():
+            if not isinstance(declared, StateTensor):
+                self.state[key] = declared
+            elif declared.initial is not None:
+                self.create_tensor(key)
+
+    def create_tensor(self, key: str) -> None:
+        """Creates one declared tensor with its initial value."""
+        self.declared(key).create(self.state, key, self.param, self.info.layout, self.group["state_dtype"])
+
+    def wide_weight(self) -> Tensor:
+        """The weight to update: itself, or a float32 copy if it is rounded stochastically."""
+        return self.weight.float() if self.rounds else self.weight
+
+    def write_weight(self, updated: Tensor) -> None:
+        """Writes an updated copy of the weight back, if it is one; to be called once the step is counted."""
+        if updated is self.weight:
+            return
+        if not self.rounds:
+            self.weight.copy_(updated)
+            return
+        generator = draw_generator(updated.device, self.group["seed"], self.info.position, self.state["step"])
+        sharding = sharding_of(self.param)
+        rows = None if sharding is None else (sharding, self.param.shape[0])
+        round_stochastically_(self.weight, updated, generator, rows)
+
+
+def entry_of(info: ParameterInfo, group: dict[str, Any], param: Tensor) -> Entry:
+    """The entry of a parameter that has a gradient."""
+    grad = param.grad
+    assert grad is not None
+    if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return Entry(info, group, param, local_part(param), local_part(grad))
+
+
+def entries_with(
+    test: Callable[[list[Tensor]], Tensor], entries: Sequence[Entry], *, anywhere: bool = False
+) -> list[Entry]:
+    """The entries whose gradients pass `test` on every process, or `anywhere`: on at least one.
+
+    Args:
+        test: gives a flag for each of several gradients that share type and device.
+    """
+    by_kind: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        mesh = entry.param.device_mesh if isinstance(entry.param, DTensor) else None
+        by_kind.setdefault((entry.grad.device, entry.grad.dtype, mesh), []).append(entry)
+    passed: set[Entry] = set()
+    for (*_, mesh), alike in by_kind.items():
+        flags = test([entry.grad for entry in alike])
+        if mesh is not None:
+            flags = ~agree_all(~flags, mesh) if anywhere else agree_all(flags, mesh)
+        passed.update(entry for entry, flag in zip(alike, flags.tolist(), strict=True) if flag)
+    return [entry for entry in entries if entry in passed]
+
+
+def nonzero(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries whose gradients are not all zeros."""
+    return entries_with(lambda grads: torch.stack([grad.any() for grad in grads]), entries, anywhere=True)
+
+
+def finite(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries whose gradients have a finite norm: if it overflows, so does the second moment."""
+    return entries_with(_have_finite_norms, entries)
+
+
+def _have_finite_norms(grads: list[Tensor]) -> Tensor:
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    if grads[0].device.type == "cpu" and grads[0].dtype == dtype and all(grad.is_contiguous() for grad in grads):
+        # A third faster than the CPU's norm, and overflows with it.
+        return torch.isfinite(torch.stack([torch.dot(flat, flat) for flat in (grad.view(-1) for grad in grads)]))
+    return torch.isfinite(torch.stack(foreach_norm(grads, dtype=dtype)))

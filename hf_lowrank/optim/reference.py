@@ -1,0 +1,246 @@
+"""Each method's step of one matrix, in the order of its paper: to be read beside it, and the tests' reference.
+
+No sharding, no batches, no speed. A step takes a weight W (m × n), its gradient G (not zero) and the state that the
+last step returned, and returns the new weight and state; it changes nothing in place and works in any float type.
+
+    P (m × r), Q (n × r)   bases of the left and the right side; None for a side that is not projected
+    R = Pᵀ G Q             the projected gradient, with moments M and V of its shape
+    N = M / (√V + ε)       Adam's direction without bias correction, which is part of η_t
+    S                      what APOLLO, or Fira outside the subspace, makes of the gradient
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Bases = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a matrix's steps so far leave behind.
+
+    Attributes:
+        step: number of steps made.
+        age: number of Adam steps since the moments were zero.
+        norm: ‖S‖ of the last step, after the limiter.
+    """
+
+    step: int = 0
+    age: int = 0
+    P: Tensor | None = None
+    Q: Tensor | None = None
+    M: Tensor | None = None
+    V: Tensor | None = None
+    norm: float = math.inf
+
+
+def leading_singular_vectors(G: Tensor, options: Options) -> Bases:
+    """The top r left and right singular vectors of the gradient, for the sides that are projected."""
+    left, _, right = torch.linalg.svd(G, full_matrices=False)
+    projects_left, projects_right = projected_sides(G.shape[0], G.shape[1], options.proj_type)
+    return (
+        left[:, : options.rank] if projects_left else None,
+        right[: options.rank].mT if projects_right else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of all methods, under the names of the optimizers' arguments.
+
+    Attributes:
+        choose_bases: gives the bases at a refresh; the exact ones, or those that an optimizer has drawn.
+        stagger_offset: number of steps by which the matrix's refreshes, after the first, come early.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    adam_variant: str = "official"
+    rank: int = 128
+    update_proj_gap: int = 200
+    proj_type: str = "std"
+    scale: float = 1.0
+    moments: str = "keep"
+    choose_bases: Callable[[Tensor, Options], Bases] = leading_singular_vectors
+    stagger_offset: int = 0
+    residual: str = "official"
+    norm_growth_limit: float = 1.01
+    scale_type: str = "channel"
+    state_free_rule: str = "sign"
+    state_free_lr_ratio: float = 1.0
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    ns_dtype: torch.dtype = torch.bfloat16
+    adjust_lr_fn: str = "match_rms_adamw"
+
+
+# The methods
+
+
+def galore(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """GaLore (arXiv 2403.03507): `W ← W − η_t · scale · lift(N)`."""
+    state = refresh(G, state, options)
+    R = project(G, state)
+    N, lr, state = adam(R, state, options)
+    return apply(W, lr * options.scale * lift(N, state), options), state
+
+
+def fira(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """Fira (arXiv 2410.01623): `W ← W − η_t (scale · lift(N) + S)`, `S = (G − G_sub) · φ`."""
+    state = refresh(G, state, options)
+    R = project(G, state)
+    N, lr, state = adam(R, state, options)
+    G_sub = lift(R, state) * (options.scale if options.residual == "official" else 1.0)
+    S, state = limit_growth((G - G_sub) * channel_scales(N, R, state), state, options)
+    return apply(W, lr * (options.scale * lift(N, state) + S), options), state
+
+
+def apollo(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """APOLLO (arXiv 2412.05270): `W ← W − η_t S`, `S = √scale · φ G`; APOLLO-Mini has one φ per matrix."""
+    state = refresh(G, state, options)
+    R = project(G, state)
+    N, lr, state = adam(R, state, options)
+    per_tensor = options.scale_type == "tensor"
+    phi = N.norm() / (R.norm() + 1e-8) if per_tensor else channel_scales(N, R, state)
+    S, state = limit_growth(math.sqrt(options.scale) * phi * G, state, options)
+    return apply(W, lr * S, options), state
+
+
+def frugal(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """FRUGAL (arXiv 2411.07837): `W ← W − η_t · scale · lift(N) − η · ratio · rule(G − lift(R))`."""
+    state = refresh(G, state, options)
+    R = project(G, state)
+    N, lr, state = adam(R, state, options)
+    outside = options.lr * options.state_free_lr_ratio * state_free_rule(G - lift(R, state), options)
+    return apply(W, lr * options.scale * lift(N, state) + outside, options), state
+
+
+def frugal_block(W: Tensor, G: Tensor, state: State, options: Options, *, chosen: bool) -> tuple[Tensor, State]:
+    """FRUGAL with `subspace="blocks"`: until the next refresh a chosen parameter gets Adam, another only the rule."""
+    if is_due(state, options):
+        state = replace(state, age=0, M=torch.zeros_like(G), V=torch.zeros_like(G))
+    if chosen:
+        N, lr, state = adam(G, state, options)
+        return apply(W, lr * N, options), state
+    outside = options.lr * options.state_free_lr_ratio * state_free_rule(G, options)
+    return apply(W, outside, options), replace(state, step=state.step + 1)
+
+
+def muon(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """Muon as in `torch.optim.Muon` (arXiv 2502.16982): `W ← (1 − η·wd) W − η_adjusted · NewtonSchulz(M)`."""
+    M = torch.lerp(torch.zeros_like(G) if state.M is None else state.M, G, 1 - options.momentum)
+    update = torch.lerp(G, M, options.momentum) if options.nesterov else M
+    rows, columns = W.shape
+    if options.adjust_lr_fn == "original":
+        lr = options.lr * math.sqrt(max(1, rows / columns))
+    else:
+        lr = options.lr * 0.2 * math.sqrt(max(rows, columns))
+    W = (1 - options.lr * options.weight_decay) * W - lr * newton_schulz(update, options)
+    return W, replace(state, step=state.step + 1, M=M)
+
+
+# What they share
+
+
+def projected_sides(rows: int, columns: int, proj_type: str) -> tuple[bool, bool]:
+    """Whether the left side and whether the right side of a matrix is projected."""
+    left = {"std": rows < columns, "reverse_std": rows >= columns, "left": True, "right": False}
+    return (True, True) if proj_type == "full" else (left[proj_type], not left[proj_type])
+
+
+def is_due(state: State, options: Options) -> bool:
+    """Whether a refresh comes before this step."""
+    return state.step == 0 or (state.step + options.stagger_offset) % options.update_proj_gap == 0
+
+
+def refresh(G: Tensor, state: State, options: Options) -> State:
+    """New bases every T steps; the moments are kept, rotated into the new bases, or reset."""
+    if not is_due(state, options):
+        return state
+    P, Q = options.choose_bases(G, options)
+    M, V, age = state.M, state.V, state.age
+    if M is None or V is None or options.moments == "reset":
+        M, V, age = torch.zeros_like(project(G, State(P=P, Q=Q))), torch.zeros_like(project(G, State(P=P, Q=Q))), 0
+    elif options.moments == "rotate":
+        if P is not None and state.P is not None:
+            M, V = P.mT @ state.P @ M, (P.mT @ state.P).square() @ V
+        if Q is not None and state.Q is not None:
+            M, V = M @ (state.Q.mT @ Q), V @ (state.Q.mT @ Q).square()
+    return replace(state, P=P, Q=Q, M=M, V=V, age=age)
+
+
+def project(G: Tensor, state: State) -> Tensor:
+    """`R = Pᵀ G Q`."""
+    G = G if state.P is None else state.P.mT @ G
+    return G if state.Q is None else G @ state.Q
+
+
+def lift(R: Tensor, state: State) -> Tensor:
+    """`P R Qᵀ`."""
+    R = R if state.P is None else state.P @ R
+    return R if state.Q is None else R @ state.Q.mT
+
+
+def adam(R: Tensor, state: State, options: Options) -> tuple[Tensor, float, State]:
+    """N, the bias-corrected learning rate η_t, and the state with the new moments.
+
+    The official packages add ε before the bias correction; `torch.optim.AdamW` adds it after.
+    """
+    assert state.M is not None
+    assert state.V is not None
+    (beta1, beta2), t = options.betas, state.age + 1
+    M = beta1 * state.M + (1 - beta1) * R
+    V = beta2 * state.V + (1 - beta2) * R.square()
+    eps = options.eps * (1.0 if options.adam_variant == "official" else math.sqrt(1 - beta2**t))
+    N = M / (V.sqrt() + eps)
+    lr = options.lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+    return N, lr, replace(state, step=state.step + 1, age=t, M=M, V=V)
+
+
+def apply(W: Tensor, update: Tensor, options: Options) -> Tensor:
+    """`W − update` with decoupled weight decay: of the updated weight in the official packages, before it in torch."""
+    keep = 1 - options.lr * options.weight_decay
+    return keep * (W - update) if options.adam_variant == "official" else keep * W - update
+
+
+def channel_scales(N: Tensor, R: Tensor, state: State) -> Tensor:
+    """`φ_i = ‖N_i‖ / (‖R_i‖ + 1e-8)`, per row of W if its right side is projected, else per column."""
+    dim = 1 if state.P is None else 0
+    return N.norm(dim=dim, keepdim=True) / (R.norm(dim=dim, keepdim=True) + 1e-8)
+
+
+def limit_growth(S: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """Fira's norm-growth limiter: rescales S so that its norm is at most γ times that of the last step.
+
+    A last norm of zero limits nothing (the published rule grows from 1e-8 by one percent per step).
+    """
+    norm = float(S.norm())
+    limit = options.norm_growth_limit * (state.norm + 1e-8) if state.norm else math.inf
+    S = S if norm <= limit else S * (limit / norm)
+    return S, replace(state, norm=min(norm, limit))
+
+
+def state_free_rule(G: Tensor, options: Options) -> Tensor:
+    """signSGD or SGD."""
+    return G.sign() if options.state_free_rule == "sign" else G
+
+
+def newton_schulz(G: Tensor, options: Options) -> Tensor:
+    """G with its singular values brought close to one, by a polynomial of degree five applied `ns_steps` times."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.to(options.ns_dtype)
+    X = X.mT if G.shape[0] > G.shape[1] else X
+    X = X / X.norm().clamp(min=1e-7)
+    for _ in range(options.ns_steps):
+        A = X @ X.mT
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if G.shape[0] > G.shape[1] else X).to(G.dtype)

@@ -1,0 +1,162 @@
+"""The tensors that an optimizer keeps for its parameters: declared by a method; created, read and written here.
+
+8-bit states are torchao's block-wise dynamic ones (arXiv 2110.02861), stored as two plain tensors, so that loading a
+checkpoint needs no class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.errors import UserError
+from hf_lowrank.optim.layout import Layout
+from hf_lowrank.optim.sharding import Sharding, local_part
+
+# torchao's own choice: values that share a scale, and the size below which eight bits are not worth it.
+BLOCK = 256
+MIN_QUANTIZED_SIZE = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateTensor:
+    """A tensor that a method keeps for each matrix.
+
+    Attributes:
+        shape: of one matrix's tensor, `()` for a number; None for a tensor like the whole parameter, in its memory
+            format. For a parameter that stacks several matrices the number of matrices comes first.
+        dtype: `"moments"` for the type that the group's `state_dtype` gives, `"parameter"` for the parameter's, or a
+            type of its own.
+        initial: the value of every element at the start; None if the method's refresh creates the tensor.
+        quantized: how `state_dtype="8bit"` stores it: as `"signed"` or `"unsigned"` codes, or not as codes.
+        sharded: whether a sharded parameter shards it along its first dimension too; a single number never is.
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | Literal["moments", "parameter"] = "moments"
+    initial: float | None = 0.0
+    quantized: Literal["signed", "unsigned"] | None = None
+    sharded: bool = True
+
+    def dtype_for(self, param: Tensor, state_dtype: str) -> torch.dtype:
+        """The type in which the tensor is computed with."""
+        if isinstance(self.dtype, torch.dtype):
+            return self.dtype
+        return param.dtype if self.dtype == "parameter" else moment_dtype(state_dtype, param)
+
+    def full_shape(self, param: Tensor, layout: Layout | None) -> tuple[int, ...]:
+        """Shape of the tensor for all matrices of `param`."""
+        if self.shape is None or layout is None:
+            return tuple(param.shape)
+        return layout.state_shape(*self.shape)
+
+    def create(self, state: dict[str, Any], key: str, param: Tensor, layout: Layout | None, state_dtype: str) -> None:
+        """Puts the tensor into `state` with its initial value, quantised if it is large enough."""
+        dtype, shape = self.dtype_for(param, state_dtype), self.full_shape(param, layout)
+        if self.shape is None or layout is None:
+            tensor = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        elif layout.sharding is None or not shape or not self.sharded:
+            tensor = torch.zeros(shape, dtype=dtype, device=param.device)
+        else:
+            tensor = layout.sharding.zeros(shape, param, dtype)
+        if self.initial:
+            local_part(tensor).fill_(self.initial)
+        size = tensor.numel()
+        if self.quantized and state_dtype == "8bit" and size >= MIN_QUANTIZED_SIZE and size % BLOCK == 0:
+            state[key], state[f"{key}_scale"] = quantize(tensor, signed=self.quantized == "signed")
+        else:
+            state[key] = tensor
+
+    def read(self, state: Mapping[str, Any], key: str) -> Tensor:
+        """The tensor to compute with: what this process holds of it, itself, or the values of its 8-bit codes."""
+        if self.quantized and f"{key}_scale" in state:
+            return dequantize(state[key], state[f"{key}_scale"], signed=self.quantized == "signed")
+        return local_part(state[key])
+
+    def write(self, state: dict[str, Any], key: str, value: Tensor) -> None:
+        """Stores what was computed from `read`'s tensor."""
+        if self.quantized and f"{key}_scale" in state:
+            state[key], state[f"{key}_scale"] = quantize(value, signed=self.quantized == "signed")
+            return
+        held = local_part(state[key])
+        if value is not held:
+            held.copy_(value)
+
+
+def adam_moments(*shape: int, whole: bool = False) -> dict[str, StateTensor]:
+    """Adam's two moments of matrices of `shape`, or of `whole` parameters."""
+    return {
+        "exp_avg": StateTensor(shape=None if whole else shape, quantized="signed"),
+        "exp_avg_sq": StateTensor(shape=None if whole else shape, quantized="unsigned"),
+    }
+
+
+def moment_dtype(state_dtype: str, param: Tensor) -> torch.dtype:
+    """The type in which a parameter's moments are computed with."""
+    return param.dtype if state_dtype == "parameter" or param.dtype == torch.float64 else torch.float32
+
+
+# Eight bits
+
+
+def check_8bit_available() -> None:
+    """Raises UserError if torchao is missing."""
+    try:
+        import torchao.optim  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "state_dtype='8bit' needs torchao, which is not installed; "
+            "run `pip install 'hf-lowrank[8bit]'` or use 'float32'"
+        ) from None
+
+
+@lru_cache(maxsize=8)
+def quantization_levels(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 256 values that codes stand for, and the bounds between them."""
+    from torchao.optim.quant_utils import create_dynamic_map
+
+    values = torch.tensor(create_dynamic_map(signed=signed), dtype=torch.float32)
+    return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)
+
+
+def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes (uint8, of `values`' shape) and one scale (float32) per block of 256."""
+    blocks = values.float().reshape(-1, BLOCK)
+    scales = blocks.abs().amax(-1).clamp(min=1e-12)
+    bounds = quantization_levels(signed, values.device)[1]
+    codes = torch.bucketize(blocks / scales[:, None], bounds, out_int32=True, right=True)
+    return codes.to(torch.uint8).view(values.shape), scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """The values that `quantize` kept, in float32."""
+    levels = quantization_levels(signed, codes.device)[0]
+    return levels[codes.view(-1, BLOCK).int()].mul_(scales[:, None]).view(codes.shape)
+
+
+# Weights in sixteen bits
+
+
+def round_stochastically_(
+    target: Tensor, values: Tensor, generator: torch.Generator, rows: tuple[Sharding, int] | None = None
+) -> None:
+    """Writes float32 `values` into bfloat16 `target`, rounded up or down at random such that the mean is exact.
+
+    A bfloat16 is the upper half of a float32: adding 16 random bits below it and truncating rounds up with exactly
+    the probability of the truncated part.
+
+    Args:
+        rows: for `values` that are a process's share of a sharded tensor: its sharding and its number of rows. The
+            random bits are then those of the unsharded tensor.
+    """
+    bits = values.contiguous().view(torch.int32)
+    shape = bits.shape if rows is None else (rows[1], *bits.shape[1:])
+    noise = torch.randint(0, 1 << 16, shape, generator=generator, device=bits.device, dtype=torch.int32)
+    if rows is not None:
+        noise = rows[0].part(noise)
+    target.copy_(noise.add_(bits).bitwise_and_(-65536).view(torch.float32))
