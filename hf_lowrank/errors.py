@@ -37,6 +37,11 @@ class StoppedError(Exception):
 STOPPED_STATUS = 75
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an error says, in one line of at most `limit` characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """The end of an error line: "did you mean 'a' or 'b'?", or all of `allowed` when none is close to `name`."""
     choices = sorted(allowed)

@@ -164,7 +164,7 @@ def test_measuring_and_reporting_load_no_pickle(finished, tmp_path):
     assert not loaded
     assert not trace.exists()
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no whole checkpoint|is a pickle"):
+    with pytest.raises(UserError, match=r"no complete checkpoint|is a pickle"):
         Trajectory(run).model(1)
     assert not trace.exists()
     assert os.listdir(checkpoint)

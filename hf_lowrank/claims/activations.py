@@ -99,7 +99,7 @@ def _other_baselines(study: Study, metric: str) -> dict[str, str]:
         method: f"measured against {row.baseline}, which is no run of the baseline here"
         for (method, _), run in study.runs.items()
         for row in run.model_rows(metric)
-        if row.value is not None and row.baseline not in study.baseline_names
+        if row.has_value and row.baseline not in study.baseline_names
     }
 
 
@@ -110,7 +110,7 @@ def _of_run(
     layers: dict[tuple[int, str], dict[int, float]] = {}
     whole: dict[tuple[int, str], float] = {}
     for row in run.rows:
-        if row.metric != metric or row.value is None or row.baseline not in study.baseline_names:
+        if row.metric != metric or not row.has_value or row.baseline not in study.baseline_names:
             continue
         key = (row.step, kind_of(row.settings))
         if match := _LAYER.fullmatch(row.scope):

@@ -13,8 +13,7 @@ from hf_lowrank.claims.study import Study, common, kind_of, logged_losses, loss_
 from hf_lowrank.claims.verdicts import every_above
 from hf_lowrank.claims.words import detail, fewest_seeds, interval, listed, nats, seeds_and_step, undecided_reason
 from hf_lowrank.formats import loss_text
-from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED
-from hf_lowrank.runs.records import Row
+from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement
 from hf_lowrank.statistics import mean_interval
 
 # A perplexity 5 % higher: what no reader would call the same loss, and several times what seeds differ by.
@@ -112,7 +111,7 @@ def _entries(study: Study) -> Iterable[tuple[Pair, int, int, str, float]]:
     for (method, seed), run in study.runs.items():
         for row in run.model_rows("method_barrier"):
             partners = by_name.get((row.baseline or "", seed), [])
-            if row.value is None or len(partners) != 1 or partners[0] == method:
+            if not row.has_value or len(partners) != 1 or partners[0] == method:
                 continue
             first, second = sorted((method, partners[0]), key=order.index)
             heights.setdefault(((first, second), seed, row.step, kind_of(row.settings)), []).append(row.value)
@@ -123,7 +122,7 @@ def _entries(study: Study) -> Iterable[tuple[Pair, int, int, str, float]]:
 def _without_dense_weights(study: Study) -> dict[str, str]:
     """The methods that measuring found to have none, and what it said."""
 
-    def about_itself(row: Row) -> bool:
+    def about_itself(row: Measurement) -> bool:
         why = (row.reason or "").removeprefix(UNDEFINED)
         return why != (row.reason or "") and not why.startswith(("the baseline", OWN_BASELINE))
 

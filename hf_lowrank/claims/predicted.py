@@ -12,6 +12,7 @@ from hf_lowrank.claims.claim import Claim, Detail, Verdict
 from hf_lowrank.claims.words import p_text
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import pluralize, significant
+from hf_lowrank.runs.layout import PREDICTION
 from hf_lowrank.storage.checksums import unsealed
 from hf_lowrank.storage.parsing import parse_json
 
@@ -35,7 +36,7 @@ def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05
         "id": "prediction", "statement": statement, "unit": "R²", "test": TEST.format(alpha=alpha),
     }  # fmt: skip
     file = None if path is None else Path(path)
-    file = file / "prediction.json" if file is not None and file.is_dir() else file
+    file = file / PREDICTION if file is not None and file.is_dir() else file
     if file is None or not file.exists():
         reason = "nothing was predicted" + ("" if file is None else f": no {file.name}")
         return Claim(**common, verdict="undecided", reason=reason, sentence=f"Not tested: {reason}.")

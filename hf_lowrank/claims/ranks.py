@@ -101,7 +101,7 @@ def _surrogate(study: Study, method: str, metric: str) -> str | None:
     """What measuring remarks on this method's values (CoLA's dense weights stand for its layers)."""
     for (name, _), run in study.runs.items():
         row = run.last(metric) if name == method else None
-        if row is not None and row.value is not None and row.reason:
+        if row is not None and row.has_value and row.reason:
             return row.reason
     return None
 

@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.report.colours import looks
-from hf_lowrank.runs.records import Row, RunRecord, load_runs
+from hf_lowrank.runs.measurements import Measurement
+from hf_lowrank.runs.records import RunRecord, load_runs
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 Value = TypeVar("Value")
@@ -188,17 +189,17 @@ def model_values(study: Study, metric: str, methods: Sequence[str] | None = None
 def _model_entries(study: Study, metric: str) -> Iterable[tuple[str, int, int, str, float]]:
     for (method, seed), run in study.runs.items():
         for row in run.model_rows(metric):
-            if row.value is not None:
+            if row.has_value:
                 yield method, seed, row.step, kind_of(row.settings), row.value
 
 
-def null_reasons(study: Study, metric: str, keep: Callable[[Row], bool] = lambda row: True) -> dict[str, str]:
+def null_reasons(study: Study, metric: str, keep: Callable[[Measurement], bool] = lambda row: True) -> dict[str, str]:
     """Why a metric is not there, by method: what its last null row says, or that a run was left out."""
     found = {
         method: row.reason
         for (method, _), run in study.runs.items()
         for row in run.model_rows(metric)
-        if row.value is None and row.reason and row.step > 0 and keep(row)
+        if not row.has_value and row.reason and row.step > 0 and keep(row)
     }
     return {**study.notes, **found}
 
@@ -209,7 +210,7 @@ def loss_entries(study: Study, evaluation: str | None = None) -> Iterable[tuple[
         found = {}
         for metric, plain in (("perplexity", math.log), ("loss", float)):
             for row in run.model_rows(metric):
-                if row.value is not None and (evaluation is None or row.settings.get("evaluation") == evaluation):
+                if row.has_value and (evaluation is None or row.settings.get("evaluation") == evaluation):
                     found[row.step, kind_of(row.settings)] = plain(row.value)
         for (step, kind), value in found.items():
             yield method, seed, step, kind, value

@@ -16,9 +16,9 @@ import numpy as np
 from hf_lowrank.downstream.prediction import FEWEST_RUNS, PERMUTATIONS, Prediction, Table, analyse
 from hf_lowrank.errors import UserError
 from hf_lowrank.metrics import METRICS
-from hf_lowrank.runs.measurements import FILE_NAME as MEASUREMENTS
+from hf_lowrank.runs.layout import MEASUREMENTS, PREDICTION, SCORES
 from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, read_measurements
-from hf_lowrank.runs.scores import FILE_NAME, PRIMARY, Score, read_scores
+from hf_lowrank.runs.scores import PRIMARY, Score, read_scores
 from hf_lowrank.runs.selection import table_of
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import sealed
@@ -58,7 +58,7 @@ def predict(
     prediction = analyse(table, permutations=permutations, seed=seed)
     if output is not None:
         folder = Path(output)
-        write_text(folder / "prediction.json", json.dumps(sealed(_json_content(table, prediction)), indent=1) + "\n")
+        write_text(folder / PREDICTION, json.dumps(sealed(_json_content(table, prediction)), indent=1) + "\n")
         from hf_lowrank.downstream.figures import prediction_figure
 
         with whole_file(folder / "prediction.png") as temporary:
@@ -92,7 +92,7 @@ def gather(
             problems.append(str(error))
             continue
         rows = [row for row in read_measurements(file) if row.scope == "model"]
-        scores = usable_scores(read_scores(file.with_name(FILE_NAME)), tasks)
+        scores = usable_scores(read_scores(file.with_name(SCORES)), tasks)
         if not any(row.metric == "perplexity" and math.isfinite(row.value) for row in rows):
             problems.append(f"{name} has no perplexity (hf-lowrank measure {name})")
         elif not scores:
@@ -125,7 +125,7 @@ def gather(
 
 
 def _has_tables(folder: Path) -> bool:
-    return (folder / FILE_NAME).is_file() or (folder / MEASUREMENTS).is_file()
+    return (folder / SCORES).is_file() or (folder / MEASUREMENTS).is_file()
 
 
 def usable_scores(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[Score]:

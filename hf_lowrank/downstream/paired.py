@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from hf_lowrank.errors import UserError, nearest
-from hf_lowrank.runs.scores import FILE_NAME, Score, item_file, read_item_scores, read_scores
+from hf_lowrank.runs.layout import SCORES
+from hf_lowrank.runs.scores import Score, item_file, read_item_scores, read_scores
 from hf_lowrank.statistics import mcnemar
 
 RESAMPLES = 4000
@@ -120,7 +121,7 @@ def _compared(
             raise UserError(f"{run}: has no score of {task} at step {step}")
         row = max(rows, key=lambda row: row.step)
         chosen.append(row)
-        file = item_file(run / FILE_NAME, row.step, task)
+        file = item_file(run / SCORES, row.step, task)
         items = read_item_scores(file)
         if len(items) < row.n:
             raise UserError(f"{file}: holds {len(items)} of {row.n} items; evaluate that checkpoint again")

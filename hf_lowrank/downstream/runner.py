@@ -33,8 +33,8 @@ from hf_lowrank.processes.launch import Launch
 from hf_lowrank.processes.placement import Placement
 from hf_lowrank.processes.progress import Progress
 from hf_lowrank.processes.work import SharedTables, run_units
+from hf_lowrank.runs.layout import EVALUATION_SET, SCORES
 from hf_lowrank.runs.scores import (
-    FILE_NAME,
     Score,
     append_scores,
     item_file,
@@ -129,7 +129,7 @@ def evaluate(
     for problem in problems if launch.is_first else ():
         report(problem)
     chosen = [steps_of(trajectory, steps) for trajectory in trajectories]
-    files = [table_of(trajectory, output, FILE_NAME) for trajectory in trajectories]
+    files = [table_of(trajectory, output, SCORES) for trajectory in trajectories]
     check_separate_tables(trajectories, files)
     tables = SharedTables(launch, files, read_scores, append_scores)
     with all_locked([file.parent for file in files], "evaluate"), _quiet_lm_eval():
@@ -167,7 +167,7 @@ def unscored(run: Run, *, tasks: Any = None, steps: Any = None, limit: int | Non
     """The (step, task) pairs that `evaluate` with these arguments would score; loads no model."""
     trajectory = open_run(run)
     names, _ = expand_tasks(wanted_tasks(tasks))
-    scores = _SavedScores(trajectory, table_of(trajectory, None, FILE_NAME), limit)
+    scores = _SavedScores(trajectory, table_of(trajectory, None, SCORES), limit)
     return scores.missing(steps_of(trajectory, steps), names)
 
 
@@ -184,7 +184,7 @@ def requested_scores(
     runs_of_name = Counter(run.run.name for run in runs)
     found: list[Score] = []
     for run in sorted(runs, key=lambda run: run.run.name):
-        scores = _SavedScores(run, table_of(run, output, FILE_NAME), limit)
+        scores = _SavedScores(run, table_of(run, output, SCORES), limit)
         label = run.run.name if runs_of_name[run.run.name] == 1 else run.path
         for step in steps_of(run, steps):
             for name in sorted(names):
@@ -350,7 +350,7 @@ class _Runner:
         if self.lm is not None and self.lm.tokenizer.get_vocab() == tokenizer.get_vocab():
             self.lm.replace_model(model)
             return
-        sequences = self.trajectory.extra("evaluation.safetensors")
+        sequences = self.trajectory.extra(EVALUATION_SET)
         self.lm = LowRankLM(
             model.to(self.device),
             tokenizer=tokenizer,

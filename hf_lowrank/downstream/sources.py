@@ -10,12 +10,11 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.runs.sources import STEP_FOLDER
+from hf_lowrank.runs.checkpoints import check_files
+from hf_lowrank.runs.layout import CONFIG, RECIPE, STEP_FOLDER, TOKENIZER, TOKENIZER_FILES
 from hf_lowrank.runs.trajectory import Trajectory
-from hf_lowrank.storage.checksums import check_checksums
 
 AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+|last)")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ def find_checkpoint(pretrained: str | os.PathLike[str], revision: str | None = N
         step = trajectory.steps[-1] if match["step"] == "last" else int(match["step"])
         return Checkpoint(trajectory.where(step), None, Path(match["run"]), step)
     if local.is_dir():
-        if (local / "config.json").is_file():
+        if (local / CONFIG).is_file():
             step_of = STEP_FOLDER.fullmatch(local.resolve().name)
-            run = local.resolve().parent if (local.resolve().parent / "recipe.yaml").is_file() else None
+            run = local.resolve().parent if (local.resolve().parent / RECIPE).is_file() else None
             return Checkpoint(text, None, run, int(step_of[1]) if step_of else None)
         trajectory = Trajectory(text)
         return Checkpoint(trajectory.where(trajectory.steps[-1]), None, local, trajectory.steps[-1])
@@ -71,11 +70,11 @@ def tokenizer_folder(trajectory: Trajectory, step: int) -> str:
     where = trajectory.where(step)
     if not Path(where).is_dir():
         return where
-    candidates = [Path(where), trajectory.extra("tokenizer")]
+    candidates = [Path(where), trajectory.extra(TOKENIZER)]
     for folder in candidates:
         files = [] if folder is None else [name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
         if files:
-            check_checksums(Path(folder), files)
+            check_files(Path(folder), files)
             return str(folder)
     raise UserError(
         f"{where}: neither it nor its run has a tokenizer, which downstream tasks need; save_pretrained one there"

@@ -1,4 +1,4 @@
-"""Pushing while a Trainer trains: a save puts the checkpoint into a queue on disk, a thread empties it."""
+"""Pushing during training: each save adds the checkpoint to a queue on disk, and a thread empties it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hf_lowrank.hub.publisher import Dense, Job, Publisher
 from hf_lowrank.hub.push import check_repo_id
 from hf_lowrank.hub.queue import Queue
 from hf_lowrank.hub.repository import Repository, UnreachedError, understood
+from hf_lowrank.runs.layout import checkpoint_folder
 from hf_lowrank.runs.weights import check_weights
 
 logger = logging.getLogger(__name__)
@@ -26,24 +27,24 @@ TRIES_AT_END = 4
 class PushRevisionsCallback(TrainerCallback):
     """Publishes every checkpoint that a Trainer saves as a revision `step-N` of a Hub repository.
 
-    Never in the training's way: a save costs hard links, the rest runs in a thread of its own. Whatever goes wrong is
-    a warning; the checkpoint waits in `push-queue/` of the output folder for the next save, the next run, or
-    `hf-lowrank push`.
+    It does not delay training: a save costs hard links, the rest runs in a thread. Failures are warnings; the
+    checkpoint waits in `push-queue/` of the output folder for the next save, the next run, or `hf-lowrank push`.
 
     Args:
-        repo_id: `user/name`; it is made if there is none.
+        repo_id: `user/name`; created if it does not exist.
         every: every k-th save.
-        dense: adapted models in the plain architecture too, on `dense-step-N` ("beside"), or as `step-N` ("instead").
-        optimizer: optimizer state too, on `optimizer-step-N`.
-        public: for everyone to see, if the repository is made now; private otherwise.
-        license: the card's licence, as a Hub identifier.
-        token: None: the login's.
-        endpoint: another Hub than huggingface_hub's.
-        wait_at_end: seconds that the end of the training waits for uploads that are under way.
-        first_pause: seconds before the second try; each further pause is twice as long.
+        dense: also push adapted models in their base architecture, to `dense-step-N` ("beside"), or as `step-N`
+            ("instead").
+        optimizer: also push optimizer state, to `optimizer-step-N`.
+        public: visible to everyone, if the repository is created now; private otherwise.
+        license: of the card, a Hub identifier.
+        token: None: that of the login.
+        endpoint: a Hub other than huggingface_hub's default.
+        wait_at_end: how many seconds the end of training waits for pending uploads.
+        first_pause: seconds before the first retry; each further pause is twice as long.
 
     Raises:
-        UserError: `repo_id` is malformed; at construction, before anything is trained.
+        UserError: `repo_id` is malformed; raised by the constructor, before training.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class PushRevisionsCallback(TrainerCallback):
         try:
             self._start(args)
         except Exception as error:
-            logger.warning("%s: what waits in the queue is not pushed now: %s", self.repo_id, one_line(error))
+            logger.warning("%s: cannot push the queue now: %s", self.repo_id, one_line(error))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -86,10 +87,10 @@ class PushRevisionsCallback(TrainerCallback):
         worker = self._worker
         try:
             worker = worker or self._start(args)
-            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            checkpoint = checkpoint_folder(Path(str(args.output_dir)), state.global_step)
             worker.queue.add(checkpoint, state.global_step, optimizer=self.optimizer)
-        except Exception as error:  # a full disk, an odd checkpoint: the training goes on
-            logger.warning("%s: step %d is not queued: %s", self.repo_id, state.global_step, one_line(error))
+        except Exception as error:  # whatever it is (a full disk, a damaged checkpoint), training continues
+            logger.warning("%s: cannot queue step %d: %s", self.repo_id, state.global_step, one_line(error))
         if worker is not None:
             worker.wake()
 
@@ -109,35 +110,35 @@ class PushRevisionsCallback(TrainerCallback):
 
 
 class QueueWorker:
-    """Empties a queue in a thread; survives everything that the Hub or the network may do."""
+    """Empties a queue in a thread, whatever the Hub or the network does."""
 
     def __init__(self, queue: Queue, publisher: Publisher, first_pause: float = FIRST_PAUSE) -> None:
         self.queue, self.publisher, self.first_pause = queue, publisher, first_pause
         self.repo_id = publisher.repository.repo_id
         self._wake, self._ending = threading.Event(), threading.Event()
-        # A daemon: a connection that hangs must not keep the process alive.
         self._settled = False
+        # A daemon: a hanging connection must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="push-revisions", daemon=True)
 
     def start(self) -> None:
-        # Before the first save, so that no entry that is being made is taken for a leftover.
+        # Before the first save, so that no unfinished entry is mistaken for a leftover.
         self.queue.clean()
         self._thread.start()
         self._wake.set()
 
     def wake(self) -> None:
-        """There is something new: try now, however long the pause was to be."""
+        """Ends the current pause: there is a new entry."""
         self._wake.set()
 
     def finish(self, seconds: float) -> None:
-        """Lets uploads end, at most `seconds`; what is left stays in the queue, with a warning."""
+        """Waits at most `seconds` for uploads to end; warns about checkpoints left in the queue."""
         self._ending.set()
         self._wake.set()
         self._thread.join(seconds)
         left = ", ".join(job.branch for job in self.queue.jobs())
         if left:
             logger.warning(
-                "%s: not pushed yet: %s; they wait in %s; `hf-lowrank push` or the next training completes them",
+                "%s: not pushed yet: %s; they wait in %s; `hf-lowrank push` or the next training run completes them",
                 self.repo_id,
                 left,
                 one_line(self.queue.folder.name),
@@ -164,38 +165,38 @@ class QueueWorker:
             self._wake.wait(pause)
 
     def _attempt(self) -> Exception | None:
-        """Publishes what waits; what went wrong, if anything did."""
+        """Publishes the waiting checkpoints; returns the error, if any."""
         try:
             self._drain()
         except Exception as error:
-            # Anything at all: it is this thread that fails, not the training.
+            # Any error at all: only this thread may fail, not training.
             return understood(error, self.repo_id)
         return None
 
     def _drain(self) -> None:
-        """Publishes the queue, oldest first; `main` follows when it is empty."""
+        """Publishes the queue, oldest first, and then `main`."""
         while waiting := [job for job in self.queue.jobs() if self._sound(job)]:
             job = waiting[0]
             self.publisher.publish(job)
             faults = self.publisher.faults(job)
             if faults:
-                raise UnreachedError(f"the Hub shows something else than was sent: {'; '.join(faults)}")
+                raise UnreachedError(f"the Hub does not show what was sent: {'; '.join(faults)}")
             if len(waiting) == 1:
                 self.publisher.settle(job)
                 self._settled = True
             self.queue.remove(job.step)
             self.publisher.forget(job)
         if self._ending.is_set() and self._settled:
-            # Costs and measurements of the whole training are there only now.
+            # Only now are the facts and measurements of the whole training available.
             self.publisher.settle(None)
 
     def _sound(self, job: Job) -> bool:
-        """Whether an entry can be pushed at all; one that cannot is set aside."""
+        """Whether an entry can be pushed; one that cannot is moved out of the queue."""
         try:
             check_weights(job.folder)
             self.publisher.contents(job)
         except UserError as error:
             aside = self.queue.set_aside(job.step)
-            logger.warning("%s: %s; set aside as %s", self.repo_id, one_line(error), aside.name)
+            logger.warning("%s: %s; moved to %s", self.repo_id, one_line(error), aside.name)
             return False
         return True

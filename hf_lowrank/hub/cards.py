@@ -1,4 +1,4 @@
-"""Cards: what a repository's page says about a run, from what is on disk; a person's own words survive.
+"""Cards: a repository's page about a run, written from what is on disk. The text that a person added is kept.
 
 Metadata is written by huggingface_hub's `ModelCardData`, never by a template; every value in the text is escaped.
 """
@@ -13,27 +13,37 @@ from typing import Any
 from urllib.parse import quote
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData, SpaceCardData
 
-from hf_lowrank.hub import card_facts
-from hf_lowrank.hub.card_facts import last_checkpoint, log_history, loss_at, read_json, read_yaml, section, step_of
-from hf_lowrank.hub.markdown import CONTROL, Markdown, fenced, render
+from hf_lowrank.formats import big_count, byte_size, duration, significant
+from hf_lowrank.hub.markdown import Markdown, fenced, render
+from hf_lowrank.hub.metadata import name_of, read_card, tag_of, written_metadata
 from hf_lowrank.hub.pictures import PICTURES
-from hf_lowrank.hub.privacy import without_private
-from hf_lowrank.storage.parsing import parse_plain_yaml
-
-__all__ = ["log_history", "loss_at", "metric_card", "model_card", "read_yaml", "step_card"]
+from hf_lowrank.hub.privacy import without_private, without_private_parts
+from hf_lowrank.methods import METHODS
+from hf_lowrank.metrics import describe, metric_order
+from hf_lowrank.runs.layout import step_of
+from hf_lowrank.runs.measurements import Measurement
+from hf_lowrank.runs.recipe_file import read_recipe, section
+from hf_lowrank.runs.records import RunRecord, read_config_file, read_run
+from hf_lowrank.runs.scores import Score
+from hf_lowrank.runs.trainer_state import TrainerState, read_trainer_state
 
 OWN_BEGIN = "<!-- Your own words: what stands from here … -->"
 OWN_END = "<!-- … to here is kept when the card is written anew. -->"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-TAG = re.compile(r"[^\w.+-]+")
-# Metadata that is ours to write even when we have none, and what ModelCardData takes as something else than metadata.
-NOT_KEPT = ("model-index", "model_name", "eval_results", "ignore_metadata_errors", "self")
 LIMITS = (
-    "It continues text and does nothing else: it was not tuned to follow instructions and not made safe.",
-    "One training with one seed; another seed gives other numbers.",
-    "It was trained by a recipe for comparing methods, on the text named above; expect it to know little beyond.",
+    "It continues text; it was not tuned to follow instructions or to be safe.",
+    "One training run with one seed; another seed gives other numbers.",
+    "It was trained to compare methods, on the text named above; do not expect knowledge beyond it.",
+)
+COLA_LIMIT = "CoLA's layers have no dense weight: spectra are those of the product B A, a surrogate."
+COSTS = (
+    ("Tokens seen", "tokens_seen", big_count),
+    ("Time in training steps", "training_seconds", duration),
+    ("Processor time of training steps", "cpu_seconds", duration),
+    ("Total time", "wall_seconds", duration),
+    ("Peak memory of the process", "peak_memory_bytes", byte_size),
+    ("Optimizer state", "optimizer_state_bytes", byte_size),
 )
 
 
@@ -51,68 +61,87 @@ def model_card(
     """The page of a repository, metadata and text.
 
     Args:
-        run: the run directory; None where a Trainer has none.
-        repo_id: `user/name`; None where the weights are published nowhere.
+        run: the run directory; None for a checkpoint without one.
+        repo_id: `user/name`; None where the weights are not published.
         checkpoint: the folder that `main` holds; None: the last one of the run.
-        previous: the card that is there: its own words and metadata that are not ours are kept.
+        previous: the existing card: a person's text in it, and metadata of other sources, are kept.
         license: a Hub identifier; None: the previous card's, else "unknown".
-        pictures: names of the pictures that lie in `picture_folder`, as `draw` gives them.
+        pictures: names of the pictures in `picture_folder`, as `draw` returns them.
         picture_folder: relative to the card.
         name: the run's name; None: the recipe's.
+
+    Raises:
+        UserError: a file of the run is damaged.
     """
-    recipe = read_yaml(run / "recipe.yaml") if run is not None else {}
-    checkpoint = checkpoint or (last_checkpoint(run) if run is not None else None)
-    config = read_json(checkpoint / "config.json") if checkpoint is not None else {}
-    step = step_of(checkpoint)
-    before, own = _taken_apart(previous)
-    measured = card_facts.measured(run) if run is not None else None
-    scores = card_facts.scores(run) if run is not None else []
-    loss = loss_at(checkpoint, step) if checkpoint is not None else None
-    facts = read_json(run / "facts.json") if run is not None else {}
-    name = one(name or recipe.get("name") or (repo_id or "").rpartition("/")[2] or "unnamed")
-    losses = _losses(checkpoint, step, measured)
-    metadata = _metadata(recipe, config, before, license, name, losses, scores)
-    rows, notes = _metric_rows(measured[1]) if measured else ([], [])
-    sequences = next((row.settings.get("sequences") for row in measured[1]), None) if measured else None
+    record = _record(run, checkpoint)
+    recipe = without_private_parts(dict(record.recipe))
+    step = step_of(record.checkpoint) if record.checkpoint is not None else 0
+    before, own = read_card(previous)
+    measured, scores = measured_last(record), scored_last(record)
+    loss = record.state.loss_at(step)
+    name = name_of(name or recipe.get("name") or (repo_id or "").rpartition("/")[2] or "unnamed")
+    losses = _losses(record.state, step, measured)
+    metadata = written_metadata(recipe, record.config, before, license, name, losses, scores)
+    rows, notes = _metric_rows(measured)
     planned = section(recipe, "training").get("max_steps")
+    parameters = record.fact("parameters")
     body = render(
         "model_card.md.j2",
         name=name,
-        parameters=_count(facts.get("parameters")),
+        parameters=big_count(parameters) if parameters is not None else "An unknown number of",
         method=_method(recipe),
         under_way=isinstance(planned, int) and 0 < step < planned,
         step=step,
         own_begin=Markdown(OWN_BEGIN),
-        own_words=Markdown(own),
+        own_words=Markdown(own_words(own)),
         own_end=Markdown(OWN_END),
         published=repo_id is not None,
-        loading=_loading(repo_id, config, None) if repo_id is not None else "",
+        loading=_loading(repo_id, record.config, None) if repo_id is not None else "",
         metrics=rows,
         metric_notes=notes,
-        metrics_step=measured[0] if measured else None,
-        sequences=sequences if sequences is not None else "the",
+        metrics_step=measured[0].step if measured else None,
+        sequences=measured[0].settings.get("sequences", "the") if measured else "the",
         loss=f"{loss:.4f}" if loss is not None else None,
         scores=[_score_row(row) for row in scores],
-        scores_step=scores[0]["step"] if scores else None,
-        harness=scores[0].get("lm_eval_version") if scores else None,
+        scores_step=scores[0].step if scores else None,
+        harness=scores[0].lm_eval_version if scores else None,
         pictures=_shown(pictures, picture_folder),
-        corpus=card_facts.corpus(section(recipe, "data")),
-        costs=card_facts.costs(run) if run is not None else [],
+        corpus=_corpus(section(recipe, "data")),
+        costs=_costs(record),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
-        limits=[*LIMITS, *_own_limits(recipe)],
+        limits=[*LIMITS, *([COLA_LIMIT] if section(recipe, "method").get("name") == "cola" else [])],
     )
     return f"---\n{metadata}\n---\n\n{without_private(body)}"
+
+
+def public_recipe(run: Path | None) -> dict[str, Any]:
+    """The recipe of a run without private parts; empty without one."""
+    return without_private_parts(read_recipe(run) or {}) if run is not None else {}
+
+
+def measured_last(record: RunRecord) -> list[Measurement]:
+    """The rows of the whole model at the last measured step, one per metric and baseline, without points of curves."""
+    rows = [row for row in record.rows if row.scope == "model" and not {"t", "x"} & row.settings.keys()]
+    last = max((row.step for row in rows), default=0)
+    return list({(row.metric, row.baseline): row for row in rows if row.step == last}.values())
+
+
+def scored_last(record: RunRecord) -> list[Score]:
+    """The scores of the last scored step, one per task and metric."""
+    rows = [row for row in record.scores if math.isfinite(row.value)]
+    last = max((row.step for row in rows), default=0)
+    return list({(row.task, row.metric): row for row in rows if row.step == last}.values())
 
 
 def step_card(
     repo_id: str, name: str, step: int, branch: str, *, config: Mapping[str, Any], recipe: Mapping[str, Any]
 ) -> str:
     """The short page of one revision; the same however often it is pushed."""
-    tags = ["hf_lowrank", _tag(section(recipe, "method").get("name"))]
+    tags = ["hf_lowrank", tag_of(section(recipe, "method").get("name"))]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=[t for t in tags if t])
     body = render(
         "step_card.md.j2",
-        name=one(name),
+        name=name_of(name),
         step=step,
         dense=branch.startswith("dense-"),
         loading=_loading(repo_id, config, branch),
@@ -142,116 +171,47 @@ def metric_card(
         citation: BibTeX, or nothing.
         tags, sdk: metadata of the Space.
     """
-    from huggingface_hub import SpaceCardData
-
-    data = SpaceCardData(title=one(title), sdk=sdk, app_file="app.py", tags=["evaluate", "metric", *tags])
+    data = SpaceCardData(title=name_of(title), sdk=sdk, app_file="app.py", tags=["evaluate", "metric", *tags])
     body = render(
         "metric_card.md.j2",
-        title=one(title), summary=summary, usage=usage, metrics=list(metrics), limits=list(limits), citation=citation,
-    )  # fmt: skip
+        title=name_of(title),
+        summary=summary,
+        usage=usage,
+        metrics=list(metrics),
+        limits=list(limits),
+        citation=citation,
+    )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
-def one(value: object) -> str:
-    """A name: one line of at most 120 characters, without anything private."""
-    return " ".join(CONTROL.sub("", without_private(str(value))).split())[:120]
+def _record(run: Path | None, checkpoint: Path | None) -> RunRecord:
+    if run is not None:
+        return read_run(run, checkpoint)
+    if checkpoint is None:
+        return RunRecord(Path(), "")
+    state = read_trainer_state(checkpoint) or TrainerState()
+    return RunRecord(checkpoint, "", state=state, checkpoint=checkpoint, config=read_config_file(checkpoint))
 
 
-# -- the parts
-
-
-def _metadata(
-    recipe: Mapping[str, Any],
-    config: Mapping[str, Any],
-    before: dict[str, Any],
-    license: str | None,
-    name: str,
-    losses: Mapping[str, tuple[int, float]],
-    scores: Sequence[Mapping[str, Any]],
-) -> str:
-    data = section(recipe, "data")
-    dataset = data.get("dataset") if data.get("source") == "hub" else None
-    kept = before.get("license")
-    tags = ["hf_lowrank", "low-rank", "pre-training", _tag(section(recipe, "method").get("name"))]
-    if config.get("model_type") == "lowrank":
-        tags.append("lowrank")
-    earlier = before.get("tags")
-    if isinstance(earlier, list):
-        tags.extend(tag for tag in earlier if isinstance(tag, str))
-    base = config.get("_name_or_path")
-    results = [*_loss_results(losses, dataset), *(_score_result(row) for row in scores)]
-    ours: dict[str, Any] = {
-        "license": license or (kept if isinstance(kept, str) and kept else "unknown"),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys(tag for tag in tags if tag)),
-    }
-    if isinstance(dataset, str) and HUB_ID.fullmatch(dataset):
-        ours["datasets"] = [dataset]
-    if isinstance(base, str) and "/" in base and HUB_ID.fullmatch(base):
-        ours["base_model"] = base
-    others = {key: value for key, value in before.items() if isinstance(key, str) and key not in (*ours, *NOT_KEPT)}
-    if results:
-        ours |= {"model_name": name, "eval_results": results}
-    return ModelCardData(**ours, **others).to_yaml()
-
-
-def _losses(
-    checkpoint: Path | None, step: int, measured: tuple[int, list[Any]] | None
-) -> dict[str, tuple[int, float]]:
-    """Loss and perplexity with their step: on all sequences that training evaluated, else as they were measured."""
-    loss = card_facts.evaluated_loss(checkpoint, step) if checkpoint is not None else None
+def _losses(state: TrainerState, step: int, measured: Sequence[Measurement]) -> dict[str, tuple[int, float]]:
+    """Loss and perplexity with their step: on all sequences that training evaluated, else as measured."""
+    loss = state.logged("eval_loss").get(step)
     if loss is not None:
         return {"loss": (step, loss), "perplexity": (step, math.exp(min(loss, 700.0)))}
-    rows = measured[1] if measured is not None else []
     return {
-        row.metric: (row.step, row.value)
-        for row in rows
-        if row.metric in ("loss", "perplexity") and math.isfinite(row.value)
+        row.metric: (row.step, row.value) for row in measured if row.metric in ("loss", "perplexity") and row.has_value
     }
 
 
-def _loss_results(losses: Mapping[str, tuple[int, float]], dataset: object) -> list[EvalResult]:
-    known = isinstance(dataset, str) and HUB_ID.fullmatch(dataset) is not None
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=str(dataset) if known else "held-out",
-            dataset_name=f"held-out part of {dataset}" if known else "held-out sequences of this run",
-            metric_type=metric,
-            metric_name=f"{metric} at step {step}",
-            metric_value=value,
-        )
-        for metric, (step, value) in losses.items()
-    ]
-
-
-def _score_result(row: Mapping[str, Any]) -> EvalResult:
-    task = one(row["task"])
-    return EvalResult(
-        task_type="text-generation",
-        task_name=task,
-        dataset_type=_tag(task) or "task",
-        dataset_name=task,
-        metric_type=_tag(row["metric"]) or "score",
-        metric_name=one(row["metric"]),
-        metric_value=row["value"],
-    )
-
-
-def _metric_rows(rows: Sequence[Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    from hf_lowrank.formats import significant
-    from hf_lowrank.metrics import describe, metric_order
-
+def _metric_rows(rows: Sequence[Measurement]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     shown, notes = [], []
-    for row in sorted(rows, key=lambda r: metric_order(r.metric)):
+    for row in sorted(rows, key=lambda row: metric_order(row.metric)):
         title = describe(row.metric).title
-        interval = math.isfinite(row.ci_low) and math.isfinite(row.ci_high)
         shown.append(
             {
                 "title": title,
-                "value": significant(row.value) if math.isfinite(row.value) else "none",
-                "interval": f"{significant(row.ci_low)} … {significant(row.ci_high)}" if interval else "",
+                "value": significant(row.value) if row.has_value else "none",
+                "interval": f"{significant(row.ci_low)} … {significant(row.ci_high)}" if row.has_interval else "",
                 "baseline": row.baseline or "",
             }
         )
@@ -272,41 +232,21 @@ def _shown(pictures: Sequence[str], folder: str) -> list[dict[str, str]]:
     ]
 
 
-def _score_row(row: Mapping[str, Any]) -> dict[str, str]:
-    error = row.get("stderr")
-    error = f"{error:.4f}" if isinstance(error, int | float) and math.isfinite(error) else ""
+def _score_row(row: Score) -> dict[str, str]:
     return {
-        "task": one(row["task"]),
-        "metric": one(row["metric"]),
-        "value": f"{row['value']:.4f}",
-        "stderr": error,
-        "n": str(row.get("n", "")),
+        "task": name_of(row.task),
+        "metric": name_of(row.metric),
+        "value": f"{row.value:.4f}",
+        "stderr": f"{row.stderr:.4f}" if row.stderr is not None and math.isfinite(row.stderr) else "",
+        "n": str(row.n),
     }
 
 
-def _taken_apart(previous: str | None) -> tuple[dict[str, Any], str]:
-    """Metadata and the person's own words of the card that is there."""
-    if not previous:
-        return {}, ""
-    metadata: dict[str, Any] = {}
-    match = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", previous, re.S)
-    body = previous[match.end() :] if match else previous
-    if match:
-        try:
-            parsed = parse_plain_yaml(match[1])
-            metadata = parsed if isinstance(parsed, dict) else {}
-        except yaml.YAMLError:
-            metadata = {}
-    return metadata, own_words(body)
-
-
-def own_words(previous: str | None) -> str:
-    """What stands between the two marks of a card's text; all of a card without them, which somebody else wrote."""
-    if not previous:
-        return ""
-    # Whole lines only: a name that holds a mark is no mark.
-    own = re.search(f"^{re.escape(OWN_BEGIN)}\r?$(.*?)^{re.escape(OWN_END)}\r?$", previous, re.S | re.M)
-    return (own[1] if own else previous).strip("\n")
+def own_words(text: str) -> str:
+    """The text between the two marks of a card; the whole text without them, since a person wrote it."""
+    # Whole lines only: a name that contains a mark is not a mark.
+    own = re.search(f"^{re.escape(OWN_BEGIN)}\r?$(.*?)^{re.escape(OWN_END)}\r?$", text, re.S | re.M)
+    return (own[1] if own else text).strip("\n")
 
 
 def _loading(repo_id: str, config: Mapping[str, Any], revision: str | None) -> Markdown:
@@ -317,15 +257,15 @@ def _loading(repo_id: str, config: Mapping[str, Any], revision: str | None) -> M
         f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{chosen})',
     ]
     adapted = config.get("model_type") == "lowrank"
-    first = ["import hf_lowrank  # makes the architecture known"] if adapted else []
+    first = ["import hf_lowrank  # registers the architecture"] if adapted else []
     code = fenced("\n".join([*first, *lines]), "python")
     if revision is not None:
         return code
     after = (
-        "Its layers are factorised, so `pip install hf-lowrank` comes first; where a `dense-step-N` revision or an "
-        "export (`hf-lowrank export`) is there, that loads with transformers alone."
+        "Its layers are low-rank, so `pip install hf-lowrank` first; a `dense-step-N` revision or an export "
+        "(`hf-lowrank export`) loads with transformers alone."
         if adapted
-        else "With hf_lowrank, all checkpoints in step order, each tensor read on its own:"
+        else "With hf_lowrank, all checkpoints in step order, tensor by tensor:"
     )
     trajectory = fenced(
         "\n".join(
@@ -341,26 +281,32 @@ def _loading(repo_id: str, config: Mapping[str, Any], revision: str | None) -> M
 
 
 def _method(recipe: Mapping[str, Any]) -> dict[str, str]:
-    from hf_lowrank.methods import METHODS
-
     name = section(recipe, "method").get("name")
     if isinstance(name, str) and name in METHODS:
         method = METHODS[name]
         return {"title": method.title, "source": method.source, "summary": method.summary}
-    return {"title": one(name) if name else "an unnamed method", "source": "", "summary": ""}
+    return {"title": name_of(name) if name else "an unnamed method", "source": "", "summary": ""}
 
 
-def _own_limits(recipe: Mapping[str, Any]) -> list[str]:
-    if section(recipe, "method").get("name") == "cola":
-        return ["CoLA's layers have no dense weight: its spectra are those of the product B A, which stands for it."]
-    return []
+def _corpus(data: Mapping[str, Any]) -> str:
+    """The training text, in words."""
+    source = data.get("source")
+    shape = f", in sequences of {data['sequence_length']} tokens" if "sequence_length" in data else ""
+    if source == "python-library":
+        return f"the sources of the Python standard library on the machine that trained it{shape}"
+    if source == "hub":
+        subset = f", {data['subset']}" if data.get("subset") else ""
+        return f"the dataset {data.get('dataset')}{subset}{shape}"
+    if source == "files":
+        files: Sequence[Any] = data.get("train_files") or ()
+        return "local files" + (f" ({', '.join(Path(str(f)).name for f in files[:3])})" if files else "") + shape
+    return ""
 
 
-def _count(value: object) -> str:
-    from hf_lowrank.formats import big_count
-
-    return big_count(value) if isinstance(value, int | float) else "An unknown number of"
-
-
-def _tag(value: object) -> str:
-    return TAG.sub("-", str(value)).strip("-")[:60] if value else ""
+def _costs(record: RunRecord) -> list[dict[str, str]]:
+    """Compute and memory, as rows of a table."""
+    values = [(title, write, record.fact(key)) for title, key, write in COSTS]
+    rows = [{"title": title, "value": write(value)} for title, write, value in values if value is not None]
+    if rows and isinstance(record.facts.get("device"), str):
+        rows.append({"title": "Device", "value": str(record.facts["device"])})
+    return rows

@@ -1,4 +1,4 @@
-"""What a revision holds: which files of a checkpoint and of its run, cleaned of what is private."""
+"""The files of a revision: those of a checkpoint and of its run, without private parts."""
 
 from __future__ import annotations
 
@@ -14,31 +14,42 @@ import yaml
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.privacy import holds_secret, secrets, without_private, without_private_parts
-from hf_lowrank.runs.evaluation_set import FILE_NAME as EVALUATION
-from hf_lowrank.runs.sources import INDEX, weight_files
+from hf_lowrank.runs.layout import (
+    CONFIG,
+    EVALUATION_SET,
+    FACTS,
+    GENERATION_CONFIG,
+    INDEX,
+    MEASUREMENTS,
+    OPTIMIZER,
+    RANDOM_STATES,
+    RECIPE,
+    SCALER,
+    SCHEDULER,
+    SCORES,
+    TOKENIZER,
+    TOKENIZER_FILES,
+    TRAINER_STATE,
+)
+from hf_lowrank.runs.weight_files import weight_files
 from hf_lowrank.storage.checksums import SEAL, seal_holds, sealed, sealed_text, unsealed
 from hf_lowrank.storage.parsing import dump_yaml, parse_json, parse_yaml
 
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
-CONFIGURATION = ("config.json", "generation_config.json")
-STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json")
-OF_RUN = ("recipe.yaml", EVALUATION)
-OF_MAIN = ("measurements.jsonl", "downstream.jsonl", "facts.json")
-# Written by people or programs in words: paths and tokens are taken out. Vocabularies and weights go as they are.
-CLEANED = (
-    *CONFIGURATION, "tokenizer_config.json", "trainer_state.json", "recipe.yaml", *OF_MAIN,
-)  # fmt: skip
-# What of a revision is ours: a file of these names that is not in the new content is deleted with the commit.
-OURS = ("model*.safetensors", INDEX, "pictures/*.png", "optimizer.pt", "rng_state*.pth", "scheduler.pt", "scaler.pt")
+# Of a checkpoint, next to its weights; of its run; of the run, growing after training; for resuming.
+CHECKPOINT_FILES = (INDEX, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, TRAINER_STATE)
+RUN_FILES = (RECIPE, EVALUATION_SET)
+TABLES = (MEASUREMENTS, SCORES, FACTS)
+STATE_FILES = (OPTIMIZER, SCHEDULER, SCALER, RANDOM_STATES)
+# Free text may be in these: paths and tokens are removed. Vocabularies and weights are pushed unchanged.
+CLEANED = (CONFIG, GENERATION_CONFIG, "tokenizer_config.json", TRAINER_STATE, RECIPE, *TABLES)
+# A file of these names that a revision no longer has is deleted with the commit.
+OURS = ("model*.safetensors", INDEX, "pictures/*.png", *STATE_FILES)
 MANIFEST = "revision.json"
 
 
 @dataclass(frozen=True)
 class PushFile:
-    """One file to be pushed: its place in the repository, and a path or its content."""
+    """One file to push: its path in the repository, and a local path or its content."""
 
     path: str
     source: Path | bytes
@@ -53,7 +64,7 @@ class PushFile:
 
     @cached_property
     def git_oid(self) -> str:
-        """The blob id by which git knows the content."""
+        """The id of the content as a git blob."""
         return self._digest(hashlib.sha1(b"blob %d\0" % self.size))
 
     def _digest(self, digest: hashlib._Hash) -> str:
@@ -81,56 +92,58 @@ def files_of(entries: Iterable[PushFile]) -> Files:
 
 
 def checkpoint_files(folder: Path, run: Path | None) -> Files:
-    """Weights, configuration and tokenizer of a checkpoint, with what the run says about itself.
+    """Weights, configuration and tokenizer of a checkpoint, with recipe and evaluation set of its run.
 
     Raises:
-        UserError: the checkpoint has no whole safetensors weights, or a file holds a token.
+        UserError: the checkpoint has no complete safetensors weights, or a file contains a secret.
     """
     paths = {path.name: path for path in set(weight_files(folder).values())}
-    for name in (INDEX, *CONFIGURATION, *TOKENIZER, "trainer_state.json"):
-        if (folder / name).is_file():
-            paths[name] = folder / name
+    wanted = [folder / name for name in CHECKPOINT_FILES]
     if run is not None:
-        if not any(name in paths for name in TOKENIZER):
-            paths.update(
-                {name: run / "tokenizer" / name for name in TOKENIZER if (run / "tokenizer" / name).is_file()}
-            )
-        paths.update({name: run / name for name in OF_RUN if (run / name).is_file()})
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            wanted += [run / TOKENIZER / name for name in TOKENIZER_FILES]
+        wanted += [run / name for name in RUN_FILES]
+    paths.update({path.name: path for path in wanted if path.is_file()})
     return files_of(push_file(name, path) for name, path in sorted(paths.items()))
 
 
 def state_files(folder: Path) -> Files:
-    """Optimizer, schedule and random states: what a training continues from beside the weights."""
-    found = {path.name: path for pattern in STATE for path in folder.glob(pattern)}
+    """Optimizer, scheduler and random states: what training resumes from, apart from the weights."""
+    found = {path.name: path for pattern in (*STATE_FILES, TRAINER_STATE) for path in folder.glob(pattern)}
     return files_of(push_file(name, path) for name, path in sorted(found.items()))
 
 
 def run_files(run: Path) -> Files:
-    """What grows after the training: measurements, scores, costs."""
-    return files_of(push_file(name, run / name) for name in OF_MAIN if (run / name).is_file())
+    """What grows during and after training: measurements, scores, facts."""
+    return files_of(push_file(name, run / name) for name in TABLES if (run / name).is_file())
 
 
 def push_file(name: str, path: Path) -> PushFile:
-    """The file under its name in the repository, cleaned where it is words."""
+    """A file under its name in the repository, cleaned if its name is in CLEANED.
+
+    Raises:
+        UserError: it is damaged, or contains a secret.
+    """
     if name in CLEANED:
         data = path.read_bytes()
         if name.endswith(".jsonl"):
-            data = data[: data.rfind(b"\n") + 1]  # a last line without an end is being written
+            data = data[: data.rfind(b"\n") + 1]  # a line without its end is still being written
         try:
             cleaned = _cleaned(name, data.decode("utf-8")).encode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: damaged: it is no text in UTF-8: {error}") from None
-        if holds_secret(cleaned):  # as a number that is one
-            raise UserError(f"{path}: holds an access token or another secret of this machine; it is not pushed")
+            raise UserError(f"{path}: damaged: not UTF-8 text: {error}") from None
         # By content, not by path: the file may grow while it is pushed.
-        return PushFile(name, cleaned)
-    if name in TOKENIZER and holds_secret(path.read_bytes()):
-        raise UserError(f"{path}: holds an access token or another secret of this machine; it is not pushed")
-    return PushFile(name, path)
+        file = PushFile(name, cleaned)
+    else:
+        file = PushFile(name, path)
+    # A cleaned file may still contain a secret, e.g. as a number.
+    if name in (*CLEANED, *TOKENIZER_FILES) and holds_secret(file.read()):
+        raise UserError(f"{path}: contains an access token or another secret of this machine; it is not pushed")
+    return file
 
 
 def _cleaned(name: str, text: str) -> str:
-    """A file's text without private parts, with its checksums made again where they were right; else as it is."""
+    """A file's text without private parts; checksums are renewed where they were right, else kept."""
     if name.endswith(".yaml"):
         return _cleaned_yaml(text)
     if name.endswith(".jsonl"):
@@ -145,10 +158,10 @@ def _cleaned_yaml(text: str) -> str:
         content = parse_yaml(text)
         cleaned = without_private_parts(content)
     except (ValueError, RecursionError, yaml.YAMLError):
-        return plain  # whoever reads it says what is wrong with it
+        return plain  # whoever reads it reports the fault
     if (cleaned == content and plain == text) or not seal_holds(text):
         return plain
-    return sealed_text(dump_yaml(cleaned))  # comments, and what stands in them, are left behind
+    return sealed_text(dump_yaml(cleaned))  # drops comments
 
 
 def _cleaned_json(text: str, known: tuple[str, ...], indent: int | None = None) -> str:
@@ -165,11 +178,11 @@ def _cleaned_json(text: str, known: tuple[str, ...], indent: int | None = None) 
             cleaned = sealed(cleaned)
         return json.dumps(cleaned, indent=indent, ensure_ascii=False) + ("" if indent is None else "\n")
     except (ValueError, RecursionError):
-        return plain  # as above; a checksum that was wrong stays wrong
+        return plain  # as above; a wrong checksum stays wrong
 
 
 def manifest(run: str, identity: str, step: int, files: Mapping[str, PushFile]) -> PushFile:
-    """What a revision says about itself: whose checkpoint it is, of which step, and every file's SHA-256."""
+    """The manifest of a revision: run, step, and the SHA-256 of every file."""
     content = {
         "run": without_private(run),
         "identity": identity,

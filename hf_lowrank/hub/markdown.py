@@ -1,7 +1,7 @@
-"""Jinja2 for Markdown: whatever a template inserts is escaped, so that a name can never be markup.
+"""Jinja2 for Markdown: every inserted value is escaped, so that a name can never act as markup.
 
-HTML's autoescape would leave Markdown's own signs alone; here each sign that could begin markup, HTML or a link
-becomes a character reference, which Markdown shows as the sign and never reads as structure.
+HTML's autoescape does not cover Markdown's own characters. Here each character that could begin markup, HTML or a link
+becomes a character reference, which Markdown displays and never reads as structure.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\
 
 
 class Markdown(str):
-    """Text that is Markdown already and goes in as it is."""
+    """Text that is already Markdown and is inserted unescaped."""
 
     __slots__ = ()
 
 
 def escape(value: object) -> str:
-    """One line of plain text as Markdown that shows just this text."""
+    """One line of plain text as Markdown that displays exactly this text."""
     if isinstance(value, Markdown):
         return value
-    # Private things go first: escaped, they would no longer be recognised.
+    # Private parts first: they would not be recognised once escaped.
     text = " ".join(CONTROL.sub("", without_private(str(value))).split())
     text = SPECIAL.sub(lambda match: "\\_" if match[0] == "_" else f"&#{ord(match[0])};", text)
     return re.sub(r"(?i)\bwww\.", "www&#46;", text)
 
 
 def fenced(text: str, language: str = "") -> Markdown:
-    """A code block whose fence is longer than any row of backticks in it."""
+    """A code block whose fence is longer than any run of backticks in it."""
     text = CONTROL.sub("", without_private(text).replace("\r", ""))
     longest = max((len(row) for row in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -45,7 +45,7 @@ def fenced(text: str, language: str = "") -> Markdown:
 
 
 def inline_code(text: object) -> Markdown:
-    """Code within a line, with a fence of its own length."""
+    """Inline code, with a fence longer than any run of backticks in it."""
     content = " ".join(CONTROL.sub("", without_private(str(text))).split()).replace("|", "¦") or " "
     longest = max((len(row) for row in re.findall(r"`+", content)), default=0)
     fence = "`" * (longest + 1)
@@ -55,7 +55,7 @@ def inline_code(text: object) -> Markdown:
 
 @cache
 def _environment() -> Environment:
-    # Markdown is no HTML, so Jinja2's own autoescape is off and `finalize` escapes instead: every value, always.
+    # Jinja2's autoescape is for HTML; `finalize` escapes every value instead.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=False,
@@ -71,6 +71,6 @@ def _environment() -> Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this package, filled; its result ends in one newline."""
+    """A filled template of this package, ending in one newline."""
     text = _environment().get_template(template).render(**values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -1,4 +1,4 @@
-"""Keeps tokens, home paths and the environment out of everything that is logged or leaves the machine."""
+"""Keeps tokens, home paths and secrets of the environment out of logs and of everything that is pushed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 REMOVED = "[removed]"
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.I)
-# An absolute path of two parts or more that is no part of a URL; only its last part is kept.
+# An absolute path of at least two parts that is not part of a URL; only its last part is kept.
 ABSOLUTE_PATH = re.compile(r"""(?<![\w./:~*%-])/(?:[^\s/"'<>|`,;(){}\[\]]+/)+([^\s/"'<>|`,;(){}\[\]]*)""")
 ANY_HOME = re.compile(r"(?<![\w./:~*%-])/(?:home|Users)/[\w.-]+")
 SIGNED_QUERY = re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]+")
 
 
 def secrets(token: str | None = None) -> tuple[str, ...]:
-    """The login's tokens and the values of environment variables that are named like secrets."""
+    """The tokens of the login, and the values of environment variables with names like TOKEN or PASSWORD."""
     from huggingface_hub import get_token
 
     known = {token, get_token()}
@@ -29,29 +29,30 @@ def secrets(token: str | None = None) -> tuple[str, ...]:
 
 @lru_cache(maxsize=8)
 def _homes(home: str) -> tuple[str, ...]:
-    places = {home, os.path.realpath(home)}
-    return tuple(sorted((place for place in places if len(place) > 1), key=len, reverse=True))
+    paths = {home, os.path.realpath(home)}
+    return tuple(sorted((path for path in paths if len(path) > 1), key=len, reverse=True))
 
 
 def without_private(text: str, *, token: str | None = None, known: tuple[str, ...] | None = None) -> str:
     """`text` without tokens, secrets of the environment, signed queries and the folders of this machine.
 
-    Of an absolute path only the last part stays; paths relative to something, and URLs, stay as they are.
+    Of an absolute path only the last part is kept; relative paths and URLs are kept.
     """
     return _without(text, secrets(token) if known is None else known)
 
 
 def without_private_parts(data: Any, known: tuple[str, ...] | None = None) -> Any:
-    """Plain data with each of its texts, keys too, as `without_private` leaves it.
+    """Applies `without_private` to every string in plain data, including keys.
 
-    What is written of it afterwards is whole, which a file's own text may not be: in YAML a path may begin with what
-    needs no quotes, and what is left of it not; in JSON a line's end is a letter, and what follows no beginning.
+    Cleaning a file's text instead could break it: in YAML the rest of a path may need quotes that the whole path did
+    not; in JSON the escape `\\n` looks like the beginning of a name.
 
     Args:
-        known: the secrets, for whoever has many texts.
+        data: as parsed from YAML or JSON.
+        known: the secrets, to avoid collecting them for each of many texts.
 
     Raises:
-        ValueError: keys that differed are alike then.
+        ValueError: two keys become equal.
     """
     known = secrets() if known is None else known
     if isinstance(data, str):
@@ -59,7 +60,7 @@ def without_private_parts(data: Any, known: tuple[str, ...] | None = None) -> An
     if isinstance(data, dict):
         clean = {without_private_parts(k, known): without_private_parts(value, known) for k, value in data.items()}
         if len(clean) < len(data):
-            raise ValueError("keys that differ in private parts alone")
+            raise ValueError("keys that differ only in private parts")
         return clean
     if isinstance(data, list | tuple | set):
         return type(data)(without_private_parts(value, known) for value in data)
@@ -81,11 +82,11 @@ def _without(text: str, known: tuple[str, ...]) -> str:
 
 
 def holds_secret(data: bytes, *, token: str | None = None) -> bool:
-    """Whether one of the known secrets stands in `data`."""
+    """Whether `data` contains one of the known secrets."""
     return any(secret.encode() in data for secret in secrets(token))
 
 
 def one_line(error: object, *, token: str | None = None, limit: int = 300) -> str:
-    """An error in one line that is fit for a log."""
+    """An error as one line without private parts."""
     text = " ".join(without_private(str(error), token=token).split())
     return text[:limit] or type(error).__name__

@@ -1,8 +1,8 @@
-"""One run's checkpoints into one repository: `step-N` for each, `latest` at the newest, `main` at the last, with card.
+"""Publishes one run's checkpoints in one repository: a branch `step-N` for each, `latest`, and `main` with the card.
 
-`latest` is a chain of commits, one for each checkpoint in step order, and `step-N` is the branch made at that commit:
-the Hub cannot move a branch to another commit, but a commit moves it in one piece. A checkpoint that comes out of
-order, and the first one, go through a temporary branch `incoming-…` instead.
+`latest` is a chain of commits, one for each checkpoint in step order, and the branch `step-N` is created at its
+commit: the Hub cannot move a branch to another commit, but a commit advances it atomically. The first checkpoint, and
+one out of order, go through a temporary branch `incoming-…` instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import yaml
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub import cards
 from hf_lowrank.hub.contents import (
-    CONFIGURATION,
     MANIFEST,
     Files,
     PushFile,
@@ -34,22 +33,24 @@ from hf_lowrank.hub.contents import (
 from hf_lowrank.hub.pictures import draw
 from hf_lowrank.hub.privacy import one_line, without_private
 from hf_lowrank.hub.repository import INCOMING, Repository
+from hf_lowrank.runs.layout import CONFIG, OPTIMIZER, RECIPE
+from hf_lowrank.runs.trainer_state import read_trainer_state
 from hf_lowrank.storage.parsing import parse_json
 
 Dense = Literal["beside", "instead"]
 STEP = re.compile(r"step-(\d+)")
 LATEST, MAIN, README = "latest", "main", "README.md"
-# Files that a repository may have before its first push without being somebody's work.
+# Files that a repository may have before its first push and still count as empty.
 BLANK = (".gitattributes", README, "LICENSE", "LICENSE.md", "LICENSE.txt")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checkpoint to be published.
+    """A checkpoint to publish.
 
     Attributes:
         step: its optimizer steps.
-        folder: where its files lie.
+        folder: the folder with its files.
     """
 
     step: int
@@ -61,15 +62,16 @@ class Job:
 
 
 class Publisher:
-    """Publishes checkpoints of a run; knows what each revision has to hold.
+    """Publishes checkpoints of a run.
 
     Args:
-        repository: where to.
-        run: the run directory; None where a Trainer has none.
-        private: for a repository that is made now.
-        dense: the plain architecture too, on `dense-step-N` ("beside"), or in place of the trained one ("instead").
-        optimizer: optimizer state too, on `optimizer-step-N`.
-        license: the card's licence, a Hub identifier; None: the one that the card has, else "unknown".
+        repository: the repository.
+        run: the run directory; None for a checkpoint without one.
+        private: visibility, if the repository is created now.
+        dense: also push the base architecture, to `dense-step-N` ("beside"), or instead of the adapted model
+            ("instead").
+        optimizer: also push optimizer state, to `optimizer-step-N`.
+        license: of the card, a Hub identifier; None: that of the existing card, else "unknown".
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Publisher:
     # -- the repository
 
     def prepare(self, job: Job) -> None:
-        """Makes the repository, or makes sure that it is this run's.
+        """Creates the repository, or checks that it belongs to this run.
 
         Raises:
             UserError: it holds another run, or something else.
@@ -111,29 +113,28 @@ class Publisher:
             other = [path for path in self.repository.tree(head) if path not in BLANK]
             if other:
                 raise UserError(
-                    f"{self.repository.repo_id}: taken: it holds files of something else, as "
+                    f"{self.repository.repo_id}: taken: it holds other files, such as "
                     f"{one_line(other[0], limit=80)}; choose another name"
                 )
         self._ready = True
 
     def identity(self, job: Job) -> str:
-        """What tells this run from another: the SHA-256 of its recipe, without one of the model's configuration."""
-        recipe = None if self.run is None else self.run / "recipe.yaml"
-        file = recipe if recipe is not None and recipe.is_file() else job.folder / CONFIGURATION[0]
+        """Identifies the run: the SHA-256 of its recipe, or of the model's configuration without one."""
+        recipe = None if self.run is None else self.run / RECIPE
+        file = recipe if recipe is not None and recipe.is_file() else job.folder / CONFIG
         text = without_private(file.read_text(encoding="utf-8"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def name(self) -> str:
-        """The run's name: that of its recipe, else of its folder, else the repository's."""
-        recipe = cards.read_yaml(self.run / "recipe.yaml") if self.run is not None else {}
+        """The run's name: from its recipe, else its folder, else the repository."""
         folder = self.run.resolve().name if self.run is not None else self.repository.repo_id.rpartition("/")[2]
-        return str(recipe.get("name") or folder)
+        return str(self.recipe().get("name") or folder)
 
-    # -- what the revisions hold
+    # -- the revisions
 
     def contents(self, job: Job) -> dict[str, Files]:
-        """The files of every branch of a checkpoint but `main`, by branch; `step-N` comes first."""
+        """The files of every branch of a checkpoint except `main`, by branch; `step-N` comes first."""
         if job.step in self._contents:
             return self._contents[job.step]
         trained = checkpoint_files(job.folder, self.run)
@@ -147,14 +148,14 @@ class Publisher:
                     branches[f"dense-{job.branch}"] = self._finished(job, f"dense-{job.branch}", dense)
         if self.optimizer:
             state = state_files(job.folder)
-            if "optimizer.pt" in state:
+            if OPTIMIZER in state:
                 state[MANIFEST] = self._manifest(job, state)
                 branches[f"optimizer-{job.branch}"] = state
         self._contents[job.step] = branches
         return branches
 
     def _finished(self, job: Job, branch: str, files: Files) -> Files:
-        config = parse_json(files["config.json"].read())
+        config = parse_json(files[CONFIG].read())
         card = cards.step_card(
             self.repository.repo_id, self.name, job.step, branch, config=config, recipe=self.recipe()
         )
@@ -165,8 +166,8 @@ class Publisher:
 
     @contextmanager
     def _dense_files(self, job: Job, trained: Files) -> Iterator[Files | None]:
-        """The files with the model exported to the plain architecture; None where it is plain already."""
-        model_type = parse_json(trained["config.json"].read()).get("model_type")
+        """The files with the model exported to its base architecture; None if it is not adapted."""
+        model_type = parse_json(trained[CONFIG].read()).get("model_type")
         if self.dense is None or model_type != "lowrank":
             yield None
             return
@@ -181,13 +182,13 @@ class Publisher:
         yield {path: file for path, file in {**trained, **exported}.items() if path in exported or not _weights(path)}
 
     def recipe(self) -> dict[str, Any]:
-        """The run's recipe; empty without one."""
-        return cards.read_yaml(self.run / "recipe.yaml") if self.run is not None else {}
+        """The run's recipe without private parts; empty without one."""
+        return cards.public_recipe(self.run)
 
     # -- publishing
 
     def publish(self, job: Job) -> None:
-        """Makes the checkpoint's branches whole and moves `latest` to it if it is the newest."""
+        """Completes the checkpoint's branches and advances `latest` if it is the newest."""
         self.prepare(job)
         title, description = self._message(job)
         contents = self.contents(job)
@@ -218,10 +219,7 @@ class Publisher:
                 self.repository.remove(INCOMING + branch)
 
     def settle(self, job: Job | None) -> None:
-        """Moves `main` to a checkpoint, unless it is at a later one, and renders its card anew.
-
-        None leaves the weights of `main` as they are.
-        """
+        """Updates the card on `main`, and its weights to those of `job`, unless `main` holds a later checkpoint."""
         head = self.repository.branches()[MAIN]
         there = self.repository.manifest(head).get("step")
         card, pictures = self._card(head, job)
@@ -233,18 +231,18 @@ class Publisher:
         self.repository.bring(MAIN, head, files, "Card and measurements", keep=True)
 
     def forget(self, job: Job) -> None:
-        """Drops what is known of a checkpoint's files, which may be gone."""
+        """Drops the cached contents of a checkpoint, whose files may be gone."""
         self._contents.pop(job.step, None)
 
     def faults(self, job: Job) -> list[str]:
-        """What is not right on the Hub now for a checkpoint: branches that are not whole, `latest` behind."""
+        """What is wrong with a checkpoint on the Hub: branches that are missing or differ, `latest` behind."""
         branches, found = self.repository.branches(), []
         latest = self._step_of_latest(branches)
         if latest is None or latest < job.step:
-            found.append(f"{LATEST} is not moved")
+            found.append(f"{LATEST} is behind")
         for branch, files in self.contents(job).items():
             if branch not in branches:
-                found.append(f"{branch} is not there")
+                found.append(f"{branch} is missing")
                 continue
             changed, extra = self.repository.differing(branches[branch], files)
             if changed or extra:
@@ -271,7 +269,7 @@ class Publisher:
         return PushFile(README, text.encode()), files
 
     def _step_of_latest(self, branches: dict[str, str]) -> int | None:
-        """The step that `latest` holds; None where there is no such branch."""
+        """The step of `latest`; None without that branch."""
         if LATEST not in branches:
             return None
         same = [branch for branch, commit in branches.items() if commit == branches[LATEST] and STEP.fullmatch(branch)]
@@ -279,11 +277,11 @@ class Publisher:
             return max(int(branch.removeprefix("step-")) for branch in same)
         step = self.repository.manifest(branches[LATEST]).get("step")
         if not isinstance(step, int):
-            raise UserError(f"{self.repository.repo_id}: taken: its branch {LATEST!r} is somebody else's work")
+            raise UserError(f"{self.repository.repo_id}: taken: its branch {LATEST!r} belongs to something else")
         return step
 
     def _base(self, job: Job, branches: dict[str, str]) -> str:
-        """The commit of the checkpoint before, whose tokenizer, recipe and so on need not be sent again."""
+        """The commit of the previous checkpoint, whose unchanged files need not be sent again."""
         steps = {int(match[1]): commit for name, commit in branches.items() if (match := STEP.fullmatch(name))}
         before = [step for step in steps if step < job.step]
         if before:
@@ -291,12 +289,13 @@ class Publisher:
         return steps[min(steps)] if steps else branches[MAIN]
 
     def _root(self, head: str) -> str:
-        """The repository's first commit, which holds none of ours."""
+        """The repository's first commit, which has none of our files."""
         return self.repository.api.list_repo_commits(self.repository.repo_id, revision=head)[-1].commit_id
 
     def _message(self, job: Job) -> tuple[str, str]:
         """Title and description of a commit: step, loss and recipe."""
-        loss = cards.loss_at(job.folder, job.step)
+        state = read_trainer_state(job.folder)
+        loss = state.loss_at(job.step) if state is not None else None
         title = f"Step {job.step}" + (f", loss {loss:.4f}" if loss is not None else "")
         name = one_line(self.name, limit=80)
         recipe = self.recipe()

@@ -1,4 +1,4 @@
-"""Pushing a run's checkpoints: everything is checked before anything is sent, and can be repeated."""
+"""Pushing a run's checkpoints: everything is checked before anything is sent, and every step can be repeated."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hf_lowrank.hub.privacy import one_line
 from hf_lowrank.hub.publisher import MAIN, Dense, Job, Publisher
 from hf_lowrank.hub.queue import Queue
 from hf_lowrank.hub.repository import Repository, UnreachedError, understood
+from hf_lowrank.runs.layout import CONFIG, RECIPE
 from hf_lowrank.runs.sources import open_source
 from hf_lowrank.runs.weights import check_weights
 
@@ -31,12 +32,12 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 @dataclass(frozen=True)
 class PushedRevision:
-    """What became of one checkpoint.
+    """The outcome for one checkpoint.
 
     Attributes:
         step: its optimizer steps.
         revision: its branch, `step-N`.
-        state: sent now, or there already with the same content.
+        state: "sent" now, or already "there" with the same content.
     """
 
     step: int
@@ -61,29 +62,30 @@ def push(
 ) -> list[PushedRevision]:
     """Publishes a run's checkpoints as revisions `step-N` of a Hub repository, with `latest`, `main` and the card.
 
-    What is there with the same content is not sent again; a push that was broken off is completed. Checkpoints that a
-    training left in its queue are pushed too.
+    Unchanged content is not sent again, and an interrupted push is completed. Checkpoints that training left in its
+    queue are pushed too.
 
     Args:
         run: a run directory or a folder of checkpoints.
-        repo_id: `user/name`; it is made if there is none.
-        steps: just these.
+        repo_id: `user/name`; created if it does not exist.
+        steps: only these.
         every: every k-th checkpoint and the last.
-        log_spaced: so many, spaced evenly in the logarithm of the step, the last included.
-        dense: adapted models in the plain architecture too, on `dense-step-N` ("beside"), or as `step-N` ("instead").
-        optimizer: optimizer state too, on `optimizer-step-N`.
-        public: for everyone to see, if the repository is made now; private otherwise.
-        license: the card's licence, as a Hub identifier; None keeps the card's, "unknown" on a new one.
-        token: None: the login's.
-        endpoint: another Hub than huggingface_hub's.
-        pauses: seconds before each further try of a revision that failed.
+        log_spaced: this many, spaced evenly in the logarithm of the step, including the last.
+        dense: also push adapted models in their base architecture, to `dense-step-N` ("beside"), or as `step-N`
+            ("instead").
+        optimizer: also push optimizer state, to `optimizer-step-N`.
+        public: visible to everyone, if the repository is created now; private otherwise.
+        license: of the card, a Hub identifier; None keeps the existing card's, "unknown" on a new one.
+        token: None: that of the login.
+        endpoint: a Hub other than huggingface_hub's default.
+        pauses: seconds before each retry of a failed revision.
 
     Returns:
         The chosen checkpoints in step order.
 
     Raises:
-        UserError: wrong input or no right to write, and nothing was pushed; or some revisions are not whole, which
-            the message names. The same call again completes them.
+        UserError: wrong input or no write access, and nothing was pushed; or some revisions are incomplete, which the
+            message names. Repeat the call to complete them.
     """
     check_repo_id(repo_id)
     if dense not in (None, "beside", "instead"):
@@ -107,11 +109,11 @@ def push(
     _Tries(repository, pauses)(lambda: publisher.prepare(jobs[-1]))
     states, failed = _publish_all(publisher, jobs, pauses)
     if failed:
-        whole = len(jobs) - len(failed.keys() - {MAIN})
+        complete = len(jobs) - len(failed.keys() - {MAIN})
         reasons = "; ".join(f"{branch} ({reason})" for branch, reason in failed.items())
         raise UserError(
-            f"{repo_id}: {whole} of {len(jobs)} revisions are whole, not: {reasons}; "
-            "the same command again completes them"
+            f"{repo_id}: {complete} of {len(jobs)} revisions are complete; incomplete: {reasons}; "
+            "repeat the command to complete them"
         )
     for job in jobs:
         queue.remove(job.step)
@@ -121,7 +123,7 @@ def push(
 def _publish_all(
     publisher: Publisher, jobs: list[Job], pauses: Sequence[float]
 ) -> tuple[dict[int, State], dict[str, str]]:
-    """Publishes each checkpoint, then `main`: what became of each, and what failed why."""
+    """Publishes each checkpoint, then `main`; returns the state of each by step, and the failures by branch."""
     states: dict[int, State] = {}
     failed: dict[str, str] = {}
     tries = _Tries(publisher.repository, pauses)
@@ -132,39 +134,39 @@ def _publish_all(
             continue
         try:
             states[job.step] = tries(partial(_publish, publisher, job))
-            logger.info("%s: %s is whole", publisher.repository.repo_id, job.branch)
+            logger.info("%s: %s is complete", publisher.repository.repo_id, job.branch)
         except UnreachedError as error:
             failed[job.branch] = str(error)
-            tries = _Tries(publisher.repository, ())  # the Hub has had its time; the others get one try each
+            tries = _Tries(publisher.repository, ())  # one try each for the remaining ones
         except UserError as error:
             failed[job.branch] = str(error)
             refused = True
-    whole = [job for job in jobs if job.branch not in failed]
-    if whole and not refused:
+    published = [job for job in jobs if job.branch not in failed]
+    if published and not refused:
         try:
-            tries(lambda: publisher.settle(whole[-1]))
+            tries(lambda: publisher.settle(published[-1]))
         except (UnreachedError, UserError) as error:
             failed[MAIN] = str(error)
     return states, failed
 
 
 def _publish(publisher: Publisher, job: Job) -> State:
-    """Publishes a checkpoint unless it is there. What the Hub has in the end is looked at, not assumed."""
+    """Publishes a checkpoint unless the Hub has it already, and checks the result on the Hub."""
     if not publisher.faults(job):
         return "there"
     publisher.publish(job)
     faults = publisher.faults(job)
     if faults:
-        raise UnreachedError(f"the Hub shows something else than was sent: {'; '.join(faults)}")
+        raise UnreachedError(f"the Hub does not show what was sent: {'; '.join(faults)}")
     return "sent"
 
 
 def _run_of(folder: Path) -> Path | None:
-    """The run directory that a folder is or lies in; None for a checkpoint that came without one."""
-    if not (folder / "config.json").is_file():
+    """The run directory that a folder is, or belongs to; None for a checkpoint without one."""
+    if not (folder / CONFIG).is_file():
         return folder
     parent = folder.resolve().parent
-    return parent if (parent / "recipe.yaml").is_file() else None
+    return parent if (parent / RECIPE).is_file() else None
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -175,11 +177,11 @@ def check_repo_id(repo_id: str) -> None:
         shown = one_line(repr(repo_id), limit=100)
         raise UserError(f"{shown}: not a repository id; it must be user/name: {one_line(error)}") from None
     if repo_id.count("/") != 1:
-        raise UserError(f"{repo_id!r}: not a repository id; it must be user/name, as somebody/llama-60m-galore")
+        raise UserError(f"{repo_id!r}: not a repository id; it must be user/name, e.g. somebody/llama-60m-galore")
 
 
 class _Tries:
-    """Repeats what the Hub could not do now, with growing pauses; the rest becomes a clear `UserError` at once."""
+    """Retries transient failures with growing pauses; any other failure is raised as a `UserError` at once."""
 
     def __init__(self, repository: Repository, pauses: Sequence[float]) -> None:
         self.repository, self.pauses = repository, tuple(pauses)
@@ -201,7 +203,7 @@ class _Tries:
 
 
 def _jobs(folder: Path, queue: Queue) -> list[Job]:
-    """Checkpoints in the run directory, and those that only the queue still has."""
+    """Checkpoints in the run directory, and those that are only in the queue."""
     waiting = {job.step: job for job in queue.jobs()}
     try:
         source = open_source(folder) if folder.is_dir() else None
@@ -222,26 +224,28 @@ def _choose(
     named = [name for name, way in ways.items() if way is not None]
     if len(named) > 1:
         raise UserError(f"checkpoints must be chosen in one way, got {' and '.join(named)}")
-    there = [job.step for job in jobs]
+    available = [job.step for job in jobs]
     if steps is not None:
-        missing = [step for step in steps if step not in there]
+        missing = [step for step in steps if step not in available]
         if missing or not steps:
             named_steps = ", ".join(map(str, missing)) or "none"
-            raise UserError(f"{run}: has no checkpoint of step {named_steps}; there are: {', '.join(map(str, there))}")
+            raise UserError(
+                f"{run}: has no checkpoint of step {named_steps}; there are: {', '.join(map(str, available))}"
+            )
         return [job for job in jobs if job.step in set(steps)]
     if every is not None:
         if every < 1:
             raise UserError(f"every must be at least 1, got {every}")
-        return [job for place, job in enumerate(reversed(jobs)) if place % every == 0][::-1]
+        return [job for index, job in enumerate(reversed(jobs)) if index % every == 0][::-1]
     if log_spaced is not None:
         if log_spaced < 1:
             raise UserError(f"log_spaced must be at least 1, got {log_spaced}")
-        return [job for job in jobs if job.step in log_spaced_steps(there, log_spaced)]
+        return [job for job in jobs if job.step in log_spaced_steps(available, log_spaced)]
     return jobs
 
 
 def log_spaced_steps(steps: Sequence[int], count: int) -> set[int]:
-    """The `count` of `steps` nearest to an even spacing in log(1 + step), the last always among them."""
+    """The `count` of `steps` nearest to an even spacing in log(1 + step), always including the last."""
     low, high = math.log1p(steps[0]), math.log1p(steps[-1])
     marks = [high] if count == 1 else [low + (high - low) * k / (count - 1) for k in range(count)]
     chosen: set[int] = set()

@@ -1,7 +1,7 @@
-"""Checkpoints that wait to be pushed, on disk beside the training.
+"""Checkpoints waiting to be pushed, in a folder of the run.
 
 An entry is a folder of hard links (copies where the disk has none), so that it survives Trainer's `save_total_limit`
-at no cost, and appears by one rename, so that a killed process leaves a whole entry or none.
+at no cost. It appears with one rename, so that a killed process leaves a complete entry or none.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import shutil
 import uuid
 from pathlib import Path
 
-from hf_lowrank.hub.contents import CONFIGURATION, STATE, TOKENIZER
+from hf_lowrank.hub.contents import CHECKPOINT_FILES, STATE_FILES
 from hf_lowrank.hub.publisher import Job
-from hf_lowrank.runs.sources import INDEX, weight_files
+from hf_lowrank.runs.layout import checkpoint_folder
+from hf_lowrank.runs.weight_files import weight_files
 
 FOLDER = "push-queue"
-ENTRY = re.compile(r"checkpoint-(0|[1-9][0-9]*)")  # as `add` names them; \d would take digits of other scripts too
+ENTRY = re.compile(r"checkpoint-(0|[1-9][0-9]*)")  # as `add` names them; \d would also match digits of other scripts
 SCRAP = ".scrap-"
 
 
 class Queue:
-    """The queue of one run for one repository.
+    """The push queue of one run and one repository.
 
     Args:
         run: the run directory.
@@ -33,44 +34,43 @@ class Queue:
         self.folder = run / FOLDER / repo_id.replace("/", "--")
 
     def jobs(self) -> list[Job]:
-        """What waits, in step order."""
+        """The waiting checkpoints, in step order."""
         if not self.folder.is_dir():
             return []
         entries = [(ENTRY.fullmatch(path.name), path) for path in self.folder.iterdir()]
         return sorted((Job(int(m[1]), path) for m, path in entries if m), key=lambda job: job.step)
 
     def add(self, checkpoint: Path, step: int, *, optimizer: bool = False) -> None:
-        """Puts a checkpoint into the queue; one of the same step is replaced."""
+        """Adds a checkpoint to the queue, replacing an entry of the same step."""
         scrap = self._scrap()
         scrap.mkdir(parents=True)
-        names = {path.name for path in set(weight_files(checkpoint).values())}
-        names.update(name for name in (INDEX, *CONFIGURATION, *TOKENIZER, "trainer_state.json"))
+        names = {path.name for path in set(weight_files(checkpoint).values())} | set(CHECKPOINT_FILES)
         if optimizer:
-            names.update(path.name for pattern in STATE for path in checkpoint.glob(pattern))
+            names.update(path.name for pattern in STATE_FILES for path in checkpoint.glob(pattern))
         for name in sorted(names):
             if (checkpoint / name).is_file():
                 _link(checkpoint / name, scrap / name)
         self.remove(step)
-        os.replace(scrap, self.folder / f"checkpoint-{step}")
+        os.replace(scrap, checkpoint_folder(self.folder, step))
 
     def remove(self, step: int) -> None:
-        """Takes an entry out; nothing happens where there is none."""
-        entry = self.folder / f"checkpoint-{step}"
+        """Removes an entry, if it exists."""
+        entry = checkpoint_folder(self.folder, step)
         if entry.is_dir():
-            # First out of sight by a rename: a killed removal leaves no half entry.
+            # Rename first: a killed removal leaves no partial entry.
             scrap = self._scrap()
             os.replace(entry, scrap)
             shutil.rmtree(scrap, ignore_errors=True)
 
     def set_aside(self, step: int) -> Path:
-        """Keeps an entry that can never be pushed out of the way; returns where it lies."""
+        """Moves an entry that can never be pushed out of the queue; returns its new folder."""
         aside = self.folder / f"refused-{step}"
         shutil.rmtree(aside, ignore_errors=True)
-        os.replace(self.folder / f"checkpoint-{step}", aside)
+        os.replace(checkpoint_folder(self.folder, step), aside)
         return aside
 
     def clean(self) -> None:
-        """Removes what killed processes left."""
+        """Removes leftovers of killed processes."""
         for scrap in self.folder.glob(f"{SCRAP}*"):
             shutil.rmtree(scrap, ignore_errors=True)
 

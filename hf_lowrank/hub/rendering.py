@@ -1,4 +1,4 @@
-"""Cards of runs whose weights stay where they are: a page for each, with its pictures beside it."""
+"""Cards of runs whose weights are not published: a page for each, with its pictures."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.hub.card_facts import read_yaml, section
 from hf_lowrank.hub.cards import model_card
 from hf_lowrank.hub.pictures import PICTURES, draw
+from hf_lowrank.runs.layout import RECIPE
+from hf_lowrank.runs.recipe_file import read_recipe, section
 from hf_lowrank.storage.files import whole_file, write_text
 
 NAME = re.compile(r"\w[\w-]*", re.ASCII)
@@ -19,18 +20,18 @@ NAME = re.compile(r"\w[\w-]*", re.ASCII)
 def render_cards(
     runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str], *, license: str | None = None
 ) -> list[Path]:
-    """Writes `folder/METHOD.md` for each run, its pictures into `folder/METHOD/`; the pages, in the runs' order.
+    """Writes `folder/METHOD.md` for each run, and its pictures into `folder/METHOD/`; returns the pages in order.
 
-    Where several runs share a method, the pages are called as the runs' folders. A page that is there is written
-    anew; its own words, between the two marks, stay.
+    Where several runs share a method, pages are named after the runs' folders. Existing pages are rewritten; the text
+    between the two marks is kept.
 
     Args:
         runs: run directories.
-        folder: made if there is none.
-        license: of the weights, as a Hub identifier; None: that of the page that is there, else "unknown".
+        folder: created if it does not exist.
+        license: of the weights, a Hub identifier; None: that of the existing page, else "unknown".
 
     Raises:
-        UserError: there is no run, one is no run directory or is named twice; nothing is written.
+        UserError: `runs` is empty, or one is not a run directory or is named twice; nothing is written.
     """
     folders = [Path(run) for run in runs]
     if not folders:
@@ -40,12 +41,12 @@ def render_cards(
     pages = []
     for run, name in zip(folders, names, strict=True):
         page = Path(folder) / f"{name}.md"
-        beside = Path(folder) / name
-        beside.mkdir(parents=True, exist_ok=True)
-        for left in PICTURES.keys() - pictures[run].keys():
-            (beside / f"{left}.png").unlink(missing_ok=True)
+        picture_folder = Path(folder) / name
+        picture_folder.mkdir(parents=True, exist_ok=True)
+        for outdated in PICTURES.keys() - pictures[run].keys():
+            (picture_folder / f"{outdated}.png").unlink(missing_ok=True)
         for title, data in pictures[run].items():
-            with whole_file(beside / f"{title}.png") as temporary:
+            with whole_file(picture_folder / f"{title}.png") as temporary:
                 temporary.write_bytes(data)
         previous = page.read_text(encoding="utf-8") if page.is_file() else None
         card = model_card(
@@ -57,12 +58,12 @@ def render_cards(
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """A file name for each run: its method, or its folder where that would be another's too."""
+    """A file name for each run: its method, or its folder where the method is not unique."""
     methods = []
     for run in runs:
-        if not (run / "recipe.yaml").is_file():
-            raise UserError(f"{run}: must be a run directory, there is no recipe.yaml in it")
-        recipe = read_yaml(run / "recipe.yaml")
+        recipe = read_recipe(run)
+        if recipe is None:
+            raise UserError(f"{run}: must be a run directory, there is no {RECIPE} in it")
         methods.append(str(section(recipe, "method").get("name") or run.resolve().name))
     names = [
         method if methods.count(method) == 1 and NAME.fullmatch(method) else run.resolve().name

@@ -1,8 +1,7 @@
-"""A Hub repository as a set of revisions that are whole or not there.
+"""A Hub repository whose revisions appear complete or not at all.
 
-A revision's files go into one commit, and its branch is made at that commit, so nobody sees a part of it. What the
-Hub has already is read from its tree first and is not sent again. Every method can be repeated: it looks at what is
-there and does the rest.
+A revision's files go into one commit, and its branch is created at that commit. Files that the Hub already has are not
+sent again. Every method is idempotent: it checks the current state and does the rest.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ LOST_UPLOAD = "LFS pointer pointed to a file that does not exist"
 
 
 class UnreachedError(Exception):
-    """The Hub could not be reached, or could not do it now: worth another try."""
+    """The Hub could not be reached, or failed temporarily: worth another try."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the Hub's tree lists it; `sha256` only for large ones."""
+    """A file as listed by the Hub; `sha256` only for large ones."""
 
     size: int
     git_oid: str
@@ -53,9 +52,9 @@ class RemoteFile:
 
 
 def understood(error: Exception, repo_id: str) -> Exception:
-    """The error as the caller needs it: `UnreachedError` to try again, `UserError` to give up with a clear line.
+    """Classifies an error: `UnreachedError` to try again, `UserError` to give up with a clear message.
 
-    What has nothing to do with the Hub comes back as it is.
+    Errors unrelated to the Hub are returned unchanged.
     """
     if isinstance(error, UserError | UnreachedError):
         return error
@@ -64,21 +63,21 @@ def understood(error: Exception, repo_id: str) -> Exception:
     if isinstance(error, HFValidationError):
         return UserError(f"{repo_id}: not a repository id; it must be user/name: {one_line(error)}")
     if isinstance(error, LocalTokenNotFoundError):
-        return UserError(f"{repo_id}: nobody is logged in to the Hub; `hf auth login` does it")
+        return UserError(f"{repo_id}: not logged in to the Hub; run `hf auth login`")
     if isinstance(error, OfflineModeIsEnabled):
         return UserError(f"{repo_id}: HF_HUB_OFFLINE is set, so nothing can be pushed")
     if isinstance(error, RevisionNotFoundError | EntryNotFoundError):
         return UnreachedError(one_line(error))
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401:
-        return UserError(f"{repo_id}: the Hub refused the token; `hf auth login` gives a new one")
+        return UserError(f"{repo_id}: the Hub rejected the token; run `hf auth login` for a new one")
     if status == 403:
-        return UserError(f"{repo_id}: not writable with this token, or the name belongs to somebody else")
+        return UserError(f"{repo_id}: no write access with this token, or the name belongs to somebody else")
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return UserError(f"{repo_id}: no such repository on the Hub that you can write to")
     if (status == 400 and LOST_UPLOAD not in str(error)) or "Invalid metadata" in str(error):
-        return UserError(f"{repo_id}: the Hub refused it: {one_line(error)}")
-    if isinstance(error, HTTPError | OSError | ValueError):  # the last: answers that are cut off or make no sense
+        return UserError(f"{repo_id}: the Hub rejected it: {one_line(error)}")
+    if isinstance(error, HTTPError | OSError | ValueError):  # ValueError: a truncated or invalid response
         return UnreachedError(one_line(error))
     return error
 
@@ -88,8 +87,8 @@ class Repository:
 
     Args:
         repo_id: `user/name`.
-        token: for this repository alone; None: the login's.
-        endpoint: another Hub; None: `HF_ENDPOINT` or the public one.
+        token: for this repository; None: that of the login.
+        endpoint: of the Hub; None: `HF_ENDPOINT` or the public one.
     """
 
     def __init__(self, repo_id: str, *, token: str | None = None, endpoint: str | None = None) -> None:
@@ -98,7 +97,7 @@ class Repository:
         self._trees: dict[str, dict[str, RemoteFile]] = {}
 
     def create(self, *, private: bool) -> None:
-        """Makes the repository if there is none; an existing one stays as visible as it is."""
+        """Creates the repository if needed; the visibility of an existing one does not change."""
         self.api.create_repo(self.repo_id, private=private, exist_ok=True)
 
     def branches(self) -> dict[str, str]:
@@ -106,7 +105,7 @@ class Repository:
         return {ref.name: ref.target_commit for ref in self.api.list_repo_refs(self.repo_id).branches}
 
     def tree(self, commit: str) -> dict[str, RemoteFile]:
-        """All files of a commit; asked for once."""
+        """All files of a commit, cached."""
         if commit not in self._trees:
             listed = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
             self._trees[commit] = {
@@ -117,14 +116,14 @@ class Repository:
         return self._trees[commit]
 
     def read(self, path: str, commit: str) -> bytes | None:
-        """A small file of a commit; None where there is none."""
+        """The content of a small file of a commit; None if it does not exist."""
         if path not in self.tree(commit):
             return None
         with tempfile.TemporaryDirectory(prefix="hf-lowrank-") as folder:
             return Path(self.api.hf_hub_download(self.repo_id, path, revision=commit, local_dir=folder)).read_bytes()
 
     def manifest(self, commit: str) -> dict[str, object]:
-        """What the revision says about itself; empty for one that somebody else made."""
+        """The manifest of a revision; empty for one that this package did not write."""
         data = self.read(MANIFEST, commit)
         try:
             content = parse_json(data) if data is not None else {}
@@ -133,21 +132,17 @@ class Repository:
         return content if isinstance(content, dict) else {}
 
     def differing(self, commit: str, files: Files) -> tuple[list[PushFile], list[str]]:
-        """Which files a commit lacks or has otherwise, and which of ours it has too much."""
-        there = self.tree(commit)
-        changed = [file for path, file in files.items() if path not in there or not there[path].same(file)]
-        return changed, [path for path in there if path not in files and is_ours(path)]
-
-    def is_whole(self, commit: str, files: Files) -> bool:
-        """Whether a commit holds exactly these files."""
-        return self.differing(commit, files) == ([], [])
+        """The files that are missing or different in a commit, and files of ours in it that should not be there."""
+        tree = self.tree(commit)
+        changed = [file for path, file in files.items() if path not in tree or not tree[path].same(file)]
+        return changed, [path for path in tree if path not in files and is_ours(path)]
 
     def bring(
         self, branch: str, head: str, files: Files, title: str, description: str = "", *, keep: bool = False
     ) -> str:
-        """One commit that makes an existing branch hold `files`; none if it does. Returns the branch's commit.
+        """Commits `files` to an existing branch, if they differ; returns the branch's commit.
 
-        With `keep`, files of ours that are not among `files` stay.
+        With `keep`, other files of ours are kept.
         """
         changed, extra = self.differing(head, files)
         extra = [] if keep else extra
@@ -163,7 +158,7 @@ class Repository:
             commit_message=title,
             commit_description=description,
             revision=branch,
-            # Somebody else's commit in between is seen: the Hub refuses, and the next try looks again.
+            # The Hub rejects this after a commit in between, and the next try starts from that.
             parent_commit=head,
         )
         return commit.oid
@@ -179,12 +174,15 @@ class Repository:
         base: str,
         carrier: str | None = None,
     ) -> str:
-        """Makes `branch` hold `files`: it appears whole. Returns its commit.
+        """Commits `files` to `branch`, creating it only once it is complete; returns its commit.
 
         Args:
-            branches: what `branches()` said.
-            base: the commit that a new branch starts from; files that it shares are not sent.
-            carrier: an existing branch that takes the commit and moves along; None: a temporary one.
+            branch: its name.
+            files: everything that the branch must have.
+            title, description: of the commit.
+            branches: as returned by `branches()`.
+            base: the commit that a new branch starts from; unchanged files are not sent.
+            carrier: an existing branch that takes the commit too; None: a temporary one.
         """
         if branch in branches:
             return self.bring(branch, branches[branch], files, title, description)
@@ -202,7 +200,7 @@ class Repository:
         return commit
 
     def remove(self, branch: str) -> None:
-        """Deletes a branch if it is there."""
+        """Deletes a branch, if it exists."""
         try:
             self.api.delete_branch(self.repo_id, branch=branch)
         except RevisionNotFoundError:

@@ -1,4 +1,4 @@
-"""A study's answer as a folder to keep beside code: a card, its pictures, its tables and its page, without weights."""
+"""A study's results as a folder to keep next to code: a card, pictures, tables and the page, without weights."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.plots import PLOTS
 from hf_lowrank.report.study import load_study
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
+from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord, load_runs
 from hf_lowrank.storage.files import whole_file, write_text
 
@@ -130,7 +131,7 @@ def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[s
         table=methods_view(compared[0]),
         several=any(row.seeds > 1 for row in compared[0].standings.rows),
         own_begin=Markdown(OWN_BEGIN),
-        own_words=Markdown(own_words(card.read_text(encoding="utf-8") if card.is_file() else None)),
+        own_words=Markdown(own_words(card.read_text(encoding="utf-8") if card.is_file() else "")),
         own_end=Markdown(OWN_END),
         pictures=[(name, PICTURES[name]) for name in pictures],
         claims=claims_view(results, known),
@@ -188,8 +189,8 @@ def _answer(group: Group) -> str:
 def _measurements(run: RunRecord) -> Iterable[Mapping[str, Any]]:
     for row in run.rows:
         if row.scope == "model" and row.metric not in POINTWISE:
-            yield {**{key: getattr(row, key, None) for key in MEASUREMENT_COLUMNS}, "run": run.name,
-                   "method": run.method, "seed": run.seed}  # fmt: skip
+            numbers = {key: finite(getattr(row, key)) for key in ("value", "ci_low", "ci_high")}
+            yield {**vars(row), **numbers, "run": run.name, "method": run.method, "seed": run.seed}
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -17,7 +17,8 @@ from hf_lowrank.geometry import TokenLoss
 from hf_lowrank.measuring.decompositions import singular_values_of_targets, singular_vectors_of_targets
 from hf_lowrank.measuring.rows import UndefinedError
 from hf_lowrank.processes.placement import Placement, parameters_of
-from hf_lowrank.runs.evaluation_set import FILE_NAME, EvaluationSet
+from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.layout import EVALUATION_SET, TOKENIZER
 from hf_lowrank.runs.measure_settings import MeasureSettings
 from hf_lowrank.runs.measurements import OWN_BASELINE
 from hf_lowrank.runs.selection import size_of
@@ -101,9 +102,9 @@ class RunContext:
 def _comparable_files(trajectory: Trajectory) -> dict[str, str]:
     """Fingerprints of the run's evaluation set and tokenizer, where it has them."""
     fingerprints = {}
-    if trajectory.extra(FILE_NAME) is not None:
+    if trajectory.extra(EVALUATION_SET) is not None:
         fingerprints["evaluation set"] = trajectory.evaluation_set().fingerprint
-    tokenizer = trajectory.extra("tokenizer/tokenizer.json")
+    tokenizer = trajectory.extra(f"{TOKENIZER}/tokenizer.json")
     if tokenizer is not None:
         fingerprints["tokenizer"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     return fingerprints

@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.metrics import METRICS
+from hf_lowrank.runs.layout import checkpoint_folder
 from hf_lowrank.runs.trajectory import Trajectory
 
 
@@ -24,7 +25,9 @@ def checkpoint_of(text: str) -> tuple[Trajectory, int]:
     repository, separator, revision = text.partition("@")
     path = Path(text)
     if path.is_dir():
-        run: str | Path | None = path.resolve().parent if path.resolve().name == f"checkpoint-{one.steps[0]}" else None
+        run: str | Path | None = (
+            path.resolve().parent if path.resolve().name == checkpoint_folder(path, one.steps[0]).name else None
+        )
     else:
         run = repository if not separator or revision.startswith("step") else None
     return one if run is None else Trajectory(run), one.steps[0]

@@ -32,8 +32,9 @@ from hf_lowrank.processes.progress import Progress
 from hf_lowrank.processes.work import SharedTables, run_units
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.evaluation_text import resolve_evaluation_set
+from hf_lowrank.runs.layout import MEASUREMENTS
 from hf_lowrank.runs.measure_settings import MeasureSettings, resolve_settings
-from hf_lowrank.runs.measurements import FILE_NAME, Measurement, append_measurements, read_measurements
+from hf_lowrank.runs.measurements import Measurement, append_measurements, read_measurements
 from hf_lowrank.runs.selection import Run, check_rows_belong, check_separate_tables, open_run, open_runs, table_of
 from hf_lowrank.storage.locks import all_locked
 
@@ -99,7 +100,7 @@ def measure(
         evaluation = resolve_evaluation_set(evaluation_set, trajectory)
         contexts.append(RunContext(trajectory, chosen, placement, evaluation, other, no_baseline))
     plans = [plan_run(context, wanted, steps) for context in contexts]
-    files = [table_of(trajectory, output, FILE_NAME) for trajectory in trajectories]
+    files = [table_of(trajectory, output, MEASUREMENTS) for trajectory in trajectories]
     check_separate_tables(trajectories, files)
     tables = SharedTables(launch, files, read_measurements, append_measurements)
     compares = any(METRICS[metric].needs_baseline for metric in wanted)
@@ -137,7 +138,7 @@ def unmeasured(
         evaluation=resolve_evaluation_set(evaluation_set, trajectory),
         baseline=None if baseline is None else open_run(baseline),
     )
-    rows = read_measurements(table_of(trajectory, None, FILE_NAME))
+    rows = read_measurements(table_of(trajectory, None, MEASUREMENTS))
     units = missing_units([context], [plan_run(context, METRICS.select(metrics), steps)], [rows])
     return [(unit.step, metric) for unit in units for ids in unit.groups.values() for metric in sorted(ids)]
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_lowrank.metrics import PLANE
-from hf_lowrank.runs.records import Row, RunRecord
+from hf_lowrank.runs.measurements import Measurement, finite
+from hf_lowrank.runs.records import RunRecord
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def curves(run: RunRecord, metric: str) -> list[Curve]:
             continue
         rest = json.dumps({key: value for key, value in row.settings.items() if key != "t"}, sort_keys=True)
         line = sweeps.setdefault((row.step, row.baseline), {}).setdefault(rest, {})
-        line[float(t)] = (row.value, row.ci_low, row.ci_high)
+        line[float(t)] = (finite(row.value), finite(row.ci_low), finite(row.ci_high))
         counts[row.step, row.baseline] = row.n
     found = []
     for (step, baseline), by_settings in sorted(sweeps.items(), key=lambda item: (item[0][0], item[0][1] or "")):
@@ -82,11 +83,11 @@ def center(metric: str, t: Sequence[float | None], losses: Sequence[float | None
     return known.get(0.0, min(known.values()))
 
 
-def last_barriers(run: RunRecord, metric: str = "method_barrier", step: int | None = None) -> dict[str, Row]:
+def last_barriers(run: RunRecord, metric: str = "method_barrier", step: int | None = None) -> dict[str, Measurement]:
     """The barriers of `run` by baseline, at `step` or the last step that each has."""
     rows = run.model_rows(metric)
     return {row.baseline: row for row in rows
-            if row.value is not None and row.baseline and step in (None, row.step)}  # fmt: skip
+            if row.has_value and row.baseline and step in (None, row.step)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def plane(run: RunRecord, step: int | None = None) -> Plane | None:
     for row in run.rows:
         x, y = row.settings.get("x"), row.settings.get("y")
         if row.metric == PLANE and isinstance(x, int | float) and isinstance(y, int | float):
-            points.setdefault(row.step, {})[float(x), float(y)] = row.value
+            points.setdefault(row.step, {})[float(x), float(y)] = finite(row.value)
     if not points or (step is not None and step not in points):
         return None
     chosen = max(points) if step is None else step

@@ -28,6 +28,7 @@ from hf_lowrank.report.schema import (
 )
 from hf_lowrank.report.standings import downstream
 from hf_lowrank.report.study import Study
+from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord, finished_or_all
 
 # More points than this change nothing about a line of a few hundred pixels.
@@ -64,8 +65,8 @@ def _metrics(run: RunRecord, scopes: dict[str, int]) -> dict[str, Trend]:
         if row.baseline != entry["base"]:  # trends follow one baseline, the first; `_barriers` has them all
             continue
         if row.scope != "model":
-            layered.setdefault(row.metric, {}).setdefault(row.step, {})[row.scope] = row.value
-        elif row.value is None:
+            layered.setdefault(row.metric, {}).setdefault(row.step, {})[row.scope] = finite(row.value)
+        elif not row.has_value:
             entry["why"] = row.reason
         else:
             columns = (entry["x"], entry["y"], entry["lo"], entry["hi"])
@@ -124,7 +125,10 @@ def _add_scores(entries: Sequence[Run], groups: Sequence[Group]) -> list[Task]:
     tasks: dict[str, Task] = {}
     for entry in entries:
         run = runs[entry["name"]]
-        losses = {**dict(run.logged("eval_loss")), **{r.step: r.value for r in run.model_rows("loss") if r.value}}
+        losses = {
+            **dict(run.logged("eval_loss")),
+            **{r.step: r.value for r in run.model_rows("loss") if finite(r.value)},
+        }
         steps = sorted(means.get(run.name, {}).items())
         if steps:
             entry["metrics"]["downstream"] = {**_line(steps), "why": None, "base": None}

@@ -16,6 +16,7 @@ from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.metrics import CURVES, describe, metric_order
 from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
 from hf_lowrank.report.curves import Plane, center, curves, last_barriers, plane
+from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord, finished_or_all, load_runs
 from hf_lowrank.statistics import mean_interval
 
@@ -124,7 +125,7 @@ def landscapes(runs: Iterable[Any], *, step: int | None = None) -> Figure:
 def trends(runs: Iterable[Any], metrics: Sequence[str] | None = None) -> Figure:
     """Metrics of the whole model over steps, in small multiples; None for the spectral ones that were measured."""
     records = _one_evaluation_set(load_runs(runs))
-    measured = {row.metric for run in records for row in run.rows if row.scope == "model" and row.value is not None}
+    measured = {row.metric for run in records for row in run.rows if row.scope == "model" and row.has_value}
     chosen = [m for m in sorted(measured, key=metric_order) if describe(m).section == "spectra"]
     if metrics is not None:
         chosen = list(metrics)
@@ -135,14 +136,14 @@ def trends(runs: Iterable[Any], metrics: Sequence[str] | None = None) -> Figure:
         raise UserError("no spectral metric was measured in these runs; measure them first")
     figure, axes = _figure(len(chosen), size=(3.2, 2.4))
     for metric, place in zip(chosen, axes, strict=True):
-        rows = {run.name: [row for row in run.model_rows(metric) if row.value is not None] for run in records}
-        lines = {name: {float(r.step): r.value for r in found if r.value is not None} for name, found in rows.items()}
+        rows = {run.name: [row for row in run.model_rows(metric) if row.has_value] for run in records}
+        lines = {name: {float(r.step): r.value for r in found} for name, found in rows.items()}
         bands = {
             name: ([r.step for r in found], [r.ci_low for r in found], [r.ci_high for r in found])
             for name, found in rows.items()
-            if found and all(r.ci_low is not None and r.ci_high is not None for r in found)
+            if found and all(r.has_interval for r in found)
         }
-        _by_method(place, records, lines, f"no {metric} was measured", bands=bands)  # type: ignore[arg-type]
+        _by_method(place, records, lines, f"no {metric} was measured", bands=bands)
         place.set_title(describe(metric).title_with_unit)
         place.set_xlabel("step")
     return _finished(figure, records)
@@ -175,7 +176,7 @@ def layer_step_map(runs: Iterable[Any], metric: str = "activation_cka") -> Figur
     tables: dict[str, dict[tuple[str, int], list[float]]] = {}
     for run in records:
         for row in run.rows:
-            if row.metric == metric and row.scope != "model" and row.value is not None:
+            if row.metric == metric and row.scope != "model" and row.has_value:
                 tables.setdefault(run.method, {}).setdefault((row.scope, row.step), []).append(row.value)
     if not tables:
         raise UserError(f"metric {metric!r} has no layers in these runs; measure it first")
@@ -208,7 +209,7 @@ def barrier_matrix(runs: Iterable[Any], *, step: int | None = None, metric: str 
         for baseline, row in last_barriers(run, metric, step).items():
             other = by_name[baseline].method if baseline in by_name else baseline
             for pair in {(run.method, other), (other, run.method)}:
-                pairs.setdefault(pair, []).append(row.value or 0.0)
+                pairs.setdefault(pair, []).append(row.value)
     if not pairs:
         raise UserError(f"no {metric} was measured in these runs; measure it with a baseline first")
     chosen = looks(name for pair in pairs for name in pair)
@@ -237,7 +238,8 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
     """
     records = [run for run in _one_evaluation_set(load_runs(runs)) if run.perplexity is not None]
     heights = {
-        metric: {run.name: row.value for run in records if (row := run.last(metric)) is not None} for metric in metrics
+        metric: {run.name: finite(row.value) for run in records if (row := run.last(metric)) is not None}
+        for metric in metrics
     }
     drawn = [metric for metric, found in heights.items() if any(value is not None for value in found.values())]
     if not drawn:
@@ -282,7 +284,7 @@ def _title(run: RunRecord, records: Sequence[RunRecord]) -> str:
 
 def _layers(run: RunRecord, metric: str, step: int | None) -> dict[tuple[str, int], float]:
     """Values by (kind of layer, block) at `step` or the last step that has any."""
-    rows = [row for row in run.rows if row.metric == metric and row.scope != "model" and row.value is not None]
+    rows = [row for row in run.rows if row.metric == metric and row.scope != "model" and row.has_value]
     if not rows:
         return {}
     at = max(row.step for row in rows) if step is None else step
@@ -290,7 +292,7 @@ def _layers(run: RunRecord, metric: str, step: int | None) -> dict[tuple[str, in
     for row in rows:
         parts = row.scope.split(".")
         place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if row.step == at and place is not None and row.value is not None:
+        if row.step == at and place is not None:
             found[".".join(parts[place + 1 :]) or parts[0], int(parts[place])] = row.value
     return found
 

@@ -138,10 +138,10 @@ def _measured_cell(run: RunRecord, metric: str) -> Cell:
     row = run.last(metric)
     if row is None:
         return Cell(None, "—", note="not measured")
-    if row.value is None:
+    if not row.has_value:
         return Cell(None, "—", note=row.reason or "no value")
     note = f"at step {row.step}" + (f", n = {row.n}" if row.n else "")
-    if row.ci_low is None or row.ci_high is None:
+    if not row.has_interval:
         return Cell(row.value, significant(row.value), note=note)
     interval = f"{significant(row.ci_low)} – {significant(row.ci_high)}"
     return Cell(row.value, significant(row.value), row.ci_low, row.ci_high, interval, note)
@@ -233,7 +233,7 @@ def mixed(runs: Sequence[RunRecord], columns: Sequence[Column]) -> tuple[str, ..
     for column in columns:
         if column.group in ("training", "downstream"):
             continue
-        rows = [row for run in runs if (row := run.last(column.id)) is not None and row.value is not None]
+        rows = [row for run in runs if (row := run.last(column.id)) is not None and row.has_value]
         if len({(row.step, json.dumps(row.settings, sort_keys=True, default=str)) for row in rows}) > 1:
             found.append(describe(column.id).title)
     return tuple(found)

@@ -11,6 +11,7 @@ from hf_lowrank.downstream.gathering import above_chance, shared_tasks, usable_s
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import byte_size, loss_text, signed, significant
 from hf_lowrank.report.colours import looks, method_order
+from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_difference, mean_interval
 
@@ -186,7 +187,7 @@ def _distance(runs: Sequence[RunRecord]) -> tuple[Criterion, dict[str, float]]:
     def last(metric: str) -> Callable[[RunRecord], float | None]:
         def reader(run: RunRecord) -> float | None:
             row = run.last(metric)
-            return row.value if row else None
+            return finite(row.value) if row else None
 
         return reader
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.layout import PREDICTION
 from hf_lowrank.storage.checksums import unsealed
 from hf_lowrank.storage.parsing import parse_json
 
@@ -87,7 +88,7 @@ def load_study(folder: Path | None) -> Study:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such study folder; give the folder that holds runs/ and claims.json")
     claims = _content(folder / "claims.json", dict) or {}
-    prediction = _content(folder / "prediction.json", dict)
+    prediction = _content(folder / PREDICTION, dict)
     return Study(
         folder=folder,
         claims=tuple(_each(folder / "claims.json", claims.get("claims", []), _claim)),

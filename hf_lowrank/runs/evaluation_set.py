@@ -11,10 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs.layout import EVALUATION_SET
 from hf_lowrank.storage.files import whole_file
-
-FILE_NAME = "evaluation.safetensors"
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class EvaluationSet:
     Attributes:
         input_ids: (N, T) int64 token ids.
         attention_mask: (N, T) int64, 1 for tokens, 0 for padding.
-        fingerprint: SHA-256 over shape, ids and mask, hex; losses of different fingerprints are never compared.
+        fingerprint: SHA-256 of shape, ids and mask, hex; losses are only compared if their fingerprints are equal.
     """
 
     input_ids: torch.Tensor
@@ -34,7 +33,7 @@ class EvaluationSet:
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2 or self.input_ids.shape != self.attention_mask.shape:
             shapes = f"{tuple(self.input_ids.shape)} and {tuple(self.attention_mask.shape)}"
-            raise UserError(f"input_ids and attention_mask must be (N, T) and of one shape, got {shapes}")
+            raise UserError(f"input_ids and attention_mask must be (N, T) and have the same shape, got {shapes}")
         digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
         for tensor in (self.input_ids, self.attention_mask):
             digest.update(tensor.to(torch.int32).contiguous().numpy().tobytes())
@@ -50,8 +49,8 @@ class EvaluationSet:
         return EvaluationSet(self.input_ids[:count], self.attention_mask[:count])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes `evaluation.safetensors` into `folder`, whole."""
-        path = Path(folder) / FILE_NAME
+        """Writes `evaluation.safetensors` into `folder`."""
+        path = Path(folder) / EVALUATION_SET
         tensors = {
             "input_ids": self.input_ids.to(torch.int32).contiguous(),
             "attention_mask": self.attention_mask.to(torch.uint8).contiguous(),
@@ -65,12 +64,12 @@ class EvaluationSet:
         """Reads the set from a file or from a folder that holds `evaluation.safetensors`.
 
         Raises:
-            UserError: the file is missing, is no safetensors file, or its content does not have its fingerprint.
+            UserError: the file is missing or not a safetensors file, or its content does not match its fingerprint.
         """
         file = Path(path)
-        file = file / FILE_NAME if file.is_dir() else file
+        file = file / EVALUATION_SET if file.is_dir() else file
         if not file.is_file():
-            raise UserError(f"{file}: no evaluation set is there; hf-lowrank train writes one into each run")
+            raise UserError(f"{file}: no such evaluation set; hf-lowrank train writes one into each run")
         try:
             with safe_open(file, framework="pt") as tensors:
                 recorded = (tensors.metadata() or {}).get("fingerprint")
@@ -81,7 +80,22 @@ class EvaluationSet:
         loaded = cls(ids, mask)
         if recorded is not None and recorded != loaded.fingerprint:
             raise UserError(
-                f"{file}: content has fingerprint {loaded.fingerprint[:12]}, the file says {recorded[:12]}; "
-                "the file is damaged"
+                f"{file}: damaged: its fingerprint is {loaded.fingerprint[:12]}, the header says {recorded[:12]}"
             )
         return loaded
+
+
+def recorded_fingerprint(run: Path) -> str | None:
+    """The fingerprint in the header of a run's evaluation set; None without a file or an entry. Tensors are not read.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = run / EVALUATION_SET
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return (tensors.metadata() or {}).get("fingerprint")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not a readable evaluation set: {one_line(error)}") from None

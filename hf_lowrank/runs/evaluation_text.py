@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.checkpoints import check_files
 from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.layout import TOKENIZER
 from hf_lowrank.runs.trajectory import Trajectory
-from hf_lowrank.storage.checksums import check_checksums
 
 SEQUENCE_LENGTH = 256
 
@@ -38,9 +39,9 @@ def evaluation_set_from_text(path: Path, trajectory: Trajectory, length: int = S
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as UTF-8 text: {' '.join(str(error).split())}") from None
-    folder = trajectory.extra("tokenizer")
+    folder = trajectory.extra(TOKENIZER)
     if folder is not None:
-        check_checksums(folder)
+        check_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder or trajectory.tokenizer_source)
     except (OSError, ValueError) as error:

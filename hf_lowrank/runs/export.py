@@ -1,4 +1,4 @@
-"""Exporting a trained checkpoint to the plain architecture, which loads without this package."""
+"""Exporting a checkpoint to its base architecture, which loads without this package."""
 
 from __future__ import annotations
 
@@ -9,60 +9,49 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_lowrank.adapters.modeling import LowRankForCausalLM
+from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs.layout import CONFIG, TOKENIZER, TOKENIZER_FILES, step_folders
 from hf_lowrank.runs.weights import check_checkpoint, quiet_transformers
-from hf_lowrank.errors import UserError
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 MAKING = ".making"
 
 
-def checkpoint_folder(checkpoint: str | os.PathLike[str]) -> Path:
+def named_checkpoint(checkpoint: str | os.PathLike[str]) -> Path:
     """The folder that `RUN@STEP`, or the path of a checkpoint itself, names.
 
     Raises:
-        UserError: there is no such run, no such step (the message lists those there are), or no config.json.
+        UserError: the run, the step (the message lists the run's steps) or config.json does not exist.
     """
     text = os.fspath(checkpoint)
     folder = Path(text)
     if not folder.is_dir() and "@" in text:
         run, _, step = text.rpartition("@")
         if not Path(run).is_dir():
-            raise UserError(f"{run}: no run directory there")
-        folder = Path(run) / f"checkpoint-{step.removeprefix('step-')}"
-        if not folder.is_dir():
-            names = (path.name.removeprefix("checkpoint-") for path in Path(run).iterdir())
-            steps = ", ".join(map(str, sorted(int(name) for name in names if name.isdigit()))) or "none"
-            raise UserError(f"{run}: no checkpoint of step {step}; there are: {steps}")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no checkpoint there (config.json is missing); give RUN@STEP or a folder")
+            raise UserError(f"{run}: no such run directory")
+        folders = {str(number): path for number, path in step_folders(Path(run)).items()}
+        step = step.removeprefix("step-")
+        if step not in folders:
+            raise UserError(f"{run}: no checkpoint of step {step}; there are: {', '.join(folders) or 'none'}")
+        folder = folders[step]
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: not a checkpoint ({CONFIG} is missing); give RUN@STEP or a folder")
     return folder
 
 
 def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
-    """Writes the checkpoint's model as the plain base architecture, with its tokenizer, to the folder `output`.
+    """Writes a checkpoint's model in its base architecture, with the tokenizer, to the folder `output`.
 
     Args:
         checkpoint: `RUN@STEP`, or the path of a checkpoint folder.
-        output: a folder that is not there yet, or is empty.
+        output: a new or empty folder.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the checkpoint is not there or damaged, has no dense equivalent (CoLA), or the folder is not empty.
+        UserError: the checkpoint is missing or damaged, has no dense equivalent (CoLA), or the folder is not empty.
     """
-    folder = checkpoint_folder(checkpoint)
+    folder = named_checkpoint(checkpoint)
     target = Path(output)
     making = target / MAKING if target.is_dir() else target.with_name(f".{target.name}{MAKING}")
     if target.exists() and (not target.is_dir() or set(target.iterdir()) - {making}):
@@ -72,20 +61,20 @@ def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -
         with quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
     except Exception as error:  # transformers raises whatever a broken file leads it to
-        raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{folder}: cannot be loaded: {one_line(error)}") from None
     dense = model.to_dense() if isinstance(model, LowRankForCausalLM) else model
     shutil.rmtree(making, ignore_errors=True)
     try:
         with quiet_transformers():
             dense.save_pretrained(making)
-        for source in (folder, folder.parent / "tokenizer"):
+        for source in (folder, folder.parent / TOKENIZER):
             found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
             for file in found:
                 shutil.copyfile(file, making / file.name)
             if found:
                 break
-        if target.is_dir():  # it may be a mount or a link: it stays, and is a model with its last file
-            for file in sorted(making.iterdir(), key=lambda file: file.name == "config.json"):
+        if target.is_dir():  # keep it, as it may be a mount or a link; config.json comes last and completes the model
+            for file in sorted(making.iterdir(), key=lambda file: file.name == CONFIG):
                 os.replace(file, target / file.name)
         else:
             os.replace(making, target)

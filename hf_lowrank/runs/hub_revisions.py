@@ -1,4 +1,4 @@
-"""Checkpoints as revisions of a Hub repository: whose names are steps, and only what is asked for is downloaded."""
+"""Checkpoints as revisions of a Hub repository, named by step; only what is needed is downloaded."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hf_lowrank.errors import LowRankWarning, UserError
+from hf_lowrank.errors import LowRankWarning, UserError, one_line
+from hf_lowrank.runs.layout import CONFIG, GENERATION_CONFIG, INDEX, SHARDS, WEIGHTS
 from hf_lowrank.storage.files import whole_file
 from hf_lowrank.storage.parsing import parse_json
 
-WEIGHTS, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"
-# Tried in this order when nobody says which revisions are checkpoints.
+# Tried in this order where `revisions` is not given.
 USUAL_NAMES = ("step*", "global_step*", "checkpoint*", "ckpt*", "iter*")
 NAMED_STEP = re.compile(r"(?:step|checkpoint|ckpt|iter)[-_]?(\d+)([km](?![a-z]))?", re.I)
 LAST_NUMBER = re.compile(r"(\d+)([km](?![a-z]))?(?!.*\d)", re.I)
@@ -27,7 +27,7 @@ FIRST_BYTES = 100_000
 
 
 def step_of(revision: str) -> int | None:
-    """The optimizer step that a branch or tag names: `step1000`, `step_1000`, `checkpoint-1000`, `ckpt-1k`, …"""
+    """The optimizer step in the name of a branch or tag: `step1000`, `step_1000`, `checkpoint-1000`, `ckpt-1k`, …"""
     match = NAMED_STEP.search(revision) or LAST_NUMBER.search(revision)
     if match is None:
         return None
@@ -35,7 +35,7 @@ def step_of(revision: str) -> int | None:
 
 
 class HubSource:
-    """Checkpoints as revisions (branches or tags) of a Hub repository; what is in the local cache needs no network."""
+    """Checkpoints as revisions (branches or tags) of a Hub repository; cached files need no network."""
 
     def __init__(self, repository: str, revisions: str | None = None) -> None:
         repository, _, chosen = repository.partition("@")
@@ -64,11 +64,11 @@ class HubSource:
     def folder(self, step: int, *, weights: bool) -> Path:
         from huggingface_hub import snapshot_download
 
-        patterns = ["config.json", "generation_config.json"] + ([WEIGHTS, INDEX, SHARDS] if weights else [])
+        patterns = [CONFIG, GENERATION_CONFIG] + ([WEIGHTS, INDEX, SHARDS] if weights else [])
         try:
             folder = snapshot_download(self.repository, revision=self._revisions[step], allow_patterns=patterns)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.where(step)}: cannot be downloaded: {_one_line(error)}") from None
+            raise UserError(f"{self.where(step)}: cannot be downloaded: {one_line(error)}") from None
         return Path(folder)
 
     def file(self, step: int, name: str) -> Path | None:
@@ -88,11 +88,11 @@ class HubSource:
         return f"{self.repository}@{self._revisions[step]}"
 
     def fingerprint(self, step: int) -> str:
-        """Of the address: a commit may change a card alone, and weights may not be here."""
+        """Of the address: a new commit may only change the card, and the weights may not be downloaded."""
         return hashlib.sha256(self.where(step).encode()).hexdigest()[:16]
 
     def tensors(self, step: int) -> RemoteTensors | None:
-        """Reads single tensors without the rest; None where the whole file is here or the Hub gives no parts."""
+        """Reads single tensors; None where the file is cached or the server has no range requests."""
         if step not in self._remote:
             from huggingface_hub import try_to_load_from_cache
 
@@ -109,15 +109,15 @@ class HubSource:
             except (OSError, ValueError, KeyError, TypeError):
                 return None
         remote = self._remote[step]
-        # Most of the file is wanted: one download is less work than many.
+        # Most of the file is needed: download it once.
         return None if remote.bytes_read > remote.size // 2 else remote
 
 
 class RemoteTensors:
-    """The tensors of a remote `model.safetensors`, each read by a range request and kept in the local cache.
+    """The tensors of a remote `model.safetensors`, each read by a range request and cached locally.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: the Hub cannot be reached, has no such file, or gives no parts.
+        OSError, ValueError, KeyError, TypeError: the Hub cannot be reached, has no such file, or no range requests.
     """
 
     def __init__(self, repository: str, commit: str) -> None:
@@ -144,7 +144,7 @@ class RemoteTensors:
         return list(self._entries)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor as it is stored.
+        """One tensor as stored.
 
         Raises:
             UserError: it cannot be read.
@@ -164,10 +164,10 @@ class RemoteTensors:
             return load(stored.read_bytes())[name]
         except (OSError, ValueError, SafetensorError) as error:
             where = f"{self.repository}@{self.commit[:12]}"
-            raise UserError(f"{where}: {name} cannot be read: {_one_line(error)}") from None
+            raise UserError(f"{where}: {name} cannot be read: {one_line(error)}") from None
 
     def _get(self, begin: int, end: int) -> bytes:
-        """Bytes [begin, end) of the file; fewer where it ends before."""
+        """Bytes [begin, end) of the file; fewer at its end."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -176,12 +176,12 @@ class RemoteTensors:
         response = get_session().get(url, headers=headers, timeout=60)
         hf_raise_for_status(response)
         if response.status_code != 206:
-            raise ValueError("the Hub sends whole files only")
+            raise ValueError("the server does not support range requests")
         return response.content
 
 
 def _revision_names(repository: str) -> list[str]:
-    """Branches and tags, from the Hub, or those in the local cache where the Hub cannot be asked."""
+    """Branches and tags, from the Hub, or from the local cache where the Hub cannot be reached."""
     from huggingface_hub import list_repo_refs
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -189,12 +189,14 @@ def _revision_names(repository: str) -> list[str]:
         refs = list_repo_refs(repository)
     except RepositoryNotFoundError:
         raise UserError(f"{repository}: neither a local folder nor a repository on the Hub that you can see") from None
-    except Exception as error:  # without a network, whatever the Hub's client of today raises
+    except Exception as error:  # offline: which error depends on the version of huggingface_hub
         folder = _cache_folder(repository) / "refs"
         names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         if not names:
-            raise UserError(f"{repository}: no such folder, and the Hub cannot be asked: {_one_line(error)}") from None
-        line = f"{repository}: the Hub cannot be asked; taken from the local cache"
+            raise UserError(
+                f"{repository}: no such folder, and the Hub cannot be reached: {one_line(error)}"
+            ) from None
+        line = f"{repository}: the Hub cannot be reached; using the local cache"
         warnings.warn(line, LowRankWarning, stacklevel=5)
         return names
     return [ref.name for ref in [*refs.branches, *refs.tags]]
@@ -208,10 +210,6 @@ def _cache_folder(repository: str) -> Path:
 
 
 def _cached_commit(repository: str, revision: str) -> str | None:
-    """The commit that a revision had when its configuration was downloaded."""
+    """The commit of a revision when its configuration was downloaded."""
     file = _cache_folder(repository) / "refs" / revision
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,4 +1,8 @@
-"""The table of measurements: JSON lines, appended whole, read again after any accident."""
+"""`measurements.jsonl` of a run: its row, its reader and its writer.
+
+Of several rows of the same measurement the last one counts, and a failure after which the measurement succeeded is
+dropped. Whoever reads the table gets it so.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,22 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.storage.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
-from hf_lowrank.storage.tables import append_lines, read_rows, row_of
+from hf_lowrank.runs.layout import MEASUREMENTS
+from hf_lowrank.storage.tables import append_lines, line_of, read_rows, row_of
 
-FILE_NAME = "measurements.jsonl"
-# How reasons begin where the quantity has no meaning, as against one that could not be had.
+# How the reason begins where the quantity is not defined, rather than not available.
 UNDEFINED = "undefined: "
 OWN_BASELINE = "the run is its own baseline"
+
+
+def finite(value: float | None) -> float | None:
+    """`value`, or None where it is not a finite number."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +33,18 @@ class Measurement:
     """One row.
 
     Attributes:
-        run, method, seed: which run, as it says itself.
+        run, method, seed: the run, as named by its folder and recipe.
         step: optimizer step of the checkpoint (of the later one for a pair).
         metric: id in METRICS.
         scope: "model", or the dotted path of a layer or target module.
-        value: NaN (null in the file) where the quantity has no meaning or could not be had; `reason` says why.
-        ci_low, ci_high: 95 % interval; NaN where there is none.
-        n: number of independent draws behind the value; None for what is not random.
+        value: NaN (null in the file) where the quantity is undefined or could not be computed; `reason` says why.
+        ci_low, ci_high: 95 % interval; NaN without one.
+        n: number of independent draws; None for a deterministic value.
         baseline: the baseline's run name, for metrics that compare with one.
-        settings: what defines the number beside the checkpoint.
-        reason: why there is no value; a remark ("surrogate: …") beside one.
-        checkpoint, baseline_checkpoint: fingerprints of what was measured and of what it was compared with
-            (`Trajectory.fingerprint`), so that no other run of their names is taken for them; None where unknown.
+        settings: what defines the number apart from the checkpoint.
+        reason: why there is no value; with a value, a remark ("surrogate: …").
+        checkpoint, baseline_checkpoint: fingerprints of the checkpoint and of its baseline (`Trajectory.fingerprint`),
+            so that a different run of the same name is not mistaken for it; None where unknown.
     """
 
     run: str
@@ -57,30 +65,30 @@ class Measurement:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What a later row must share with an earlier one to replace it."""
+        """Identifies the measurement: a later row with the same key replaces an earlier one."""
         settings = json.dumps(self.settings, sort_keys=True)
         return (self.run, self.method, self.seed, self.step, self.metric, self.scope, self.baseline, settings)
 
     @property
+    def has_value(self) -> bool:
+        return math.isfinite(self.value)
+
+    @property
+    def has_interval(self) -> bool:
+        return math.isfinite(self.ci_low) and math.isfinite(self.ci_high)
+
+    @property
     def failed(self) -> bool:
-        """Whether the value could not be had, though it may be another time."""
-        return not math.isfinite(self.value) and not (self.reason or "").startswith(UNDEFINED)
+        """Whether there is no value, although there may be one after another try."""
+        return not self.has_value and not (self.reason or "").startswith(UNDEFINED)
 
     def to_line(self) -> str:
-        """The row as a line of JSON with its checksum and a newline; numbers that are not finite become null."""
-        row = asdict(self)
-        for name in NUMBERS:
-            if not math.isfinite(row[name]):
-                row[name] = None
-        return json.dumps(sealed(row), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-# Null in the file where they are not a number here.
-NUMBERS = ("value", "ci_low", "ci_high")
+        """The row as a line of JSON with its checksum and a newline."""
+        return line_of(self)
 
 
 def append_measurements(path: str | os.PathLike[str], rows: Iterable[Measurement]) -> None:
-    """Appends rows in one write and syncs them; cuts off a torn last line that a killed process left.
+    """Appends rows in one synced write; removes a torn last line, left by a killed process, first.
 
     Raises:
         UserError: the file cannot be written (no space, no permission), or its end is damaged.
@@ -92,40 +100,38 @@ def append_measurements(path: str | os.PathLike[str], rows: Iterable[Measurement
 
 
 def read_measurements(path: str | os.PathLike[str]) -> list[Measurement]:
-    """The rows of a `measurements.jsonl` (or of a run directory's), the last of each key, in file order.
+    """The rows that count of a `measurements.jsonl` (or of a run directory's), in file order; none without a file.
 
-    A missing file has no rows; a torn last line is dropped, and so are failures that a later row made good.
+    A torn last line is skipped.
 
     Raises:
-        UserError: a line is no measurement; the message names its number.
+        UserError: a line is not a measurement; names its number.
     """
     file = Path(path)
-    file = file / FILE_NAME if file.is_dir() else file
+    file = file / MEASUREMENTS if file.is_dir() else file
     if not file.exists():
         return []
     rows: dict[tuple[Any, ...], Measurement] = {}
     for row in read_rows(file, _parse, "measurement", "measure"):
         rows.pop(row.key, None)
         rows[row.key] = row
-    return _without_mended(list(rows.values()))
+    return _without_retried(list(rows.values()))
 
 
-def _without_mended(rows: list[Measurement]) -> list[Measurement]:
-    """The rows without those failures after which the same measurement came out."""
+def _without_retried(rows: list[Measurement]) -> list[Measurement]:
+    """The rows without failures that a later row of the same measurement made good."""
     later: dict[tuple[Any, ...], list[Measurement]] = {}
     kept = []
     for row in reversed(rows):
-        place = (row.run, row.method, row.seed, row.step, row.metric, row.scope)
-        after = later.setdefault(place, [])
+        after = later.setdefault((row.run, row.method, row.seed, row.step, row.metric, row.scope), [])
         if not (row.failed and any(row.settings.items() <= other.settings.items() for other in after)):
             kept.append(row)
             after.append(row)
     return kept[::-1]
 
 
-def _parse(entry: dict[str, Any]) -> Measurement:
-    content = unsealed(entry)
-    row = row_of(Measurement, {k: v for k, v in content.items() if not (k in NUMBERS and v is None)})
+def _parse(entry: object) -> Measurement:
+    row = row_of(Measurement, entry)
     if row.step < 0:
         raise ValueError(f"step must not be negative, got {row.step}")
     return row

@@ -1,4 +1,4 @@
-"""The long table of downstream scores: a row for each checkpoint, task and metric; and the scores of single items."""
+"""`downstream.jsonl` of a run, one row per checkpoint, task and metric, and the scores of single items."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hf_lowrank.storage.checksums import sealed, unsealed
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.layout import ITEM_SCORES, SCORES
+from hf_lowrank.storage.checksums import sealed, unsealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
-from hf_lowrank.storage.tables import append_lines, read_rows, row_of
+from hf_lowrank.storage.tables import append_lines, line_of, read_rows, row_of
 
-FILE_NAME = "downstream.jsonl"
-ITEM_FOLDER = "downstream"
-# Of each task the first of these counts.
+# The first of these that a task has is its score.
 PRIMARY = ("acc", "mcc", "acc_norm")
 RESAMPLES = 2000
 SLOW_RESAMPLES = 200
@@ -32,21 +32,21 @@ class Score:
     """One row.
 
     Attributes:
-        run, method, seed: which run, as it says itself.
+        run, method, seed: the run, as named by its folder and recipe.
         step: optimizer step of the checkpoint.
         task, metric: as lm-eval names them.
         value: the task's score on its items.
         stderr, ci_low, ci_high: standard error and 95 % percentile interval of the bootstrap over items (for a group's
-            mean, from lm-eval's standard error); None where there is none.
+            mean, from lm-eval's standard error); None without one.
         n: number of items.
-        chance: the score of guessing; None where that has no meaning.
-        higher_is_better: which way is better.
-        group: the group that a task was scored as part of, as blimp's; None for a task that stands for itself.
+        chance: the score of guessing; None where that is undefined.
+        higher_is_better: whether larger values are better.
+        group: the group that the task was scored as part of, e.g. blimp; None for a task of its own.
         task_version, lm_eval_version: what produced the score.
-        items: fingerprint of the items; only scores of equal ones are compared item by item.
-        cut: items whose beginning did not fit into the model's context and was cut, as lm-eval does.
-        limit: how many items were asked for; None: all.
-        checkpoint: fingerprint of what was scored (`Trajectory.fingerprint`); None where unknown.
+        items: fingerprint of the items; scores are compared item by item only if it is equal.
+        cut: items whose beginning was truncated to the model's context, as lm-eval does.
+        limit: the requested number of items; None: all.
+        checkpoint: fingerprint of the checkpoint (`Trajectory.fingerprint`); None where unknown.
     """
 
     run: str
@@ -72,55 +72,43 @@ class Score:
 
 
 def read_scores(path: str | os.PathLike[str]) -> list[Score]:
-    """The rows of a file or of a run directory, the last one for each step, task and metric; a torn last line is
-    dropped.
+    """The rows that count of a file or a run directory: the last one per step, task, metric and limit; none without
+    a file. A torn last line is skipped.
 
     Raises:
-        UserError: a line is no score; the message names its number.
+        UserError: a line is not a score; names its number.
     """
     file = Path(path)
-    file = file / FILE_NAME if file.is_dir() else file
+    file = file / SCORES if file.is_dir() else file
     if not file.is_file():
         return []
     rows: dict[tuple[Any, ...], Score] = {}
-    for row in read_rows(file, _parse, "score", "evaluate"):
+    for row in read_rows(file, partial(row_of, Score), "score", "evaluate"):
         key = (row.run, row.step, row.task, row.metric, row.limit)
         rows.pop(key, None)
         rows[key] = row
     return list(rows.values())
 
 
-def _parse(entry: Any) -> Score:
-    # A score that is not a number is null in the file.
-    content = unsealed(entry) if isinstance(entry, dict) else entry
-    unknown = isinstance(entry, dict) and "value" in entry and entry["value"] is None
-    return row_of(Score, {**content, "value": math.nan} if unknown else content)
-
-
 def append_scores(path: Path, rows: Sequence[Score]) -> None:
-    """Appends the rows in one synced write; cuts off a torn last line first.
+    """Appends the rows in one synced write; removes a torn last line first.
 
     Raises:
         UserError: the file cannot be written, or its end is damaged.
     """
-    lines = (json.dumps(sealed(_plain(row)), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     try:
-        append_lines(path, lines)
+        append_lines(path, map(line_of, rows))
     except OSError as error:
         raise UserError(f"{path}: scores cannot be written: {error.strerror or error}") from None
 
 
-def _plain(row: Score) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
-
-
 def item_file(table: Path, step: int, task: str) -> Path:
-    """Where the item scores of one checkpoint and task are, beside the run's table."""
-    return table.parent / ITEM_FOLDER / f"step-{step}" / f"{task.replace('/', '--')}.jsonl"
+    """The file with the item scores of one checkpoint and task, next to the run's table."""
+    return table.parent / ITEM_SCORES / f"step-{step}" / f"{task.replace('/', '--')}.jsonl"
 
 
 def write_item_scores(path: Path, scores: Iterable[dict[str, Any]]) -> None:
-    """Writes the scores of single items, one line each, whole."""
+    """Writes the scores of single items, one line each, replacing the file in one piece."""
     write_text(path, "".join(json.dumps(sealed(score), ensure_ascii=False) + "\n" for score in scores))
 
 
@@ -128,15 +116,15 @@ def read_item_scores(path: Path) -> list[dict[str, Any]]:
     """The scores of single items.
 
     Raises:
-        UserError: they are not there, or are none.
+        UserError: the file is missing or damaged.
     """
     try:
         rows = [unsealed(parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
         if not all(isinstance(row.get("item"), str | int) for row in rows):
-            raise ValueError("a row must be a JSON object that names its item")
+            raise ValueError("a row must be a JSON object with the key item")
         return [{**row, "item": str(row["item"])} for row in rows]
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: no readable item scores: {error}; evaluate that checkpoint again") from None
+        raise UserError(f"{path}: not readable item scores: {error}; evaluate that checkpoint again") from None
 
 
 def bootstrap(

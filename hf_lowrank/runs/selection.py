@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.layout import CONFIG
 from hf_lowrank.runs.trajectory import Trajectory
 
 Run = str | os.PathLike[str] | Trajectory
@@ -76,7 +77,7 @@ def table_of(trajectory: Trajectory, output: str | os.PathLike[str] | None, file
         return Path(output) / name / file_name
     if not local.is_dir():
         return Path(name) / file_name
-    is_checkpoint = (local / "config.json").is_file()
+    is_checkpoint = (local / CONFIG).is_file()
     return (local.resolve().parent if is_checkpoint and local.resolve().name != name else local) / file_name
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.dense import PREFIX
-from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.trajectory import Trajectory
 
 # (names that a tensor has in the model, rows from, up to) -> those rows
 Reader = Callable[[list[str], int, int], Tensor]

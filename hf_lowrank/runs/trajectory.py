@@ -1,7 +1,4 @@
-"""Trajectories: a run's checkpoints in step order, as models and as dense weights.
-
-Reads what is on disk or on the Hub and nothing else; knows neither training nor optimizers.
-"""
+"""Trajectories: a run's checkpoints in step order, as models and as dense weights, from disk or from the Hub."""
 
 from __future__ import annotations
 
@@ -13,18 +10,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.runs.sources import open_source, weight_files
+from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs.checkpoints import check_files
+from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.layout import CONFIG, EVALUATION_SET, RECIPE, TRAINER_STATE
+from hf_lowrank.runs.recipe_file import method_of, parse_recipe, seed_of
+from hf_lowrank.runs.sources import open_source
+from hf_lowrank.runs.trainer_state import parse_trainer_state
+from hf_lowrank.runs.weight_files import weight_files
 from hf_lowrank.runs.weights import check_checkpoint, quiet_transformers, read_config, skeleton
-from hf_lowrank.storage.checksums import check_checksums, read_sealed_text
-from hf_lowrank.errors import UserError
-from hf_lowrank.runs.evaluation_set import FILE_NAME, EvaluationSet
-from hf_lowrank.storage.parsing import parse_json, parse_plain_yaml
 from hf_lowrank.targets import target_modules, warn_of_stacks
 
 Factors = tuple[Tensor, Tensor, float]
@@ -35,10 +34,10 @@ class RunInfo:
     """What a run says about itself.
 
     Attributes:
-        name: the run directory's name or the repository.
+        name: the name of the run directory, or the repository.
         method: the recipe's method; "unknown" without a recipe.
-        seed: the recipe's seed; None without one.
-        recipe: the resolved recipe; None for checkpoints that came without one.
+        seed: the recipe's seed; None without a recipe.
+        recipe: the resolved recipe; None for checkpoints without one.
     """
 
     name: str
@@ -61,7 +60,8 @@ class Trajectory:
         steps: ascending optimizer steps.
 
     Raises:
-        UserError: nothing is there, or no checkpoint is whole. Half-written checkpoints are skipped with a warning.
+        UserError: `path` does not exist, or no checkpoint in it is complete. Incomplete checkpoints are skipped with a
+            warning.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, revisions: str | None = None) -> None:
@@ -78,16 +78,9 @@ class Trajectory:
     @cached_property
     def run(self) -> RunInfo:
         """Name, method, seed and recipe."""
-        file = self._source.extra("recipe.yaml")
-        if file is None:
-            return RunInfo(self._source.name, "unknown", None, None)
-        try:
-            recipe = parse_plain_yaml(read_sealed_text(file))
-            method = recipe.get("method") or {}
-            name = method.get("name", "unknown") if isinstance(method, dict) else str(method)
-        except (yaml.YAMLError, AttributeError, OSError, ValueError) as error:
-            raise UserError(f"{file}: not a readable recipe: {' '.join(str(error).split())}") from None
-        return RunInfo(self._source.name, name, recipe.get("seed"), recipe)
+        file = self._source.extra(RECIPE)
+        recipe = parse_recipe(file) if file is not None else None
+        return RunInfo(self._source.name, method_of(recipe or {}), seed_of(recipe or {}), recipe)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -103,8 +96,8 @@ class Trajectory:
         return self._source.where(self._known(step))
 
     def fingerprint(self, step: int) -> str | None:
-        """What tells the checkpoint from another run's of that name and step, by its weights (of a Hub repository, by
-        its address): 16 hex digits, None where its files cannot be read."""
+        """Distinguishes the checkpoint from that of another run with the same name, by its weights (on the Hub, by its
+        address): 16 hex digits, None where its files cannot be read."""
         known: dict[int, str | None] = self.__dict__.setdefault("_fingerprints", {})
         if step not in known:
             known[step] = self._source.fingerprint(self._known(step))
@@ -124,7 +117,7 @@ class Trajectory:
 
         Args:
             step: one of `steps`.
-            device_map: lays the model over accelerators, as transformers does ("auto"), in place of the CPU.
+            device_map: places the model on accelerators instead of the CPU, as in transformers ("auto").
 
         Raises:
             UserError: no such step, its files are damaged (the message names the file), or the accelerators are too
@@ -141,30 +134,30 @@ class Trajectory:
                     **({} if device_map is None else {"device_map": device_map}),
                 )
         except Exception as error:  # transformers raises whatever a broken file leads it to
-            raise UserError(f"{self.where(step)}: cannot be loaded: {_one_line(error)}") from None
+            raise UserError(f"{self.where(step)}: cannot be loaded: {one_line(error)}") from None
         model, missing = loaded[0], loaded[1]["missing_keys"]
-        if missing:  # transformers would go on with random weights in their place
-            raise UserError(f"{self.where(step)}: {min(missing)} is not among its weights")
+        if missing:  # transformers would use random weights instead
+            raise UserError(f"{self.where(step)}: {min(missing)} is missing from its weights")
         left_out = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
         if left_out is not None:
             raise UserError(
-                f"{self.where(step)}: is larger in float32 than the memory of the accelerators here ({left_out} was "
-                "left to the CPU or the disk); use more of them, or divide it with accelerate launch … --sharded"
+                f"{self.where(step)}: in float32 it does not fit into the memory of the accelerators ({left_out} was "
+                "left to the CPU or the disk); use more of them, or shard it with accelerate launch … --sharded"
             )
         return model.eval()
 
     def checked_folder(self, step: int) -> Path:
-        """The checkpoint's folder, after its weights have been compared with its configuration and checksums.
+        """The checkpoint's folder, once its weights match its configuration and checksums.
 
         Raises:
-            UserError: no such step, or its files are damaged; the message names the file.
+            UserError: no such step, or its files are damaged; names the file.
         """
         folder = self._source.folder(self._known(step), weights=True)
         check_checkpoint(folder)
         return folder
 
     def dense_model(self, step: int) -> PreTrainedModel:
-        """The plain architecture with dense weights, for models whose layers have them.
+        """The model in the base architecture, with dense weights.
 
         Raises:
             UserError: the layers have no dense equivalent (CoLA's are non-linear).
@@ -179,12 +172,12 @@ class Trajectory:
         where = self._source.folder(self.steps[0], weights=False)
         model = skeleton(where, self.config)
         if model is None:
-            raise UserError(f"{where}/config.json: {self.config.model_type} is no causal language model known here")
+            raise UserError(f"{where}/{CONFIG}: {self.config.model_type} is not a known causal language model")
         return model
 
     @cached_property
     def _targets(self) -> dict[str, Any]:
-        """Target modules by the name that they have in the plain architecture."""
+        """Target modules by their name in the base architecture."""
         warn_of_stacks(self._skeleton, "have no spectra")
         if self._adapter is None:
             return target_modules(self._skeleton)
@@ -194,17 +187,17 @@ class Trajectory:
 
     @property
     def adapted(self) -> bool:
-        """Whether the targets are this package's layers in place of dense ones."""
+        """Whether the target modules are this package's layers instead of dense ones."""
         return self._adapter is not None
 
     @property
     def _adapter(self) -> dict[str, Any] | None:
-        """What stands in for the linear layers, for this package's own model type."""
+        """The adapter's configuration, for this package's own model type."""
         return getattr(self.config, "adapter_config", None) if self.config.model_type == "lowrank" else None
 
     @property
     def targets(self) -> list[str]:
-        """Names of the target modules, in module order, as in the plain architecture."""
+        """Names of the target modules in the base architecture, in module order."""
         return list(self._targets)
 
     def tensor_names(self, step: int) -> list[str]:
@@ -213,14 +206,19 @@ class Trajectory:
         return list(self._files(step)) if remote is None else remote.names()
 
     def tensor(self, step: int, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
-        """One tensor as it is stored, read without the rest; of its rows only those from, up to, if given.
+        """One tensor as stored, read without the others.
+
+        Args:
+            step: one of `steps`.
+            name: one of `tensor_names(step)`.
+            rows: (start, stop), to read only these rows.
 
         Raises:
-            UserError: the checkpoint has no such tensor or the file is damaged.
+            UserError: the checkpoint has no such tensor, or the file is damaged.
         """
         names = self.tensor_names(step)
         if name not in names:
-            raise UserError(f"{self.where(step)}: has no tensor {name!r}; there are: {', '.join(names[:4])}, …")
+            raise UserError(f"{self.where(step)}: has no tensor {name!r}; it has {', '.join(names[:4])}, …")
         remote = self._source.tensors(step)
         if remote is not None:
             return remote.tensor(name) if rows is None else remote.tensor(name)[slice(*rows)]
@@ -229,13 +227,13 @@ class Trajectory:
             with safe_open(files[name], framework="pt") as tensors:
                 return tensors.get_tensor(name) if rows is None else tensors.get_slice(name)[slice(*rows)]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{files[name]}: cannot be read: {_one_line(error)}") from None
+            raise UserError(f"{files[name]}: cannot be read: {one_line(error)}") from None
 
     def dense_weight(self, step: int, module: str) -> Tensor:
-        """The dense weight (out, in) float32 of a target module; for CoLA the product `B A` as a surrogate.
+        """The dense weight (out, in) of a target module in float32; for CoLA the product `B A` as a surrogate.
 
         Raises:
-            UserError: no such step or target, or a damaged or unfitting file.
+            UserError: no such step or target, or a damaged or mismatched file.
         """
         layer = self._target(module)
         if self._adapter is not None:
@@ -254,7 +252,7 @@ class Trajectory:
         return weight.mT.contiguous() if isinstance(layer, Conv1D) else weight
 
     def low_rank_factors(self, step: int, module: str) -> Factors | None:
-        """(B (out, r), A (r, in), scaling) whose product is the dense weight; None where it is no such product."""
+        """(B (out, r), A (r, in), scaling) whose product is the dense weight; None where it is not such a product."""
         self._target(module)
         if self._adapter is None or self._adapter["peft_type"] != "COLA":
             return None  # LoRA adds a frozen weight to the product, SLTrain a sparse one
@@ -265,7 +263,7 @@ class Trajectory:
 
     @property
     def dense_weight_kind(self) -> Literal["exact", "surrogate"]:
-        """Whether dense weights are what the layers compute with, or stand in for it (CoLA)."""
+        """Whether the layers compute with dense weights (exact), or these only approximate them (CoLA's surrogate)."""
         if self._adapter is None:
             return "exact"
         from hf_lowrank.adapters.dense import dense_weight_kind
@@ -274,7 +272,7 @@ class Trajectory:
 
     def _target(self, module: str) -> Any:
         if module not in self._targets:
-            raise UserError(f"{self.path}: no target module {module!r}; there are: {', '.join(self.targets[:4])}, …")
+            raise UserError(f"{self.path}: no target module {module!r}; it has {', '.join(self.targets[:4])}, …")
         return self._targets[module]
 
     def _getter(self, step: int) -> Callable[[str], Tensor]:
@@ -286,21 +284,18 @@ class Trajectory:
         return get
 
     def evaluation_set(self) -> EvaluationSet:
-        """The held-out sequences that were written with the run."""
-        file = self._source.extra(FILE_NAME)
+        """The held-out sequences of the run."""
+        file = self._source.extra(EVALUATION_SET)
         if file is None:
-            raise UserError(f"{self.path}: has no {FILE_NAME}; give sequences with --evaluation-set")
+            raise UserError(f"{self.path}: has no {EVALUATION_SET}; give sequences with --evaluation-set")
         return EvaluationSet.load(file)
 
     def log_history(self) -> list[dict[str, Any]]:
-        """Trainer's log up to the last checkpoint; empty where there is none."""
+        """Trainer's log up to the last checkpoint that has one; empty without any."""
         for step in reversed(self.steps):
-            state = self._source.file(step, "trainer_state.json")
-            if state is not None:
-                try:
-                    return list(parse_json(state.read_text(encoding="utf-8"))["log_history"])
-                except (ValueError, KeyError, TypeError, OSError) as error:
-                    raise UserError(f"{state}: not a readable trainer state: {_one_line(error)}") from None
+            file = self._source.file(step, TRAINER_STATE)
+            if file is not None:
+                return [dict(entry) for entry in parse_trainer_state(file).log]
         return []
 
     def _known(self, step: int) -> int:
@@ -313,10 +308,6 @@ class Trajectory:
         if step not in cache:
             folder = self._source.folder(self._known(step), weights=True)
             files = weight_files(folder)
-            check_checksums(folder, {file.name for file in files.values()})
+            check_files(folder, {file.name for file in files.values()})
             cache[step] = files
         return cache[step]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

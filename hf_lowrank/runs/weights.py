@@ -1,4 +1,4 @@
-"""A checkpoint's configuration, and whether its weights are those that it describes, from headers alone."""
+"""A checkpoint's configuration, and whether its weights match it, from headers alone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hf_lowrank.runs.sources import weight_files
-from hf_lowrank.storage.checksums import check_checksums
 from hf_lowrank.errors import LowRankWarning, UserError
+from hf_lowrank.runs.checkpoints import check_files
+from hf_lowrank.runs.layout import CONFIG
+from hf_lowrank.runs.weight_files import weight_files
 
 Shapes = dict[str, tuple[int, ...]]
 
-# Building so many layers, even without weights, would take minutes: a number out of a damaged file.
+# Building more layers, even without weights, would take minutes: such a number comes from a damaged file.
 MOST_LAYERS = 4096
 
 
@@ -33,23 +34,23 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """
     import hf_lowrank.adapters  # noqa: F401  AutoConfig learns this package's own model type
 
-    file = folder / "config.json"
-    check_checksums(folder, [file.name] if file.is_file() else [])
+    file = folder / CONFIG
+    check_files(folder, [file.name] if file.is_file() else [])
     try:
         config = AutoConfig.from_pretrained(folder)
         layers = getattr(config, "num_hidden_layers", 1)
     except Exception as error:  # transformers raises whatever a broken file leads it to
         raise UserError(f"{file}: not a readable configuration: {_one_line(error)}") from None
     if not isinstance(layers, int) or not 0 <= layers <= MOST_LAYERS:
-        raise UserError(f"{file}: num_hidden_layers must lie between 0 and {MOST_LAYERS}, got {layers!r:.40}")
+        raise UserError(f"{file}: num_hidden_layers must be between 0 and {MOST_LAYERS}, got {layers!r:.40}")
     return config
 
 
 def skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel | None:
-    """The architecture of a checkpoint on the meta device; None for one that is not in this installation.
+    """The architecture of a checkpoint on the meta device; None for an architecture that is not installed.
 
     Raises:
-        UserError: the configuration's values do not fit together.
+        UserError: the configuration's values are inconsistent.
     """
     known = [getattr(transformers, name, None) for name in config.architectures or ()]
     classes = [cls for cls in known if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
@@ -57,15 +58,15 @@ def skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel | None:
         return None
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", LowRankWarning)  # nothing is chosen here
+            warnings.simplefilter("ignore", LowRankWarning)  # about target modules, which nobody chooses here
             return classes[0](config) if classes else AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # any operation may fail on a size that makes no sense
-        raise UserError(f"{folder / 'config.json'}: describes no model: {_one_line(error)}") from None
+    except Exception as error:  # any operation may fail on a nonsensical size
+        raise UserError(f"{folder / 'config.json'}: does not describe a model: {_one_line(error)}") from None
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Loading and writing checkpoints shows one progress, the caller's, not a bar for each."""
+    """Silences transformers' progress bars and warnings while checkpoints are loaded and written."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
@@ -81,10 +82,10 @@ def check_checkpoint(folder: Path) -> None:
     """Compares a checkpoint's weights with its configuration, and both with their checksums.
 
     Raises:
-        UserError: they are damaged; the message names the file.
+        UserError: they are damaged; names the file.
     """
     check_weights(folder, exact=False)
-    check_checksums(folder, ["config.json", *{file.name for file in weight_files(folder).values()}])
+    check_files(folder, [CONFIG, *{file.name for file in weight_files(folder).values()}])
 
 
 def check_weights(folder: Path, *, exact: bool = True) -> None:
@@ -92,7 +93,7 @@ def check_weights(folder: Path, *, exact: bool = True) -> None:
 
     Args:
         folder: a checkpoint.
-        exact: whether tensors that belong to nothing are a fault too; older versions of transformers stored buffers.
+        exact: whether surplus tensors are a fault too; older versions of transformers stored buffers.
 
     Raises:
         UserError: a file is damaged or missing, or a tensor is missing, of another shape, or left over.
@@ -111,10 +112,10 @@ def check_weights(folder: Path, *, exact: bool = True) -> None:
             )
     missing = sorted(expected.keys() - stored.keys() - tied)
     unknown = sorted(stored.keys() - expected.keys())
-    # Architectures that are stored under other names than they run under (fused experts) have the same numbers.
+    # Some architectures are stored under other names than they run under (fused experts): compare element counts.
     surplus = _count(stored) - _count({n: s for n, s in expected.items() if n not in tied})
     if (missing or unknown) and (surplus != 0 if exact else missing and surplus < 0):
-        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} belongs to nothing"
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not part of the model"
         raise UserError(f"{folder}: the weights do not match config.json: {what}")
 
 

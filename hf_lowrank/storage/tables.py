@@ -1,37 +1,42 @@
-"""Tables on disk: JSON lines, appended whole and read again after any accident, as dataclasses with checked types."""
+"""Tables on disk: JSON lines, appended atomically and readable after a crash, as dataclasses with checked types."""
 
 from __future__ import annotations
 
 import codecs
+import json
+import math
 import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_lowrank.errors import UserError
-from hf_lowrank.storage.checksums import SEAL, unsealed
+from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.storage.checksums import SEAL, sealed, unsealed
 from hf_lowrank.storage.parsing import parse_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 BLOCK = 65536
 RowType = TypeVar("RowType")
 
 
-def read_rows(file: Path, parse: Callable[[Any], RowType], what: str, again: str) -> Iterator[RowType]:
-    """What `parse` makes of the lines of `file`, each parsed as JSON; a torn last line, as a killed writer leaves it,
-    is passed over.
+def read_rows(file: Path, parse: Callable[[Any], RowType], what: str, command: str) -> Iterator[RowType]:
+    """Parses the lines of `file`, each as JSON and then with `parse`; a torn last line, as a killed writer leaves it,
+    is skipped.
 
     Args:
         file: a table of JSON lines.
-        parse: raises ValueError, TypeError, KeyError or AttributeError for what is no row.
-        what, again: what a row is and what makes it, for messages: "measurement", "measure".
+        parse: raises ValueError, TypeError, KeyError or AttributeError for an invalid row.
+        what, command: for messages: what a row is, and the command that writes it ("measurement", "measure").
 
     Raises:
-        UserError: the file cannot be read, a whole line is no row, or what follows the last one is no beginning of
-            one; names the line.
+        UserError: the file cannot be read, a complete line is not a row, or the rest after the last one is not the
+            beginning of one; names the line.
     """
     try:
         *lines, rest = file.read_bytes().split(b"\n")
@@ -44,18 +49,18 @@ def read_rows(file: Path, parse: Callable[[Any], RowType], what: str, again: str
             elif line.strip():
                 yield parse(parse_json(line))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            said = " ".join(str(error).split())[:300] or type(error).__name__
-            said = f"{said} is missing" if isinstance(error, KeyError) else said
+            fault = one_line(error) + (" is missing" if isinstance(error, KeyError) else "")
             raise UserError(
-                f"{file}: line {number} is no {what}: {said}; remove it and the lines after it, and {again} again"
+                f"{file}: line {number} is not a valid {what}: {fault}; remove it and the lines after it, and rerun "
+                f"`hf-lowrank {command}`"
             ) from None
 
 
 def append_lines(file: Path, lines: Iterable[str]) -> None:
-    """Appends lines, each with its newline, in one synced write; cuts off a torn last line first.
+    """Appends lines, each with its newline, in one synced write; removes a torn last line first.
 
     Raises:
-        OSError: the file cannot be written; it is as it was then.
+        OSError: the file cannot be written; its content is unchanged.
         UserError: its end is damaged.
     """
     data = "".join(lines).encode()
@@ -67,12 +72,12 @@ def append_lines(file: Path, lines: Iterable[str]) -> None:
         handle.seek(end)
         rest = handle.readall()
         try:
-            if _is_row(rest):  # whose newline an editor took
+            if _is_row(rest):  # only its newline is missing, e.g. removed by an editor
                 data, end = b"\n" + data, end + len(rest)
             else:
                 _check_torn(rest)
         except ValueError as error:
-            raise UserError(f"{file}: its end is damaged: {error}; remove that and try again") from None
+            raise UserError(f"{file}: its end is damaged: {error}; remove the damaged part and try again") from None
         handle.truncate(end)
         if handle.write(data) != len(data):
             handle.truncate(end)
@@ -81,7 +86,7 @@ def append_lines(file: Path, lines: Iterable[str]) -> None:
 
 
 def _is_row(rest: bytes) -> bool:
-    """Whether what follows the last newline is whole, as its checksum says."""
+    """Whether the rest after the last newline is a complete row, according to its checksum."""
     try:
         entry = parse_json(rest) if rest else None
         return isinstance(entry, Mapping) and SEAL in entry and bool(unsealed(entry))
@@ -90,13 +95,13 @@ def _is_row(rest: bytes) -> bool:
 
 
 def _check_torn(rest: bytes) -> None:
-    """What a killed writer leaves is the beginning of a row; anything else has taken the place of rows."""
+    """A killed writer leaves the beginning of a row; anything else is damage."""
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(rest)  # it may end within a character
+        text = codecs.getincrementaldecoder("utf-8")().decode(rest)  # may end within a character
     except UnicodeDecodeError:
         text = "\0"
     if text and (not text.startswith("{") or "\0" in text):
-        raise ValueError("it is not the beginning of one either, but damage")
+        raise ValueError("not the beginning of one either: the file is damaged")
 
 
 def _end_of_whole_lines(handle: Any) -> int:
@@ -111,23 +116,29 @@ def _end_of_whole_lines(handle: Any) -> int:
     return 0
 
 
+def line_of(row: DataclassInstance) -> str:
+    """A row, a dataclass, as a line of JSON with its checksum and a newline; non-finite numbers become null."""
+    columns = asdict(row).items()
+    plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in columns}
+    return json.dumps(sealed(plain), ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def row_of(cls: type[RowType], entry: object) -> RowType:
-    """The row that a parsed line of JSON describes; keys that are no columns are passed over.
+    """The row in a parsed line of JSON. Null in a column of numbers is NaN; unknown keys are ignored.
 
     Raises:
-        ValueError: it is no JSON object, a column is missing or of another type, or its checksum is not that of its
-            content; one line.
+        ValueError: it is not a JSON object, a column is missing or of another type, or its checksum is wrong.
     """
     if not isinstance(entry, Mapping):
         raise ValueError(f"a row must be a JSON object, got {type(entry).__name__}")
     unsealed(entry)
     found: dict[str, Any] = {}
-    for name, (kinds, needed) in _columns(cls).items():  # type: ignore[arg-type]
+    for name, (kinds, required) in _columns(cls).items():  # type: ignore[arg-type]
         if name not in entry:
-            if needed:
+            if required:
                 raise ValueError(f"{name} is missing")
             continue
-        value = entry[name]
+        value = math.nan if entry[name] is None and kinds == (float, int) else entry[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             allowed = " or ".join(kind.__name__.replace("NoneType", "null") for kind in kinds)
             raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
@@ -137,7 +148,7 @@ def row_of(cls: type[RowType], entry: object) -> RowType:
 
 @cache
 def _columns(cls: Any) -> dict[str, tuple[tuple[type, ...], bool]]:
-    """For each field of the dataclass, the types it may have and whether it must be there."""
+    """For each field of the dataclass, its types and whether it is required."""
     hints = typing.get_type_hints(cls)
     return {
         field.name: (_kinds(hints[field.name]), field.default is MISSING and field.default_factory is MISSING)

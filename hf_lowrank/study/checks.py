@@ -8,6 +8,7 @@ from pathlib import Path
 from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.metrics import METRICS
+from hf_lowrank.runs.layout import EVALUATION_SET, MEASUREMENTS, SCORES
 from hf_lowrank.runs.measure_settings import resolve_settings
 from hf_lowrank.runs.selection import choose_steps
 from hf_lowrank.study.layout import Attempt, Run, Study, attempts_of, is_swept, member_recipe, runs_of
@@ -206,8 +207,8 @@ def _check_inputs(study: Study, stages: Sequence[str]) -> None:
         if stage in stages and "train" not in stages and not any(study.is_trained(run) for run in study.runs):
             raise UserError(f"{study.directory}: stage {stage} needs runs that are trained; add train to --stages")
     needs = {
-        "predict": (("measure", "measurements.jsonl"), ("evaluate", "downstream.jsonl")),
-        "claims": (("measure", "measurements.jsonl"),),
+        "predict": (("measure", MEASUREMENTS), ("evaluate", SCORES)),
+        "claims": (("measure", MEASUREMENTS),),
     }
     for stage, inputs in needs.items():
         for earlier, file in inputs:
@@ -221,11 +222,11 @@ def _check_texts(study: Study, recipes: dict[str, Recipe], stages: Sequence[str]
     settings = study.settings
     if "measure" in stages and not recipes and not (settings.evaluation_text or settings.measure.evaluation_set):
         for run in study.runs:
-            if study.strangers[run.name].extra("evaluation.safetensors") is None:
+            if study.strangers[run.name].extra(EVALUATION_SET) is None:
                 raise study.file.fault(
                     "evaluation_text",
                     f"must name a text to measure losses on: no member is trained here, and {run.source} brings no "
-                    "evaluation.safetensors",
+                    f"{EVALUATION_SET}",
                 )
     if "evaluate" not in stages:
         return

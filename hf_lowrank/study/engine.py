@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.layout import MEASUREMENTS, SCORES
 from hf_lowrank.storage.checksums import sealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.locks import locked
@@ -192,7 +193,7 @@ class _Engine:
     def _predict(self) -> None:
         ready = [
             run for run in self.study.runs
-            if all((run.folder / name).is_file() for name in ("measurements.jsonl", "downstream.jsonl"))
+            if all((run.folder / name).is_file() for name in (MEASUREMENTS, SCORES))
         ]  # fmt: skip
         if len(ready) < FEWEST_RUNS:
             self.say(

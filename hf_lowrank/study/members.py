@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.layout import TOKENIZER
 from hf_lowrank.runs.selection import size_of
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.study.layout import Run
@@ -151,7 +152,7 @@ def _shape_of_recipe(recipe: Recipe) -> tuple[dict[str, Any], PreTrainedTokenize
 
 def tokenizer_of(trajectory: Trajectory) -> PreTrainedTokenizerBase | None:
     """A stranger's tokenizer; None where it has none."""
-    folder = trajectory.extra("tokenizer")
+    folder = trajectory.extra(TOKENIZER)
     candidates = [str(folder)] if folder is not None and Path(folder).is_dir() else []
     where = trajectory.tokenizer_source
     has_files = not Path(where).is_dir() or any(

@@ -7,16 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.runs.evaluation_set import FILE_NAME as EVALUATION_FILE
 from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.layout import CONFIG, EVALUATION_SET, RECIPE, TOKENIZER, checkpoint_folder
+from hf_lowrank.runs.recipe_file import write_recipe
 from hf_lowrank.runs.selection import choose_steps
 from hf_lowrank.runs.sources import open_source
 from hf_lowrank.runs.trajectory import Trajectory
-from hf_lowrank.storage.checksums import sealed_text
-from hf_lowrank.storage.files import whole_file, write_text
-from hf_lowrank.storage.parsing import dump_yaml
+from hf_lowrank.storage.files import whole_file
 from hf_lowrank.study.layout import Run, Study
-from hf_lowrank.training.start import RECIPE_FILE
 
 
 def view_work(study: Study, run: Run) -> dict[str, Any]:
@@ -63,8 +61,8 @@ def wanted_steps(study: Study, run: Run) -> list[int]:
 
 def is_whole(study: Study, run: Run) -> bool:
     """Whether the stranger's run directory has all that is wanted of it."""
-    files = [RECIPE_FILE, *(f"checkpoint-{step}/config.json" for step in wanted_steps(study, run))]
-    return all((run.folder / file).is_file() for file in files)
+    configs = (checkpoint_folder(run.folder, step) / CONFIG for step in wanted_steps(study, run))
+    return all(file.is_file() for file in [run.folder / RECIPE, *configs])
 
 
 def make_view(work: dict[str, Any]) -> None:
@@ -74,7 +72,7 @@ def make_view(work: dict[str, Any]) -> None:
     folder = Path(work["output"])
     folder.mkdir(parents=True, exist_ok=True)
     for step in work["steps"]:
-        _link(folder / f"checkpoint-{step}", source.folder(step, weights=True))
+        _link(checkpoint_folder(folder, step), source.folder(step, weights=True))
     _tokenizer(folder, theirs, work)
     _sequences(folder, theirs, work)
     recipe = dict(work["recipe"])
@@ -85,7 +83,7 @@ def make_view(work: dict[str, Any]) -> None:
         name = recipe["method"]["name"] if work["renamed"] else method.get("name", recipe["method"]["name"])
         recipe = {**recipe, **own, "name": recipe["name"], "method": {**method, "name": name}}
     # With its recipe the view is whole.
-    write_text(folder / RECIPE_FILE, sealed_text(dump_yaml(recipe)))
+    write_recipe(folder, recipe)
 
 
 def _link(place: Path, target: Path) -> None:
@@ -101,13 +99,13 @@ def _link(place: Path, target: Path) -> None:
 
 def _tokenizer(folder: Path, theirs: Trajectory, work: dict[str, Any]) -> None:
     """One tokenizer for the whole study: they have been found equal, but may be saved differently."""
-    place = folder / "tokenizer"
+    place = folder / TOKENIZER
     if place.exists():
         return
-    fresh = folder / ".tokenizer.making"
+    fresh = folder / f".{TOKENIZER}.making"
     shutil.rmtree(fresh, ignore_errors=True)
     if work["like"] is not None:
-        shutil.copytree(Path(work["like"]) / "tokenizer", fresh)
+        shutil.copytree(Path(work["like"]) / TOKENIZER, fresh)
     else:
         from hf_lowrank.study.members import tokenizer_of
 
@@ -120,12 +118,12 @@ def _tokenizer(folder: Path, theirs: Trajectory, work: dict[str, Any]) -> None:
 
 def _sequences(folder: Path, theirs: Trajectory, work: dict[str, Any]) -> None:
     """What losses are measured on: the sequences of the study's other runs, else the stranger's own or the text."""
-    if (folder / EVALUATION_FILE).exists():
+    if (folder / EVALUATION_SET).exists():
         return
-    own = theirs.extra(EVALUATION_FILE)
+    own = theirs.extra(EVALUATION_SET)
     if work["like"] is not None or (own is not None and work["text"] is None):
-        source = Path(work["like"]) / EVALUATION_FILE if work["like"] is not None else own
-        with whole_file(folder / EVALUATION_FILE) as temporary:
+        source = Path(work["like"]) / EVALUATION_SET if work["like"] is not None else own
+        with whole_file(folder / EVALUATION_SET) as temporary:
             shutil.copyfile(source, temporary)
     elif work["text"] is not None:
         evaluation_of(work["text"], Trajectory(folder)).save(folder)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.runs.resume import last_whole_checkpoint
+from hf_lowrank.runs.checkpoints import last_resumable_checkpoint
+from hf_lowrank.runs.trainer_state import read_trainer_state
 from hf_lowrank.storage.checksums import sealed, unsealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
@@ -21,13 +22,10 @@ FILE_NAME = "sweep.json"
 
 def final_loss(run: Path) -> float:
     """The held-out loss at the end of a finished run, nats per token; NaN for a run that did not get there."""
-    checkpoint = last_whole_checkpoint(run) if is_finished(run) else None
-    if checkpoint is None:
-        return math.nan
-    state = parse_json((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
-    loss = float(losses[-1]) if losses else math.nan
-    return loss if math.isfinite(loss) else math.nan
+    checkpoint = last_resumable_checkpoint(run) if is_finished(run) else None
+    state = read_trainer_state(checkpoint) if checkpoint is not None else None
+    losses = list(state.logged("eval_loss").values()) if state is not None else []
+    return losses[-1] if losses else math.nan
 
 
 def choose(study: Study) -> list[dict[str, Any]]:

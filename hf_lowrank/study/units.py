@@ -17,6 +17,7 @@ from typing import Any
 
 from hf_lowrank.errors import DivergedError, UserError
 from hf_lowrank.runs.facts import read_facts, write_facts
+from hf_lowrank.runs.layout import MEASUREMENTS, PREDICTION, SCORES
 from hf_lowrank.storage.checksums import unsealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
@@ -155,7 +156,7 @@ def result_units(study: Study, stage: str) -> list[Unit]:
     return [Unit(stage, stage, work, done)]
 
 
-RESULTS = {"predict": "prediction.json", "claims": "claims.json", "report": "report/report.html"}
+RESULTS = {"predict": PREDICTION, "claims": "claims.json", "report": "report/report.html"}
 
 
 def _is_readable(result: Path) -> bool:
@@ -173,8 +174,8 @@ def inputs_of(work: dict[str, Any]) -> str:
     asked = {key: value for key, value in work.items() if key not in ("output", "runs", "stamp")}
     asked["names"] = [Path(run).name for run in work["runs"]]
     digest.update(json.dumps(asked, sort_keys=True).encode())
-    files = [Path(run) / name for run in work["runs"] for name in ("measurements.jsonl", "downstream.jsonl")]
-    for file in [*files, Path(work["output"]) / "prediction.json" if work["kind"] == "claims" else Path()]:
+    files = [Path(run) / name for run in work["runs"] for name in (MEASUREMENTS, SCORES)]
+    for file in [*files, Path(work["output"]) / PREDICTION if work["kind"] == "claims" else Path()]:
         digest.update(file.read_bytes() if file.is_file() else b"-")
     return digest.hexdigest()
 
@@ -209,7 +210,7 @@ def _nothing_unmeasured(work: dict[str, Any]) -> bool:
     """Whether a unit that measures would find nothing to do; a fault counts as something: the unit will say it."""
     from hf_lowrank.measuring import unmeasured
 
-    if not (Path(work["run"]) / "measurements.jsonl").is_file():
+    if not (Path(work["run"]) / MEASUREMENTS).is_file():
         return False
     keywords = {key: value for key, value in work["keywords"].items() if key != "device"}
     try:
@@ -232,7 +233,7 @@ def _nothing_unscored(work: dict[str, Any]) -> bool:
 def _unscored(work: dict[str, Any]) -> list[tuple[int, str]]:
     from hf_lowrank.downstream.runner import unscored
 
-    if not (Path(work["run"]) / "downstream.jsonl").is_file():
+    if not (Path(work["run"]) / SCORES).is_file():
         return [(0, "")]
     keywords = work["keywords"]
     return unscored(work["run"], tasks=keywords["tasks"], steps=keywords["steps"], limit=keywords["limit"])

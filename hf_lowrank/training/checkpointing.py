@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.runs.resume import step_of
+from hf_lowrank.runs.layout import checkpoint_folder, step_of
 from hf_lowrank.storage.checksums import write_checksums
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
@@ -104,7 +104,7 @@ class Checkpointing(TrainerCallback):
         **_: Any,
     ) -> TrainerControl:
         run = Path(str(args.output_dir))
-        checkpoint = run / f"checkpoint-{state.global_step}"
+        checkpoint = checkpoint_folder(run, state.global_step)
         if self.stopped is not None:
             # Only now: the saved state of an uninterrupted run does not contain it.
             control.should_training_stop = True

@@ -19,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 from hf_lowrank.errors import StoppedError, UserError
 from hf_lowrank.formats import is_first_process
 from hf_lowrank.optim.engines import refuse_engines
+from hf_lowrank.runs.checkpoints import is_sharded, last_resumable_checkpoint
 from hf_lowrank.runs.facts import read_facts
-from hf_lowrank.runs.resume import is_sharded, last_whole_checkpoint, step_of
+from hf_lowrank.runs.layout import TOKENIZER, step_of
 from hf_lowrank.storage.files import refusal_of
 from hf_lowrank.storage.locks import locked
 from hf_lowrank.training.callbacks import Progress, StopOnNonFinite
@@ -29,7 +30,6 @@ from hf_lowrank.training.corpus import Corpus, prepare_corpus
 from hf_lowrank.training.facts import FactsRecorder
 from hf_lowrank.training.recipe import Recipe
 from hf_lowrank.training.start import (
-    TOKENIZER,
     check_belongs,
     check_same_corpus,
     check_same_step,
@@ -103,7 +103,7 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
     started = check_belongs(run, recipe)
     if started:
         resources.enter_context(locked(run, "train"))
-    checkpoint = last_whole_checkpoint(run) if started else None
+    checkpoint = last_resumable_checkpoint(run) if started else None
     if checkpoint is not None and is_first_process():
         remove_interim(run, before=step_of(checkpoint))
     finished = checkpoint is not None and is_last(checkpoint)

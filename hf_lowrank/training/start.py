@@ -12,33 +12,31 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from yaml import YAMLError
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.runs.evaluation_set import FILE_NAME as EVALUATION_FILE
+from hf_lowrank.runs.checkpoints import damage_of, last_resumable_checkpoint
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.facts import read_facts, write_facts
-from hf_lowrank.runs.resume import last_whole_checkpoint
-from hf_lowrank.storage.checksums import damage_by_checksums, read_sealed_text, sealed_text, write_checksums
-from hf_lowrank.storage.files import write_text
-from hf_lowrank.storage.parsing import dump_yaml, parse_json, parse_yaml
+from hf_lowrank.runs.layout import EVALUATION_SET, RECIPE, TOKENIZER, checkpoint_folder
+from hf_lowrank.runs.recipe_file import read_recipe, write_recipe
+from hf_lowrank.runs.trainer_state import read_trainer_state
+from hf_lowrank.storage.checksums import write_checksums
+from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
 from hf_lowrank.training.corpus import Corpus
-from hf_lowrank.training.recipe import Recipe, first_line
+from hf_lowrank.training.recipe import Recipe
 
-RECIPE_FILE = "recipe.yaml"
-TOKENIZER, INITIAL = "tokenizer", "checkpoint-0"
 # The keys by which a process takes its share of a step.
 PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def is_started(run: Path) -> bool:
     """Whether a recipe has claimed the folder."""
-    return (run / RECIPE_FILE).exists()
+    return (run / RECIPE).exists()
 
 
 def is_finished(run: Path) -> bool:
     """Whether the run has a complete checkpoint of its last step, and its start files are intact."""
-    checkpoint = last_whole_checkpoint(run) if is_started(run) else None
+    checkpoint = last_resumable_checkpoint(run) if is_started(run) else None
     if checkpoint is None or not is_last(checkpoint):
         return False
     try:
@@ -49,8 +47,8 @@ def is_finished(run: Path) -> bool:
 
 def is_last(checkpoint: Path) -> bool:
     """Whether a checkpoint is that of the run's last step."""
-    state = parse_json((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"] >= state["max_steps"]
+    state = read_trainer_state(checkpoint)
+    return state is not None and state.finished
 
 
 def has_start(run: Path) -> bool:
@@ -59,14 +57,14 @@ def has_start(run: Path) -> bool:
     Raises:
         UserError: some of it is damaged; names the file.
     """
-    for folder in (run / TOKENIZER, run / INITIAL):
-        damage = damage_by_checksums(folder) if folder.is_dir() else None
+    for folder in (run / TOKENIZER, checkpoint_folder(run, 0)):
+        damage = damage_of(folder) if folder.is_dir() else None
         if damage is not None:
             raise UserError(f"{folder}: damaged: {damage}; remove that folder and rerun, which writes it again")
-    if (run / EVALUATION_FILE).exists():
+    if (run / EVALUATION_SET).exists():
         EvaluationSet.load(run)
-    names = (RECIPE_FILE, EVALUATION_FILE, TOKENIZER, INITIAL)
-    return bool(read_facts(run)) and all((run / name).exists() for name in names)
+    written = (run / RECIPE, run / EVALUATION_SET, run / TOKENIZER, checkpoint_folder(run, 0))
+    return bool(read_facts(run)) and all(path.exists() for path in written)
 
 
 def write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedModel, sizes: dict[str, int]) -> None:
@@ -77,12 +75,12 @@ def write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedMode
     """
     run.mkdir(parents=True, exist_ok=True)
     # The recipe comes first: it claims the folder, whatever else is missing.
-    if not (run / RECIPE_FILE).exists():
-        write_text(run / RECIPE_FILE, sealed_text(dump_yaml(recipe.plain())))
-    if not (run / EVALUATION_FILE).exists():
+    if not (run / RECIPE).exists():
+        write_recipe(run, recipe.plain())
+    if not (run / EVALUATION_SET).exists():
         corpus.evaluation.save(run)
     _save_folder(run / TOKENIZER, corpus.tokenizer)
-    _save_folder(run / INITIAL, model)
+    _save_folder(checkpoint_folder(run, 0), model)
     if not read_facts(run):
         write_facts(
             run,
@@ -124,20 +122,14 @@ def check_belongs(run: Path, recipe: Recipe) -> bool:
         return False
     if not run.is_dir():
         raise UserError(f"{run}: --output must be a folder, this is a file")
-    file = run / RECIPE_FILE
-    if not file.exists():
+    if not (run / RECIPE).exists():
         if read_facts(run).get("recipe") == _digest(recipe):
             return True  # it was damaged, and the user removed it
         # A lock, or a temporary file of a killed process, makes no run.
         if any(not path.name.startswith(".") for path in run.iterdir()):
-            raise UserError(f"{run}: --output must be a run directory or empty; it contains no {RECIPE_FILE}")
+            raise UserError(f"{run}: --output must be a run directory or empty; it contains no {RECIPE}")
         return False
-    try:
-        theirs = parse_yaml(read_sealed_text(file))
-    except (OSError, ValueError, YAMLError) as error:
-        raise UserError(
-            f"{file}: not readable: {first_line(error)}; remove it and rerun with the run's recipe"
-        ) from None
+    theirs: Any = read_recipe(run)
     ours = parse_yaml(dump_yaml(recipe.plain()))
     theirs = _with_defaults(theirs, recipe)
     if read_facts(run).get("processes", 1) != int(os.environ.get("WORLD_SIZE", "1")):
@@ -169,8 +161,8 @@ def check_same_corpus(run: Path, corpus: Corpus) -> None:
             f"{run}: the corpus has changed since the run started (data.source {corpus.data.source}); choose another "
             "--output"
         )
-    if (run / EVALUATION_FILE).exists() and EvaluationSet.load(run).fingerprint != corpus.evaluation.fingerprint:
-        raise UserError(f"{run / EVALUATION_FILE}: the held-out sequences have changed; choose another --output")
+    if (run / EVALUATION_SET).exists() and EvaluationSet.load(run).fingerprint != corpus.evaluation.fingerprint:
+        raise UserError(f"{run / EVALUATION_SET}: the held-out sequences have changed; choose another --output")
 
 
 def _digest(recipe: Recipe) -> str:

@@ -8,8 +8,9 @@ import pytest
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim.engines import refuse_engines
+from hf_lowrank.runs.checkpoints import why_not_resumable
 from hf_lowrank.runs.facts import write_facts
-from hf_lowrank.runs.resume import SHARDED_STATE, damage_of
+from hf_lowrank.runs.layout import SHARDED_STATE
 from hf_lowrank.training.pretrain import pretrain
 from hf_lowrank.training.recipe import load_recipe
 from tests.distributed.every_method import BATCH, write_recipe, write_texts
@@ -42,7 +43,7 @@ def test_what_does_not_fit_a_run_is_said(tmp_path, recipe_of, monkeypatch):
         pretrain(load_recipe(path, ["training.per_device_train_batch_size=4"]), run)
     for name in SHARDED_STATE:
         (run / f"checkpoint-{SAVED}" / name).mkdir()
-        assert damage_of(run / f"checkpoint-{SAVED}") is not None
+        assert why_not_resumable(run / f"checkpoint-{SAVED}") is not None
     for name in SHARDED_STATE:
         (run / f"checkpoint-{SAVED}" / name / ".metadata").touch()
     with pytest.raises(UserError, match=r"checkpoint-3 was written under FSDP2; resume the run with FSDP2"):

@@ -166,10 +166,10 @@ def test_damaged_tables_are_one_line(tmp_path, scored):
     file = tmp_path / "downstream.jsonl"
     append_scores(file, scored[:2])
     file.write_bytes(b"{}\n" + file.read_bytes())
-    with pytest.raises(UserError, match="line 1 is no score"):
+    with pytest.raises(UserError, match="line 1 is not a valid score"):
         read_scores(file)
     file.write_bytes(b"\0" * 100)
-    with pytest.raises(UserError, match=r"line 1 is no score: .*damage"):
+    with pytest.raises(UserError, match=r"line 1 is not a valid score: .*damage"):
         read_scores(file)
     with pytest.raises(UserError, match="its end is damaged"):
         append_scores(file, scored[:2])

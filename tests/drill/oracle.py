@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hf_lowrank.runs.resume import damage_of
+from hf_lowrank.runs.checkpoints import why_not_resumable
 from hf_lowrank.storage.checksums import damage_by_checksums
 
 # What a clock, the machine or the run's own folder decides.
@@ -70,7 +70,7 @@ def not_finite(run: Path) -> list[str]:
     """Weights that were written as good and are not numbers."""
     found = []
     for path in sorted(run.glob("checkpoint-*/model.safetensors")):
-        if path.parent.name != "checkpoint-0" and damage_of(path.parent) is not None:
+        if path.parent.name != "checkpoint-0" and why_not_resumable(path.parent) is not None:
             continue
         try:
             tensors = load_file(path)
@@ -86,7 +86,7 @@ def damaged_checkpoints(run: Path) -> dict[str, str]:
     found = {}
     for folder in sorted(run.glob("checkpoint-*")):
         # The first checkpoint has weights only.
-        damage = damage_by_checksums(folder) if folder.name == "checkpoint-0" else damage_of(folder)
+        damage = damage_by_checksums(folder) if folder.name == "checkpoint-0" else why_not_resumable(folder)
         if damage is not None:
             found[folder.name] = damage
     return found

@@ -224,11 +224,11 @@ def read_facts(folder, content):
 
 
 def read_state(folder, content):
-    from hf_lowrank.runs.resume import last_whole_checkpoint
+    from hf_lowrank.runs.checkpoints import last_resumable_checkpoint
     from hf_lowrank.runs.trajectory import Trajectory
 
     (run_folder(folder) / "trainer_state.json").write_bytes(content)
-    last_whole_checkpoint(folder)
+    last_resumable_checkpoint(folder)
     Trajectory(folder).log_history()
     show(folder)
 

@@ -101,7 +101,7 @@ def read_run_recipe(folder, content):
     """The recipe of a run directory, for whoever goes on with the run, measures it, shows it or pushes it."""
     from types import SimpleNamespace
 
-    from hf_lowrank.hub.card_facts import read_yaml
+    from hf_lowrank.hub.cards import public_recipe
     from hf_lowrank.hub.contents import push_file
     from hf_lowrank.methods import METHODS
     from hf_lowrank.runs.records import load_run
@@ -120,7 +120,7 @@ def read_run_recipe(folder, content):
         lambda: check_belongs(folder, SimpleNamespace(plain=lambda: whole, settings=settings)),
         lambda: push_file("recipe.yaml", folder / "recipe.yaml"),
         lambda: load_run(folder),
-        lambda: read_yaml(folder / "recipe.yaml"),
+        lambda: public_recipe(folder),
         lambda: Trajectory(folder).run,
     )
     for read in readers:
@@ -136,12 +136,13 @@ CHECKSUMS = {"model.safetensors": {"sha256": hashlib.sha256(b"weights").hexdiges
 
 
 def read_checksums(folder, content):
-    from hf_lowrank.storage.checksums import check_checksums, fingerprint
+    from hf_lowrank.runs.checkpoints import check_files
+    from hf_lowrank.storage.checksums import fingerprint
 
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "checksums.json").write_bytes(content)
     fingerprint(folder, ["model.safetensors"])
-    check_checksums(folder)
+    check_files(folder)
 
 
 def locks():

@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import EvalResult, model_index_to_eval_results
 
+from hf_lowrank.errors import UserError
 from hf_lowrank.hub import metric_card, model_card, push
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END
 from hf_lowrank.hub.markdown import escape, fenced, inline_code
@@ -31,6 +32,13 @@ HOSTILE = [
 ]
 
 
+SCORE = {
+    "run": "nano-galore", "method": "galore", "seed": 0, "step": 30, "task": "pylib_syntax", "metric": "acc",
+    "value": 0.5, "stderr": None, "ci_low": None, "ci_high": None, "n": 500, "chance": 0.5, "higher_is_better": True,
+    "group": None, "task_version": "1", "lm_eval_version": "0.4.9", "items": "abc",
+}  # fmt: skip
+
+
 @pytest.fixture
 def measured_run(run):
     rows = []
@@ -48,11 +56,9 @@ def measured_run(run):
             )  # fmt: skip
     append_measurements(run / "measurements.jsonl", rows)
     scores = [
-        {"run": "nano-galore", "step": 30, "task": "pylib_syntax", "metric": "acc", "value": 0.71, "stderr": 0.02,
-         "n": 500, "lm_eval_version": "0.4.9"},
-        {"run": "nano-galore", "step": 30, "task": "pylib_copy", "metric": "acc", "value": 0.55, "stderr": None,
-         "n": 500, "lm_eval_version": "0.4.9"},
-    ]  # fmt: skip
+        {**SCORE, "task": "pylib_syntax", "value": 0.71, "stderr": 0.02},
+        {**SCORE, "task": "pylib_copy", "value": 0.55},
+    ]
     (run / "downstream.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores) + '{"torn')
     return run
 
@@ -126,7 +132,7 @@ def test_hostile_strings_come_out_harmless(measured_run):
         recipe["data"]["dataset"] = word
         (measured_run / "recipe.yaml").unlink()
         (measured_run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        row = {"step": 99, "task": word, "metric": word, "value": 0.5, "stderr": 0.1, "n": word}
+        row = {**SCORE, "run": word, "method": word, "step": 99, "task": word, "metric": word, "lm_eval_version": word}
         (measured_run / "downstream.jsonl").write_text(json.dumps(row) + "\n")
         text = model_card(measured_run, "user/tiny", name=word)
         metadata = yaml.safe_load(text.split("\n---\n", 1)[0].removeprefix("---\n"))
@@ -141,6 +147,13 @@ def test_hostile_strings_come_out_harmless(measured_run):
             if tag == "a":
                 assert attributes["href"].startswith("https://pypi.org/")
         assert "\u202e" not in text
+
+
+def test_a_damaged_score_is_named_and_not_left_out(measured_run):
+    with open(measured_run / "downstream.jsonl", "w") as table:
+        table.write(json.dumps({**SCORE, "n": "<b>"}) + "\n")
+    with pytest.raises(UserError, match="line 1 is not a valid score: n must be int"):
+        model_card(measured_run, "user/tiny")
 
 
 def test_hostile_names_in_commits_and_step_cards(hub, run):
@@ -220,7 +233,7 @@ def test_pictures_are_drawn_pushed_and_the_same_each_time(hub, measured_run):
         ],
     )  # fmt: skip
     pictures = draw(measured_run)
-    assert set(pictures) == {"losses", "landscape"}
+    assert set(pictures) == {"losses", "landscape", "spectra"}
     assert all(data.startswith(b"\x89PNG") for data in pictures.values())
     assert draw(measured_run) == pictures
     push(measured_run, "user/tiny")

@@ -77,7 +77,7 @@ def test_a_token_in_the_vocabulary_is_refused(hub, run):
         text = file.read_text().replace('"w5"', f'"{TOKEN}"')
         file.unlink()
         file.write_text(text)
-    with pytest.raises(UserError, match="holds an access token"):
+    with pytest.raises(UserError, match="contains an access token"):
         push(run, "user/tiny")
     assert hub.requests == []
 
@@ -94,7 +94,7 @@ def test_nothing_private_in_what_the_command_says(hub, run, marked):
         [sys.executable, "-W", "ignore", "-c", code, "tiny-run", "user/tiny"],
         capture_output=True, cwd=run.parent, env=dict(os.environ), timeout=120, check=False,
     )  # fmt: skip
-    assert b"refused the token" in done.stdout
+    assert b"rejected the token" in done.stdout
     for word in marked[:3]:
         assert word not in done.stdout + done.stderr
 
@@ -173,7 +173,7 @@ def test_nothing_private_is_left_whatever_the_file_is(tmp_path, name, text, left
 def test_a_number_that_is_a_secret_is_refused(tmp_path, monkeypatch, name, text):
     monkeypatch.setenv("DB_PASSWORD", "20240101")
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=f"{name}: holds an access token or another secret"):
+    with pytest.raises(UserError, match=f"{name}: contains an access token or another secret"):
         push_file(name, tmp_path / name)
 
 

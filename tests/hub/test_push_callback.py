@@ -77,7 +77,7 @@ def test_a_refused_token_is_a_warning_and_the_next_run_takes_it_up(hub, tmp_path
     monkeypatch.setenv("HF_TOKEN", "hf_" + "q" * 34)
     with caplog.at_level(logging.WARNING, logger="hf_lowrank"):
         train(tmp_path / "out", PushRevisionsCallback("user/trained", first_pause=0.01))
-    assert "refused the token" in caplog.text
+    assert "rejected the token" in caplog.text
     assert "qqqq" not in caplog.text
     monkeypatch.setenv("HF_TOKEN", good)
     callback = PushRevisionsCallback("user/trained", first_pause=0.01)
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_others_go(hub, run, caplog):
     callback.on_train_end(args, state, control)
     assert set(branches(hub)) == {"main", "latest", "step-10", "step-30"}
     assert (queue.folder / "refused-20").is_dir()
-    assert "set aside" in caplog.text
+    assert "moved to refused-20" in caplog.text
 
 
 def test_every_second_save_and_wrong_arguments(hub, run):

@@ -56,10 +56,10 @@ def test_what_is_not_whole_is_named_with_a_status_and_completed_by_the_next_push
     line = errors[-1]
     missing = [step for step in (10, 20, 30) if step not in whole_steps(hub, run)]
     assert missing
-    assert f"{3 - len(missing)} of 3 revisions are whole" in line
+    assert f"{3 - len(missing)} of 3 revisions are complete" in line
     assert all(f"step-{step}" in line for step in missing)
     assert "step-10" not in line
-    assert "the same command again completes them" in line
+    assert "repeat the command to complete them" in line
     hub.fail(FaultPlan())
     assert command()[:2] == (0, "3 revisions of user/tiny are complete\n")
     assert whole_steps(hub, run) == [10, 20, 30]
@@ -70,7 +70,7 @@ def test_wrong_input_is_one_line_and_nothing_is_sent(command, hub, run, tmp_path
     for options, said in (
         ({"repo": "no/such/name"}, "user/name"),
         ({"folder": tmp_path / "nowhere"}, "no such run directory"),
-        ({"repo": "other/tiny"}, "not writable"),
+        ({"repo": "other/tiny"}, "no write access"),
     ):
         status, out, errors = command(**options)
         assert (status, out, len(errors)) == (2, "", 1)

@@ -152,7 +152,7 @@ def test_malformed_names(hub, run, name):
 
 
 def test_somebody_elses_name(hub, run):
-    assert "not writable" in refused(run, "other/tiny")
+    assert "no write access" in refused(run, "other/tiny")
     assert not hub.store.exists("other/tiny")
 
 
@@ -161,14 +161,14 @@ def test_a_token_that_may_only_read(hub, run, monkeypatch):
 
     hub.store.create("user/tiny", False)
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
-    assert "not writable" in refused(run)
+    assert "no write access" in refused(run)
     assert list(branches(hub)) == ["main"]
 
 
 def test_a_refused_token(hub, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_" + "z" * 34)
     line = refused(run)
-    assert "refused the token" in line
+    assert "rejected the token" in line
     assert "zzz" not in line
     assert nothing_written(hub)
 
@@ -234,7 +234,7 @@ def test_what_is_not_whole_is_named(hub, run, quick_client):
     push(run, "user/tiny", steps=[10])
     hub.fail(FaultPlan(at=dict.fromkeys(range(8, 400), "503")))
     line = refused(run, pauses=(0, 0))
-    assert "1 of 3 revisions are whole" in line
+    assert "1 of 3 revisions are complete" in line
     assert "step-20" in line
     assert "step-30" in line
     hub.fail(FaultPlan())

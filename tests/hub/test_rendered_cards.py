@@ -15,10 +15,11 @@ from huggingface_hub import ModelCard
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub import model_card, push, render_cards
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END
-from hf_lowrank.hub.pictures import PICTURES, draw
+from hf_lowrank.hub.pictures import PICTURES, draw, most_compared
 from hf_lowrank.report import write_report
 from hf_lowrank.report.plots import interpolation_paths
 from hf_lowrank.runs.measurements import Measurement, append_measurements
+from hf_lowrank.runs.records import read_run
 from tests.hub.runs import make_run
 from tests.hub.test_cards import HOSTILE, as_html
 
@@ -78,10 +79,8 @@ def test_every_picture_is_drawn_and_small(run):
 
 
 def test_the_path_is_the_one_to_the_runs_own_baseline(run):
-    from hf_lowrank.hub.pictures import _baseline
-
     measure_everything(run)
-    assert _baseline(run) == BASELINE
+    assert most_compared(read_run(run)) == BASELINE
     (axes,) = interpolation_paths([run], baseline=BASELINE).axes
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.0, 0.25, 0.0], atol=1e-12)
     (axes,) = interpolation_paths([run], baseline="zzz-run").axes

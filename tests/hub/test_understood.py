@@ -26,8 +26,8 @@ def wrapped(cause):
 @pytest.mark.parametrize(
     ("cause", "kind", "words"),
     [
-        (refused(401), UserError, "refused the token"),
-        (refused(403), UserError, "not writable"),
+        (refused(401), UserError, "rejected the token"),
+        (refused(403), UserError, "no write access"),
         (ConnectionError("cut off"), UnreachedError, "cut off"),
     ],
 )

@@ -9,7 +9,8 @@ import torch
 from hf_lowrank.errors import UserError
 from hf_lowrank.report.curves import curves, plane
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.runs.records import load_run, load_runs, read_measured
+from hf_lowrank.runs.measurements import read_measurements
+from hf_lowrank.runs.records import load_run, load_runs
 from hf_lowrank.storage.checksums import sealed_text, write_checksums
 
 
@@ -43,13 +44,13 @@ def test_the_evaluation_file_outranks_the_facts(make_run):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda run: (run / "recipe.yaml").write_text("method: [galore"), "recipe.yaml: not readable as YAML"),
-        (lambda run: (run / "recipe.yaml").write_text("- 1"), "recipe.yaml: must hold a mapping"),
-        (lambda run: (run / "facts.json").write_text("{"), "facts.json: not readable as JSON"),
-        (lambda run: (run / "measurements.jsonl").write_text('{"a": 1}\n{}\n'), "line 1 is no measurement"),
-        (lambda run: (run / "measurements.jsonl").write_bytes(b"\xff\xfe\n"), "line 1 is no measurement"),
-        (lambda run: (run / "checkpoint-200" / "trainer_state.json").write_text("{"), "not readable as JSON"),
-        (lambda run: [os.remove(p) for p in run.glob("checkpoint-*/config.json")], "no whole checkpoint"),
+        (lambda run: (run / "recipe.yaml").write_text("method: [galore"), "recipe.yaml: not a readable recipe"),
+        (lambda run: (run / "recipe.yaml").write_text("- 1"), "recipe.yaml: a recipe must be a mapping"),
+        (lambda run: (run / "facts.json").write_text("{"), "facts.json: damaged: "),
+        (lambda run: (run / "measurements.jsonl").write_text('{"a": 1}\n{}\n'), "line 1 is not a valid measurement"),
+        (lambda run: (run / "measurements.jsonl").write_bytes(b"\xff\xfe\n"), "line 1 is not a valid measurement"),
+        (lambda run: (run / "checkpoint-200" / "trainer_state.json").write_text("{"), "not a readable trainer state"),
+        (lambda run: [os.remove(p) for p in run.glob("checkpoint-*/config.json")], "no complete checkpoint"),
     ],
 )
 def test_damage_is_named_in_one_line(make_run, spoil, said):
@@ -88,7 +89,7 @@ def test_the_loss_is_the_last_that_is_known(make_run):
 
 
 def test_no_run_is_an_error(tmp_path, make_run):
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         load_run(tmp_path)
     with pytest.raises(UserError, match="at least one run"):
         load_runs([])
@@ -103,12 +104,13 @@ def test_runs_of_one_folder_name_get_names_of_their_own(make_run):
 
 
 def test_the_last_row_of_a_key_counts_and_a_torn_line_is_dropped(tmp_path):
-    row = {"step": 1, "metric": "loss", "scope": "model", "value": 2.0}
+    row = {"run": "a", "method": "galore", "seed": 0, "step": 1, "metric": "loss", "scope": "model", "value": 2.0}
     path = tmp_path / "measurements.jsonl"
     lines = [json.dumps(row), json.dumps(row | {"value": 3.0}), json.dumps(row | {"step": 2, "value": None})]
     path.write_text("\n".join(lines) + "\n" + '{"step": 3, "met')
-    rows = read_measured(path)
-    assert [(r.step, r.value) for r in rows] == [(1, 3.0), (2, None)]
+    rows = read_measurements(path)
+    assert [(r.step, r.value) for r in rows if r.has_value] == [(1, 3.0)]
+    assert [r.step for r in rows] == [1, 2]
 
 
 def test_curves_are_put_together_in_units_that_compare(make_run):

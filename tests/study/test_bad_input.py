@@ -113,7 +113,7 @@ CASES = {
     ),
     "a folder without checkpoints": (
         {"members": {"full_rank": "full_rank.yaml", "b": {"runs": ["empty"]}}},
-        ["members.b.runs", "empty", "no whole checkpoint"],
+        ["members.b.runs", "empty", "no complete checkpoint"],
     ),
     "a sequence file that is not there": (
         {"measure": {"evaluation_set": "none.safetensors"}},

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure
+from hf_lowrank.runs.checkpoints import last_resumable_checkpoint, why_not_resumable
 from hf_lowrank.runs.facts import read_facts
 from hf_lowrank.runs.records import load_run
-from hf_lowrank.runs.resume import damage_of, last_whole_checkpoint
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import FILE_NAME, damage_by_checksums, fingerprint, unsealed, write_checksums
 from hf_lowrank.training import load_recipe, pretrain
@@ -96,7 +96,7 @@ def test_a_half_written_checkpoint_is_none_whatever_became_of_the_first(whole, t
     shutil.rmtree(run / "checkpoint-0")
     shutil.rmtree(run / "checkpoint-6")
     (run / "checkpoint-4" / FILE_NAME).unlink()
-    assert last_whole_checkpoint(run) == run / "checkpoint-2"
+    assert last_resumable_checkpoint(run) == run / "checkpoint-2"
     assert Trajectory(run).steps == [2]
 
 
@@ -106,7 +106,7 @@ def test_a_run_is_not_finished_without_what_it_began_with(whole, tmp_path, how):
     assert is_finished(run)
     damage(run / "checkpoint-0" / "model.safetensors", how, random.Random(0))
     assert not is_finished(run)
-    with pytest.raises(UserError, match=r"checkpoint-0: damaged: model\.safetensors .* remove that folder"):
+    with pytest.raises(UserError, match=r"checkpoint-0: damaged: model\.safetensors.* remove that folder"):
         pretrain(whole[0], run)
     shutil.rmtree(run / "checkpoint-0")
     pretrain(whole[0], run)
@@ -142,9 +142,9 @@ def test_every_damage_is_seen(whole, tmp_path, name):
             continue  # checkpoints of other programs have none
         copy = tmp_path / how / "checkpoint-4"
         shutil.copytree(whole[1] / "checkpoint-4", copy)
-        assert damage_of(copy) is None
+        assert why_not_resumable(copy) is None
         damage(copy / name, how, random.Random(f"{name} {how}"))
-        fault = damage_of(copy)
+        fault = why_not_resumable(copy)
         assert fault, f"{name} {how}"
         assert name in fault
         assert "\n" not in fault
@@ -175,7 +175,7 @@ def test_damaged_weights_are_not_measured(whole, tmp_path):
     load_file(weights)
     trajectory = Trajectory(copy)
     trajectory.model(4)
-    with pytest.raises(UserError, match=r"checkpoint-6: damaged: model\.safetensors is not what was written"):
+    with pytest.raises(UserError, match=r"checkpoint-6: damaged: model\.safetensors: its checksum differs"):
         trajectory.model(6)
     with pytest.raises(UserError, match="damaged"):
         trajectory.dense_weight(6, trajectory.targets[0])
@@ -202,7 +202,7 @@ def test_files_in_folders_have_checksums_too(tmp_path):
     assert damage_by_checksums(tmp_path / "checkpoint-2") is None
     shard.write_bytes(b"stale")
     assert damage_by_checksums(tmp_path / "checkpoint-2") == (
-        "optimizer_0/__0_0.distcp is not what was written: its checksum differs"
+        "optimizer_0/__0_0.distcp: its checksum differs from the one that was written"
     )
 
 
@@ -210,8 +210,8 @@ def test_a_checkpoint_of_a_run_with_checksums_is_not_whole_without(whole, tmp_pa
     copy = tmp_path / "run"
     shutil.copytree(whole[1], copy)
     (copy / "checkpoint-6" / FILE_NAME).unlink()
-    assert damage_of(copy / "checkpoint-6") == f"{FILE_NAME} is missing"
-    with pytest.warns(UserWarning, match=f"checkpoint-6: skipped, half-written: {FILE_NAME} is missing"):
+    assert why_not_resumable(copy / "checkpoint-6") == f"{FILE_NAME} is missing"
+    with pytest.warns(UserWarning, match=f"checkpoint-6: skipped, incomplete: {FILE_NAME} is missing"):
         assert Trajectory(copy).steps == [0, 2, 4]
     assert load_run(copy).steps == (0, 2, 4)
 

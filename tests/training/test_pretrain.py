@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lowrank.cli import main
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.checkpoints import last_resumable_checkpoint, why_not_resumable
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.runs.resume import damage_of, last_whole_checkpoint
 from hf_lowrank.storage.checksums import read_sealed_text, sealed_text
 from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
 from hf_lowrank.training import load_recipe, pretrain
@@ -304,18 +304,18 @@ def test_a_half_written_checkpoint_is_skipped_with_a_warning(write_recipe, tmp_p
     run = trained(path, tmp_path / "run")
     whole = weights_of(run, 6)
     shutil.copytree(run / "checkpoint-6", tmp_path / "kept", ignore=shutil.ignore_patterns("checksums.json"))
-    assert last_whole_checkpoint(run) == run / "checkpoint-6"
+    assert last_resumable_checkpoint(run) == run / "checkpoint-6"
     for part, damage in DAMAGES.items():
         shutil.rmtree(run / "checkpoint-6")
         shutil.copytree(tmp_path / "kept", run / "checkpoint-6")
         damage(run / "checkpoint-6")
-        assert any(word in damage_of(run / "checkpoint-6") for word in part.split("|")), part
+        assert any(word in why_not_resumable(run / "checkpoint-6") for word in part.split("|")), part
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         trained(path, run)
     assert "checkpoint-6 is skipped" in caplog.text
     assert same(weights_of(run, 6), whole)
-    assert damage_of(run / "checkpoint-6") is None
+    assert why_not_resumable(run / "checkpoint-6") is None
     with zipfile.ZipFile(run / "checkpoint-6" / "optimizer.pt") as archive:
         assert archive.testzip() is None
 

@@ -80,5 +80,5 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch):
         raise HfHubHTTPError("no\nnetwork", response=SimpleNamespace(headers={}, request=None, status_code=503))
 
     monkeypatch.setattr(huggingface_hub, "list_repo_refs", refuse)
-    with pytest.raises(UserError, match="the Hub cannot be asked: no network"):
+    with pytest.raises(UserError, match="the Hub cannot be reached: no network"):
         Trajectory("someone/model")

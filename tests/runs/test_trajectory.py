@@ -80,7 +80,7 @@ def test_half_written_checkpoints_are_skipped_with_a_warning(two_runs):
     (folder / "checkpoint-30").mkdir()
     shutil.copytree(folder / "checkpoint-20", folder / "checkpoint-40")
     (folder / "checkpoint-40" / "model.safetensors").unlink()
-    with pytest.warns(UserWarning, match="half-written") as warned:
+    with pytest.warns(UserWarning, match="incomplete") as warned:
         assert Trajectory(folder).steps == [0, 10, 20]
     assert len(warned) == 2
 
@@ -110,7 +110,7 @@ def test_what_is_not_there_is_named(two_runs, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         Trajectory(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         Trajectory(tmp_path / "empty")
     pickled = tmp_path / "pickled" / "checkpoint-5"
     pickled.mkdir(parents=True)

@@ -1,0 +1,166 @@
+"""Which checkpoints of a run count. There are two levels, and every reader asks here for the one that it needs:
+
+- *complete*: everything was written. Reports, cards and trajectories consist of complete checkpoints. (Readers of
+  weights ask for weights too: a report can do without.)
+- *resumable*: also what Trainer continues from (optimizer, scheduler and random states) is intact.
+
+Training writes `checksums.json` last. A checkpoint that has it is complete, and a file that it names and that is
+missing or differs is damage: an error for whoever reads the file, never a reason to skip the checkpoint. A checkpoint
+without it, in a run whose other checkpoints have it, is incomplete. In runs of other programs, which have no
+checksums, a checkpoint is complete with its configuration, and its weights where they are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import struct
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs.layout import (
+    CHECKSUMS,
+    CONFIG,
+    INDEX,
+    OPTIMIZER,
+    RANDOM_STATES,
+    SCHEDULER,
+    SHARDED_STATE,
+    TRAINER_STATE,
+    WEIGHTS,
+    step_folders,
+    step_of,
+)
+from hf_lowrank.runs.trainer_state import read_trainer_state
+from hf_lowrank.runs.weight_files import weight_files
+from hf_lowrank.storage.checksums import damage_by_checksums
+from hf_lowrank.storage.parsing import parse_json
+
+logger = logging.getLogger(__name__)
+
+
+def has_checksums(run: Path) -> bool:
+    """Whether the checkpoints of `run` end with checksums."""
+    return any(run.glob(f"checkpoint-*/{CHECKSUMS}"))
+
+
+def why_incomplete(checkpoint: Path, *, weights: bool) -> str | None:
+    """What is missing in a checkpoint that was not written to its end; None for a complete one.
+
+    Args:
+        checkpoint: its folder.
+        weights: whether weights must be there.
+    """
+    if (checkpoint / CHECKSUMS).is_file():
+        return None
+    if not (checkpoint / CONFIG).is_file():
+        return f"{CONFIG} is missing"
+    if weights and not any((checkpoint / name).is_file() for name in (WEIGHTS, INDEX, "pytorch_model.bin")):
+        return f"{WEIGHTS} is missing"
+    if checkpoint.name.startswith("checkpoint-") and has_checksums(checkpoint.parent):
+        return f"{CHECKSUMS} is missing"
+    # Trainer writes trainer_state.json after the weights: with it, damaged weights are damage.
+    if weights and not (checkpoint / TRAINER_STATE).is_file() and (checkpoint / OPTIMIZER).is_file():
+        try:
+            weight_files(checkpoint)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def complete_checkpoints(run: Path) -> dict[int, Path]:
+    """The complete checkpoints of `run`, with or without weights, in step order."""
+    return {
+        step: folder for step, folder in step_folders(run).items() if why_incomplete(folder, weights=False) is None
+    }
+
+
+def damage_of(folder: Path, names: Iterable[str] | None = None) -> str | None:
+    """What differs from the folder's `checksums.json`, or that it is missing; None for an intact or a foreign folder.
+
+    Args:
+        folder: a checkpoint, or a run's tokenizer.
+        names: only these files; None: all that were written.
+    """
+    if (folder / CHECKSUMS).is_file():
+        return damage_by_checksums(folder, names)
+    expected = folder.name.startswith("checkpoint-") and has_checksums(folder.parent)
+    return f"{CHECKSUMS} is missing" if expected else None
+
+
+def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
+    """As `damage_of`.
+
+    Raises:
+        UserError: a file is not as it was written.
+    """
+    damage = damage_of(folder, names)
+    if damage is not None:
+        raise UserError(f"{folder}: damaged: {damage}")
+
+
+def last_resumable_checkpoint(run: Path) -> Path | None:
+    """The latest checkpoint of `run` that Trainer can continue from; others are skipped with a warning."""
+    # checkpoint-0 holds the initial weights and no state: training starts from the seed.
+    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[1-9]\d*", path.name)]
+    for checkpoint in sorted((path for path in found if path.is_dir()), key=step_of, reverse=True):
+        reason = why_not_resumable(checkpoint)
+        if reason is None:
+            return checkpoint
+        logger.warning("%s is skipped: incomplete or damaged: %s", checkpoint, reason)
+    return None
+
+
+def why_not_resumable(checkpoint: Path) -> str | None:
+    """Why Trainer cannot continue from `checkpoint`, None where it can."""
+    if (checkpoint / CHECKSUMS).is_file():
+        damage = damage_by_checksums(checkpoint)
+        if damage is not None:
+            return damage
+    try:
+        state = read_trainer_state(checkpoint)
+        if state is None or state.step != step_of(checkpoint):
+            return f"{TRAINER_STATE} " + ("is missing" if state is None else f"says step {state.step}")
+        _check_json(checkpoint / CONFIG)
+        weight_files(checkpoint)
+        random_states = sorted(checkpoint.glob(RANDOM_STATES))
+        if not random_states:
+            return "rng_state.pth is missing"
+        if is_sharded(checkpoint):
+            states = [checkpoint / SCHEDULER]
+            for name in SHARDED_STATE:
+                if not (checkpoint / name / ".metadata").is_file():
+                    return f"{name} is incomplete"
+        else:
+            states = [checkpoint / OPTIMIZER, checkpoint / SCHEDULER]
+        for file in [*states, *random_states]:
+            _check_archive(file)
+        return damage_of(checkpoint)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, struct.error) as error:
+        return one_line(error)
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written under FSDP2, which alone can continue from it."""
+    return any((checkpoint / name).is_dir() for name in SHARDED_STATE)
+
+
+def _check_json(file: Path) -> None:
+    try:
+        parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file.name} is not JSON: {error}") from None
+
+
+def _check_archive(file: Path) -> None:
+    """torch.save writes zip archives, whose directory comes last: a truncated one has none."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if not archive.namelist():
+                raise UserError(f"{file.name} is empty")
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{file.name} is truncated: {error}") from None
