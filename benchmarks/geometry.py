@@ -1,11 +1,11 @@
-"""Time and peak memory of the metrics against the pure work that they contain, and against peers from PyPI.
+"""Time and peak memory of the metrics compared with the forward passes they contain, and with packages from PyPI.
 
     python benchmarks/geometry.py [--device cpu|cuda] [--shape llama_60m|tiny] [--sequences 8]
         [--only landscape,spectra,…] [--output FILE]
 
-On a GPU only times are taken: the memory that is counted is the process's, and the peers are small. Each part runs in
-a process of its own, so that peaks do not mix. Writes JSON with the machine, the versions and what
-was measured; a peer that is not installed is null with the reason.
+On a GPU only times are measured: memory is that of the process, and the peers are small. Each part runs in its own
+process, so that peaks do not mix. Writes JSON with the machine, the versions and the results; a peer that is not
+installed is null with the reason.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def now() -> float:
-    """The clock, once all that was asked of a GPU is done."""
+    """The clock, after all pending work of a GPU."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Timed:
-    """A loss that knows how long it was inside the model's forward passes."""
+    """A loss that records the time inside the model's forward passes."""
 
     def __init__(self, loss: Callable[[torch.nn.Module], float]) -> None:
         self.loss, self.inside, self.calls = loss, 0.0, 0
@@ -79,7 +79,7 @@ class Timed:
 
 
 def landscape(shape: str, sequences: int, device: str) -> dict[str, Any]:
-    """Share of the time of metrics 1–6 that is inside the forward passes."""
+    """Fraction of the time of metrics 1–6 inside forward passes."""
     model, other = make_model(shape, device=device), make_model(shape, 1, device)
     loss = make_loss(shape, sequences)
     loss(model)
@@ -104,7 +104,7 @@ def landscape(shape: str, sequences: int, device: str) -> dict[str, Any]:
 
 
 def spectra(shape: str, sequences: int, device: str) -> dict[str, Any]:
-    """Metrics 7–13 of all targets of two checkpoints against the plain loop of float32 svdvals."""
+    """Metrics 7–13 of all targets of two checkpoints, compared with a loop of float32 svdvals."""
     old, new = (
         [module.weight.detach() for module in target_modules(make_model(shape, seed, device)).values()]
         for seed in (0, 1)
@@ -115,7 +115,7 @@ def spectra(shape: str, sequences: int, device: str) -> dict[str, Any]:
             for matrix in (before, after, after - before):
                 torch.linalg.svdvals(matrix)
 
-    def read_off(sigma: torch.Tensor, delta: torch.Tensor | None) -> None:
+    def derive(sigma: torch.Tensor, delta: torch.Tensor | None) -> None:
         for measure in (g.effective_rank, g.stable_rank, g.spectral_gap, g.singular_value_fraction):
             measure(sigma)
         if delta is not None:
@@ -124,8 +124,8 @@ def spectra(shape: str, sequences: int, device: str) -> dict[str, Any]:
     def ours() -> None:
         def one(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
             before, after = pair
-            read_off(g.singular_values(before), None)
-            read_off(g.singular_values(after), g.singular_values(after - before))
+            derive(g.singular_values(before), None)
+            derive(g.singular_values(after), g.singular_values(after - before))
 
         map_threads(one, list(zip(old, new, strict=True)))
 
@@ -143,8 +143,8 @@ def spectra(shape: str, sequences: int, device: str) -> dict[str, Any]:
     def factors() -> None:
         def one(pair: list) -> None:
             before, after = pair
-            read_off(g.product_singular_values(*before), None)
-            read_off(g.product_singular_values(*after), g.product_singular_values(*difference_factors(after, before)))
+            derive(g.product_singular_values(*before), None)
+            derive(g.product_singular_values(*after), g.product_singular_values(*difference_factors(after, before)))
 
         map_threads(one, pairs)
 
@@ -164,7 +164,7 @@ def spectra(shape: str, sequences: int, device: str) -> dict[str, Any]:
 
 
 def activations(shape: str, sequences: int, device: str) -> dict[str, Any]:
-    """Metrics 14–16 against the two models' forward passes."""
+    """Metrics 14–16, compared with the two models' forward passes."""
     one, other = make_model(shape, device=device), make_model(shape, 1, device)
     loss = make_loss(shape, sequences, batch_tokens=BATCH_TOKENS)
     few = make_loss(shape, min(sequences, 8), batch_tokens=BATCH_TOKENS)
@@ -198,7 +198,7 @@ def activations(shape: str, sequences: int, device: str) -> dict[str, Any]:
 
 
 def activation_memory(shape: str, sequences: int, device: str) -> dict[str, Any]:
-    """What metrics 14–16 need beyond the two models."""
+    """Memory of metrics 14–16 beyond that of the two models."""
     one, other = make_model(shape), make_model(shape, seed=1)
     loss = make_loss(shape, sequences, batch_tokens=BATCH_TOKENS)
     models = rss_mib()
@@ -208,7 +208,7 @@ def activation_memory(shape: str, sequences: int, device: str) -> dict[str, Any]
 
 
 def memory(shape: str, sequences: int, mode: str) -> dict[str, Any]:
-    """Peak of metrics 1 and 2 in float32 models, beside what one batch needs anyway."""
+    """Peak of metrics 1 and 2 in units of a float32 model, without what one batch needs."""
     empty = rss_mib()
     model = make_model(shape)
     size = sum(p.numel() * 4 for p in model.parameters()) / 2**20
@@ -305,11 +305,11 @@ def _loss_landscapes() -> dict[str, Any]:
     criterion = torch.nn.CrossEntropyLoss()
     steps = 20
     start = time.perf_counter()
-    # Theirs walks with the first model itself and leaves it elsewhere.
+    # loss_landscapes moves the first model itself and does not restore it.
     metric = loss_landscapes.metrics.Loss(criterion, x, y)
     theirs = loss_landscapes.linear_interpolation(copy.deepcopy(network), other, metric, steps)
     middle = time.perf_counter()
-    # Their grid begins one step after the start and holds the end.
+    # Its grid begins one step after the start and includes the end.
     positions = [(i + 1) / steps for i in range(steps)]
     ours = g.interpolation_curve(network, other, lambda m: float(criterion(m(x), y)), positions=positions)
     end = time.perf_counter()
@@ -329,7 +329,7 @@ def peak_mib() -> float:
 
 
 class Peak:
-    """The largest resident memory within, as the kernel saw it."""
+    """The peak resident memory within the block, as the kernel reports it."""
 
     def __enter__(self) -> Peak:
         Path("/proc/self/clear_refs").write_text("5")

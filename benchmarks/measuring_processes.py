@@ -1,10 +1,10 @@
-"""Measuring and evaluating with several processes: the rows of one, to the bit, and how much sooner they are there.
+"""Measuring and evaluating with several processes: the same rows as with one, to the bit, and the speed-up.
 
-A nano run is trained for a few steps; four of its checkpoints are shared out among the processes, and a single one is
-measured by all together, draw by draw, or evaluated on a task, batch of items by batch. Every process computes on one
-thread. The speed-up is the time of one process over that of several, the processes' start left out, in turns in one
-run; asked is 0.8 of the number of processes, as far as there are cores. Beside it stands what the machine allows: the
-same share for as many processes that each do the whole work and have nothing to do with each other.
+A nano run is trained for a few steps. The processes split four of its checkpoints, or they measure a single one
+jointly, splitting its draws, or evaluate it on a task, splitting the batches of items. Every process computes on one
+thread. The speed-up is the time of one process divided by that of several, without their start, alternating in one
+run; the requirement is 0.8 of the number of processes, or of cores if these are fewer. For comparison, the result has
+what the machine allows: the same ratio for as many unrelated processes that each do all of the work.
 
     python -m benchmarks.measuring_processes [--repeats 3]
 """
@@ -45,7 +45,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "nano" / "full_rank.yaml"
 
 
 def one(rank: int, world: int, *, run: Path, output: Path, asked: dict[str, Any], apart: bool) -> dict[str, float]:
-    """Seconds from when all processes are there to when all rows are; `apart`, all rows of each process."""
+    """Seconds from when all processes are running until all rows are written; `apart`: unrelated processes."""
     torch.set_num_threads(1)
     PartialState._reset_state()  # the training's, of one process
     # OMP_NUM_THREADS as torchrun sets it: without, accelerate lets each of the processes compute on all cores.

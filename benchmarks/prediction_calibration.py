@@ -1,4 +1,4 @@
-"""Whether prediction keeps its word on simulated runs: 100 with an effect of geometry, 100 without.
+"""Calibration of prediction on simulated runs: 100 with an effect of geometry, 100 without.
 
 With an effect, the gain's 95 % interval must cover the expected gain (the mean over many more simulations of the
 same kind) in at least 90 of 100; without one, the permutation test must reject at 5 % in 2 to 9 of 100.
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     start = time.time()
-    # Seeds of the truth, of the planted and of the null simulations do not overlap.
+    # The seeds of the expected gain, of the planted and of the null simulations do not overlap.
     truth = float(np.mean([gain_of(simulated(100_000 + s, EFFECT))[0] for s in range(TRUTH_SIMULATIONS)]))
     covered = 0
     for seed in range(options.simulations):

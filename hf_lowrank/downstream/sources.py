@@ -77,7 +77,7 @@ def tokenizer_folder(trajectory: Trajectory, step: int) -> str:
             check_files(Path(folder), files)
             return str(folder)
     raise UserError(
-        f"{where}: neither it nor its run has a tokenizer, which downstream tasks need; save_pretrained one there"
+        f"{where}: has no tokenizer, which downstream tasks need, nor has its run; save one there with save_pretrained"
     )
 
 
