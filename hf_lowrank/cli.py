@@ -266,7 +266,7 @@ def evaluate(
         batch_size=batch_size,
         device=device,
         output=output,
-        say=lambda line: typer.echo(f"hf-lowrank: {line}", err=True),
+        warn=lambda line: typer.echo(f"hf-lowrank: {line}", err=True),
         progress=sys.stderr.isatty(),
     )
     asked, missing = requested_scores(trajectories, output=output, tasks=tasks, steps=steps, limit=limit)

@@ -93,7 +93,7 @@ def evaluate(
     device: str | torch.device | None = None,
     output: str | os.PathLike[str] | None = None,
     revisions: str | None = None,
-    say: Report | None = None,
+    warn: Report | None = None,
     progress: bool = False,
 ) -> list[Score]:
     """Scores checkpoints of runs and returns all their rows; skips what has been scored.
@@ -112,7 +112,7 @@ def evaluate(
         device: where models are evaluated; None: accelerate's choice for this process.
         output: a folder for the tables, with a subfolder for each run; None: the run directories.
         revisions: which revisions of a repository are checkpoints, as a pattern.
-        say: gets a line for everything that cannot be done (unknown task, no network, no tokenizer, items that do not
+        warn: gets a line for everything that cannot be done (unknown task, no network, no tokenizer, items that do not
             fit); None: a warning in the log. Other work is not affected.
         progress: shows tasks done and time left on stderr.
 
@@ -120,7 +120,7 @@ def evaluate(
         UserError: a run is unusable, no task is known, a table cannot be written, or a process was lost (finished rows
             are saved).
     """
-    report = say or logger.warning
+    report = warn or logger.warning
     trajectories = open_runs(runs, "evaluate", revisions)
     names, problems = expand_tasks(wanted_tasks(tasks))
     if not names:

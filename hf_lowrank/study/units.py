@@ -291,7 +291,7 @@ def _evaluate(work: dict[str, Any]) -> str | None:
         print(line, flush=True)  # noqa: T201
         said.append(line)
 
-    evaluate(work["run"], say=say, **work["keywords"])
+    evaluate(work["run"], warn=say, **work["keywords"])
     left = _unscored(work)
     if left:
         step, task = left[0]

@@ -33,7 +33,7 @@ from hf_lowrank.runs.trajectory import Trajectory
 @pytest.fixture(scope="module")
 def scored(run, other_run):
     lines = []
-    rows = evaluate([run, other_run], steps="last", say=lines.append)
+    rows = evaluate([run, other_run], steps="last", warn=lines.append)
     assert lines == []
     return rows
 
@@ -81,7 +81,7 @@ def test_a_torn_line_is_scored_again_alone(scored, run, tmp_path):
     last = json.loads(lines[-1])["task"]
     table.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
     said = []
-    rows = evaluate(copy, tasks=[last], steps=10, say=said.append)
+    rows = evaluate(copy, tasks=[last], steps=10, warn=said.append)
     assert len(read_scores(copy)) == len(lines)
     assert table.read_bytes().count(b"\n") == len(lines)
     assert [row.value for row in rows if row.task == last] == [
@@ -97,7 +97,7 @@ def test_problems_are_lines_and_the_rest_goes_on(run, tmp_path, tokenizer, make_
         steps=5,
         limit=20,
         output=tmp_path,
-        say=said.append,
+        warn=said.append,
     )
     assert {row.task for row in rows} == {"pylib_bits_per_byte"}
     assert len(said) == 2
@@ -105,13 +105,13 @@ def test_problems_are_lines_and_the_rest_goes_on(run, tmp_path, tokenizer, make_
     assert "arc_easy: its data set is not on this machine" in said[1]
     assert all("\n" not in line for line in said)
     with pytest.raises(UserError, match="unknown task"):
-        evaluate(run, tasks="pylib_sintax", output=tmp_path, say=said.append)
+        evaluate(run, tasks="pylib_sintax", output=tmp_path, warn=said.append)
     bare = make_run(tmp_path / "bare", tokenizer, steps=(5,))
     for folder in ("tokenizer", "checkpoint-5"):
         for file in (bare / folder).glob("tokenizer*"):
             file.unlink()
     said.clear()
-    assert evaluate(bare, tasks="pylib_copy", say=said.append) == []
+    assert evaluate(bare, tasks="pylib_copy", warn=said.append) == []
     assert len(said) == 1
     assert "has no tokenizer" in said[0]
 

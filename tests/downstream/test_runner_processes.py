@@ -79,7 +79,7 @@ def said_by_two(command, folder):
 def test_requests_that_differ_are_not_divided(run, tmp_path, few_shot, monkeypatch):
     """Else each process would believe the other's answers to questions of its own."""
     monkeypatch.setattr(runner_module, "_lm_eval_seeds", lambda *_: nullcontext())
-    lines = said_by_two(lambda say: evaluate(run, tasks="spell", steps=10, output=tmp_path, say=say), tmp_path)
+    lines = said_by_two(lambda say: evaluate(run, tasks="spell", steps=10, output=tmp_path, warn=say), tmp_path)
     assert [len(said) for said in lines] == [1, 0]
     assert "spell: its requests differ from process to process" in lines[0][0]
     assert read_scores(tmp_path / run.name) == []
@@ -96,7 +96,7 @@ def test_processes_that_see_different_scores_do_the_work_that_the_first_sees(run
 
 
 def test_a_task_that_cannot_be_loaded_is_said_once_by_a_process(run, tmp_path, few_shot):
-    lines = said_by_two(lambda say: evaluate(run, tasks="none_such", output=tmp_path, say=say), tmp_path)
+    lines = said_by_two(lambda say: evaluate(run, tasks="none_such", output=tmp_path, warn=say), tmp_path)
     assert [len(said) for said in lines] == [1, 1]
     assert all("none_such" in said[0] for said in lines)
 
@@ -127,8 +127,8 @@ def test_what_cannot_be_done_together_is_said_once_and_the_rest_goes_on(run, tmp
 
     def command():
         lines = []
-        rows = evaluate(bad, tasks="pylib_syntax", steps=(0, 5, 10), limit=24, say=lines.append)
-        evaluate(bad, tasks="pylib_syntax", steps=5, limit=24, say=lines.append)
+        rows = evaluate(bad, tasks="pylib_syntax", steps=(0, 5, 10), limit=24, warn=lines.append)
+        evaluate(bad, tasks="pylib_syntax", steps=5, limit=24, warn=lines.append)
         rank = PartialState().process_index
         (tmp_path / f"{rank}.json").write_text(json.dumps([len(rows), lines]))
 
