@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_lowrank.downstream.prediction import Prediction, Table
@@ -45,28 +46,32 @@ def prediction_figure(table: Table, prediction: Prediction) -> Figure:
 
 def prediction_tables(prediction: Prediction) -> list[Any]:
     """Tables for rich: the two regressions, the largest coefficients, the best single metrics."""
+    p, interval = prediction, f"[{prediction.gain_low:+.3f}, {prediction.gain_high:+.3f}]"
+    fits = [
+        ("perplexity", f"{p.r2_perplexity:.3f}", f"{p.spearman_perplexity:.3f}"),
+        ("perplexity + geometry", f"{p.r2_both:.3f}", f"{p.spearman_both:.3f}"),
+        ("gain", f"{p.gain:+.3f} {interval}", f"permutation p = {p.p_value:.3f}"),
+    ]
+    weights = [(each.name, f"{each.mean:+.4f}", f"{each.spread:.4f}") for each in p.coefficients[:SHOWN]]
+    single = [
+        (each.metric, f"{each.r2_alone:.3f}", f"{each.gain:+.3f}", f"{each.spearman:.3f}")
+        for each in p.ranking[:SHOWN]
+    ]
+    title = f"Downstream scores of {p.checkpoints} checkpoints, {p.runs} runs"
+    return [
+        _table(title, ("predictors", "R²", "Spearman ρ"), fits),
+        _table("Standardised coefficients", ("predictor", "mean", "spread over fits"), weights),
+        _table("Single metrics", ("metric", "R² alone", "gain over perplexity", "Spearman ρ"), single),
+    ]
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
     from rich.table import Table as RichTable
 
-    fits = RichTable(title=f"Downstream scores of {prediction.checkpoints} checkpoints, {prediction.runs} runs")
-    for column in ("predictors", "R²", "Spearman ρ"):
-        fits.add_column(column)
-    fits.add_row("perplexity", f"{prediction.r2_perplexity:.3f}", f"{prediction.spearman_perplexity:.3f}")
-    fits.add_row("perplexity + geometry", f"{prediction.r2_both:.3f}", f"{prediction.spearman_both:.3f}")
-    low, high = prediction.gain_low, prediction.gain_high
-    fits.add_row(
-        "gain", f"{prediction.gain:+.3f} [{low:+.3f}, {high:+.3f}]", f"permutation p = {prediction.p_value:.3f}"
-    )
-    weights = RichTable(title="Standardised coefficients")
-    for column in ("predictor", "mean", "spread over fits"):
-        weights.add_column(column)
-    for coefficient in prediction.coefficients[:SHOWN]:
-        weights.add_row(coefficient.name, f"{coefficient.mean:+.4f}", f"{coefficient.spread:.4f}")
-    single = RichTable(title="Single metrics")
-    for column in ("metric", "R² alone", "gain over perplexity", "Spearman ρ"):
-        single.add_column(column)
-    for ranked in prediction.ranking[:SHOWN]:
-        single.add_row(ranked.metric, f"{ranked.r2_alone:.3f}", f"{ranked.gain:+.3f}", f"{ranked.spearman:.3f}")
-    return [fits, weights, single]
+    table = RichTable(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def score_table(rows: Any, *, last_only: bool = True) -> Any:

@@ -130,11 +130,11 @@ class LowRankLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """As `hf` for text; requests for a sharpness evaluate the loss."""
-        asked = [request.args[0] for request in requests if DirectionRequest.is_one(request.args[0])]
+        directions = [request.args[0] for request in requests if DirectionRequest.is_one(request.args[0])]
         text = [request for request in requests if not DirectionRequest.is_one(request.args[0])]
-        if asked:
-            self._check_same(asked)
-        sharpnesses = iter(map_over(self.replicas, self._sharpness, asked))
+        if directions:
+            self._check_same(directions)
+        sharpnesses = iter(map_over(self.replicas, self._sharpness, directions))
         likelihoods = iter(self._rolling(text, disable_tqdm) if text else ())
         return [next(sharpnesses if DirectionRequest.is_one(r.args[0]) else likelihoods) for r in requests]
 
@@ -165,11 +165,11 @@ class LowRankLM(HFLM):
         def generate(some: list[Any]) -> list[str]:
             return super(LowRankLM, self).generate_until(some, disable_tqdm=disable_tqdm or not self.show_progress)
 
-        asked = [request.args for request in requests]
-        if self.replicas is None or any(normalize_gen_kwargs(options)["do_sample"] for _, options in asked):
+        arguments = [request.args for request in requests]
+        if self.replicas is None or any(normalize_gen_kwargs(options)["do_sample"] for _, options in arguments):
             return generate(requests)
-        batches = generation_batches(asked, self.batch_size, self.tok_encode)
-        self._check_same(asked)
+        batches = generation_batches(arguments, self.batch_size, self.tok_encode)
+        self._check_same(arguments)
         return self._split(generate, requests, batches)
 
     def _loglikelihood_tokens(

@@ -57,7 +57,7 @@ from hf_lowrank.storage.locks import all_locked
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[str], None]
+Warn = Callable[[str], None]
 
 
 class Unit(NamedTuple):
@@ -73,7 +73,7 @@ class LoadedTask:
     """A task or group, loaded once for all checkpoints of a run.
 
     Attributes:
-        name: as it was asked for.
+        name: as requested.
         loaded: what lm-eval's task manager returned.
         items: fingerprint of the items.
     """
@@ -93,7 +93,7 @@ def evaluate(
     device: str | torch.device | None = None,
     output: str | os.PathLike[str] | None = None,
     revisions: str | None = None,
-    warn: Report | None = None,
+    warn: Warn | None = None,
     progress: bool = False,
 ) -> list[Score]:
     """Scores checkpoints of runs and returns all their rows; skips what has been scored.
@@ -120,14 +120,14 @@ def evaluate(
         UserError: a run is unusable, no task is known, a table cannot be written, or a process was lost (finished rows
             are saved).
     """
-    report = warn or logger.warning
+    warn = warn or logger.warning
     trajectories = open_runs(runs, "evaluate", revisions)
     names, problems = expand_tasks(wanted_tasks(tasks))
     if not names:
         raise UserError("; ".join(problems))
     launch = Launch(device)
     for problem in problems if launch.is_first else ():
-        report(problem)
+        warn(problem)
     chosen = [steps_of(trajectory, steps) for trajectory in trajectories]
     files = [table_of(trajectory, output, SCORES) for trajectory in trajectories]
     check_separate_tables(trajectories, files)
@@ -146,7 +146,7 @@ def evaluate(
         )
         with Progress("task", progress and launch.is_first) as bar:
             runners = [
-                _Runner(scores, tables.part(scores.table), batch_size, launch.device, report, bar) for scores in saved
+                _Runner(scores, tables.part(scores.table), batch_size, launch.device, warn, bar) for scores in saved
             ]
             work = partial(_score_units, runners)
             placement = Placement(launch.device)
@@ -259,7 +259,7 @@ class _Runner:
         part: the file that gets this process's rows.
         batch_size: sequences per batch; None: chosen for the model.
         device: where models are evaluated.
-        report: gets a line for everything that cannot be done.
+        warn: gets a line for everything that cannot be done.
         progress: counts tasks.
     """
 
@@ -269,16 +269,16 @@ class _Runner:
         part: Path,
         batch_size: int | None,
         device: torch.device,
-        report: Report,
+        warn: Warn,
         progress: Progress,
     ) -> None:
         self.trajectory, self.table, self.limit = saved.trajectory, saved.table, saved.limit
         self.part, self.batch_size, self.device = part, batch_size, device
-        self.report, self.progress = report, progress
+        self.warn, self.progress = warn, progress
         self.placement, self.writes = Placement(device), True
         self.lm: Any = None
         self._loaded: dict[str, LoadedTask | UserError] = {}
-        self._reported: set[str] = set()
+        self._warned: set[str] = set()
 
     def run(self, names_by_step: Mapping[int, Sequence[str]], placement: Placement, writes: bool) -> None:
         """Scores tasks by step; of processes with a joint placement only one writes and reports."""
@@ -318,19 +318,19 @@ class _Runner:
             return task
         except UserError as error:
             self._loaded.setdefault(name, error)
-            self._report_once(self.trajectory.run.name, str(error))
+            self._warn_once(self.trajectory.run.name, str(error))
             self.progress.start(name, count)
             return None
 
-    def _report_once(self, subject: str, line: str) -> None:
-        """Reports a line, which begins with its subject, unless it has been reported."""
+    def _warn_once(self, subject: str, line: str) -> None:
+        """Warns with a line that begins with its subject, unless it has done so before."""
         line = line if line.startswith(subject) else f"{subject}: {line}"
-        if line not in self._reported:
-            self._reported.add(line)
-            self._report(line)
+        if line not in self._warned:
+            self._warned.add(line)
+            self._warn(line)
 
-    def _report(self, line: str) -> None:
-        (self.report if self.writes else logger.debug)(line)
+    def _warn(self, line: str) -> None:
+        (self.warn if self.writes else logger.debug)(line)
 
     def _load_checkpoint(self, step: int, tasks: int) -> bool:
         """Whether the checkpoint's model could be loaded for its `tasks` tasks."""
@@ -338,7 +338,7 @@ class _Runner:
             self.placement.synchronized(partial(self._load_model, step), independent=True)
             return True
         except RECOVERABLE_ERRORS as error:
-            self._report_once(self.trajectory.where(step), error_line(error))
+            self._warn_once(self.trajectory.where(step), error_line(error))
             self.progress.start(self.trajectory.run.name, tasks)
             return False
 
@@ -371,10 +371,10 @@ class _Runner:
                     lambda: lm_evaluate(self.lm, task.loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
                 )
         except RECOVERABLE_ERRORS as error:
-            self._report_once(subject, error_line(error))
+            self._warn_once(subject, error_line(error))
             return
         if self.lm.truncated_items:
-            self._report(
+            self._warn(
                 f"{subject}: {self.lm.truncated_items} of {self.lm.scored_items} requests are longer than the context "
                 f"of {self.lm.max_length} tokens and are truncated on the left, as in lm-eval"
             )

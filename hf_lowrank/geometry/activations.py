@@ -56,10 +56,7 @@ class CkaSums:
         }  # fmt: skip
         self.count += x.shape[0]
         for name, term in terms.items():
-            if name in self.sums:
-                self.sums[name] += term
-            else:
-                self.sums[name] = term
+            self.sums[name] = self.sums[name].add_(term) if name in self.sums else term
 
     def value(self, *, debiased: bool = False) -> float:
         """Linear CKA of all rows so far.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -240,9 +241,5 @@ def _assign(similarity: Tensor) -> Tensor:
 
 
 def _equal(one: Permutations, other: Permutations) -> bool:
-    return (
-        torch.equal(one.residual, other.residual)
-        and one.mlp.keys() == other.mlp.keys()
-        and all(torch.equal(one.mlp[block], other.mlp[block]) for block in one.mlp)
-        and all(torch.equal(one.heads[block], other.heads[block]) for block in one.heads)
-    )
+    orders = ([p.residual, *p.mlp.values(), *p.heads.values()] for p in (one, other))
+    return all(a is not None and b is not None and torch.equal(a, b) for a, b in zip_longest(*orders))

@@ -46,15 +46,24 @@ def movable(model: nn.Module, *, memory: Memory = "copy") -> Iterator[Callable[[
         raise ValueError(f"memory must be 'copy' or 'low', got {memory!r}")
     if memory == "low" and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("memory must be 'copy' for a sharded model: the copy is sharded as well")
+    with eval_mode(model):
+        mover = _Copy(model) if memory == "copy" else _Virtual(model)
+        try:
+            with torch.no_grad():
+                yield mover.move
+            mover.check()
+        finally:
+            _uninterrupted(mover.close)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts the model in eval mode and restores its mode after the block."""
     training = model.training
     model.eval()
-    mover = _Copy(model) if memory == "copy" else _Virtual(model)
     try:
-        with torch.no_grad():
-            yield mover.move
-        mover.check()
+        yield
     finally:
-        _uninterrupted(mover.close)
         model.train(training)
 
 

@@ -7,8 +7,7 @@ exists at a time; `TokenLoss.terms` is such a function. Only parameters that req
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_lowrank.statistics import Estimate
 
 from .directions import RankOne, keyed_generator
-from .engine import Memory, sweep
+from .engine import Memory, eval_mode, sweep
 from .losses import Loss
 from .process_group import ProcessGroup, map_over
 from .statistics import interval_of_draws
@@ -77,7 +76,7 @@ def hessian_top_eigenvalue(
     current = _flat(vector)
     current /= current.norm()
     top, residual = math.nan, math.inf
-    with _eval(model):
+    with eval_mode(model):
         for _ in range(min(iterations, current.numel())):
             basis.append(current)
             product = _flat(hessian_vector_product(model, terms, _split(current, parameters)))
@@ -121,7 +120,7 @@ def hessian_trace(
             progress()
         return float(_flat(product) @ _flat(vector))
 
-    with _eval(model):
+    with eval_mode(model):
         draws = map_over(replicas, draw, range(probes))
     return interval_of_draws(draws)
 
@@ -178,16 +177,6 @@ def _trainable(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
     if not chosen:
         raise ValueError("no parameter of the model requires a gradient")
     return [name for name, _ in chosen], [parameter for _, parameter in chosen]
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _random_like(names: list[str], parameters: list[nn.Parameter], seed: object, draw: Callable) -> list[Tensor]:

@@ -47,7 +47,7 @@ class ProcessGroup:
         return None if slices is None else torch.cat(slices)[:length]
 
     def strided(self, items: Sequence[T]) -> Sequence[T]:
-        """Every `size`-th item, from `rank` on: this process's part of work that needs no model."""
+        """Every `size`-th item from `rank` on: the items of this process, for work that needs no model."""
         return items[self.rank :: self.size]
 
     def interleave(self, results: Sequence[Sequence[R]], length: int) -> list[R]:

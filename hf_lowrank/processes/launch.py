@@ -14,7 +14,7 @@ from hf_lowrank.errors import UserError
 
 T = TypeVar("T")
 
-# One process's part of the work may take hours longer than another's; a launcher ends all processes when one is lost.
+# One process may need hours longer than another; a launcher ends all processes when one is lost.
 LONGEST_WAIT = timedelta(days=30)
 
 

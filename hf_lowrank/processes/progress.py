@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Progress:
-    """A tqdm bar; shows nothing unless asked to."""
+    """A tqdm bar over steps named `unit`; shows nothing unless `show`."""
 
     def __init__(self, unit: str, show: bool) -> None:
         self.unit, self.show = unit, show

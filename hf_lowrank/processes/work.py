@@ -71,7 +71,7 @@ def run_units(
     Args:
         units: the same in all processes.
         work: does some units. It gets where models are placed, and whether this process writes the rows.
-        placement: where a process places models for the units that it does by itself, and where sharded models lie.
+        placement: of models that are sharded, or that a process evaluates by itself.
         progress: gets the cost of all units of this process as its number of steps.
         cost: of one unit.
         activity: what is done, for an error.
