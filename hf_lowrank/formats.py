@@ -45,6 +45,20 @@ def signed(value: float, write: Callable[[float], str]) -> str:
     return ("+" if value > 0 else "") + write(value)
 
 
+def finite_number(value: object) -> float | None:
+    """`value` as a float if it is a finite number, else None."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def p_text(p_value: float | None) -> str:
+    """`p = 0.012`, `p < 0.001`."""
+    if p_value is None or not math.isfinite(p_value):
+        return "no p-value"
+    return "p < 0.001" if p_value < 0.001 else f"p = {significant(p_value, 2)}"
+
+
 def big_count(value: float) -> str:
     """Counts: 950, 12.3 k, 4.50 M, 1.20 B."""
     for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

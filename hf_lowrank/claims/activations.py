@@ -16,11 +16,10 @@ from hf_lowrank.claims.words import (
     interval,
     listed,
     no_baseline,
-    p_text,
     seeds_and_step,
     undecided_reason,
 )
-from hf_lowrank.formats import pluralize, significant
+from hf_lowrank.formats import p_text, pluralize, significant
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 

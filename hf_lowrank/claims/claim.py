@@ -23,6 +23,11 @@ VERDICT_WORDS: dict[Verdict, str] = {
     "contradicted": "contradicted",
     "undecided": "undecided at this scale",
 }
+VERDICT_MEANING: dict[Verdict, str] = {
+    "reproduced": "the interval of the effect lies on the claim's side",
+    "contradicted": "it lies on the other side",
+    "undecided": "these runs allow neither",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,14 @@ class Claim:
     sentence: str = ""
     details: tuple[Detail, ...] = ()
 
+    @property
+    def overall(self) -> Detail:
+        """The deciding effect, as a comparison."""
+        return Detail(
+            label="Overall", effect=self.effect, ci_low=self.ci_low, ci_high=self.ci_high, p_value=self.p_value,
+            n=self.n, unit=self.unit, reason=self.reason or None,
+        )  # fmt: skip
+
 
 def write_claims(claims: Sequence[Claim], path: str | os.PathLike[str], *, alpha: float = 0.05) -> Path:
     """Writes `{"claims": [...], "alpha": …}`; a folder gets `claims.json`. Numbers that are not finite become null.
@@ -115,18 +128,23 @@ def read_claims(path: str | os.PathLike[str]) -> list[Claim]:
     file = file / "claims.json" if file.is_dir() else file
     try:
         content = unsealed(parse_json(file.read_text(encoding="utf-8")))
-        return [_claim(entry) for entry in content["claims"]]
+        return [parse_claim(entry) for entry in content["claims"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file}: holds no readable claims ({said}); examine the runs again") from None
 
 
-def _claim(entry: Mapping[str, Any]) -> Claim:
+def parse_claim(entry: Mapping[str, Any]) -> Claim:
+    """The claim that an entry of the file describes.
+
+    Raises:
+        ValueError, TypeError or AttributeError: it is not valid.
+    """
     details = tuple(row_of(Detail, detail) for detail in entry.get("details") or ())
     claim = row_of(Claim, {**entry, "details": details})
     for verdict in (claim.verdict, *(detail.verdict for detail in details if detail.verdict is not None)):
         if verdict not in VERDICTS:
-            raise ValueError(f"unknown verdict {verdict!r:.80}")
+            raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}, got {verdict!r:.80}")
     return claim
 
 

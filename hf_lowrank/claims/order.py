@@ -12,8 +12,9 @@ import numpy as np
 from hf_lowrank.claims.claim import Claim, Detail, Verdict
 from hf_lowrank.claims.paired import Tested, holm, paired_test, tau_interval
 from hf_lowrank.claims.study import Common, Study, common, logged_losses, loss_entries, paired_differences
-from hf_lowrank.claims.words import listed, p_text, seeds_and_step
-from hf_lowrank.formats import pluralize, significant
+from hf_lowrank.claims.words import listed, seeds_and_step
+from hf_lowrank.formats import p_text, pluralize, significant
+from hf_lowrank.runs.above_chance import above_chance, shared_tasks, usable_scores
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, kendall_tau
 
 # Above it the orders are as good as one: of 28 pairs of eight methods at most two stand the other way round.
@@ -100,7 +101,7 @@ def downstream_order(study: Study) -> Claim:
     """Effect: Kendall's τ between the two orders."""
     statement = "The order of the methods by perplexity is not their order downstream."
     test = TEST.format(alpha=study.alpha, same=SAME_ORDER)
-    scores, tasks, problem = above_chance(study)
+    scores, tasks, problem = scores_above_chance(study)
     found = _both(study, scores)
     if problem or len(found.values) < 2:
         reason = problem or _why_missing(study, found)
@@ -187,18 +188,16 @@ def _both(study: Study, scores: Iterable[tuple[str, int, int, float]]) -> Common
     return max(results, key=lambda found: (len(found.values), found.step))
 
 
-def above_chance(study: Study) -> tuple[list[tuple[str, int, int, float]], list[str], str | None]:
+def scores_above_chance(study: Study) -> tuple[list[tuple[str, int, int, float]], list[str], str | None]:
     """(method, seed, step, mean of `(score − chance)/(1 − chance)`), the tasks, and why there is nothing."""
-    from hf_lowrank.downstream import gathering
-
-    usable = {run.name: gathering.usable_scores(run.scores, None) for run in study.runs.values()}
+    usable = {run.name: usable_scores(run.scores, None) for run in study.runs.values()}
     scored = {name: rows for name, rows in usable.items() if rows}
     if not scored:
         return [], [], "no downstream scores above a known level of chance"
-    tasks = gathering.shared_tasks(scored, [])
+    tasks = shared_tasks(scored, [])
     if not tasks:
         return [], [], "the runs have no task of equal items in common"
-    means = gathering.above_chance(scored, [])
+    means = above_chance(scored, [])
     entries = [
         (method, seed, step, value)
         for (method, seed), run in study.runs.items()

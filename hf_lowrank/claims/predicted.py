@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_lowrank.claims.claim import Claim, Detail, Verdict
-from hf_lowrank.claims.words import p_text
-from hf_lowrank.errors import UserError
-from hf_lowrank.formats import pluralize, significant
+from hf_lowrank.claims.results import read_result
+from hf_lowrank.formats import finite_number, p_text, pluralize, significant
 from hf_lowrank.runs.layout import PREDICTION
-from hf_lowrank.storage.checksums import unsealed
-from hf_lowrank.storage.parsing import parse_json
 
 TEST = (
     "Two ridge regressions on checkpoints, log-perplexity alone against log-perplexity and the metrics, judged on "
@@ -23,6 +19,8 @@ TEST = (
     "contradicted if the interval lies below zero: with these metrics the scores of unseen runs are predicted "
     "worse; else undecided."
 )
+
+SINGLE = "single metric"
 
 
 def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05) -> Claim:
@@ -37,11 +35,11 @@ def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05
     }  # fmt: skip
     file = None if path is None else Path(path)
     file = file / PREDICTION if file is not None and file.is_dir() else file
-    if file is None or not file.exists():
+    if file is None or not file.is_file():
         reason = "nothing was predicted" + ("" if file is None else f": no {file.name}")
         return Claim(**common, verdict="undecided", reason=reason, sentence=f"Not tested: {reason}.")
-    content = _read(file)
-    gain, low, high, p = (_number(content, key) for key in ("gain", "gain_low", "gain_high", "p_value"))
+    content = read_result(file)
+    gain, low, high, p = (finite_number(content.get(key)) for key in ("gain", "gain_low", "gain_high", "p_value"))
     runs = content.get("runs")
     runs = runs if isinstance(runs, int) else 0
     verdict: Verdict = "undecided"
@@ -55,7 +53,7 @@ def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05
         reason = f"the interval lies above zero, but permuted geometry gains as much ({p_text(p)})"
     else:
         reason = "the gain's interval includes zero" + (f", though {p_text(p)}" if p < alpha else f" ({p_text(p)})")
-    alone, both = (_number(content, key) for key in ("r2_perplexity", "r2_both"))
+    alone, both = (finite_number(content.get(key)) for key in ("r2_perplexity", "r2_both"))
     sentence = f"Not tested: {reason}."
     if gain is not None:
         bounds = "" if low is None or high is None else f" (95 % interval {significant(low)} to {significant(high)})"
@@ -66,34 +64,11 @@ def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05
         )
     ranking = content.get("ranking")
     details = [
-        Detail(
-            label=str(entry.get("metric")), effect=_number(entry, "gain"), n=runs, unit="R²", reason="single metric"
-        )
-        for entry in (ranking if isinstance(ranking, list) else [])
-        if isinstance(entry, Mapping)
+        Detail(label=str(one.get("metric")), effect=finite_number(one.get("gain")), n=runs, unit="R²", reason=SINGLE)
+        for one in (ranking if isinstance(ranking, list) else [])
+        if isinstance(one, Mapping)
     ]
     return Claim(
         **common, verdict=verdict, effect=gain, ci_low=low, ci_high=high, p_value=p, n=runs, reason=reason,
         sentence=sentence, details=tuple(details),
     )  # fmt: skip
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        content = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{file}: no readable prediction ({said}); predict again") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{file}: must hold a prediction, got {type(content).__name__}; predict again")
-    try:
-        return unsealed(content)
-    except ValueError as error:
-        raise UserError(f"{file}: {error}; predict again") from None
-
-
-def _number(content: Mapping[str, Any], key: str) -> float | None:
-    value = content.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return None
-    return float(value)

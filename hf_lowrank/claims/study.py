@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
+from hf_lowrank.claims.titles import titles
 from hf_lowrank.errors import UserError
-from hf_lowrank.report.colours import looks
 from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord, load_runs
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
@@ -109,8 +109,7 @@ def load_study(
             )
         found[name, seed] = record
     check_evaluations(records)
-    titles = {name: look.title for name, look in looks(names).items()}
-    return Study(found, baseline, alpha, titles, notes)
+    return Study(found, baseline, alpha, titles(names), notes)
 
 
 def check_evaluations(records: Sequence[RunRecord]) -> None:

@@ -19,13 +19,6 @@ LN_RATIO = "ln ratio"
 Number = Callable[[float], str]
 
 
-def p_text(p_value: float | None) -> str:
-    """`p = 0.012`, `p < 0.001`."""
-    if p_value is None or not math.isfinite(p_value):
-        return "no p-value"
-    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
-
-
 def times(log_ratio: float) -> str:
     """A ln ratio as `1.21 times`."""
     return f"{significant(math.exp(log_ratio))} times"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_lowrank.claims.results import load_results
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import duration, pluralize
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END, own_words
@@ -22,7 +23,6 @@ from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.colours import looks
 from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.plots import PLOTS
-from hf_lowrank.report.study import load_study
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
 from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord, load_runs
@@ -116,7 +116,7 @@ def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[s
     places = sorted((path for path in (source / "runs").glob("*") if path.is_dir()), key=lambda path: path.name)
     if not places:
         raise UserError(f"{source}: must be a study's folder, there is no run in {source / 'runs'}")
-    results = load_study(source)
+    results = load_results(source)
     runs = told_apart(load_runs(places), source)
     compared = groups(runs, baseline_of(runs, source))
     if len(compared) != 1:

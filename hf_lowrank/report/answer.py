@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hf_lowrank.claims.titles import method_order
 from hf_lowrank.formats import big_count, join_words, pluralize
-from hf_lowrank.report.colours import method_order
 from hf_lowrank.report.run_table import Cell, Column, mixed, table
 from hf_lowrank.report.standings import BASELINE, Standings, standings
 from hf_lowrank.report.verdicts import trade_off, verdict

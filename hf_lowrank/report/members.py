@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from hf_lowrank.report.colours import looks
+from hf_lowrank.claims.titles import titles
 from hf_lowrank.report.standings import BASELINE
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.storage.parsing import parse_plain_yaml
@@ -69,7 +69,7 @@ def _renamed(runs: Sequence[RunRecord], study: Path | None) -> Iterator[tuple[Ru
     members = [member_of(run, study) for run in runs]
     keys = dict.fromkeys(key for found in settings for key in found)
     differing = [key for key in keys if len({_text(found.get(key)) for found in settings}) > 1]
-    title = looks([runs[0].method])[runs[0].method].title
+    (title,) = titles([runs[0].method]).values()
     names: dict[str, str] = {}
     for run, found, member in zip(runs, settings, members, strict=True):
         said = ", ".join(

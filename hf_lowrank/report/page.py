@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from hf_lowrank.claims.results import StudyResults, load_results
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import big_count, join_words, pluralize
 from hf_lowrank.metrics import CURVES, SECTIONS
 from hf_lowrank.report.answer import Group, groups
-from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, Look, looks
+from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, TitledLook, looks
 from hf_lowrank.report.members import baseline_of, told_apart
 from hf_lowrank.report.payload import payload, script_json
 from hf_lowrank.report.schema import MetricText, Payload, Run
-from hf_lowrank.report.study import Study, load_study
 from hf_lowrank.report.verdicts import losses_by_method
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
 from hf_lowrank.runs.records import RunRecord, load_runs
@@ -57,7 +57,7 @@ def write_report(
         UserError: a folder is no run, has no checkpoint, or one of its files is damaged; nothing is written then.
     """
     folder_of_study = None if study is None else Path(study)
-    page = render(told_apart(load_runs(runs), folder_of_study), load_study(folder_of_study))
+    page = render(told_apart(load_runs(runs), folder_of_study), load_results(folder_of_study))
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: output must be a folder, got a file")
@@ -69,7 +69,7 @@ def write_report(
     return path
 
 
-def render(runs: Sequence[RunRecord], study: Study) -> str:
+def render(runs: Sequence[RunRecord], study: StudyResults) -> str:
     """The page of `runs`, and of the study they belong to, as text."""
     compared = groups(runs, baseline_of(runs, study.folder))
     chosen = looks([*(run.method for run in runs), *(rate.member for rate in study.sweep)])
@@ -167,7 +167,7 @@ def _asset(name: str) -> str:
     return (resources.files("hf_lowrank.report") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _colours(chosen: dict[str, Look]) -> str:
+def _colours(chosen: dict[str, TitledLook]) -> str:
     """The methods' colours as custom properties, by position: names from outside never reach the style sheet."""
 
     def block(tone: str) -> str:

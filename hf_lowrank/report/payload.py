@@ -7,9 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_lowrank.claims.results import StudyResults
+from hf_lowrank.formats import finite_number
 from hf_lowrank.metrics import CURVES, POINTWISE, SECTIONS, describe, metric_order
 from hf_lowrank.report.answer import Group
-from hf_lowrank.report.colours import Look
+from hf_lowrank.report.colours import TitledLook
 from hf_lowrank.report.curves import center, curves, last_barriers, plane
 from hf_lowrank.report.means import method_means
 from hf_lowrank.report.schema import (
@@ -27,7 +29,6 @@ from hf_lowrank.report.schema import (
     shorts,
 )
 from hf_lowrank.report.standings import downstream
-from hf_lowrank.report.study import Study
 from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord, finished_or_all
 
@@ -201,7 +202,7 @@ def _barriers(groups: Sequence[Group], entries: Sequence[Run], numbers: Mapping[
     return barriers
 
 
-def _trials(study: Study, numbers: Mapping[str, int]) -> list[Trial]:
+def _trials(study: StudyResults, numbers: Mapping[str, int]) -> list[Trial]:
     return [
         {
             "method": numbers[trial.member],
@@ -214,13 +215,13 @@ def _trials(study: Study, numbers: Mapping[str, int]) -> list[Trial]:
     ]
 
 
-def _prediction(study: Study) -> Prediction | None:
+def _prediction(study: StudyResults) -> Prediction | None:
     """Predicted against seen scores; None where the file holds no lists of one length."""
     found = study.prediction or {}
     sides = [found.get(key) for key in ("seen", "predicted_perplexity", "predicted_both")]
     if not all(isinstance(side, list) for side in sides) or len({len(side) for side in sides if side}) != 1:
         return None
-    seen, alone, both = (shorts(_finite(value) for value in side or ()) for side in sides)
+    seen, alone, both = (shorts(finite_number(value) for value in side or ()) for side in sides)
     rows = found.get("rows")
     rows = rows if isinstance(rows, list) and len(rows) == len(seen) else []
     return {
@@ -231,23 +232,19 @@ def _prediction(study: Study) -> Prediction | None:
     }
 
 
-def _claims(study: Study) -> list[list[Any]]:
+def _claims(study: StudyResults) -> list[list[Any]]:
     """One row per claim and per comparison, for the CSV."""
     return [
         [
             *(claim.id, claim.statement, claim.verdict, part.part, part.label),
-            *(part.effect, part.low, part.high, part.unit or claim.whole.unit, part.p_value, part.n),
+            *(part.effect, part.ci_low, part.ci_high, part.unit or claim.unit, part.p_value, part.n or None),
         ]
         for claim in study.claims
-        for part in (claim.whole, *claim.details)
+        for part in (claim.overall, *claim.details)
     ]
 
 
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def payload(groups: Sequence[Group], study: Study, chosen: Mapping[str, Look]) -> Payload:
+def payload(groups: Sequence[Group], study: StudyResults, chosen: Mapping[str, TitledLook]) -> Payload:
     """Everything the pictures need; `chosen` gives every method's look, and by its order its number."""
     runs = [(group.id, run) for group in groups for run in group.runs]
     ranked = {run.name for group in groups for run in finished_or_all(group.runs)}

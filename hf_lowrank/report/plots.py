@@ -14,7 +14,7 @@ import numpy as np
 
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.metrics import CURVES, describe, metric_order
-from hf_lowrank.report.colours import LIGHT_GROUND, Look, looks
+from hf_lowrank.report.colours import LIGHT_GROUND, TitledLook, looks
 from hf_lowrank.report.curves import Plane, center, curves, last_barriers, plane
 from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord, finished_or_all, load_runs
@@ -344,7 +344,7 @@ def _by_method(
         raise UserError(f"{empty} in these runs; measure them first")
 
 
-def _style(look: Look, marks: bool) -> dict[str, Any]:
+def _style(look: TitledLook, marks: bool) -> dict[str, Any]:
     return {
         "color": look.light,
         "linewidth": 1.6,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hf_lowrank.claims.titles import titles
 from hf_lowrank.formats import big_count, byte_size, duration, loss_text, significant
 from hf_lowrank.metrics import POINTWISE, Section, describe, metric_order
-from hf_lowrank.report.colours import looks
 from hf_lowrank.report.standings import downstream
 from hf_lowrank.runs.records import RunRecord
 
@@ -149,12 +149,12 @@ def _measured_cell(run: RunRecord, metric: str) -> Cell:
 
 def table(runs: Sequence[RunRecord]) -> tuple[list[Column], list[tuple[Cell, ...]]]:
     """The columns that at least one of `runs` fills, and a row of cells for each run."""
-    titles = {name: look.title for name, look in looks(run.method for run in runs).items()}
+    title = titles(run.method for run in runs)
     columns = _identity_columns()
     rows: list[list[Cell]] = [
         [
             Cell(run.name, f"{run.name} ({run.unfinished})" if run.unfinished else run.name),
-            Cell(titles[run.method], titles[run.method]),
+            Cell(title[run.method], title[run.method]),
             Cell(run.seed, "—" if run.seed is None else str(run.seed)),
         ]
         for run in runs

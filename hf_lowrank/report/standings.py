@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hf_lowrank.downstream.gathering import above_chance, shared_tasks, usable_scores
+from hf_lowrank.claims.titles import method_order, titles
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import byte_size, loss_text, signed, significant
-from hf_lowrank.report.colours import looks, method_order
+from hf_lowrank.runs.above_chance import above_chance, shared_tasks, usable_scores
 from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_difference, mean_interval
@@ -222,17 +222,17 @@ def standings(runs: Sequence[RunRecord], baseline: str = BASELINE) -> Standings:
     )  # fmt: skip
     all_of_them = (perplexity, loss, _downstream(runs, notes), _memory(runs), _speed(runs), distance)
     criteria = tuple(criterion for criterion in all_of_them if criterion.values)
-    titles = {name: look.title for name, look in looks(run.method for run in runs).items()}
+    title = titles(run.method for run in runs)
     seeds = {name: len({run.seed if run.seed is not None else run.name for run in runs if run.method == name})
-             for name in titles}  # fmt: skip
-    cells = {criterion.id: _column(criterion, runs, titles, baseline) for criterion in criteria}
+             for name in title}  # fmt: skip
+    cells = {criterion.id: _column(criterion, runs, title, baseline) for criterion in criteria}
     if "distance" in cells:
         _with_cka(cells["distance"], runs, cka)
     order = {name: found.value for name, values in by_seed(runs, losses).items()
              for found in (mean_interval(list(values.values())),)}  # fmt: skip
-    names = sorted(titles, key=lambda name: (name not in order, order.get(name, 0.0), method_order(name)))
+    names = sorted(title, key=lambda name: (name not in order, order.get(name, 0.0), method_order(name)))
     rows = tuple(
-        MethodRow(name, titles[name], seeds[name], tuple(cells[criterion.id][name] for criterion in criteria))
+        MethodRow(name, title[name], seeds[name], tuple(cells[criterion.id][name] for criterion in criteria))
         for name in names
     )
     return Standings(criteria, rows, tuple(notes), baseline)

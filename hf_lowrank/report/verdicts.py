@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from hf_lowrank.claims.titles import method_order, titles
 from hf_lowrank.formats import join_words, loss_text, pluralize, significant
-from hf_lowrank.report.colours import looks, method_order
 from hf_lowrank.report.standings import Standings, beaten, by_seed, read, versus
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_interval
@@ -34,7 +34,7 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
     """
     ranked = by_method(runs)
     losses = losses_by_method(runs)
-    title = {name: look.title for name, look in looks(losses).items()}
+    title = titles(losses)
     if not ranked:
         return "No loss was recorded", "These runs carry no validation loss; what was measured on them follows below."
     best, estimate = ranked[0]

@@ -7,18 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_lowrank.formats import loss_text, pluralize, signed, significant
+from hf_lowrank.claims.claim import VERDICT_MEANING, VERDICTS, Claim, Detail
+from hf_lowrank.claims.results import StudyResults
+from hf_lowrank.formats import finite_number, loss_text, p_text, pluralize, signed, significant
 from hf_lowrank.report.answer import Group
 from hf_lowrank.report.standings import Criterion, Standing
-from hf_lowrank.report.study import VERDICTS, Claim, Effect, Study
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 MARKS = {"reproduced": "✓", "contradicted": "✕", "undecided": "?"}
-VERDICT_MEANING = {
-    "reproduced": "the interval of the effect lies on the claim's side",
-    "contradicted": "it lies on the other side",
-    "undecided": "these runs allow neither",
-}
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ def _seeds(group: Group) -> str:
     return text
 
 
-def claims_view(study: Study, looks: Mapping[str, Any]) -> dict[str, Any]:
+def claims_view(study: StudyResults, looks: Mapping[str, Any]) -> dict[str, Any]:
     """Claims with their effects placed on lines, and how many came to each verdict."""
     counts = {verdict: sum(claim.verdict == verdict for claim in study.claims) for verdict in VERDICTS}
     return {
@@ -140,12 +136,12 @@ def claims_view(study: Study, looks: Mapping[str, Any]) -> dict[str, Any]:
 
 def _claim_view(claim: Claim, looks: Mapping[str, Any]) -> dict[str, Any]:
     titles = {name: look.title for name, look in looks.items()}
-    kinds: dict[tuple[str, str], list[Effect]] = {}
+    kinds: dict[tuple[str, str], list[Detail]] = {}
     for part in claim.details:
-        kinds.setdefault((part.part, part.unit or claim.whole.unit), []).append(part)
+        kinds.setdefault((part.part, part.unit or claim.unit), []).append(part)
     tables = []
     for (name, unit), parts in kinds.items():
-        ruler = Ruler((value for part in parts for value in (part.effect, part.low, part.high)), zero=True)
+        ruler = Ruler((value for part in parts for value in (part.effect, part.ci_low, part.ci_high)), zero=True)
         tables.append(
             {
                 "name": name,
@@ -155,50 +151,44 @@ def _claim_view(claim: Claim, looks: Mapping[str, Any]) -> dict[str, Any]:
                         "label": titles.get(part.label, part.label),
                         "verdict": part.verdict,
                         "mark": MARKS.get(part.verdict or "", ""),
-                        "reason": part.reason,
+                        "reason": part.reason or "",
                         **_effect_view(part, "", ruler),
                     }
                     for part in parts
                 ],
             }
         )
-    own = Ruler((claim.whole.effect, claim.whole.low, claim.whole.high), zero=True)
+    own = Ruler((claim.effect, claim.ci_low, claim.ci_high), zero=True)
     return {
         "claim": claim,
         "mark": MARKS[claim.verdict],
-        "whole": _effect_view(claim.whole, claim.whole.unit, own),
+        "whole": _effect_view(claim.overall, claim.unit, own),
         "tables": tables,
     }
 
 
-def _effect_view(part: Effect, unit: str, ruler: Ruler) -> dict[str, Any]:
+def _effect_view(part: Detail, unit: str, ruler: Ruler) -> dict[str, Any]:
     text = "—" if part.effect is None else signed(part.effect, significant)
     interval = ""
-    if part.low is not None and part.high is not None:
-        interval = f"{signed(part.low, significant)} to {signed(part.high, significant)}"
+    if part.ci_low is not None and part.ci_high is not None:
+        interval = f"{signed(part.ci_low, significant)} to {signed(part.ci_high, significant)}"
     return {
         "text": f"{text} {unit}".strip() if part.effect is not None else text,
         "interval": interval,
         "p": "" if part.p_value is None else p_text(part.p_value),
-        "n": "" if part.n is None else str(part.n),
-        "track": None if part.effect is None else ruler.track(part.effect, part.low, part.high, zero=True),
+        "n": str(part.n or ""),
+        "track": None if part.effect is None else ruler.track(part.effect, part.ci_low, part.ci_high, zero=True),
     }
 
 
-def p_text(value: float) -> str:
-    """`p = 0.03`, `p < 0.001`."""
-    return "p < 0.001" if value < 0.001 else f"p = {significant(value, 2)}"
-
-
-def prediction_view(study: Study) -> dict[str, Any] | None:
+def prediction_view(study: StudyResults) -> dict[str, Any] | None:
     """The prediction in words and its gain on a line; None without one."""
     found = study.prediction
     if found is None:
         return None
 
     def number(key: str) -> float | None:
-        value = found.get(key)
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        return finite_number(found.get(key))
 
     gain, low, high, p = (number(key) for key in ("gain", "gain_low", "gain_high", "p_value"))
     ruler = Ruler((gain, low, high), zero=True)
@@ -238,11 +228,11 @@ def prediction_view(study: Study) -> dict[str, Any] | None:
 
 
 def _or_dash(value: Any) -> str:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return significant(value) if good else "—"
+    number = finite_number(value)
+    return "—" if number is None else significant(number)
 
 
-def sweep_view(study: Study, looks: Mapping[str, Any]) -> list[dict[str, Any]]:
+def sweep_view(study: StudyResults, looks: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One line for each member of the sweep: its rates, which was chosen and whether it lies at the edge."""
     members = list(dict.fromkeys(rate.member for rate in study.sweep))
     found = []

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from hf_lowrank.claims.results import FAILURES, Failure
 from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.layout import MEASUREMENTS, SCORES
@@ -29,17 +30,7 @@ from hf_lowrank.study.workers import Forks, Processes, Server, Workers
 
 logger = logging.getLogger(__name__)
 
-FAILURES = "failures.json"
 LOCK_SECONDS = 5.0  # how long a killed study's last processes may take to go
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """What of a study failed: which unit, at which stage, and why."""
-
-    what: str
-    stage: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -318,7 +318,7 @@ def test_a_missing_prediction_is_no_error_and_a_damaged_one_is(simulation, tmp_p
     assert "no prediction.json" in claim_of(runs, "prediction", prediction=tmp_path / "prediction.json").reason
     assert claim_of(runs, "prediction", prediction=tmp_path).verdict == "undecided"
     (tmp_path / "prediction.json").write_text("[1")
-    with pytest.raises(UserError, match="no readable prediction"):
+    with pytest.raises(UserError, match="not readable as JSON"):
         examine(runs, prediction=tmp_path)
 
 

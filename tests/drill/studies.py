@@ -142,12 +142,12 @@ def _unsealed(content: Any) -> Any:
 
 def _named(directory: Path) -> list[str]:
     """What the readers of a study's files, and its checkpoints themselves, say of damage."""
-    from hf_lowrank.report.study import load_study
+    from hf_lowrank.claims.results import load_results
     from hf_lowrank.runs.records import load_run
 
     said = []
     runs = [*(directory / "runs").iterdir(), *(directory / "sweep").iterdir()]
-    for read, folder in [(load_study, directory), *((load_run, run) for run in runs)]:
+    for read, folder in [(load_results, directory), *((load_run, run) for run in runs)]:
         try:
             read(folder)
         except UserError as error:

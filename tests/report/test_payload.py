@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from hf_lowrank.claims.results import load_results
 from hf_lowrank.report.answer import groups
 from hf_lowrank.report.colours import looks
 from hf_lowrank.report.payload import payload
 from hf_lowrank.report.schema import Payload, jsdoc
-from hf_lowrank.report.study import load_study
 from hf_lowrank.runs.records import load_runs
 
 ASSETS = Path(str(resources.files("hf_lowrank.report"))) / "assets"
@@ -24,7 +24,7 @@ TASKS = ("syntax", "cloze")
 
 @pytest.fixture
 def data(make_run, make_study, tmp_path):
-    study = load_study(make_study(tmp_path, METHODS))
+    study = load_results(make_study(tmp_path, METHODS))
     folders = [
         make_run(
             f"{m}-seed{seed}",

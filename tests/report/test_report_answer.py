@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from hf_lowrank.claims.results import StudyResults
 from hf_lowrank.formats import big_count, byte_size, duration, join_words, loss_text, significant
 from hf_lowrank.report import terminal_table
 from hf_lowrank.report.answer import groups
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, looks
 from hf_lowrank.report.payload import payload
 from hf_lowrank.report.plots import loss_curves, trends
-from hf_lowrank.report.study import Study
 from hf_lowrank.report.verdicts import verdict
 from hf_lowrank.runs.records import load_runs
 
@@ -102,7 +102,7 @@ def test_runs_that_are_not_finished_cut_no_line_short(make_run):
     paths = [make_run("galore-0", "galore", loss=3.3), make_run("fira-0", "fira", 0, planned=400)]
     paths.append(make_run("galore-1", "galore", 1, steps=(0, 50, 100), planned=200))
     runs = load_runs(paths)
-    entries = payload(groups(runs), Study(), looks({run.method for run in runs}))["runs"]
+    entries = payload(groups(runs), StudyResults(), looks({run.method for run in runs}))["runs"]
     assert [entry["name"] for entry in entries] == ["galore-0", "fira-0"]
     assert entries[0]["loss"]["eval"]["x"][-1] == 200
     assert entries[0]["final"]["validation_loss"] == 3.3
@@ -112,7 +112,7 @@ def test_runs_that_are_not_finished_cut_no_line_short(make_run):
     # What the finished one has not is drawn of the other.
     (paths[0] / "measurements.jsonl").unlink()
     runs = load_runs(paths)
-    entries = payload(groups(runs), Study(), looks({run.method for run in runs}))["runs"]
+    entries = payload(groups(runs), StudyResults(), looks({run.method for run in runs}))["runs"]
     (early,) = [entry for entry in entries if entry["name"] == "galore-1"]
     assert early["loss"]["eval"]["x"] == []
     assert early["metrics"]["weight_effective_rank"]["x"] == [0, 50, 100]

@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from hf_lowrank.claims.results import load_results
 from hf_lowrank.errors import UserError
 from hf_lowrank.report import terminal_table
 from hf_lowrank.report.answer import groups
 from hf_lowrank.report.members import told_apart
 from hf_lowrank.report.standings import standings
-from hf_lowrank.report.study import load_study
 from hf_lowrank.runs.records import load_runs
 
 TASKS = ("syntax", "cloze")
@@ -200,7 +200,7 @@ def test_the_terminal_has_a_line_for_each_method(make_run, width):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("claims.json", '{"claims": [{"id": "a"}]}', "entry 1 is not as expected"),
+        ("claims.json", '{"claims": [{"id": "a"}]}', "entry 1 is not valid"),
         ("claims.json", '{"claims": [{"id": "a", "statement": "b", "verdict": "yes"}]}', "verdict must be one of"),
         ("sweep.json", '[{"member": "a", "learning_rate": -1}]', "learning_rate must be a positive"),
         ("sweep.json", "{}", "must hold a JSON list"),
@@ -211,14 +211,14 @@ def test_the_terminal_has_a_line_for_each_method(make_run, width):
 def test_damaged_study_files_are_one_line(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=said) as fault:
-        load_study(tmp_path)
+        load_results(tmp_path)
     assert "\n" not in str(fault.value)
 
 
 def test_a_study_without_results_is_empty(tmp_path):
-    assert load_study(tmp_path).claims == ()
+    assert load_results(tmp_path).claims == ()
     with pytest.raises(UserError, match="no such study folder"):
-        load_study(tmp_path / "absent")
+        load_results(tmp_path / "absent")
 
 
 def test_a_study_may_have_another_baseline(make_run, tmp_path):

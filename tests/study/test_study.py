@@ -108,7 +108,7 @@ def test_a_damaged_result_is_computed_again(finished, run, tmp_path, damage):
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
     assert file.read_bytes() != whole
-    with pytest.raises(UserError, match=r"claims\.json: .*; run that stage of the study again"):
+    with pytest.raises(UserError, match=r"claims\.json: .*; rerun that stage of the study"):
         write_report([*(copy / "runs").iterdir()], tmp_path / "page", study=copy)
     result, _ = run(study, output=copy)
     assert result.failures == []

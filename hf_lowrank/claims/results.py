@@ -1,0 +1,111 @@
+"""What the stages of a study write next to its runs: claims, prediction, sweep and failures, each if it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hf_lowrank.claims.claim import Claim, parse_claim
+from hf_lowrank.errors import UserError
+from hf_lowrank.formats import finite_number
+from hf_lowrank.runs.layout import PREDICTION
+from hf_lowrank.storage.checksums import unsealed
+from hf_lowrank.storage.parsing import parse_json
+from hf_lowrank.storage.tables import row_of
+
+CLAIMS, SWEEP, FAILURES = "claims.json", "sweep.json", "failures.json"
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run of the learning-rate sweep."""
+
+    member: str
+    learning_rate: float
+    loss: float | None = None
+    chosen: bool = False
+    at_edge: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What of a study failed: which unit, at which stage, and why."""
+
+    what: str
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResults:
+    """A study's results; `prediction` as `hf-lowrank predict` writes it."""
+
+    folder: Path | None = None
+    claims: tuple[Claim, ...] = ()
+    alpha: float | None = None
+    prediction: Mapping[str, Any] | None = None
+    sweep: tuple[Trial, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+
+def load_results(folder: Path | None) -> StudyResults:
+    """Reads a study's folder; None gives empty results.
+
+    Raises:
+        UserError: it is not a folder, or one of its files is damaged.
+    """
+    if folder is None:
+        return StudyResults()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such study folder; give the folder that holds runs/ and {CLAIMS}")
+    claims = read_result(folder / CLAIMS) or {}
+    prediction = read_result(folder / PREDICTION)
+    predicted = prediction and finite_number(prediction.get("gain")) is not None
+    return StudyResults(
+        folder=folder,
+        claims=_entries(folder / CLAIMS, claims.get("claims", []), parse_claim),
+        alpha=finite_number(claims.get("alpha")),
+        prediction=prediction if predicted and isinstance(prediction.get("seen"), list) else None,
+        sweep=_entries(folder / SWEEP, read_result(folder / SWEEP, list) or [], lambda entry: row_of(Trial, entry)),
+        failures=_entries(
+            folder / FAILURES, read_result(folder / FAILURES, list) or [], lambda entry: row_of(Failure, entry)
+        ),
+    )
+
+
+def read_result(path: Path, kind: type = dict) -> Any:
+    """The content of a result file, a JSON object or list; None where there is no file.
+
+    Raises:
+        UserError: it is not readable, or does not match its checksum.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        for entry in content if isinstance(content, list) else [content]:
+            unsealed(entry if isinstance(entry, dict) else {})
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not readable as JSON: {reason}; rerun that stage of the study") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: must hold a JSON {'object' if kind is dict else 'list'}; rerun that stage")
+    return content
+
+
+def _entries(path: Path, entries: Any, parse: Callable[[Any], Entry]) -> tuple[Entry, ...]:
+    found = []
+    for number, entry in enumerate(entries if isinstance(entries, list) else [None], start=1):
+        try:
+            found.append(parse(entry))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: entry {number} is not valid ({reason}); rerun that stage of the study") from None
+    return tuple(found)
