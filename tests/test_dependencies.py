@@ -134,7 +134,11 @@ def imported():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for top in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"hf_lowrank"}:
+            for top in (
+                {module.partition(".")[0] for module in modules}
+                - sys.stdlib_module_names
+                - {"hf_lowrank", "_typeshed"}
+            ):
                 for owner in owners.get(top, [top]):
                     found.setdefault(canonicalize_name(owner), file.relative_to(ROOT).as_posix())
     return found
