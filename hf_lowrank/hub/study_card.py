@@ -29,21 +29,19 @@ from hf_lowrank.runs.records import RunRecord, load_runs
 from hf_lowrank.storage.files import whole_file, write_text
 
 CARD = "README.md"
-# Written by the study's own stages, and copied as they are.
+# Written by the study's stages, and copied unchanged.
 RESULTS = ("sweep.json", "claims.json", "prediction.json", "prediction.png")
 PICTURES = {
     "solutions": Picture(
         "Perplexity and the kind of solution",
-        "A mark is a method's mean over seeds, a cross its 95 % intervals: marks above one another have equal "
-        "perplexity and are different solutions.",
+        "A mark is a method's mean over seeds, a cross its 95 % intervals. Marks above one another have equal "
+        "perplexity but are different solutions.",
         "solutions",
     ),
-    "losses": Picture(
-        "Loss over the training", "Held-out loss, mean over seeds with its 95 % interval.", "loss_curves"
-    ),
+    "losses": Picture("Loss during training", "Held-out loss, mean over seeds with its 95 % interval.", "loss_curves"),
     "random-directions": Picture(
         "Loss along random directions",
-        "The rise above the trained model: a steeper bowl is a sharper minimum.",
+        "The rise above the trained model: a steeper curve is a sharper minimum.",
         "line_curves",
     ),
     "pca-direction": Picture(
@@ -55,16 +53,16 @@ PICTURES = {
     "barriers": Picture(
         "Barriers between methods",
         "The highest rise of the loss on the straight line between two methods' weights, above the mean of both ends; "
-        "0 is one basin.",
+        "0 means one basin.",
         "barrier_matrix",
     ),
-    "spectra": Picture("Spectra over the training", "Means over the matrices at each checkpoint.", "trends"),
+    "spectra": Picture("Spectra during training", "Means over the matrices at each checkpoint.", "trends"),
     "effective-rank": Picture(
-        "Effective rank of the weights by depth", "Each kind of matrix over the blocks, at the end.", "layer_profiles"
+        "Effective rank of the weights by depth", "Each kind of matrix by block, at the end.", "layer_profiles"
     ),
     "activations": Picture(
-        "Likeness to the baseline's activations",
-        "Linear CKA of each layer at each step: 1 is the same up to rotation and scale.",
+        "Similarity to the baseline's activations",
+        "Linear CKA of each layer at each step: 1 means equal up to rotation and scale.",
         "layer_step_map",
     ),
 }
@@ -98,29 +96,29 @@ SCORE_COLUMNS = (
 
 
 def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[str], *, command: str = "") -> Path:
-    """Writes a finished study's answer into `folder` and returns its card, `README.md`.
+    """Writes the results of a finished study into `folder` and returns its card, `README.md`.
 
-    Beside the card lie `pictures/`, `answer.csv` (the table of methods), `measurements.csv` and `scores.csv` (every
-    checkpoint's, of whole models), `report.html`, and what the study's stages wrote. Words between the card's two
-    marks stay when it is written anew.
+    Next to the card are `pictures/`, `answer.csv` (the table of methods), `measurements.csv` and `scores.csv` (per
+    checkpoint, of whole models), `report.html`, and the files of the study's stages. Text between the card's two marks
+    is kept when the card is rewritten.
 
     Args:
-        study: the study's folder, which holds `runs/`.
-        folder: made if there is none.
-        command: what made the study, shown as it is.
+        study: the study's folder, which contains `runs/`.
+        folder: created if it does not exist.
+        command: the command that made the study, for the card.
 
     Raises:
-        UserError: it is no study's folder or its runs do not compare; nothing is written then.
+        UserError: it is not a study's folder, or its runs cannot be compared; nothing is written.
     """
     source, target = Path(study), Path(folder)
     places = sorted((path for path in (source / "runs").glob("*") if path.is_dir()), key=lambda path: path.name)
     if not places:
-        raise UserError(f"{source}: must be a study's folder, there is no run in {source / 'runs'}")
+        raise UserError(f"{source}: must be a study's folder, but there are no runs in {source / 'runs'}")
     results = load_results(source)
     runs = told_apart(load_runs(places), source)
     compared = groups(runs, baseline_of(runs, source))
     if len(compared) != 1:
-        raise UserError(f"{source}: its runs are of {len(compared)} sizes or evaluation sets; a card is for one")
+        raise UserError(f"{source}: its runs have {len(compared)} sizes or evaluation sets; a card is for one")
     pictures = _pictures(places)
     card = target / CARD
     known = looks([*(run.method for run in runs), *(rate.member for rate in results.sweep)])
@@ -142,8 +140,8 @@ def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[s
         files=[name for name in RESULTS if (source / name).is_file()],
     )
     (target / "pictures").mkdir(parents=True, exist_ok=True)
-    for left in (target / "pictures").glob("*.png"):
-        left.unlink()
+    for outdated in (target / "pictures").glob("*.png"):
+        outdated.unlink()
     for name, data in pictures.items():
         with whole_file(target / "pictures" / f"{name}.png") as temporary:
             temporary.write_bytes(data)
@@ -204,7 +202,7 @@ def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _made(runs: Sequence[RunRecord]) -> list[str]:
-    """What the study took, and what it was made with."""
+    """The study's size, cost and software versions."""
     seconds = [value for run in runs if (value := run.fact("cpu_seconds")) is not None]
     lines = [f"{pluralize(len(runs), 'run')} of {pluralize(len({run.method for run in runs}), 'method')}"]
     if seconds:

@@ -1,4 +1,4 @@
-"""Models divided among processes as they are loaded: each reads its rows of every tensor, and no other."""
+"""Models sharded across processes as they are loaded: each process reads only its rows of every tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.dense import PREFIX
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs.layout import CONFIG
 from hf_lowrank.runs.trajectory import Trajectory
 
 # (names that a tensor has in the model, rows from, up to) -> those rows
@@ -25,16 +26,16 @@ Reader = Callable[[list[str], int, int], Tensor]
 def sharded_model(
     trajectory: Trajectory, step: int, mesh: DeviceMesh, device: torch.device, *, dense: bool = False
 ) -> PreTrainedModel:
-    """A checkpoint's model in float32 and eval mode, its parameters divided by `fully_shard`, blocks and the rest.
+    """A checkpoint's model in float32 and eval mode, with its blocks and the rest sharded by `fully_shard`.
 
-    No process waits for another here, and none ever holds more than its rows and one tensor: parameters begin on the
-    meta device. Buffers (the support of SLTrain) are whole on each.
+    Processes do not wait for each other here, and none holds more than its rows and one tensor: parameters start on
+    the meta device. Buffers (the support of SLTrain) are replicated.
 
     Args:
         trajectory, step: the checkpoint.
         mesh: the processes, in one dimension.
-        device: this process's.
-        dense: of an adapted model, the plain architecture with dense weights, each put together from disk.
+        device: of this process.
+        dense: load an adapted model in its base architecture, with dense weights computed from disk one by one.
 
     Raises:
         UserError: as `Trajectory.model`, or a tensor is not stored under its own name.
@@ -43,16 +44,16 @@ def sharded_model(
     dense = dense and trajectory.adapted
     model = _bare(trajectory, step, dense)
     names = _names(model)
-    _divide(model, mesh)
+    _shard(model, mesh)
     stored = _stored(trajectory, step, model)
     read = _dense(trajectory, step, model, stored) if dense else stored
-    made: dict[int, tuple[Tensor, nn.Parameter]] = {}
+    loaded: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for path, module in model.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in made:
+            if id(parameter) not in loaded:
                 aliases = names[f"{path}.{key}".removeprefix(".")]
-                made[id(parameter)] = parameter, _filled(parameter, aliases, read, mesh, device)
-            module.register_parameter(key, made[id(parameter)][1])
+                loaded[id(parameter)] = parameter, _filled(parameter, aliases, read, mesh, device)
+            module.register_parameter(key, loaded[id(parameter)][1])
         for key, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 name = f"{path}.{key}".removeprefix(".")
@@ -70,15 +71,14 @@ def _bare(trajectory: Trajectory, step: int, dense: bool) -> Any:
     try:
         with init_empty_weights():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except Exception as error:  # any operation may fail on a size that makes no sense
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"{trajectory.where(step)}/config.json: describes no model: {said}") from None
-    model.tie_weights()  # which registering on the meta device has undone
+    except Exception as error:  # any operation may fail on a nonsensical size
+        raise UserError(f"{trajectory.where(step)}/{CONFIG}: does not describe a model: {one_line(error)}") from None
+    model.tie_weights()  # undone by the meta device
     return model.float()
 
 
 def _names(model: nn.Module) -> dict[str, list[str]]:
-    """For every name of a parameter all names that it has, tied ones together."""
+    """For every parameter name, all names of that parameter, tied ones together."""
     named = list(model.named_parameters(remove_duplicate=False))
     together: dict[int, list[str]] = {}
     for name, parameter in named:
@@ -86,7 +86,7 @@ def _names(model: nn.Module) -> dict[str, list[str]]:
     return {name: together[id(parameter)] for name, parameter in named}
 
 
-def _divide(model: Any, mesh: DeviceMesh) -> None:
+def _shard(model: Any, mesh: DeviceMesh) -> None:
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     for block in reversed([module for module in model.modules() if type(module).__name__ in kinds]):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
@@ -100,7 +100,7 @@ def _filled(parameter: Tensor, names: list[str], read: Reader, mesh: DeviceMesh,
     rows = read(names, start, stop).to(device, torch.float32).contiguous()
     if rows.shape != (stop - start, *parameter.shape[1:]):
         raise UserError(
-            f"{names[0]}: its rows are of shape {list(rows.shape)[1:]}, the model's {list(parameter.shape)[1:]}"
+            f"{names[0]}: its rows have shape {list(rows.shape)[1:]}, the model expects {list(parameter.shape)[1:]}"
         )
     whole = DTensor.from_local(
         rows, mesh, (Shard(0),), run_check=False, shape=parameter.shape, stride=parameter.stride()
@@ -109,24 +109,24 @@ def _filled(parameter: Tensor, names: list[str], read: Reader, mesh: DeviceMesh,
 
 
 def _stored(trajectory: Trajectory, step: int, model: Any) -> Reader:
-    there = set(trajectory.tensor_names(step))
+    available = set(trajectory.tensor_names(step))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
 
     def read(names: list[str], start: int, stop: int) -> Tensor:
         candidates = [*names, *(name.removeprefix(prefix) for name in names)]
         for name in candidates:
-            if name in there:
+            if name in available:
                 return trajectory.tensor(step, name, rows=(start, stop))
         raise UserError(
-            f"{trajectory.where(step)}: has no tensor {names[0]} under that name, and a model whose tensors are "
-            "stored otherwise cannot be divided; measure it without --sharded, with --device auto"
+            f"{trajectory.where(step)}: has no tensor {names[0]}, and a model whose tensors are stored under other "
+            "names cannot be sharded; measure it without --sharded, with --device auto"
         )
 
     return read
 
 
 def _dense(trajectory: Trajectory, step: int, model: Any, stored: Reader) -> Reader:
-    """Rows of the plain architecture: of a target from its dense weight, else as the adapted model has them."""
+    """Rows in the base architecture: for targets from the dense weight, else as the adapted model stores them."""
 
     def read(names: list[str], start: int, stop: int) -> Tensor:
         module, _, leaf = names[0].rpartition(".")

@@ -1,1 +1,1 @@
-"""Files written whole, locks, checksums, parsing, tables of rows: knows no run and no model."""
+"""Atomic file writes, locks, checksums, parsing and tables of rows, without knowledge of runs or models."""

@@ -1,4 +1,4 @@
-"""Files are written whole: under a temporary name beside the target, then renamed."""
+"""Atomic writes: a file is written under a temporary name in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What a full, read-only or failing disk answers.
-REFUSALS = frozenset(
+from hf_lowrank.errors import one_line
+
+# Errors of a full, read-only or failing disk.
+DISK_ERRORS = frozenset(
     {
         errno.ENOSPC,
         errno.EDQUOT,
@@ -23,23 +25,28 @@ REFUSALS = frozenset(
         errno.ENOTDIR,
     }
 )
-# How writers that are not Python say it, which name neither the file nor the reason as an error of the system.
-FOREIGN = ("PytorchStreamWriter failed", "Error while serializing: I/O error", "unexpected pos", "iostream error")
+# The same from writers outside Python, whose messages name neither the file nor the reason.
+FOREIGN_MESSAGES = (
+    "PytorchStreamWriter failed",
+    "Error while serializing: I/O error",
+    "unexpected pos",
+    "iostream error",
+)
 
 
 def refusal_of(error: BaseException) -> str | None:
-    """One line for what the system refused to write or read, None where `error` is something else."""
+    """A line for an error of the disk, None for any other error."""
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}" if error.errno in REFUSALS else None
-    said = " ".join(str(error).split())
-    known = any(part in said for part in FOREIGN)
-    return f"a file cannot be written ({said[:200]}); is the disk full, or read-only?" if known else None
+        return f"{where}{error.strerror}" if error.errno in DISK_ERRORS else None
+    message = one_line(error, 200)
+    known = any(part in str(error) for part in FOREIGN_MESSAGES)
+    return f"a file cannot be written ({message}); is the disk full, or read-only?" if known else None
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path in `path`'s folder; on success it is synced and renamed to `path`, else removed."""
+    """Yields a temporary path in the folder of `path`; on success it is synced and renamed to `path`, else removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
@@ -58,6 +65,6 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` to `path` as UTF-8, whole or not at all."""
+    """Writes `text` to `path` as UTF-8, atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One writer at a time: advisory locks on folders, which end with the process that holds them."""
+"""Advisory locks on folders, released when the process that holds them ends."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ except ImportError:  # not on this platform
 
 logger = logging.getLogger(__name__)
 
-# Folders that this process holds, so that a stage called by a stage does not wait for itself.
+# Locks held by this process, so that a stage that calls another does not wait for itself.
 _held: dict[tuple[int, Path], int] = {}
 
 
 @contextmanager
 def locked(folder: str | os.PathLike[str], purpose: str, *, wait: float = 0.0) -> Iterator[int | None]:
-    """Holds `folder` for `purpose` ("train", "measure", …); yields the lock file's descriptor, None without a lock.
+    """Locks `folder` for `purpose` ("train", "measure", …); yields the lock file's descriptor, None without a lock.
 
-    The lock is on `.PURPOSE.lock` in the folder, which is made if need be; the file is gone afterwards. A process
-    that inherits the descriptor holds the lock on. Where the platform or the file system has no such locks, there is
-    none.
+    The lock is on `.PURPOSE.lock` in the folder, which is created if needed; the file is removed afterwards. A child
+    process that inherits the descriptor keeps the lock. Platforms and file systems without such locks have none.
 
     Args:
-        folder: what is written into.
+        folder: the folder to write into.
         purpose: names the file; different purposes do not exclude each other.
-        wait: seconds to go on trying.
+        wait: how many seconds to keep trying.
 
     Raises:
-        UserError: another process holds it; names the folder and that process.
+        UserError: another process holds the lock; names the folder and that process.
     """
     key = (os.getpid(), Path(folder).resolve() / f".{purpose}.lock")
     if key in _held or fcntl is None or not is_first_process():
@@ -54,12 +53,12 @@ def locked(folder: str | os.PathLike[str], purpose: str, *, wait: float = 0.0) -
         yield handle
     finally:
         del _held[key]
-        # Under the lock: nobody can have got hold of a file that is then gone without noticing (`_is_still`).
+        # Still under the lock: another process that opened the file notices that it was removed (`_is_current`).
         try:
             key[1].unlink(missing_ok=True)
         except OSError as error:
-            # A file that can no longer be removed locks nobody out: the lock ends with its descriptor.
-            logger.debug("%s stays: %s", key[1], error)
+            # A file that cannot be removed does no harm: the lock ends with its descriptor.
+            logger.debug("cannot remove %s: %s", key[1], error)
         os.close(handle)
 
 
@@ -79,7 +78,7 @@ def _acquire(folder: Path, file: Path, wait: float) -> int | None:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            # Whoever cannot write there finds out when writing, with a better message.
+            # The write that follows fails with a better message.
             logger.debug("%s: no lock: %s", folder, error)
             return None
         try:
@@ -97,17 +96,17 @@ def _acquire(folder: Path, file: Path, wait: float) -> int | None:
                 ) from None
             time.sleep(0.05)
             continue
-        if _is_still(file, handle):
+        if _is_current(file, handle):
             os.ftruncate(handle, 0)
             os.write(handle, str(os.getpid()).encode())
             return handle
         os.close(handle)
 
 
-def _is_still(file: Path, handle: int) -> bool:
-    """Whether `handle` is the file that stands there now, not one that its last holder removed."""
+def _is_current(file: Path, handle: int) -> bool:
+    """Whether `handle` is the current lock file, not one that its last holder removed."""
     try:
-        there, ours = os.stat(file), os.fstat(handle)
+        current, ours = os.stat(file), os.fstat(handle)
     except FileNotFoundError:
         return False
-    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+    return (current.st_dev, current.st_ino) == (ours.st_dev, ours.st_ino)

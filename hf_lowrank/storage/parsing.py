@@ -1,4 +1,4 @@
-"""Text from files as plain data: whatever is wrong with it is the format's own error."""
+"""JSON and YAML as plain data: any invalid input raises the format's own error."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from typing import Any
 
 import yaml
 
+from hf_lowrank.errors import one_line
+
 TOO_DEEP = "nested too deep"
 TOO_LONG = "an integer of too many digits"
-NO_CHARACTER = "half of a surrogate pair, which is no character"
-# As JSON writes a half of a pair; whole pairs match too.
+LONE_SURROGATE = "half of a surrogate pair, which is not a character"
+# A surrogate as an escape in JSON, alone or in a pair.
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, to which depth, integers that Python cannot hold and text that cannot be written again are a
-    `json.JSONDecodeError` like all else.
+    """`json.loads`, except that excessive depth, overlong integers and lone surrogates, which cannot be written again,
+    are a `json.JSONDecodeError` too.
 
     Raises:
-        json.JSONDecodeError, UnicodeDecodeError: what is no JSON, in whatever way.
+        json.JSONDecodeError, UnicodeDecodeError: invalid JSON of any kind.
     """
     try:
         value = json.loads(text)
@@ -34,38 +36,37 @@ def parse_json(text: str | bytes) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise
     except UnicodeEncodeError:
-        raise json.JSONDecodeError(NO_CHARACTER, "", 0) from None
+        raise json.JSONDecodeError(LONE_SURROGATE, "", 0) from None
     except ValueError:  # Python's limit on the digits of an integer
         raise json.JSONDecodeError(TOO_LONG, "", 0) from None
 
 
 def parse_plain_yaml(text: str) -> Any:
-    """`yaml.safe_load`, to which values that cannot be made are a `yaml.YAMLError` like all else."""
-    with faults_are_yaml():
+    """`yaml.safe_load`, except that values which cannot be constructed are a `yaml.YAMLError` too."""
+    with as_yaml_error():
         return yaml.safe_load(text)
 
 
 @contextmanager
-def faults_are_yaml() -> Iterator[None]:
-    """What PyYAML's constructors raise of their own, as for `2001-99-99`, becomes a `yaml.YAMLError`."""
+def as_yaml_error() -> Iterator[None]:
+    """Turns other errors of PyYAML's constructors, e.g. for `2001-99-99`, into a `yaml.YAMLError`."""
     try:
         yield
     except RecursionError:
         raise yaml.YAMLError(TOO_DEEP) from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise yaml.YAMLError(f"a value cannot be read: {said}") from None
+        raise yaml.YAMLError(f"a value cannot be read: {one_line(error, 200)}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as in YAML 1.2, and a key given twice is an error."""
+    """Safe YAML in which 1e-3 is a number, as in YAML 1.2, and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -79,10 +80,10 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(text: str) -> Any:
     """`text` as plain data; raises yaml.YAMLError."""
-    with faults_are_yaml():
+    with as_yaml_error():
         return yaml.load(text, Loader=_Loader)
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
-    """Plain data as YAML text that `parse_yaml` reads back equal."""
+    """Plain data as YAML text that `parse_yaml` reads back unchanged."""
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)

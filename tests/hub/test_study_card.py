@@ -74,9 +74,9 @@ def test_own_words_stay(study, tmp_path):
 
 
 def test_what_is_no_study_is_refused(study, tmp_path):
-    with pytest.raises(UserError, match=r"nothing: must be a study's folder, there is no run in"):
+    with pytest.raises(UserError, match=r"nothing: must be a study's folder, but there are no runs in"):
         render_study_card(tmp_path / "nothing", tmp_path / "card")
     fake_run(study / "runs" / "wide-seed0", "wide", 0, width=256)
-    with pytest.raises(UserError, match="its runs are of 2 sizes or evaluation sets"):
+    with pytest.raises(UserError, match="its runs have 2 sizes or evaluation sets"):
         render_study_card(study, tmp_path / "card")
     assert not (tmp_path / "card").exists()

@@ -184,7 +184,7 @@ def test_a_study_that_is_not_there_and_one_that_is_none(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n")
     assert "must be a mapping" in refused(tmp_path / "list.yaml", tmp_path)
     (tmp_path / "twice.yaml").write_text("name: a\nname: b\n")
-    assert "'name' is there twice in line 2" in refused(tmp_path / "twice.yaml", tmp_path)
+    assert "duplicate key 'name' in line 2" in refused(tmp_path / "twice.yaml", tmp_path)
 
 
 def test_a_run_directory_of_another_recipe(write_study, tmp_path):

@@ -148,7 +148,7 @@ def test_missing_keys_are_named(write_recipe, missing):
     [
         ("- a\n", "must be a mapping"),
         ("seed: [\n", "not valid YAML"),
-        ("seed: 1\nseed: 2\n", "'seed' is there twice in line 2"),
+        ("seed: 1\nseed: 2\n", "duplicate key 'seed' in line 2"),
         ("extends: nowhere.yaml\n", "no such recipe file"),
         ("extends: [a.yaml]\n", "extends must be one file name"),
         ("extends: bad.yaml\n", "extends must not lead back to itself: bad.yaml -> bad.yaml"),
