@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pkgutil import resolve_name
 from types import ModuleType
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
     from peft import PeftConfig
+    from peft.tuners._buffer_dict import BufferDict
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import PeftType
+    from torch import nn
     from transformers import PreTrainedConfig
 
 
@@ -204,3 +206,37 @@ def __getattr__(name: str) -> Any:
         except AttributeError:
             continue
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# Private interfaces
+
+
+def buffer_dict() -> BufferDict:
+    """A new module that keeps buffers by name, saved with the state dict."""
+    from peft.tuners._buffer_dict import BufferDict
+
+    return BufferDict(persistent=True)
+
+
+def is_initialized(config: PreTrainedConfig) -> bool:
+    """Whether a config is past its `__post_init__`."""
+    return bool(vars(config).get("_post_init_done"))
+
+
+def enable_checkpointing(model: nn.Module, checkpoint: Callable[..., Any]) -> bool:
+    """Turns on a transformers model's activation checkpointing by `checkpoint`; False if the model has none."""
+    enable = getattr(model, "_set_gradient_checkpointing", None)
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
+        return False
+    enable(enable=True, gradient_checkpointing_func=checkpoint)
+    return True
+
+
+def exclude_from_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Names parameters and buffers that DistributedDataParallel neither broadcasts nor reduces."""
+    model._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
+
+
+def offload_hook(module: nn.Module) -> Any:
+    """The hook by which accelerate brings offloaded weights back for a forward pass; None without one."""
+    return getattr(module, "_hf_hook", None)

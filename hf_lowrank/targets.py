@@ -1,7 +1,7 @@
-"""Which modules a low-rank method acts on.
+"""Which modules a low-rank method targets.
 
-The rule is decided here once; the optimizers' groups, the adapters and the metrics all ask this module, so that a
-run is measured on the same matrices that it was trained on.
+The optimizers' groups, the adapters and the metrics all use these rules, so that a run is measured on the same
+matrices that it was trained on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Container, Sequence
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import LowRankWarning, UserError
@@ -27,13 +26,13 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 def target_modules(model: nn.Module, patterns: str | Sequence[str] = "auto") -> dict[str, nn.Module]:
     """The linear modules of `model` that `patterns` selects, by dotted name, in module order.
 
-    `"auto"` takes every linear layer inside the model's repeated blocks (anything under an `nn.ModuleList`): the
-    attention and MLP projections, never embeddings, norms or the output head. `"all-linear"` takes every linear
-    layer but the output head. Another string is a regular expression that must match the whole name; a sequence
-    gives names or name endings (`"q_proj"`, `"mlp.down_proj"`), each of which must match at least one module.
+    `"auto"` selects every linear layer inside the model's repeated blocks (anything under an `nn.ModuleList`): the
+    attention and MLP projections, never embeddings, norms or the output head. `"all-linear"` selects every linear
+    layer except the output head. Another string is a regular expression that must match the whole name; a sequence
+    contains names or name endings (`"q_proj"`, `"mlp.down_proj"`), each of which must match at least one module.
 
     Raises:
-        UserError: a pattern matches no linear module; the message names it and gives examples that exist.
+        UserError: a pattern matches no linear module; the message names it and gives existing names.
     """
     linears = linear_modules(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -65,11 +64,11 @@ def target_modules(model: nn.Module, patterns: str | Sequence[str] = "auto") -> 
 def stacked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters inside repeated blocks that are stacks of matrices, by dotted name, in module order.
 
-    transformers keeps the experts of a mixture so, (experts, rows, columns), in no linear layer.
+    transformers stores the experts of a mixture like this, (experts, rows, columns), outside any linear layer.
     """
     found = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, _ConvNd):
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
             continue
         for name, param in module.named_parameters(recurse=False):
             if param.ndim == 3 and min(param.shape[1:]) > 1:
@@ -78,21 +77,21 @@ def stacked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: param for name, param in found.items() if name.startswith(blocks)}
 
 
-def warn_of_stacks(model: nn.Module, fate: str, taken: Container[int] = ()) -> None:
-    """Warns where a choice of targets that nobody made by hand leaves such stacks out.
+def warn_about_stacks(model: nn.Module, fate: str, targets: Container[int] = ()) -> None:
+    """Warns if the automatic choice of targets leaves out stacks of matrices.
 
     Args:
-        fate: what becomes of them.
-        taken: the `id`s of those that are targets.
+        fate: what happens to them, to follow "and".
+        targets: the `id`s of the targets.
     """
     stacks = {
-        n: param for n, param in stacked_parameters(model).items() if param.requires_grad and id(param) not in taken
+        n: param for n, param in stacked_parameters(model).items() if param.requires_grad and id(param) not in targets
     }
     if stacks:
         share = sum(map(nn.Parameter.numel, stacks.values())) / sum(map(nn.Parameter.numel, model.parameters()))
         more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
         warnings.warn(
-            f"{next(iter(stacks))}{more}, {share:.0%} of the model, are stacks of matrices, in no linear layer, "
+            f"{next(iter(stacks))}{more}, {share:.0%} of the model, are stacks of matrices outside any linear layer "
             f"and {fate}",
             LowRankWarning,
             stacklevel=4,
@@ -103,7 +102,7 @@ def target_parameters(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Pa
     """The parameters of `model` with these names or name endings (`"experts.down_proj"`), by dotted name.
 
     Raises:
-        UserError: one matches no parameter of at least two dimensions.
+        UserError: a name matches no parameter of at least two dimensions.
     """
     matrices = {name: param for name, param in model.named_parameters() if param.ndim > 1}
     chosen: dict[str, nn.Parameter] = {}
@@ -112,14 +111,14 @@ def target_parameters(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Pa
         if not matches:
             known = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in matrices})[:12])
             raise UserError(
-                f"target_parameters {wanted!r} matches no matrix of {type(model).__name__}; there are: {known}"
+                f"target_parameters {wanted!r} matches no matrix of {type(model).__name__}; available: {known}"
             )
         chosen.update(matches)
     return chosen
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:
-    """How names inside repeated blocks begin."""
+    """Prefixes of the names inside repeated blocks."""
     return tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
 
 
@@ -132,5 +131,5 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _matches_nothing(pattern: str, model: nn.Module, linears: dict[str, nn.Module]) -> str:
     endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    there = ", ".join(endings[:12]) if endings else "none: the model has no linear layers"
-    return f"target_modules {pattern!r} matches no linear module of {type(model).__name__}; there are: {there}"
+    available = ", ".join(endings[:12]) if endings else "none, the model has no linear layers"
+    return f"target_modules {pattern!r} matches no linear module of {type(model).__name__}; available: {available}"

@@ -1,6 +1,4 @@
-"""A recipe in one or several processes: `accelerate launch recipes/pretrain.py RECIPE`.
-
-What `hf-lowrank train` does, started by accelerate, as
+"""`hf-lowrank train` in one or several processes of `accelerate launch`, for example
 
     accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \
         recipes/pretrain.py recipes/llama_130m/galore.yaml --set training.gradient_accumulation_steps=1 \
@@ -21,12 +19,12 @@ from hf_lowrank.training import load_recipe, pretrain
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pre-train by a recipe under `accelerate launch`.")
-    parser.add_argument("recipe", type=Path, help="a recipe, as recipes/nano/galore.yaml")
+    parser = argparse.ArgumentParser(description="Train a recipe under `accelerate launch`.")
+    parser.add_argument("recipe", type=Path, help="a recipe, e.g. recipes/nano/galore.yaml")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="overrides one key"
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one recipe key"
     )
-    parser.add_argument("--seed", type=int, help="overrides the recipe's seed")
+    parser.add_argument("--seed", type=int, help="override the recipe's seed")
     parser.add_argument("--output", type=Path, help="the run directory")
     return parser.parse_args()
 

@@ -50,7 +50,7 @@ def test_a_warning_says_what_is_left_to_adamw(mixture):
 
 @pytest.mark.parametrize("adapter", [CoLAConfig(r=4), SLTrainConfig(r=4), LoraConfig(r=4, target_modules="auto")])
 def test_a_warning_says_what_adapters_leave_dense(mixture, adapter):
-    with pytest.warns(UserWarning, match=LEFT_OUT + "stay as they are"):
+    with pytest.warns(UserWarning, match=LEFT_OUT + "remain dense"):
         inject(mixture, adapter)
 
 

@@ -1,17 +1,18 @@
-"""The configurations of CoLA and SLTrain, in PEFT's terms."""
+"""The PEFT configs of CoLA and SLTrain."""
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
+from hf_lowrank.adapters.methods import CoLASettings, ReplacingSettings, SLTrainSettings
 from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.methods import check_options
 
 INITS = ("random", "svd")
 
@@ -31,21 +32,19 @@ def _check_names(method: str, key: str, names: object) -> None:
         raise UserError(f"{method}: {key} must be a name or a list of names, got {names!r:.80}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
 
 @dataclass(kw_only=True)
 class ReplacingConfig(PeftConfig):
-    """What CoLA and SLTrain share: which linear layers are replaced, by what rank, from what start.
+    """Fields that CoLA and SLTrain share: the linear layers to replace, the rank and the initialisation.
 
     Raises:
-        UserError: a field has a value that it may not have; the message names the field and what is allowed.
+        UserError: a value is not allowed; the message names the field and what is allowed.
     """
+
+    settings: ClassVar[type[ReplacingSettings]]
 
     r: int = field(default=128, metadata=_help("Rank of the factors; at most the smaller side of each target."))
     target_modules: list[str] | set[str] | str | None = field(
@@ -56,10 +55,10 @@ class ReplacingConfig(PeftConfig):
         ),
     )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata=_help("Names, name endings, or a regular expression, of layers to leave dense.")
+        default=None, metadata=_help("Names, name endings, or a regular expression: layers to leave dense.")
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata=_help("Modules that are not targets, to be trained and saved with the adapter.")
+        default=None, metadata=_help("Other modules to train and save with the adapter.")
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata=_help("Other ranks for the layers that a name ending or expression matches.")
@@ -69,7 +68,7 @@ class ReplacingConfig(PeftConfig):
         default="random",
         metadata=_help("'random' draws as the paper does; 'svd' starts from the dense weight's truncated SVD."),
     )
-    seed: int = field(default=0, metadata=_help("Seed of every draw, together with the layer's name."))
+    seed: int = field(default=0, metadata=_help("Seed of the random draws of each layer."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,17 +77,17 @@ class ReplacingConfig(PeftConfig):
             _check_names(method, key, getattr(self, key))
         if not isinstance(self.rank_pattern or {}, dict):
             raise UserError(f"{method}: rank_pattern must map names to ranks, got {self.rank_pattern!r:.80}")
+        check_options(self.settings, {"r": self.r}, method)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise UserError(f"{method}: seed must be a whole number, got {self.seed!r:.80}")
+            raise UserError(f"{method}: seed must be an integer, got {self.seed!r:.80}")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         for key in ("target_modules", "exclude_modules"):
             _check_pattern(method, key, getattr(self, key))
-        for name, rank in {"r": self.r, **(self.rank_pattern or {})}.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise UserError(f"{method}: rank {name!r} must be a positive whole number, got {rank!r}")
+        for name, rank in (self.rank_pattern or {}).items():
+            check_options(self.settings, {"r": rank}, f"{method} for {name!r}")
         if self.init not in INITS:
             raise UserError(f"{method}: init must be 'random' or 'svd', got {self.init!r}")
         only = f"{self.method_name}_only"
@@ -97,11 +96,11 @@ class ReplacingConfig(PeftConfig):
 
     @property
     def method_name(self) -> str:
-        """The name under which PEFT knows the method."""
+        """The method's name in PEFT."""
         raise NotImplementedError
 
     def options(self, r: int) -> dict[str, Any]:
-        """What a layer of rank `r` needs to know beside its rank."""
+        """The other options of a layer of rank `r`."""
         raise NotImplementedError
 
 
@@ -109,16 +108,18 @@ class ReplacingConfig(PeftConfig):
 class CoLAConfig(ReplacingConfig):
     """y = B · σ(A x) in place of a linear layer (arXiv 2502.10940).
 
-    The layer is a different function, not an addition to a dense weight: no dense weight is kept, there is nothing to
-    merge and no disabled state. With `bottleneck_act="linear"` it is the plain low-rank W = B A, which does merge.
+    The layer replaces the dense weight instead of adding to it, so it cannot be merged or disabled. With
+    `bottleneck_act="linear"` it is the plain low-rank W = B A, which can be merged.
     """
 
+    settings = CoLASettings
+
     bottleneck_act: str = field(
-        default="silu", metadata=_help("σ, by transformers' name; 'linear' leaves it out: plain low-rank W = B A.")
+        default="silu", metadata=_help("σ, by its name in transformers; 'linear' omits it (low-rank W = B A).")
     )
     checkpoint_activations: bool = field(
         default=False,
-        metadata=_help("CoLA-M: keep only the r-wide activations of each block and recompute the rest in backward."),
+        metadata=_help("CoLA-M: store only the r-wide activations of each block, recompute the rest."),
     )
 
     def __post_init__(self) -> None:
@@ -143,16 +144,15 @@ class CoLAConfig(ReplacingConfig):
 class SLTrainConfig(ReplacingConfig):
     """W = (lora_alpha / r) · B A + S with a fixed random support, in place of a linear layer (arXiv 2406.02214)."""
 
+    settings = SLTrainSettings
+
     lora_alpha: float = field(default=32, metadata=_help("α; the product of the factors is scaled by α / r."))
     sparsity: float = field(default=0.03, metadata=_help("Kept share of S, between 0 and 1: δ · out · in values."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SLTRAIN  # type: ignore[attr-defined]
-        if not _is_number(self.sparsity) or not 0 < self.sparsity < 1:
-            raise UserError(f"SLTrainConfig: sparsity must lie between 0 and 1, both excluded, got {self.sparsity!r}")
-        if not _is_number(self.lora_alpha) or not self.lora_alpha > 0:
-            raise UserError(f"SLTrainConfig: lora_alpha must be positive, got {self.lora_alpha!r}")
+        check_options(self.settings, {"sparsity": self.sparsity, "lora_alpha": self.lora_alpha}, "SLTrainConfig")
 
     @property
     def method_name(self) -> str:

@@ -11,12 +11,12 @@ from peft.utils import PeftType
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from hf_lowrank.compat import register_model
+from hf_lowrank.compat import is_initialized, register_model
 from hf_lowrank.errors import UserError
 
 ADAPTERS = ("COLA", "SLTRAIN", "LORA")
 
-# What says where an adapter came from, not what it is.
+# Fields that record where an adapter came from.
 PROVENANCE = ("peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "runtime_config")
 
 
@@ -24,7 +24,7 @@ def adapter_to_dict(config: PeftConfig | dict[str, Any]) -> dict[str, Any]:
     """`peft_type` and the fields that differ from their defaults, ready for JSON.
 
     Raises:
-        UserError: the adapter is none that a `LowRankForCausalLM` can hold.
+        UserError: a `LowRankForCausalLM` does not support this type of adapter.
     """
     if isinstance(config, dict):
         config = adapter_from_dict(config)
@@ -44,7 +44,7 @@ def adapter_from_dict(entries: dict[str, Any]) -> PeftConfig:
     """The PEFT config that `entries` describe.
 
     Raises:
-        UserError: the type is unknown, a key is no field of it, or a value is not allowed.
+        UserError: an unknown type or key, or a value that is not allowed.
     """
     entries = dict(entries)
     peft_type = str(entries.pop("peft_type", None)).upper()[:40]
@@ -53,22 +53,21 @@ def adapter_from_dict(entries: dict[str, Any]) -> PeftConfig:
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
     unknown = sorted(set(entries) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
-        raise UserError(f"adapter_config: {unknown[0]!r} is no option of {cls.__name__}")
+        raise UserError(f"adapter_config: unknown option {unknown[0]!r} of {cls.__name__}")
     try:
         return cls(**entries)
-    except (TypeError, AttributeError, KeyError) as error:  # PEFT's own configs take the types on trust
+    except (TypeError, AttributeError, KeyError) as error:  # PEFT's own configs do not check types
         raise UserError(f"adapter_config: {' '.join(str(error).split())}") from None
 
 
 class LowRankConfig(PreTrainedConfig):
     """Config of `LowRankForCausalLM`.
 
-    Attributes of the base config (`hidden_size`, `vocab_size`, …) can be read and set here as well.
+    Attributes of the base config (`hidden_size`, `vocab_size`, …) can be read and set on it, too.
 
     Attributes:
         base_config: config of the dense architecture.
-        adapter_config: `peft_type` ("COLA", "SLTRAIN" or "LORA") and the options of its PEFT config; that config
-            itself is taken, too.
+        adapter_config: `peft_type` ("COLA", "SLTRAIN" or "LORA") and the options of its PEFT config, or that config.
     """
 
     model_type = "lowrank"
@@ -89,10 +88,10 @@ class LowRankConfig(PreTrainedConfig):
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
     def peft_config(self) -> PeftConfig:
-        """The adapter's PEFT config, fresh at each call (PEFT writes into the one it is given).
+        """A new PEFT config of the adapter (PEFT modifies the one it gets).
 
         Raises:
-            UserError: there is no adapter config.
+            UserError: the adapter config is missing.
         """
         if self.adapter_config is None:
             raise UserError("LowRankConfig: adapter_config is missing; give base_config and adapter_config")
@@ -100,12 +99,12 @@ class LowRankConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         own = object.__getattribute__(self, "__dict__")
-        if name.startswith("_") or not own.get("_post_init_done"):
+        if name.startswith("_") or not is_initialized(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(own["base_config"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        base = self.__dict__.get("base_config") if self.__dict__.get("_post_init_done") else None
+        base = vars(self).get("base_config") if is_initialized(self) else None
         inherited = base is not None and not name.startswith("_") and name not in self.__dict__
         if inherited and not hasattr(type(self), name) and hasattr(base, name):
             setattr(base, name, value)

@@ -1,4 +1,4 @@
-"""Dense weights of adapted layers: from a layer, or tensor by tensor from a checkpoint without building the model."""
+"""Dense weights of adapted layers: from a layer, or from the tensors of a checkpoint without building the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_lowrank.adapters.configuration import adapter_from_dict
 from hf_lowrank.adapters.functional import sltrain_weight
 from hf_lowrank.errors import UserError
 
-# The base model's attribute in LowRankForCausalLM, and so the first part of its tensors' names.
+# The base model's attribute in LowRankForCausalLM, and the first part of its tensors' names.
 PREFIX = "lm"
 ADAPTER = "default"
 
@@ -35,7 +35,7 @@ def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 def dense_weight_kind(adapter_config: dict[str, Any]) -> Literal["exact", "surrogate"]:
-    """Whether the dense weight computes the layer's function ("exact") or only stands for it ("surrogate": CoLA)."""
+    """Whether the dense weight is equivalent to the layer ("exact") or only a stand-in ("surrogate": CoLA)."""
     config: Any = adapter_from_dict(adapter_config)
     return "surrogate" if getattr(config, "bottleneck_act", "linear") != "linear" else "exact"
 
@@ -45,11 +45,11 @@ def low_rank_factors_from_tensors(
 ) -> tuple[Tensor, Tensor, float]:
     """B (out, r), A (r, in) and the scale of their product, read from a checkpoint of `LowRankForCausalLM`.
 
-    For LoRA that product is the update on top of the frozen weight, for SLTrain the part beside the sparse one.
+    For LoRA that product is the update of the frozen weight, for SLTrain the low-rank part of the weight.
 
     Args:
-        module: dotted name in the dense model, as `model.layers.0.self_attn.q_proj`.
-        get_tensor: reads one tensor by its name; raises KeyError where there is none.
+        module: dotted name in the dense model, e.g. `model.layers.0.self_attn.q_proj`.
+        get_tensor: reads one tensor by its name; raises KeyError if it is missing.
         adapter_config: `LowRankConfig.adapter_config`.
 
     Raises:
@@ -68,7 +68,7 @@ def low_rank_factors_from_tensors(
 def dense_weight_from_tensors(
     module: str, get_tensor: Callable[[str], Tensor], adapter_config: dict[str, Any]
 ) -> Tensor:
-    """The dense weight (out, in), float32, of one adapted module of a checkpoint; arguments and errors as above."""
+    """The dense weight (out, in), float32, of an adapted module; see `low_rank_factors_from_tensors`."""
     kind = adapter_config["peft_type"]
     B, A, scaling = low_rank_factors_from_tensors(module, get_tensor, adapter_config)
     B, A = B.float(), A.float()
@@ -90,7 +90,7 @@ def _read(module: str, name: str, get_tensor: Callable[[str], Tensor], kind: str
     try:
         return get_tensor(full)
     except KeyError:
-        raise UserError(f"{module}: the {kind} checkpoint misses the tensor {full}") from None
+        raise UserError(f"{module}: the {kind} checkpoint lacks the tensor {full}") from None
 
 
 def _scaling(module: str, r: int, adapter_config: dict[str, Any]) -> float:

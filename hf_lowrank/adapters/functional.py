@@ -1,10 +1,10 @@
-"""What the layers compute, as functions of tensors.
+"""The layers' computations as functions of tensors.
 
-Shapes: x (..., in), A (r, in), B (out, r), W (out, in); the support holds flat row-major positions in W.
+Shapes: x (..., in), A (r, in), B (out, r), W (out, in); the support holds flat row-major indices into W.
 
-The operations whose memory matters are registered with torch as custom operators: autograd then saves exactly the
-tensors named here, selective checkpointing can tell them from other products, and `torch.compile`, for which they
-are opaque, cannot trade their recomputation for a saved dense weight.
+Operations whose memory matters are custom operators of torch: autograd saves exactly the tensors named here, selective
+checkpointing can distinguish them from other products, and `torch.compile`, for which they are opaque, cannot replace
+their recomputation by a saved dense weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_lowrank.errors import UserError
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which a layer multiplies: autocast's where autocast is on, else its weight's."""
+    """The dtype of a layer's products: autocast's if autocast is on, else its weight's."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -54,17 +54,17 @@ def _sltrain_grad_weights(
 
 
 @_sltrain_linear.register_fake
-def _(x, A, B, values, support, scaling):
+def _(x: Tensor, A: Tensor, B: Tensor, values: Tensor, support: Tensor, scaling: float) -> Tensor:
     return x.new_empty((*x.shape[:-1], B.shape[0]))
 
 
 @_sltrain_grad_input.register_fake
-def _(grad, A, B, values, support, scaling):
+def _(grad: Tensor, A: Tensor, B: Tensor, values: Tensor, support: Tensor, scaling: float) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], A.shape[1]))
 
 
 @_sltrain_grad_weights.register_fake
-def _(grad, x, A, B, support, scaling):
+def _(grad: Tensor, x: Tensor, A: Tensor, B: Tensor, support: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(A), torch.empty_like(B), grad.new_empty(support.shape)
 
 
@@ -85,8 +85,8 @@ def _sltrain_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise UserError(
-        "SLTrain's layer has first derivatives only, because it recomputes its weight in backward; "
-        "for second derivatives take the dense model that to_dense() gives"
+        "SLTrain's layer has first derivatives only, because it recomputes its weight in the backward pass; "
+        "for second derivatives use the dense model of to_dense()"
     )
 
 
@@ -98,10 +98,10 @@ _sltrain_grad_weights.register_autograd(_refuse_second_derivative)
 def sltrain_linear(
     x: Tensor, A: Tensor, B: Tensor, values: Tensor, support: Tensor, scaling: float, bias: Tensor | None = None
 ) -> Tensor:
-    """x Wᵀ + bias with W = scaling · B A + S (arXiv 2406.02214), keeping only x, the factors and the sparse values.
+    """x Wᵀ + bias with W = scaling · B A + S (arXiv 2406.02214), saving only x, the factors and the sparse values.
 
-    W lives for the one product in forward and the one in backward; the gradient of the values is the dense gradient
-    gathered on the support, formed for this layer alone and dropped. Second derivatives are refused.
+    W exists during one product in the forward and one in the backward pass. The gradient of the values is the dense
+    gradient gathered on the support; it exists for one layer at a time. Second derivatives are an error.
     """
     dtype = compute_dtype(x, A)
     y = _sltrain_linear(x.to(dtype), A.to(dtype), B.to(dtype), values.to(dtype), support, scaling)
@@ -114,7 +114,7 @@ def _bottleneck(x: Tensor, A: Tensor) -> Tensor:
 
 
 @_bottleneck.register_fake
-def _(x, A):
+def _(x: Tensor, A: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], A.shape[0]))
 
 
@@ -133,12 +133,12 @@ def _bottleneck_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor 
 
 _bottleneck.register_autograd(_bottleneck_backward, setup_context=_save_for_bottleneck)
 
-# What CoLA-M keeps of a block: the r-wide outputs of this operator, nothing else.
-KEPT_BY_COLA_M = [torch.ops.hf_lowrank.bottleneck.default]
+# CoLA-M saves only the r-wide outputs of this operator of each block.
+SAVED_BY_COLA_M = [torch.ops.hf_lowrank.bottleneck.default]
 
 
 def bottleneck(x: Tensor, A: Tensor) -> Tensor:
-    """A x, (..., r): the product whose result selective checkpointing keeps."""
+    """A x, (..., r), whose result selective checkpointing saves."""
     dtype = compute_dtype(x, A)
     return _bottleneck(x.to(dtype), A.to(dtype))
 

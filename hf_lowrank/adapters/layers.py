@@ -1,7 +1,7 @@
-"""The layers that stand in for a linear layer.
+"""The layers that replace a linear layer.
 
-Each is a PEFT tuner layer whose `base_layer` is a shell: shape, bias and place of the linear layer that was there,
-without its weight. Factors are always A (r, in) and B (out, r), also where the linear layer was a `Conv1D`.
+Each is a PEFT tuner layer whose `base_layer` is a shell with the shape, bias, device and dtype of the replaced layer,
+but without its weight. Factors are always A (r, in) and B (out, r), also if the replaced layer is a `Conv1D`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -19,16 +18,17 @@ from transformers.activations import ACT2FN
 from hf_lowrank.adapters.functional import bottleneck, compute_dtype, sltrain_linear, sltrain_weight, truncated_svd
 from hf_lowrank.adapters.linears import WeightlessLinear, check_rank, dense_linear, onloaded
 from hf_lowrank.adapters.seeding import draw_support, fill, kaiming_uniform, keyed_generator, uniform
+from hf_lowrank.compat import buffer_dict
 from hf_lowrank.errors import UserError
 
 INT32_LIMIT = 2**31
 
 
 class ReplacedLinear(nn.Module, BaseTunerLayer):
-    """A linear layer replaced by the adapter that is active; exactly one is.
+    """A linear layer replaced by its active adapter, of which there is exactly one.
 
     Attributes:
-        layer_name: dotted name in the dense model; keys the draws and names the layer in errors.
+        layer_name: dotted name in the dense model, used as the key of the random draws and in errors.
     """
 
     title: ClassVar[str]
@@ -58,10 +58,10 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         options: dict[str, Any],
         inference_mode: bool = False,
     ) -> None:
-        """Adds the adapter `adapter_name` of rank `r`; `weight` (out, in) is the dense weight where there is one.
+        """Adds the adapter `adapter_name` of rank `r`; `weight` (out, in) is the dense weight if it still exists.
 
         Raises:
-            UserError: the rank exceeds the layer's smaller side, or an SVD start is asked without a dense weight.
+            UserError: the rank exceeds the layer's smaller side, or `init="svd"` lacks the dense weight.
         """
         check_rank(self.layer_name, r, self.out_features, self.in_features)
         if init == "svd" and weight is None:
@@ -71,7 +71,7 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         if self._on_meta(adapter_name):
             pass
         elif init == "svd":
-            self._start_from(adapter_name, weight, seed)
+            self._init_from(adapter_name, weight, seed)
         else:
             self._draw(adapter_name, seed)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
@@ -82,7 +82,7 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
     def _draw(self, adapter_name: str, seed: int) -> None:
         raise NotImplementedError
 
-    def _start_from(self, adapter_name: str, weight: Any, seed: int) -> None:
+    def _init_from(self, adapter_name: str, weight: Any, seed: int) -> None:
         raise NotImplementedError
 
     def _empty(self, *shape: int) -> nn.Parameter:
@@ -98,8 +98,8 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         return placement.device, placement.dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As PEFT's, which makes a frozen parameter that it moves or casts trainable."""
-        if adapter_name not in self.r:  # of a layer that the adapter leaves alone
+        """Undoes a side effect of PEFT's method, which makes frozen parameters trainable when it moves them."""
+        if adapter_name not in self.r:
             return
         kept = {name: getattr(self, name)[adapter_name].requires_grad for name in self.adapter_layer_names}
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
@@ -107,7 +107,7 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
             getattr(self, name)[adapter_name].requires_grad_(trainable)
 
     def tensor_names(self) -> tuple[str, ...]:
-        """The names under which each adapter's tensors are kept."""
+        """Names of the containers that hold each adapter's tensors."""
         return self.adapter_layer_names
 
     @property
@@ -115,22 +115,21 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         """The active adapter's name.
 
         Raises:
-            UserError: none is active here, or more than one.
+            UserError: no adapter is active here, or more than one.
         """
         active = [name for name in self.active_adapters if name in self.r]
         if len(active) != 1:
-            there = ", ".join(self.r) or "none"
             raise UserError(
-                f"{self.layer_name}: exactly one adapter must be active where a linear layer is replaced, "
-                f"got {', '.join(self.active_adapters) or 'none'}; there are: {there}"
+                f"{self.layer_name}: exactly one adapter must be active in a replaced linear layer, "
+                f"got {', '.join(self.active_adapters) or 'none'}; available: {', '.join(self.r) or 'none'}"
             )
         return active[0]
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enabling is the only state there is.
+        """Enables the adapter.
 
         Raises:
-            UserError: on disabling; there is no dense weight to fall back to.
+            UserError: on disabling, because there is no dense weight to fall back to.
         """
         if not enabled:
             raise UserError(
@@ -140,7 +139,7 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         super().enable_adapters(True)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The active adapter's A (r, in) and B (out, r), as they are trained."""
+        """The active adapter's parameters A (r, in) and B (out, r)."""
         name_A, name_B = self.factor_names
         return getattr(self, name_A)[self.adapter], getattr(self, name_B)[self.adapter]
 
@@ -151,23 +150,20 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
 
     @property
     def dense_weight_kind(self) -> Literal["exact", "surrogate"]:
-        """Whether `dense_weight()` computes the layer's function, or only stands for it."""
+        """Whether `dense_weight()` is equivalent to the layer ("exact") or only a stand-in ("surrogate")."""
         return "exact"
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """The layer's dense weight (out, in); where `dense_weight_kind` is "surrogate", the product B A.
-
-        Computed at each call, in the factors' dtype.
-        """
+        """The layer's dense weight (out, in) in the factors' dtype, computed at each call; a surrogate is B A."""
         B, A, scaling = self.low_rank_factors()
         return (B * scaling) @ A
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Builds the dense weight and computes with it, until `unmerge`.
+        """Builds the dense weight and uses it until `unmerge`.
 
         Raises:
-            UserError: the layer has no dense equivalent, or `safe_merge` finds values that are not finite.
+            UserError: the layer has no dense equivalent, or `safe_merge` finds NaN or Inf.
         """
         names = check_adapters_to_merge(self, adapter_names)
         if not names:
@@ -175,7 +171,7 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         if self.dense_weight_kind != "exact":
             raise UserError(
                 f"{self.layer_name}: {self.title} cannot be merged: its non-linearity between the factors has no "
-                "dense equivalent; save the adapter, or the LowRankForCausalLM, as it is"
+                "dense equivalent; save the adapter or the LowRankForCausalLM instead"
             )
         if names != [self.adapter]:
             raise UserError(
@@ -184,10 +180,10 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         shell = self.base_layer
         weight = self.dense_weight().to(shell.placement.dtype)
         if safe_merge and not torch.isfinite(weight).all():
-            raise UserError(f"{self.layer_name}: the merged weight is not finite; the adapter {names[0]!r} is broken")
+            raise UserError(f"{self.layer_name}: the merged weight of adapter {names[0]!r} contains NaN or Inf")
         merged = dense_linear(weight, shell.bias, shell.was_conv1d)
         merged.requires_grad_(False)
-        self._shell = [shell]  # in a list: not a submodule, so not in state dicts
+        self._shell = [shell]  # a list keeps it out of the submodules and state dicts
         self.base_layer = merged
         self.merged_adapters = list(names)
 
@@ -240,7 +236,7 @@ class CoLALinear(ReplacedLinear):
         for factor in (self.cola_A[adapter_name], self.cola_B[adapter_name]):
             fill(factor, torch.empty(factor.shape).normal_(0, std, generator=generator))
 
-    def _start_from(self, adapter_name: str, weight: Tensor, seed: int) -> None:
+    def _init_from(self, adapter_name: str, weight: Tensor, seed: int) -> None:
         B, A = truncated_svd(weight, self.r[adapter_name])
         fill(self.cola_A[adapter_name], A)
         fill(self.cola_B[adapter_name], B)
@@ -276,7 +272,7 @@ class SLTrainLinear(ReplacedLinear):
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         super().__init__(base_layer, layer_name)
         self.scaling: dict[str, float] = {}
-        self.sltrain_support = BufferDict(persistent=True)
+        self.sltrain_support = buffer_dict()
 
     def tensor_names(self) -> tuple[str, ...]:
         return (*self.adapter_layer_names, "sltrain_support")
@@ -285,14 +281,14 @@ class SLTrainLinear(ReplacedLinear):
         entries = self.in_features * self.out_features
         if entries >= INT32_LIMIT:
             raise UserError(
-                f"{self.layer_name}: SLTrain stores its support as 32-bit positions, so a layer must have fewer "
-                f"than 2^31 entries, got {self.out_features} × {self.in_features}; leave it out with exclude_modules"
+                f"{self.layer_name}: SLTrain stores its support as 32-bit indices, so a layer must have fewer than "
+                f"2^31 entries, got {self.out_features} × {self.in_features}; exclude it by exclude_modules"
             )
         count = round(options["sparsity"] * entries)
         if not 0 < count < entries:
             raise UserError(
                 f"{self.layer_name}: sparsity {options['sparsity']} keeps {count} of {entries} entries; "
-                "it must keep at least one and leave at least one"
+                "it must keep at least one and drop at least one"
             )
         self.scaling[adapter_name] = options["scaling"]
         self.sltrain_A[adapter_name] = self._empty(r, self.in_features)
@@ -314,7 +310,7 @@ class SLTrainLinear(ReplacedLinear):
         fill(B, torch.zeros(B.shape))
         fill(values, uniform(tuple(values.shape), self.in_features**-0.5, generator))
 
-    def _start_from(self, adapter_name: str, weight: Tensor, seed: int) -> None:
+    def _init_from(self, adapter_name: str, weight: Tensor, seed: int) -> None:
         self._draw_support(adapter_name, seed)
         B, A = truncated_svd(weight, self.r[adapter_name])
         support = self.sltrain_support[adapter_name].to(weight.device)

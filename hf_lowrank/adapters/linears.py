@@ -1,4 +1,4 @@
-"""Linear layers without their weight, and with it again."""
+"""Linear layers whose weight is removed or restored."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.compat import offload_hook
 from hf_lowrank.errors import UserError
 
 
@@ -20,7 +21,7 @@ def linear_shape(layer: Any) -> tuple[int, int]:
 
 
 def check_rank(name: str, r: int, out_features: int, in_features: int) -> None:
-    """Raises UserError when a product of rank `r` cannot be what a layer of this shape wants."""
+    """Raises UserError if `r` is not between 1 and the smaller side of the layer's weight."""
     largest = min(out_features, in_features)
     if not 1 <= r <= largest:
         raise UserError(
@@ -30,7 +31,7 @@ def check_rank(name: str, r: int, out_features: int, in_features: int) -> None:
 
 
 def dense_linear(weight: Tensor, bias: nn.Parameter | None, as_conv1d: bool) -> nn.Module:
-    """An `nn.Linear`, or a `Conv1D`, that holds `weight` (out, in) and `bias` themselves."""
+    """An `nn.Linear` or `Conv1D` that holds `weight` (out, in) and `bias` without copies."""
     out_features, in_features = weight.shape
     layer: Any
     with torch.device("meta"):
@@ -45,7 +46,7 @@ def dense_linear(weight: Tensor, bias: nn.Parameter | None, as_conv1d: bool) -> 
 
 
 class WeightlessLinear(nn.Module):
-    """What is left of a linear layer whose weight is gone: its shape, its bias, its device and dtype."""
+    """The shape, bias, device and dtype of a linear layer, without its weight."""
 
     placement: Tensor
 
@@ -54,30 +55,30 @@ class WeightlessLinear(nn.Module):
         self.out_features, self.in_features = linear_shape(layer)
         self.was_conv1d = isinstance(layer, Conv1D)
         self.register_parameter("weight", None)
-        # Not registered anew: where PEFT builds on the meta device, that would move the bias there.
+        # Registering it would move the bias to the meta device while PEFT builds there.
         self._parameters["bias"] = layer.bias
-        # Not in checkpoints; follows .to(), so that a factor can be put where the model is.
+        # Follows .to() and is not in checkpoints: factors are created with its device and dtype.
         self.register_buffer("placement", layer.weight.detach().new_empty(0), persistent=False)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, weight=None"
 
     def forward(self, x: Tensor) -> Tensor:
-        raise UserError("this layer keeps no dense weight; it computes nothing without its adapter")
+        raise UserError("this layer has no dense weight and cannot compute without its adapter")
 
 
 def onloaded(layer: nn.Module) -> AbstractContextManager[Any]:
-    """Brings offloaded factors back while `layer` computes; accelerate does so only for modules that are called."""
-    hooked = [module for module in layer.children() if getattr(module, "_hf_hook", None) is not None]
-    return _onloaded(hooked) if hooked else nullcontext()
+    """Loads offloaded factors while `layer` computes; accelerate itself does so only for modules that are called."""
+    hooks = [(module, hook) for module in layer.children() if (hook := offload_hook(module)) is not None]
+    return _onloaded(hooks) if hooks else nullcontext()
 
 
 @contextmanager
-def _onloaded(modules: list[Any]) -> Iterator[None]:
-    for module in modules:
-        module._hf_hook.pre_forward(module)
+def _onloaded(hooks: list[tuple[nn.Module, Any]]) -> Iterator[None]:
+    for module, hook in hooks:
+        hook.pre_forward(module)
     try:
         yield
     finally:
-        for module in modules:
-            module._hf_hook.post_forward(module, None)
+        for module, hook in hooks:
+            hook.post_forward(module, None)

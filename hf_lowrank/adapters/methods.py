@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 LoraAlpha = Annotated[float, Field(gt=0, description="α: the product of the factors is scaled by α / r")]
 
 
+Pruning = Literal["random", "magnitude", "zero"]
+
+
 class AdapterSettings(MethodSettings):
     """Settings that all methods with adapter layers share."""
 
@@ -100,7 +103,7 @@ class ReLoraSettings(AdapterSettings):
         int, Field(ge=0, description="steps of linear warm-up from 0 back to the cosine after a restart")
     ] = 100
     pruning: Annotated[
-        Literal["random", "magnitude", "zero"],
+        Pruning,
         explained(
             "which entries of the factors' moments a restart sets to zero",
             random="a random share",

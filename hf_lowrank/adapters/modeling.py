@@ -1,4 +1,4 @@
-"""A causal language model that is its base architecture with adapters for linear layers, and stands alone on disk."""
+"""A causal language model with adapters in place of linear layers, whose checkpoints are self-contained."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from hf_lowrank.adapters.dense import PREFIX, lora_dense_weight
 from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.adapters.linears import check_rank, dense_linear, linear_shape
 from hf_lowrank.adapters.relora import reinitialise
+from hf_lowrank.compat import exclude_from_ddp
 from hf_lowrank.errors import LowRankWarning, UserError
-from hf_lowrank.targets import target_modules, warn_of_stacks
+from hf_lowrank.targets import target_modules, warn_about_stacks
 
 PASSED_BY_NAME = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
 
 
 class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
-    """The causal language model of `config.base_config` whose targets carry the adapter of `config.adapter_config`.
+    """The causal language model of `config.base_config` with the adapter of `config.adapter_config` on its targets.
 
     Everything outside the targets (embeddings, norms, head, biases) trains. CoLA and SLTrain keep no dense weight of a
-    target; LoRA keeps it frozen (ReLoRA merges into it). The dense model is built first, by its own initialisation,
-    so that whatever is not a target starts as in the dense model of the same seed.
+    target; LoRA keeps it frozen (ReLoRA merges into it). The dense model is built and initialised first, so that
+    everything else starts as in the dense model of the same seed.
 
     Raises:
-        UserError: the targets match nothing, a rank does not fit, or a checkpoint misses a tensor or has one that
-            does not belong; the message names the module.
+        UserError: the targets match nothing, a rank does not fit, or a checkpoint lacks a tensor or has an unexpected
+            one; names the module.
     """
 
     config_class = LowRankConfig
@@ -53,15 +54,14 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         adapter = config.peft_config()
         inject(self.lm, adapter)
         if getattr(adapter, "fan_in_fan_out", False):
-            config.adapter_config["fan_in_fan_out"] = True  # for whoever reads tensors without the model
+            config.adapter_config["fan_in_fan_out"] = True  # needed to read the tensors without the model
         self.post_init()
-        # Every rank draws or reads the same support; DDP would otherwise broadcast it in each forward.
-        self._ddp_params_and_buffers_to_ignore = [
-            name for name, _ in self.named_buffers() if ".sltrain_support." in name or name.endswith(".placement")
-        ]
+        # Every rank has the same support; DDP would otherwise broadcast it in each forward pass.
+        buffers = (name for name, _ in self.named_buffers())
+        exclude_from_ddp(self, (n for n in buffers if ".sltrain_support." in n or n.endswith(".placement")))
 
     def init_weights(self) -> None:
-        """Ties weights only: the base model initialised its own, and the adapters drew theirs from their seed."""
+        """Only ties weights: the base model and the adapters are already initialised."""
         self.tie_weights(recompute_mapping=False)
 
     def forward(
@@ -74,13 +74,13 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward; arguments and outputs are its."""
+        """The base model's forward pass, with its arguments and outputs."""
         given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels)
         named = {name: value for name, value in zip(PASSED_BY_NAME, given, strict=True) if value is not None}
         return self.lm(**named, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's generation, with its cache and its preparation of inputs."""
+        """The base model's generation, with its cache and preparation of inputs."""
         self.lm.generation_config = self.generation_config
         return self.lm.generate(*args, **kwargs)
 
@@ -100,7 +100,7 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's own resizing, which also keeps its copies of the vocabulary's size."""
+        """The base model's own resizing, which also updates its copies of the vocabulary size."""
         return self.lm.resize_token_embeddings(*args, **kwargs)
 
     def get_decoder(self) -> nn.Module:
@@ -108,11 +108,11 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As for any model of transformers, but a tensor that is missing, strange or of another shape is an error."""
+        """As in transformers, but a missing or unexpected tensor or one of the wrong shape is an error."""
         with_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # to report them below, by name
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # reported below, by name
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LowRankWarning)  # what they warn of was chosen when it was trained
+            warnings.simplefilter("ignore", LowRankWarning)  # they were given when it was trained
             source = pretrained_model_name_or_path
             loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -122,10 +122,10 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_dense(cls, model: PreTrainedModel, adapter_config: PeftConfig | dict[str, Any]) -> LowRankForCausalLM:
-        """The adapted model that starts from `model`'s weights, which is left as it is.
+        """A new adapted model that starts from `model`'s weights.
 
-        CoLA's and SLTrain's factors come from each dense weight's truncated SVD, SLTrain's values from what the
-        product leaves out; LoRA goes on top of the dense weights, so that the function stays the same.
+        CoLA's and SLTrain's factors come from each dense weight's truncated SVD, SLTrain's values from the residual.
+        LoRA is added to the dense weights and leaves the function unchanged.
         """
         config = LowRankConfig(base_config=copy.deepcopy(model.config), adapter_config=adapter_config)
         with torch.device("meta"):
@@ -142,7 +142,7 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         return adapted.train(model.training)
 
     def to_dense(self) -> PreTrainedModel:
-        """A plain model of the base architecture that computes the same; this one is left as it is.
+        """A new, equivalent model of the base architecture.
 
         Raises:
             UserError: the adapter has no dense equivalent (CoLA).
@@ -152,7 +152,7 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
             if isinstance(layer, ReplacedLinear) and layer.dense_weight_kind != "exact":
                 raise UserError(
                     f"{name}: {layer.title} has no dense equivalent: its non-linearity between the factors cannot be "
-                    "merged; the model loads as it is, after `import hf_lowrank`"
+                    "merged; load the model itself after `import hf_lowrank`"
                 )
         shells = {id(layer): nn.Identity() for layer in layers.values()}
         dense = copy.deepcopy(self.lm, memo=shells)
@@ -168,9 +168,9 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def inject(lm: nn.Module, adapter: PeftConfig) -> None:
-    """Puts the adapter into `lm` in place, draws it from its seed, and lets everything outside the targets train.
+    """Adds the adapter to `lm` in place, initialised from its seed, and makes the rest trainable.
 
-    torch's global generator is left where it was.
+    Does not advance torch's global generator.
     """
     devices: list[int] = []
     with torch.random.fork_rng(devices=devices):
@@ -178,7 +178,7 @@ def inject(lm: nn.Module, adapter: PeftConfig) -> None:
             patterns = _patterns(adapter.target_modules)
             layers = target_modules(lm, patterns)
             if patterns == "auto":
-                warn_of_stacks(lm, "stay as they are")
+                warn_about_stacks(lm, "remain dense")
             for name, layer in layers.items():
                 check_rank(name, adapter.r, *linear_shape(layer))
             adapter.target_modules = sorted(layers)
@@ -198,14 +198,14 @@ def _patterns(targets: Any) -> Any:
 
 
 def freeze_dense_weights(lm: nn.Module) -> None:
-    """Freezes the weights under LoRA; their biases train."""
+    """Freezes the base weights of the LoRA layers; their biases train."""
     for layer in lm.modules():
         if isinstance(layer, LoraLayer):
             layer.get_base_layer().weight.requires_grad_(False)
 
 
 def target_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    """The adapted layers by the name that they have in the dense model, in module order."""
+    """The adapted layers by their name in the dense model, in module order."""
     lm = model.lm if isinstance(model, LowRankForCausalLM) else model
     return {name: layer for name, layer in lm.named_modules() if isinstance(layer, BaseTunerLayer)}
 
@@ -222,22 +222,22 @@ def _dense_layer(layer: Any) -> nn.Module:
 
 
 def _check_complete(source: Any, model: LowRankForCausalLM, info: dict[str, Any]) -> None:
-    place = f"{os.fspath(source)}: " if source is not None else ""
+    prefix = f"{os.fspath(source)}: " if source is not None else ""
     method = str(model.config.adapter_config["peft_type"])
     for problem, keys in (
-        ("misses the tensor", info["missing_keys"]),
-        ("has a tensor that does not belong to it,", info["unexpected_keys"]),
+        ("lacks the tensor", info["missing_keys"]),
+        ("has an unexpected tensor,", info["unexpected_keys"]),
     ):
         if keys:
             first, *rest = sorted(keys)
             more = f" and {len(rest)} more" if rest else ""
             raise UserError(
-                f"{place}a {method} checkpoint of {type(model.lm).__name__} {problem} {first}{more}; "
-                "the file is incomplete or of another method"
+                f"{prefix}a {method} checkpoint of {type(model.lm).__name__} {problem} {first}{more}; "
+                "the file is incomplete or belongs to another method"
             )
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
-        raise UserError(f"{place}{name} has shape {tuple(found)}, the config asks for {tuple(expected)}")
+        raise UserError(f"{prefix}{name} has shape {tuple(found)}, the config requires {tuple(expected)}")
 
 
 AutoModelForCausalLM.register(LowRankConfig, LowRankForCausalLM)

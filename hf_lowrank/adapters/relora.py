@@ -1,12 +1,12 @@
-"""ReLoRA (arXiv 2307.05695): LoRA whose update is merged and begun anew every `restart_every` optimizer steps.
+"""ReLoRA (arXiv 2307.05695): LoRA whose update is merged and restarted every `restart_every` optimizer steps.
 
-The steps of a restart are plain functions; `ReLoraCallback` only calls them.
+The parts of a restart are functions here; `ReLoraCallback` only calls them.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -17,19 +17,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.dense import ADAPTER, lora_dense_weight
+from hf_lowrank.adapters.methods import Pruning, ReLoraSettings
 from hf_lowrank.adapters.seeding import fill, kaiming_uniform, keyed_generator, placed_like
 from hf_lowrank.errors import UserError
+from hf_lowrank.methods import check_options
 from hf_lowrank.targets import LINEAR_TYPES
-
-Pruning = Literal["random", "magnitude", "zero"]
-PRUNINGS = ("random", "magnitude", "zero")
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """The linear layers of `model` with LoRA, by their dotted name without any wrapper's prefix.
+    """The LoRA layers of `model` by their dotted name without a wrapper's prefix.
 
     Raises:
-        UserError: there is none, or one is not linear.
+        UserError: the model has none, or one is not on a linear layer.
     """
     layers: dict[str, Any] = {
         name.removeprefix("base_model.model.").removeprefix("lm."): layer
@@ -49,9 +48,9 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def reinitialise(model: nn.Module, *, seed: int, step: int, adapter: str = ADAPTER) -> None:
-    """Draws each A anew (Kaiming-uniform, a = √5) and zeroes B.
+    """Redraws each A (Kaiming-uniform, a = √5) and zeroes B.
 
-    The draws depend on seed, step and the layer's name alone: they come out the same on every rank and after a resume.
+    The draws depend on the seed, the step and the layer's name alone: they are equal on every rank and after a resume.
     """
     for name, layer in lora_layers(model).items():
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
@@ -62,7 +61,7 @@ def reinitialise(model: nn.Module, *, seed: int, step: int, adapter: str = ADAPT
 
 @torch.no_grad()
 def merge_and_reinit(model: nn.Module, *, seed: int, step: int, adapter: str = ADAPTER) -> None:
-    """W ← W + (α/r) B A, then `reinitialise`; the model's function stays the same to rounding."""
+    """W ← W + (α/r) B A, then `reinitialise`; the model computes the same function to rounding."""
     for layer in lora_layers(model).values():
         base = layer.get_base_layer()
         weight = lora_dense_weight(layer, adapter)
@@ -80,22 +79,19 @@ def prune_moments(
     seed: int = 0,
     step: int = 0,
 ) -> None:
-    """Sets a share of the entries of the parameters' moments to zero; counters of steps go on.
+    """Sets a share of the entries of the parameters' moments to zero; step counters continue.
 
-    An entry goes in all moments of its parameter or in none: a first moment that outlives its second would be divided
-    by nothing.
+    An entry is pruned from all moments of its parameter or from none: a first moment without its second would be
+    divided by ε alone.
 
     Args:
-        parameters: by name, which keys the draws.
-        mode: "random" zeroes a random share `ratio`, "magnitude" that share with the least first moments, "zero" all.
+        parameters: by name, which is the key of the draws.
+        mode: "random" zeroes a random share `ratio`, "magnitude" that of the smallest first moments, "zero" all.
 
     Raises:
-        UserError: the mode is unknown or the ratio lies outside [0, 1].
+        UserError: the mode is unknown or the ratio is outside [0, 1].
     """
-    if mode not in PRUNINGS:
-        raise UserError(f"pruning must be one of {', '.join(PRUNINGS)}, got {mode!r}")
-    if not 0 <= ratio <= 1:
-        raise UserError(f"prune_ratio must lie between 0 and 1, got {ratio!r}")
+    check_options(ReLoraSettings, {"pruning": mode, "prune_ratio": ratio}, "prune_moments")
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         moments = [value for value in state.values() if torch.is_tensor(value) and value.shape == parameter.shape]
@@ -125,7 +121,7 @@ def factors(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Parameter]
 
 
 def dense_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights under LoRA, which are frozen but in a warm start."""
+    """The base weights of the LoRA layers, which are frozen except during a warm start."""
     return [layer.get_base_layer().weight for layer in lora_layers(model).values()]
 
 
@@ -139,10 +135,10 @@ def relora_lr_factor(
     min_lr_ratio: float = 0.1,
     first_restart: int | None = None,
 ) -> float:
-    """The factor on the peak learning rate at optimizer step `step` (0 is the first).
+    """The factor of the peak learning rate at optimizer step `step` (0 is the first).
 
-    Linear warm-up over `warmup_steps`, one cosine from there to `min_lr_ratio` at the end; from each restart on, over
-    `restart_warmup_steps`, a line from 0 up to that cosine instead.
+    Linear warm-up over `warmup_steps`, then one cosine to `min_lr_ratio` at the end. After each restart, a line from 0
+    back to that cosine over `restart_warmup_steps`.
     """
 
     def cosine(at: int) -> float:
@@ -160,10 +156,10 @@ def relora_lr_factor(
 
 
 class ReLoraScheduler(LRScheduler):
-    """`relora_lr_factor` as a scheduler; its state is numbers only.
+    """`relora_lr_factor` as a scheduler, whose state contains only numbers.
 
     Raises:
-        UserError: the numbers do not fit together; the message names them.
+        UserError: a value is not allowed.
     """
 
     def __init__(
@@ -179,17 +175,18 @@ class ReLoraScheduler(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         first = restart_every if first_restart is None else first_restart
-        if restart_every < 1:
-            raise UserError(f"restart_every must be a positive number of steps, got {restart_every}")
-        if not 0 <= restart_warmup_steps <= restart_every:
+        checked = {
+            "restart_every": restart_every,
+            "restart_warmup_steps": restart_warmup_steps,
+            "min_lr_ratio": min_lr_ratio,
+        }
+        check_options(ReLoraSettings, checked, type(self).__name__)
+        if restart_warmup_steps > restart_every:
             raise UserError(
-                f"restart_warmup_steps must lie between 0 and restart_every = {restart_every}, "
-                f"got {restart_warmup_steps}"
+                f"restart_warmup_steps must be at most restart_every = {restart_every}, got {restart_warmup_steps}"
             )
-        if not 0 <= min_lr_ratio <= 1:
-            raise UserError(f"min_lr_ratio must lie between 0 and 1, got {min_lr_ratio}")
         if first < warmup_steps:
-            raise UserError(f"the first restart must not come before the warm-up ends at {warmup_steps}, got {first}")
+            raise UserError(f"the first restart must not precede the warm-up's end at {warmup_steps}, got {first}")
         self.num_training_steps = num_training_steps
         self.warmup_steps = warmup_steps
         self.restart_every = restart_every

@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.adapters.dense import ADAPTER
+from hf_lowrank.adapters.methods import Pruning, ReLoraSettings
 from hf_lowrank.adapters.relora import (
-    PRUNINGS,
-    Pruning,
     dense_weights,
     factors,
     lora_layers,
@@ -22,34 +21,36 @@ from hf_lowrank.adapters.relora import (
     prune_moments,
 )
 from hf_lowrank.errors import UserError
+from hf_lowrank.methods import check_options
 
 logger = logging.getLogger(__name__)
 
 
 def is_restart(step: int, restart_every: int, warm_start_steps: int = 0) -> bool:
-    """Whether a restart follows optimizer step `step` (counted from 1, as `global_step`)."""
+    """Whether a restart follows optimizer step `step`, counted from 1 like `global_step`."""
     return step > warm_start_steps and (step - warm_start_steps) % restart_every == 0
 
 
 class ReLoraCallback(TrainerCallback):
     """Restarts at the end of every `restart_every`-th optimizer step, before that step's checkpoint is written.
 
-    So a checkpoint of a restart's step holds the merged weights, the new factors and the pruned moments, and a resume
-    has nothing to catch up on. Each restart is an entry `relora_restarts` in the trainer's log history.
+    The checkpoint of a restart's step therefore holds the merged weights, the new factors and the pruned moments, and
+    a resume has nothing to repeat. Each restart is an entry `relora_restarts` in the trainer's log history.
 
-    With `warm_start_steps` the dense weights train first and the factors stand still; then they change places, and
-    restarts count from there. The gradients of whoever stands still are zeroed before they are accumulated and dropped
-    before the optimizer steps, which also holds under DDP, where parameters must not leave the graph.
+    With `warm_start_steps` the dense weights train first while the factors are frozen; then the factors train while
+    the dense weights are frozen, and restarts count from there. Frozen here means: gradients are zeroed before they
+    are accumulated and dropped before the optimizer step. This also works under DDP, where parameters must not leave
+    the graph.
 
     Args:
         restart_every: optimizer steps between restarts.
-        pruning: what happens to the factors' moments: "random", "magnitude" or "zero".
-        prune_ratio: share of entries set to zero by the first two.
-        seed: of all draws, together with step and layer.
-        warm_start_steps: optimizer steps of full-rank training before the factors begin.
+        pruning: which moments of the factors to prune: "random", "magnitude" or "zero".
+        prune_ratio: share of entries that "random" and "magnitude" set to zero.
+        seed: seed of all draws, together with step and layer.
+        warm_start_steps: optimizer steps of full-rank training before the factors.
 
     Raises:
-        UserError: a value is not allowed, the model has no LoRA layers, or a warm start is asked for under FSDP2.
+        UserError: a value is not allowed, the model has no LoRA layers, or a warm start is requested under FSDP2.
     """
 
     def __init__(
@@ -62,14 +63,13 @@ class ReLoraCallback(TrainerCallback):
         warm_start_steps: int = 0,
         adapter: str = ADAPTER,
     ) -> None:
-        if restart_every < 1:
-            raise UserError(f"restart_every must be a positive number of steps, got {restart_every}")
-        if warm_start_steps < 0:
-            raise UserError(f"warm_start_steps must not be negative, got {warm_start_steps}")
-        if pruning not in PRUNINGS:
-            raise UserError(f"pruning must be one of {', '.join(PRUNINGS)}, got {pruning!r}")
-        if not 0 <= prune_ratio <= 1:
-            raise UserError(f"prune_ratio must lie between 0 and 1, got {prune_ratio!r}")
+        options = {
+            "restart_every": restart_every,
+            "pruning": pruning,
+            "prune_ratio": prune_ratio,
+            "warm_start_steps": warm_start_steps,
+        }
+        check_options(ReLoraSettings, options, type(self).__name__)
         self.restart_every = restart_every
         self.pruning = pruning
         self.prune_ratio = prune_ratio
@@ -85,7 +85,7 @@ class ReLoraCallback(TrainerCallback):
         lora_layers(model)
         if self.warm_start_steps:
             for weight in dense_weights(model):
-                weight.requires_grad_(True)  # so that the optimizer takes them in
+                weight.requires_grad_(True)  # so that the optimizer includes them
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -94,8 +94,8 @@ class ReLoraCallback(TrainerCallback):
             self._warm = state.global_step < self.warm_start_steps
             if any(isinstance(weight, DTensor) for weight in dense_weights(model)):
                 raise UserError(
-                    "warm_start_steps must be 0 with sharded parameters (FSDP2), whose optimizer state cannot come "
-                    f"and go, got {self.warm_start_steps}; make the warm start under DDP or as a full_rank run"
+                    "warm_start_steps must be 0 with sharded parameters (FSDP2), whose optimizer state cannot be "
+                    f"added or dropped, got {self.warm_start_steps}; do the warm start under DDP or as a full_rank run"
                 )
             for weight in dense_weights(model):
                 self._hooks.append(weight.register_hook(lambda grad: grad if self._warm else torch.zeros_like(grad)))
@@ -107,8 +107,8 @@ class ReLoraCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if self.warm_start_steps:
-            still = factors(model, self.adapter).values() if self._warm else dense_weights(model)
-            for parameter in still:
+            frozen = factors(model, self.adapter).values() if self._warm else dense_weights(model)
+            for parameter in frozen:
                 parameter.grad = None
 
     def on_step_end(
@@ -132,7 +132,7 @@ class ReLoraCallback(TrainerCallback):
         self._hooks.clear()
 
     def restart(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
-        """Merges, re-initialises and prunes, as of optimizer step `step`."""
+        """Merges, re-initialises and prunes after optimizer step `step`."""
         merge_and_reinit(model, seed=self.seed, step=step, adapter=self.adapter)
         prune_moments(
             _inner(optimizer),
@@ -144,7 +144,7 @@ class ReLoraCallback(TrainerCallback):
         )
 
     def _settle(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Once the warm start is over, the dense weights' moments go, and, in one process, their gradients, too."""
+        """After the warm start, drops the dense weights' moments and, in a single process, freezes the weights."""
         if self._warm:
             return
         for weight in dense_weights(model):

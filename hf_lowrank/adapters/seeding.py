@@ -1,4 +1,4 @@
-"""Random draws that depend on what they are for, never on the order in which they happen."""
+"""Random draws that depend on their purpose, never on the order in which they are made."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def keyed_generator(seed: int, *keys: str | int) -> torch.Generator:
     """A CPU generator whose state depends on `seed` and `keys` alone.
 
-    The layer named by its key draws the same numbers on every rank, on every device, after a resume, and whether or
-    not its neighbours were drawn before it.
+    A layer draws the same numbers on every rank and device, after a resume, and in any order of the layers.
     """
     digest = hashlib.sha256(repr((int(seed), *keys)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def placed_like(drawn: Tensor, target: Tensor) -> Tensor:
-    """`drawn`, the same on every rank, on `target`'s device and sharded as `target` is."""
+    """`drawn`, equal on every rank, on `target`'s device and sharded like `target`."""
     drawn = drawn.to(target.device)
     if isinstance(target, DTensor):
         return distribute_tensor(drawn, target.device_mesh, target.placements)
@@ -30,7 +29,7 @@ def placed_like(drawn: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(target: Tensor, drawn: Tensor) -> None:
-    """Copies `drawn` into `target`, which may have another dtype or device, or be sharded."""
+    """Copies `drawn` into `target`, which may have another dtype or device or be sharded."""
     target.copy_(placed_like(drawn.to(target.dtype), target))
 
 
@@ -45,11 +44,11 @@ def kaiming_uniform(rows: int, fan_in: int, generator: torch.Generator) -> Tenso
 
 
 def draw_support(rows: int, columns: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` distinct positions of a (rows, columns) matrix, uniform without replacement.
+    """`count` distinct entries of a (rows, columns) matrix, uniform without replacement.
 
-    Positions are flat, row-major and ascending, int32. The smaller of the support and its complement is drawn, by
-    collecting distinct uniform draws and then dropping a uniformly chosen excess, so that the cost grows with the
-    support, not with the matrix.
+    Returns flat row-major indices, ascending, int32. The smaller of the support and its complement is drawn, by
+    collecting distinct uniform draws and dropping a uniformly chosen excess, so that the cost grows with the support,
+    not with the matrix.
     """
     total = rows * columns
     draw_complement = count > total // 2

@@ -1,4 +1,4 @@
-"""CoLA and SLTrain as PEFT tuners: which layers they act on, and what PEFT may ask of them."""
+"""CoLA and SLTrain as PEFT tuners: the layers they replace and the operations they support."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.configs import CoLAConfig, ReplacingConfig, SLTrainConfig
-from hf_lowrank.adapters.functional import KEPT_BY_COLA_M
+from hf_lowrank.adapters.functional import SAVED_BY_COLA_M
 from hf_lowrank.adapters.layers import CoLALinear, ReplacedLinear, SLTrainLinear
-from hf_lowrank.compat import register_with_peft
+from hf_lowrank.compat import enable_checkpointing, register_with_peft
 from hf_lowrank.errors import UserError
-from hf_lowrank.targets import LINEAR_TYPES, target_modules, warn_of_stacks
+from hf_lowrank.targets import LINEAR_TYPES, target_modules, warn_about_stacks
 
 
 class ReplacingTuner(BaseTuner):
     """Replaces each target by `tuner_layer_cls` and drops its dense weight.
 
     Raises:
-        UserError: the targets match no linear layer, one of them is not linear, or a rank does not fit; it names the
-            module.
+        UserError: the targets match no linear layer, one is not linear, or a rank does not fit; names the module.
     """
 
     tuner_layer_cls: type[ReplacedLinear]
@@ -76,9 +75,7 @@ class ReplacingTuner(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             return target, None
         if isinstance(target, BaseTunerLayer):
-            raise UserError(
-                f"{name}: {self.title} replaces linear layers, and this one already carries another adapter"
-            )
+            raise UserError(f"{name}: {self.title} replaces linear layers, but this one already has another adapter")
         if not isinstance(target, LINEAR_TYPES):
             raise UserError(f"{name}: {self.title} replaces nn.Linear and Conv1D layers, got {type(target).__name__}")
         weight = target.weight.detach()
@@ -88,15 +85,15 @@ class ReplacingTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT's, but what is missing is an error: no dense weight would stand in for it."""
+        """PEFT's method, but a missing tensor is an error: there is no dense weight to fall back to."""
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for name, layer in model.named_modules():
             if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
                 for part in layer.tensor_names():
                     if f"{name}.{part}.{adapter_name}" not in result:
                         raise UserError(
-                            f"{layer.layer_name}: the {cls.title} adapter misses the tensor {name}.{part}; "
-                            "the file is incomplete or of another method"
+                            f"{layer.layer_name}: the {cls.title} adapter lacks the tensor {name}.{part}; "
+                            "the file is incomplete or belongs to another method"
                         )
         return result
 
@@ -117,12 +114,12 @@ class ReplacingTuner(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        # All layers are asked before the first one changes, so that a refusal leaves the model as it was.
+        # All layers are checked before the first one changes, so that an error leaves the model unchanged.
         for layer in self.model.modules():
             if isinstance(layer, ReplacedLinear) and layer.dense_weight_kind != "exact":
                 raise UserError(
                     f"{layer.layer_name}: {layer.title} cannot be merged: its non-linearity between the factors has "
-                    "no dense equivalent; save the adapter, or the LowRankForCausalLM, as it is"
+                    "no dense equivalent; save the adapter or the LowRankForCausalLM instead"
                 )
 
 
@@ -130,7 +127,7 @@ def _auto(model: nn.Module, adapted: bool) -> Sequence[str]:
     try:
         found = list(target_modules(model))
         if not adapted:
-            warn_of_stacks(model, "stay as they are")
+            warn_about_stacks(model, "remain dense")
         return found
     except UserError:
         if adapted:
@@ -139,7 +136,7 @@ def _auto(model: nn.Module, adapted: bool) -> Sequence[str]:
 
 
 def _check_each_matches(config: ReplacingConfig, model: nn.Module) -> None:
-    """Each name must match a module, so that a misspelt one does not just leave its layers dense."""
+    """Each name must match a module: a misspelt one would silently leave its layers dense."""
     wanted = config.target_modules
     if not wanted:
         raise UserError("target_modules must name at least one module, got an empty list")
@@ -171,22 +168,20 @@ class SLTrainModel(ReplacingTuner):
 
 
 def keep_only_bottlenecks(model: nn.Module) -> None:
-    """Turns on CoLA-M: each block keeps its input and the r-wide products A x, and recomputes the rest in backward.
+    """Turns on CoLA-M: each block saves its input and the r-wide products A x, and recomputes the rest.
 
-    It is transformers' own activation checkpointing with a selective policy, so it covers every architecture that
+    This is transformers' activation checkpointing with a selective policy, so it works for every architecture that
     supports checkpointing, and `activation_checkpointing_disable()` turns it off.
 
     Raises:
         UserError: the model does not support activation checkpointing.
     """
-    enable = getattr(model, "_set_gradient_checkpointing", None)
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
+    context = partial(create_selective_checkpoint_contexts, SAVED_BY_COLA_M)
+    if not enable_checkpointing(model, partial(checkpoint, use_reentrant=False, context_fn=context)):
         raise UserError(
             "checkpoint_activations needs a transformers model that supports activation checkpointing, "
             f"got {type(model).__name__}"
         )
-    context = partial(create_selective_checkpoint_contexts, KEPT_BY_COLA_M)
-    enable(enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, context_fn=context))
 
 
 register_with_peft("cola", CoLAConfig, CoLAModel)

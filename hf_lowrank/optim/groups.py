@@ -15,7 +15,7 @@ from hf_lowrank.optim.engines import refuse_flattened_model
 from hf_lowrank.optim.layout import check_rank
 from hf_lowrank.targets import target_modules as select_target_modules
 from hf_lowrank.targets import target_parameters as select_target_parameters
-from hf_lowrank.targets import warn_of_stacks
+from hf_lowrank.targets import warn_about_stacks
 
 # Trainer's own exemptions from weight decay (`Trainer.get_decay_parameter_names`): biases and norms.
 NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
@@ -55,7 +55,7 @@ def param_groups(
     targets = {id(module.weight) for module in modules.values()}
     targets.update(map(id, select_target_parameters(model, target_parameters).values()))
     if target_modules == "auto":
-        warn_of_stacks(model, "get plain AdamW; methods with a rank take them by target_parameters", targets)
+        warn_about_stacks(model, "get plain AdamW; methods with a rank take them by target_parameters", targets)
     decayed = decayed_names(model)
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, param in model.named_parameters():

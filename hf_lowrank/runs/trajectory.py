@@ -24,7 +24,7 @@ from hf_lowrank.runs.sources import open_source
 from hf_lowrank.runs.trainer_state import parse_trainer_state
 from hf_lowrank.runs.weight_files import weight_files
 from hf_lowrank.runs.weights import check_checkpoint, quiet_transformers, read_config, skeleton
-from hf_lowrank.targets import target_modules, warn_of_stacks
+from hf_lowrank.targets import target_modules, warn_about_stacks
 
 Factors = tuple[Tensor, Tensor, float]
 
@@ -178,7 +178,7 @@ class Trajectory:
     @cached_property
     def _targets(self) -> dict[str, Any]:
         """Target modules by their name in the base architecture."""
-        warn_of_stacks(self._skeleton, "have no spectra")
+        warn_about_stacks(self._skeleton, "have no spectra")
         if self._adapter is None:
             return target_modules(self._skeleton)
         from hf_lowrank.adapters.modeling import target_layers

@@ -13,18 +13,21 @@ from hf_lowrank.errors import UserError
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CoLAConfig(r=0), r"CoLAConfig: rank 'r' must be a positive whole number, got 0"),
-        (lambda: CoLAConfig(r=True), r"rank 'r' must be a positive whole number, got True"),
-        (lambda: CoLAConfig(rank_pattern={"q_proj": -1}), r"rank 'q_proj' must be a positive whole number, got -1"),
+        (lambda: CoLAConfig(r=0), r"r of CoLAConfig must be an integer of at least 1, got 0"),
+        (lambda: CoLAConfig(r=True), r"r of CoLAConfig must be an integer of at least 1, got True"),
+        (
+            lambda: CoLAConfig(rank_pattern={"q_proj": -1}),
+            r"r of CoLAConfig for 'q_proj' must be .* at least 1, got -1",
+        ),
         (lambda: CoLAConfig(bottleneck_act="silo"), r"unknown bottleneck_act 'silo'; did you mean 'silu'"),
         (lambda: CoLAConfig(init="zero"), r"CoLAConfig: init must be 'random' or 'svd', got 'zero'"),
         (lambda: CoLAConfig(bias="sltrain_only"), r"bias must be 'none', 'all' or 'cola_only', got 'sltrain_only'"),
-        (lambda: SLTrainConfig(sparsity=0.0), r"sparsity must lie between 0 and 1, both excluded, got 0.0"),
-        (lambda: SLTrainConfig(sparsity=1.0), r"sparsity must lie between 0 and 1, both excluded, got 1.0"),
-        (lambda: SLTrainConfig(sparsity=-0.1), r"sparsity must lie between 0 and 1"),
+        (lambda: SLTrainConfig(sparsity=0.0), r"sparsity of SLTrainConfig must be a number in \(0, 1\), got 0.0"),
+        (lambda: SLTrainConfig(sparsity=1.0), r"sparsity of SLTrainConfig must be a number in \(0, 1\), got 1.0"),
+        (lambda: SLTrainConfig(sparsity=-0.1), r"sparsity of SLTrainConfig must be a number in \(0, 1\), got -0.1"),
         (lambda: CoLAConfig(target_modules="("), r"CoLAConfig: target_modules must be a regular expression, got '\('"),
         (lambda: CoLAConfig(exclude_modules="["), r"exclude_modules must be a regular expression, got '\['"),
-        (lambda: SLTrainConfig(lora_alpha=0), r"SLTrainConfig: lora_alpha must be positive, got 0"),
+        (lambda: SLTrainConfig(lora_alpha=0), r"lora_alpha of SLTrainConfig must be a number above 0, got 0"),
     ],
 )
 def test_configs(make, message):
@@ -36,7 +39,7 @@ def test_configs(make, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_modules": ["q_proj", "w_proj"]}, r"target_modules 'w_proj' matches no linear module.*there are: "),
+        ({"target_modules": ["q_proj", "w_proj"]}, r"target_modules 'w_proj' matches no linear module.*available: "),
         (
             {"target_modules": "nothing.*"},
             r"target_modules 'nothing\.\*' matches no linear module of Llama",
@@ -80,7 +83,7 @@ def test_layers_too_large_for_32_bit_positions():
 
 def test_two_methods_on_one_layer(llama_config, dense):
     model = get_peft_model(dense(llama_config), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(UserError, match=r"q_proj: CoLA replaces linear layers, .* carries another adapter"):
+    with pytest.raises(UserError, match=r"q_proj: CoLA replaces linear layers, .* already has another adapter"):
         get_peft_model(model.base_model.model, CoLAConfig(r=2, target_modules=r".*q_proj"))
 
 
@@ -96,7 +99,7 @@ def test_a_second_adapter_cannot_start_from_a_weight_that_is_gone(llama_config, 
         (None, r"adapter_config is missing"),
         ({"peft_type": "IA3"}, r"peft_type must be one of COLA, SLTRAIN, LORA, got 'IA3'"),
         ({}, r"peft_type must be one of"),
-        ({"peft_type": "COLA", "rank": 3}, r"adapter_config: 'rank' is no option of CoLAConfig"),
+        ({"peft_type": "COLA", "rank": 3}, r"adapter_config: unknown option 'rank' of CoLAConfig"),
     ],
 )
 def test_adapter_configs_of_models(llama_config, adapter, message):

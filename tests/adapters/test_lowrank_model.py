@@ -300,7 +300,7 @@ def test_dense_weights_tensor_by_tensor(base_config, method, adapted, tmp_path):
             assert B.shape[1] == A.shape[0] == 4
             assert scaling == {"sltrain": 8.0, "relora": 3.0}.get(method, 1.0)
         first = next(iter(target_layers(model)))
-        with pytest.raises(UserError, match=rf"{first}: the \w+ checkpoint misses the tensor lm\.{first}"):
+        with pytest.raises(UserError, match=rf"{first}: the \w+ checkpoint lacks the tensor lm\.{first}"):
             dense_weight_from_tensors(first, {}.__getitem__, adapter)
 
 
@@ -428,7 +428,7 @@ def test_a_missing_tensor_is_an_error_that_names_it(llama_config, method, adapte
     gone = next(name for name in sorted(tensors) if "up_proj" in name)
     del tensors[gone]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=rf"checkpoint of LlamaForCausalLM misses the tensor {gone}; the file is inc"):
+    with pytest.raises(UserError, match=rf"checkpoint of LlamaForCausalLM lacks the tensor {gone}; the file is inc"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -438,12 +438,12 @@ def test_a_checkpoint_of_another_method_is_an_error(llama_config, adapted, dense
     weights = (tmp_path / "sltrain" / "model.safetensors").read_bytes()
     (tmp_path / "cola" / "model.safetensors").write_bytes(weights)
     with pytest.raises(
-        UserError, match=r"a COLA checkpoint.*misses the tensor lm\.model\.layers\.0.*cola_A\.default and"
+        UserError, match=r"a COLA checkpoint.*lacks the tensor lm\.model\.layers\.0.*cola_A\.default and"
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path / "cola")
     dense(llama_config).save_pretrained(tmp_path / "dense")
     (tmp_path / "cola" / "model.safetensors").write_bytes((tmp_path / "dense" / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"misses the tensor"):
+    with pytest.raises(UserError, match=r"lacks the tensor"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "cola")
 
 
@@ -452,7 +452,7 @@ def test_a_checkpoint_of_another_rank_is_an_error(llama_config, method, adapted,
     config = json.loads((tmp_path / "config.json").read_text())
     config["adapter_config"]["r"] = 5
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"lm\.model\.layers\.0\S+ has shape \(\S+, \S+\), the config asks for"):
+    with pytest.raises(UserError, match=r"lm\.model\.layers\.0\S+ has shape \(\S+, \S+\), the config requires"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -205,20 +205,32 @@ def test_warm_starts_shift_restarts_and_ramp_at_the_change():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ReLoraCallback(restart_every=0), r"restart_every must be a positive number of steps, got 0"),
-        (lambda: ReLoraCallback(restart_every=5, pruning="some"), r"pruning must be one of random, magnitude, zero"),
-        (lambda: ReLoraCallback(restart_every=5, prune_ratio=1.5), r"prune_ratio must lie between 0 and 1, got 1.5"),
-        (lambda: ReLoraCallback(restart_every=5, warm_start_steps=-1), r"warm_start_steps must not be negative"),
-        (lambda: scheduler(restart_every=0), r"restart_every must be a positive"),
+        (
+            lambda: ReLoraCallback(restart_every=0),
+            r"restart_every of ReLoraCallback must be .* at least 1, got 0",
+        ),
+        (
+            lambda: ReLoraCallback(restart_every=5, pruning="some"),
+            r"pruning of .* must be one of random, magnitude, zero",
+        ),
+        (
+            lambda: ReLoraCallback(restart_every=5, prune_ratio=1.5),
+            r"prune_ratio of .* must be a number in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: ReLoraCallback(restart_every=5, warm_start_steps=-1),
+            r"warm_start_steps of .* at least 0, got -1",
+        ),
+        (lambda: scheduler(restart_every=0), r"restart_every of ReLoraScheduler must be an integer of at least 1"),
         (
             lambda: scheduler(restart_warmup_steps=11),
-            r"restart_warmup_steps must lie between 0 and restart_every = 10",
+            r"restart_warmup_steps must be at most restart_every = 10, got 11",
         ),
-        (lambda: scheduler(min_lr_ratio=2), r"min_lr_ratio must lie between 0 and 1, got 2"),
-        (lambda: scheduler(warmup_steps=11), r"the first restart must not come before the warm-up ends at 11, got 10"),
+        (lambda: scheduler(min_lr_ratio=2), r"min_lr_ratio of ReLoraScheduler must be a number in \[0, 1\], got 2"),
+        (lambda: scheduler(warmup_steps=11), r"the first restart must not precede the warm-up's end at 11, got 10"),
         (lambda: restart(nn.Linear(2, 2), seed=0, step=0), r"needs a model with LoRA layers, got Linear without any"),
-        (lambda: prune_moments(None, {}, mode="half"), r"pruning must be one of"),
-        (lambda: prune_moments(None, {}, ratio=-1), r"prune_ratio must lie"),
+        (lambda: prune_moments(None, {}, mode="half"), r"pruning of prune_moments must be one of"),
+        (lambda: prune_moments(None, {}, ratio=-1), r"prune_ratio of prune_moments must be a number in \[0, 1\]"),
     ],
 )
 def test_bad_values(make, message):
