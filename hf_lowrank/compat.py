@@ -46,11 +46,11 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
     return load, lambda: sorted({*vars(sys.modules[package]), *modules})
 
 
-class LazyClass:
-    """Stands for a class in a library's registry and imports it when the registry's user needs it.
+class LazyObject:
+    """Stands for a class or function in a table and imports it when it is called or an attribute is read.
 
     Args:
-        path: the class as `module:name`.
+        path: the object as `module:name`.
     """
 
     def __init__(self, path: str) -> None:
@@ -80,7 +80,7 @@ def silence_torchao() -> None:
 def register_lazily() -> None:
     """Makes `AutoConfig`, `AutoModelForCausalLM` and PEFT know this package's types without importing anything.
 
-    Each registry gets `LazyClass` entries: at once where its module is loaded already, otherwise as soon as it is.
+    Each registry gets `LazyObject` entries: at once where its module is loaded already, otherwise as soon as it is.
     """
     for name, register in _REGISTRIES.items():
         if name in sys.modules:
@@ -116,7 +116,7 @@ class _PostImport:
 def _register_with_transformers(configuration_auto: Any) -> None:
     if "lowrank" not in configuration_auto.CONFIG_MAPPING:
         path = "hf_lowrank.adapters.configuration:LowRankConfig"
-        configuration_auto.CONFIG_MAPPING.register("lowrank", LazyClass(path))
+        configuration_auto.CONFIG_MAPPING.register("lowrank", LazyObject(path))
 
 
 def _register_with_peft(mapping: Any) -> None:
@@ -125,8 +125,8 @@ def _register_with_peft(mapping: Any) -> None:
         if peft_type not in mapping.PEFT_TYPE_TO_TUNER_MAPPING:
             _register_tuner(
                 name,
-                LazyClass(f"hf_lowrank.adapters.tuners:{title}Config"),
-                LazyClass(f"hf_lowrank.adapters.tuners:{title}Model"),
+                LazyObject(f"hf_lowrank.adapters.tuners:{title}Config"),
+                LazyObject(f"hf_lowrank.adapters.tuners:{title}Model"),
             )
 
 
@@ -140,7 +140,7 @@ def register_model(config_cls: type[PreTrainedConfig], path: str) -> None:
     """Makes `AutoModelForCausalLM` know the model class `module:name` of a config class, without importing it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    stand_in: Any = LazyClass(path)
+    stand_in: Any = LazyObject(path)
     MODEL_FOR_CAUSAL_LM_MAPPING.register(config_cls, stand_in)
 
 

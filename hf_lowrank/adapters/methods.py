@@ -5,11 +5,11 @@ Imports neither torch, transformers nor peft.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from hf_lowrank.compat import LazyObject
 from hf_lowrank.methods import (
     DASH_DOTTED,
     DASHED,
@@ -21,14 +21,6 @@ from hf_lowrank.methods import (
     MethodSettings,
     explained,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
-    from transformers import PreTrainedConfig, TrainerCallback, TrainingArguments
-
-    from hf_lowrank.adapters.modeling import LowRankForCausalLM
-    from hf_lowrank.adapters.relora import ReLoraScheduler
 
 LoraAlpha = Annotated[float, Field(gt=0, description="α: the product of the factors is scaled by α / r")]
 
@@ -121,76 +113,7 @@ class ReLoraSettings(AdapterSettings):
         return {"r", "target_modules", "lora_alpha"}
 
 
-def build_adapted(config: PreTrainedConfig, settings: AdapterSettings, seed: int) -> LowRankForCausalLM:
-    """The adapted model, from scratch. Whatever is not a target starts as in the dense model of the same seed.
-
-    Raises:
-        UserError: the targets match nothing, or the rank does not fit one of them.
-    """
-    from hf_lowrank.adapters.configuration import LowRankConfig
-    from hf_lowrank.adapters.modeling import LowRankForCausalLM
-
-    return LowRankForCausalLM(LowRankConfig(base_config=config, adapter_config=settings.adapter_config(seed)))
-
-
-def build_relora(config: PreTrainedConfig, settings: ReLoraSettings, seed: int) -> LowRankForCausalLM:
-    """`build_adapted` with LoRA's factors drawn from the seed; the dense weights train during a warm start."""
-    from hf_lowrank.adapters.relora import dense_weights, reinitialise
-
-    model = build_adapted(config, settings, seed)
-    reinitialise(model, seed=settings.seed_or(seed), step=0)
-    if settings.warm_start_steps:
-        for weight in dense_weights(model):
-            weight.requires_grad_(True)
-    return model
-
-
-def build_relora_optimizer(model: nn.Module, settings: ReLoraSettings, args: TrainingArguments) -> Optimizer:
-    """AdamW on all trainable parameters, split for weight decay as Trainer does."""
-    from torch.optim import AdamW
-
-    from hf_lowrank.optim.groups import adam_arguments, decayed_names
-
-    adam = adam_arguments(args)
-    weight_decay, decayed = adam.pop("weight_decay"), decayed_names(model)
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trainable if (name in decayed) is decays], "weight_decay": weight_decay * decays}
-        for decays in (True, False)
-    ]
-    return AdamW([group for group in groups if group["params"]], **adam, fused=True)
-
-
-def build_relora_scheduler(
-    optimizer: Optimizer, settings: ReLoraSettings, args: TrainingArguments, num_training_steps: int
-) -> ReLoraScheduler:
-    """ReLoRA's schedule, with the warm-up of `args`; after a warm start the factors warm up as after a restart."""
-    from hf_lowrank.adapters.relora import ReLoraScheduler
-
-    return ReLoraScheduler(
-        optimizer,
-        num_training_steps=num_training_steps,
-        restart_every=settings.restart_every,
-        warmup_steps=args.get_warmup_steps(num_training_steps),
-        restart_warmup_steps=settings.restart_warmup_steps,
-        min_lr_ratio=settings.min_lr_ratio,
-        first_restart=settings.warm_start_steps or None,
-    )
-
-
-def relora_callbacks(settings: ReLoraSettings, args: TrainingArguments) -> Sequence[TrainerCallback]:
-    from hf_lowrank.adapters.relora_callback import ReLoraCallback
-
-    return [
-        ReLoraCallback(
-            restart_every=settings.restart_every,
-            pruning=settings.pruning,
-            prune_ratio=settings.prune_ratio,
-            seed=settings.seed_or(args.seed),
-            warm_start_steps=settings.warm_start_steps,
-        )
-    ]
-
+BUILDERS = "hf_lowrank.adapters.builders"
 
 ENTRIES = (
     Method(
@@ -200,7 +123,7 @@ ENTRIES = (
         kind="control",
         settings=LowRankSettings,
         look=Look("#7b766d", "#a39e94", DOTTED, "plus"),
-        build_model=build_adapted,
+        build_model=LazyObject(f"{BUILDERS}:build_adapted"),
     ),
     Method(
         name="cola",
@@ -210,7 +133,7 @@ ENTRIES = (
         settings=CoLASettings,
         source="arXiv 2502.10940",
         look=Look("#b5307f", "#f08bc6", DASHED, "up"),
-        build_model=build_adapted,
+        build_model=LazyObject(f"{BUILDERS}:build_adapted"),
     ),
     Method(
         name="sltrain",
@@ -220,7 +143,7 @@ ENTRIES = (
         settings=SLTrainSettings,
         source="arXiv 2406.02214",
         look=Look("#1b8fa3", "#62d0e3", DASHED, "square"),
-        build_model=build_adapted,
+        build_model=LazyObject(f"{BUILDERS}:build_adapted"),
     ),
     Method(
         name="relora",
@@ -230,9 +153,9 @@ ENTRIES = (
         settings=ReLoraSettings,
         source="arXiv 2307.05695",
         look=Look("#a37800", "#ecc033", DASH_DOTTED, "diamond"),
-        build_model=build_relora,
-        build_optimizer=build_relora_optimizer,
-        build_scheduler=build_relora_scheduler,
-        callbacks=relora_callbacks,
+        build_model=LazyObject(f"{BUILDERS}:build_relora"),
+        build_optimizer=LazyObject(f"{BUILDERS}:build_relora_optimizer"),
+        build_scheduler=LazyObject(f"{BUILDERS}:build_relora_scheduler"),
+        callbacks=LazyObject(f"{BUILDERS}:relora_callbacks"),
     ),
 )

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_lowrank import CoLAConfig, LowRankConfig, LowRankForCausalLM, SLTrainConfig
-from hf_lowrank.compat import LazyClass, lazy_names
+from hf_lowrank.compat import LazyObject, lazy_names
 
 LOAD_MODEL = """
 config = AutoConfig.from_pretrained(sys.argv[1])
@@ -65,8 +65,8 @@ def test_the_entry_is_the_class_itself_once_it_is_loaded():
     assert CONFIG_MAPPING["lowrank"] is LowRankConfig
 
 
-def test_a_lazy_class_is_as_good_as_the_class():
-    lazy = LazyClass("hf_lowrank.adapters.configs:CoLAConfig")
+def test_a_lazy_object_is_used_like_the_object():
+    lazy = LazyObject("hf_lowrank.adapters.configs:CoLAConfig")
     assert lazy.__name__ == "CoLAConfig"
     assert lazy(r=3) == CoLAConfig(r=3)
     assert pickle.loads(pickle.dumps(lazy)).path == lazy.path
@@ -75,9 +75,9 @@ def test_a_lazy_class_is_as_good_as_the_class():
 
 
 def test_lazy_names():
-    load, names = lazy_names("torch", {"LazyClass": "hf_lowrank.compat"})
+    load, names = lazy_names("torch", {"LazyObject": "hf_lowrank.compat"})
     with pytest.raises(AttributeError, match="module 'torch' has no attribute 'nothing'"):
         load("nothing")
-    assert load("LazyClass") is LazyClass
-    assert {"LazyClass", "nn"} <= set(names())
-    del torch.LazyClass
+    assert load("LazyObject") is LazyObject
+    assert {"LazyObject", "nn"} <= set(names())
+    del torch.LazyObject
