@@ -180,35 +180,7 @@ def _register_tuner(name: str, config_cls: Any, model_cls: Any) -> None:
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
 
 
-# Private interfaces of torch, which other modules import from here by these names; each as `module:name`, with
-# alternatives where versions differ.
-_TORCH = {
-    "FakeTensor": ("torch._subclasses.fake_tensor:FakeTensor",),
-    "ConvNd": ("torch.nn.modules.conv:_ConvNd",),
-    "adjust_lr": ("torch.optim._muon:_adjust_lr",),
-    "all_gather_into_tensor": ("torch.distributed:all_gather_single", "torch.distributed:all_gather_into_tensor"),
-    "foreach_add_": ("torch:_foreach_add_",),
-    "foreach_copy_": ("torch:_foreach_copy_",),
-    "foreach_mul_": ("torch:_foreach_mul_",),
-    "foreach_norm": ("torch:_foreach_norm",),
-    "fused_adamw_": ("torch:_fused_adamw_",),
-    "fused_kernel_devices": ("torch.utils._foreach_utils:_get_fused_kernels_supported_devices",),
-    "is_view": ("torch:Tensor._is_view",),
-    "reduce_scatter_tensor": ("torch.distributed:reduce_scatter_single", "torch.distributed:reduce_scatter_tensor"),
-    "zeropower_via_newtonschulz": ("torch.optim._muon:_zeropower_via_newtonschulz",),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for path in _TORCH.get(name, ()):
-        try:
-            return resolve_name(path)
-        except AttributeError:
-            continue
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-# Private interfaces
+# Private interfaces of transformers, peft and accelerate
 
 
 def buffer_dict() -> BufferDict:
@@ -240,3 +212,30 @@ def exclude_from_ddp(model: nn.Module, names: Iterable[str]) -> None:
 def offload_hook(module: nn.Module) -> Any:
     """The hook by which accelerate brings offloaded weights back for a forward pass; None without one."""
     return getattr(module, "_hf_hook", None)
+
+
+# Private interfaces of torch, which other modules import from here by these names; each as `module:name`, with
+# alternatives where versions differ.
+_TORCH = {
+    "FakeTensor": ("torch._subclasses.fake_tensor:FakeTensor",),
+    "adjust_lr": ("torch.optim._muon:_adjust_lr",),
+    "all_gather_into_tensor": ("torch.distributed:all_gather_single", "torch.distributed:all_gather_into_tensor"),
+    "foreach_add_": ("torch:_foreach_add_",),
+    "foreach_copy_": ("torch:_foreach_copy_",),
+    "foreach_mul_": ("torch:_foreach_mul_",),
+    "foreach_norm": ("torch:_foreach_norm",),
+    "fused_adamw_": ("torch:_fused_adamw_",),
+    "fused_kernel_devices": ("torch.utils._foreach_utils:_get_fused_kernels_supported_devices",),
+    "is_view": ("torch:Tensor._is_view",),
+    "reduce_scatter_tensor": ("torch.distributed:reduce_scatter_single", "torch.distributed:reduce_scatter_tensor"),
+    "zeropower_via_newtonschulz": ("torch.optim._muon:_zeropower_via_newtonschulz",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for path in _TORCH.get(name, ()):
+        try:
+            return resolve_name(path)
+        except AttributeError:
+            continue
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.errors import LowRankWarning, UserError
@@ -54,7 +60,7 @@ def skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel | None:
     """
     known = [getattr(transformers, name, None) for name in config.architectures or ()]
     classes = [cls for cls in known if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
-    if not classes and type(config) not in AutoModelForCausalLM._model_mapping:
+    if not classes and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     try:
         with torch.device("meta"), warnings.catch_warnings():

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_lowrank.compat import silence_torchao
 from hf_lowrank.study.workers import Forks, carry_out, die_with, prepare
 
 
@@ -50,6 +51,7 @@ def once() -> None:
 
 
 if __name__ == "__main__":
+    silence_torchao()
     die_with(int(sys.argv[1]))
     if sys.argv[2] == "once":
         once()
