@@ -85,11 +85,11 @@ class TestEvaluationSet:
         assert whole.first(2).fingerprint != whole.fingerprint
 
     def test_shapes_must_agree(self):
-        with pytest.raises(UserError, match="one shape"):
+        with pytest.raises(UserError, match="have the same shape"):
             EvaluationSet(torch.zeros(2, 3), torch.zeros(3, 2))
 
     def test_missing_damaged_and_changed_files(self, tmp_path):
-        with pytest.raises(UserError, match="no evaluation set"):
+        with pytest.raises(UserError, match="no such evaluation set"):
             EvaluationSet.load(tmp_path)
         ids = torch.arange(12).reshape(3, 4)
         path = EvaluationSet(ids, torch.ones_like(ids)).save(tmp_path)

@@ -69,16 +69,16 @@ class WeightlessLinear(nn.Module):
 
 def onloaded(layer: nn.Module) -> AbstractContextManager[Any]:
     """Loads offloaded factors while `layer` computes; accelerate itself does so only for modules that are called."""
-    hooks = [(module, hook) for module in layer.children() if (hook := offload_hook(module)) is not None]
-    return _onloaded(hooks) if hooks else nullcontext()
+    offloaded = [module for module in layer.children() if offload_hook(module) is not None]
+    return _onloaded(offloaded) if offloaded else nullcontext()
 
 
 @contextmanager
-def _onloaded(hooks: list[tuple[nn.Module, Any]]) -> Iterator[None]:
-    for module, hook in hooks:
-        hook.pre_forward(module)
+def _onloaded(modules: list[nn.Module]) -> Iterator[None]:
+    for module in modules:
+        offload_hook(module).pre_forward(module)
     try:
         yield
     finally:
-        for module, hook in hooks:
-            hook.post_forward(module, None)
+        for module in modules:
+            offload_hook(module).post_forward(module, None)
