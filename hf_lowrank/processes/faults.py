@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, one_line
 
 # An error of these types fails the metric or task at hand; the command continues with the next one.
 RECOVERABLE_ERRORS = (
@@ -31,5 +31,5 @@ class LostProcessError(Exception):
 
 def error_line(error: BaseException) -> str:
     """The error as one line, with its type unless that is a ValueError."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = one_line(error, 500)
     return (message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}")[:500]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.geometry import ProcessGroup
 from hf_lowrank.geometry.spectra import map_threads
 from hf_lowrank.processes.faults import CollectiveError, LostProcessError, error_line
@@ -137,9 +137,9 @@ class Joint(Placement):
         try:
             return exchange()
         except RuntimeError as error:
-            if on_timeout is not None and "timed out" in _short(error).lower():
+            if on_timeout is not None and "timed out" in one_line(error).lower():
                 raise LostProcessError(on_timeout) from None
-            raise LostProcessError(f"another process is gone ({_short(error)})") from None
+            raise LostProcessError(f"another process is gone ({one_line(error, 200)})") from None
 
 
 class Replicated(Joint):
@@ -203,10 +203,6 @@ class RowSharded(Joint):
 
     def free_memory(self) -> None:
         gc.collect()  # FSDP2's hooks form reference cycles with the modules
-
-
-def _short(error: RuntimeError) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _common_reason(reasons: Sequence[str | None]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.runs.checkpoints import check_files
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import TOKENIZER
@@ -38,14 +38,14 @@ def evaluation_set_from_text(path: Path, trajectory: Trajectory, length: int = S
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as UTF-8 text: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not readable as UTF-8 text: {one_line(error)}") from None
     folder = trajectory.extra(TOKENIZER)
     if folder is not None:
         check_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder or trajectory.tokenizer_source)
     except (OSError, ValueError) as error:
-        raise UserError(f"{trajectory.path}: has no tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{trajectory.path}: has no tokenizer: {one_line(error, 200)}") from None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     count = len(ids) // length
     if count == 0:
