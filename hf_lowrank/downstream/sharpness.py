@@ -74,21 +74,18 @@ def direction_requests(direction: str, preset: str = "fast") -> list[DirectionRe
     """
     settings = resolve_settings(preset)
     chosen: Mapping[str, Any] = getattr(settings, direction).model_dump()
-    draws = chosen["draws"] if direction == "random" else 1
+    grid = {"relative": False, "seed": 0, **chosen}
+    task = "lowrank_random_sharpness" if direction == "random" else "lowrank_pca1_sharpness"
     return [
         DirectionRequest(
-            task="lowrank_random_sharpness" if direction == "random" else "lowrank_pca1_sharpness",
+            task=task,
             direction=direction,
             draw=draw,
-            radius=chosen["radius"],
-            relative=chosen.get("relative", False),
-            steps=chosen["steps"],
-            normalize=chosen["normalize"],
-            seed=chosen.get("seed", 0),
+            **{name: grid[name] for name in ("radius", "relative", "steps", "normalize", "seed")},
             sequences=settings.sequences,
             batch_tokens=settings.batch_tokens,
         )
-        for draw in range(draws)
+        for draw in range(chosen["draws"] if direction == "random" else 1)
     ]
 
 

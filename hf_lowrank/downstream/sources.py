@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.checkpoints import check_files
-from hf_lowrank.runs.layout import CONFIG, RECIPE, STEP_FOLDER, TOKENIZER, TOKENIZER_FILES
+from hf_lowrank.runs.layout import CONFIG, RECIPE, TOKENIZER, TOKENIZER_FILES
 from hf_lowrank.runs.trajectory import Trajectory
 
 AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+|last)")
@@ -25,13 +25,11 @@ class Checkpoint:
         path: a folder with the weights, or a repository on the Hub.
         revision: of a repository; None for a folder.
         run: the run directory of the folder; None if it is not in one.
-        step: the optimizer step; None if unknown.
     """
 
     path: str
     revision: str | None = None
     run: Path | None = None
-    step: int | None = None
 
 
 def find_checkpoint(pretrained: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
@@ -47,14 +45,13 @@ def find_checkpoint(pretrained: str | os.PathLike[str], revision: str | None = N
     if match and Path(match["run"]).is_dir():
         trajectory = Trajectory(match["run"])
         step = trajectory.steps[-1] if match["step"] == "last" else int(match["step"])
-        return Checkpoint(trajectory.where(step), None, Path(match["run"]), step)
+        return Checkpoint(trajectory.where(step), None, Path(match["run"]))
     if local.is_dir():
         if (local / CONFIG).is_file():
-            step_of = STEP_FOLDER.fullmatch(local.resolve().name)
-            run = local.resolve().parent if (local.resolve().parent / RECIPE).is_file() else None
-            return Checkpoint(text, None, run, int(step_of[1]) if step_of else None)
+            folder = local.resolve().parent
+            return Checkpoint(text, None, folder if (folder / RECIPE).is_file() else None)
         trajectory = Trajectory(text)
-        return Checkpoint(trajectory.where(trajectory.steps[-1]), None, local, trajectory.steps[-1])
+        return Checkpoint(trajectory.where(trajectory.steps[-1]), None, local)
     if os.sep in text and (text.startswith((".", "/", "~")) or text.count("/") > 1):
         raise UserError(f"{text}: no such folder; give RUN/checkpoint-N, RUN@N, an exported folder or user/repo")
     repository, _, named = text.partition("@")

@@ -12,9 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from hf_lowrank.downstream.items.encoding import Encoder
 from hf_lowrank.downstream.items.held_out import Source
+from hf_lowrank.downstream.items.pairing import Item
 
 SHORTEST, LONGEST = 4, 60
+LINES_BEFORE = 6
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,26 @@ class Chunk:
     def parsed_with(self, line: int, text: str) -> ast.Module | None:
         """The syntax tree with one line replaced; None if it does not parse."""
         return parsed(textwrap.dedent("\n".join([*self.lines[:line], text, *self.lines[line + 1 :]])) + "\n")
+
+    def context_before(self, line: int, longest: str, encoder: Encoder, most: int = LINES_BEFORE) -> str | None:
+        """As many lines before `line` as fit together with `longest`, at most `most`; None if none fits."""
+        length = len(encoder.tokens("\n" + longest)) + 2
+        best = None
+        for start in range(line - 1, max(-1, line - 1 - most), -1):
+            context = "\n".join(self.lines[start:line])
+            if len(encoder.tokens(context)) + length > encoder.room:
+                break
+            # lm-eval moves white space at the end of a context into the continuation.
+            if context == context.rstrip() and context:
+                best = context
+        return best
+
+    def item(self, line: int, kind: str, context: str, real: str, other: str) -> Item:
+        """An item whose choices are not yet ordered."""
+        number = self.first_line + line
+        return {
+            "kind": kind, "source": self.source, "line": number, "context": context, "real": real, "other": other
+        }  # fmt: skip
 
 
 def parsed(text: str) -> ast.Module | None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hf_lowrank.downstream.items.chunks import Chunk, Word, chunks_of
-from hf_lowrank.downstream.items.context import context_before, item_of
 from hf_lowrank.downstream.items.draws import Draws
 from hf_lowrank.downstream.items.encoding import Encoder
 from hf_lowrank.downstream.items.held_out import Source
@@ -57,7 +56,7 @@ def make_copy(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: 
         head = line[: use.word.start - len(space)]
         if not head.strip() or head != head.rstrip():
             continue
-        lines_before = context_before(use.chunk, use.word.line, line[: use.word.end], encoder, LINES_OF_COPY)
+        lines_before = use.chunk.context_before(use.word.line, line[: use.word.end], encoder, LINES_OF_COPY)
         if lines_before is None or not _follows_again(lines_before + "\n" + head, space + use.word.text):
             continue
         if not _is_copied(lines_before + "\n" + head, use.word.text, other):
@@ -66,7 +65,7 @@ def make_copy(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: 
         swap = encoder.swap(context, real, wrong)
         if swap:
             before = encoder.token_before(context, real, wrong)
-            pairs.add(swap, before, item_of(use.chunk, use.word.line, "copy", context, real, wrong))
+            pairs.add(swap, before, use.chunk.item(use.word.line, "copy", context, real, wrong))
     return two_choices(pairs.pairs)
 
 
@@ -77,13 +76,13 @@ def reused_names(chunks: Sequence[Chunk], encoder: Encoder, draws: Draws, wanted
         if pairs.full:
             break
         bad, line = use.written(other), use.chunk.lines[use.word.line]
-        context = context_before(use.chunk, use.word.line, line, encoder)
+        context = use.chunk.context_before(use.word.line, line, encoder)
         if context is None or not _is_copied(context, use.word.text, other) or _has(line, other):
             continue
         swap = encoder.swap(context, "\n" + line, "\n" + bad)
         if swap:
             before = encoder.token_before(context, "\n" + line, "\n" + bad)
-            pairs.add(swap, before, item_of(use.chunk, use.word.line, "name", context, "\n" + line, "\n" + bad))
+            pairs.add(swap, before, use.chunk.item(use.word.line, "name", context, "\n" + line, "\n" + bad))
     return pairs
 
 

@@ -7,7 +7,6 @@ import tokenize
 from collections.abc import Iterator, Sequence
 
 from hf_lowrank.downstream.items.chunks import Chunk, Word, chunks_of
-from hf_lowrank.downstream.items.context import context_before, item_of
 from hf_lowrank.downstream.items.draws import Draws
 from hf_lowrank.downstream.items.encoding import Encoder
 from hf_lowrank.downstream.items.held_out import Source
@@ -53,12 +52,12 @@ def _collect(
     for line, bad in draws.shuffled(found)[:TRIES_A_CHUNK]:
         if not _is_wrong(chunk, line, bad, kind):
             continue
-        context = context_before(chunk, line, bad, encoder)
+        context = chunk.context_before(line, bad, encoder)
         real, other = "\n" + chunk.lines[line], "\n" + bad
         swap = encoder.swap(context, real, other) if context else None
         if context and swap:
             before = encoder.token_before(context, real, other)
-            pairs.add(swap, before, item_of(chunk, line, kind, context, real, other))
+            pairs.add(swap, before, chunk.item(line, kind, context, real, other))
 
 
 def _is_wrong(chunk: Chunk, line: int, bad: str, kind: str) -> bool:
