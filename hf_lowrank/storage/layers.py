@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import yaml
 
@@ -104,25 +102,38 @@ def validated(
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise _as_user_error(error, model, layers, section, also_allowed) from None
+        raise _as_user_error(error, model, layers, section, data, also_allowed) from None
 
 
 def _as_user_error(
-    error: ValidationError, model: type[BaseModel], layers: Layers, section: str, also_allowed: Iterable[str]
+    error: ValidationError,
+    model: type[BaseModel],
+    layers: Layers,
+    section: str,
+    data: Any,
+    also_allowed: Iterable[str],
 ) -> UserError:
+    """The first of pydantic's errors, in terms of the keys that the user wrote."""
     first = error.errors(include_url=False)[0]
-    path, block = _written_path(model, first["loc"])
-    key = ".".join([*([section] if section else []), *path])
-    where = layers.origin(key) if key else str(layers.path)
+    path, block = [], model
+    # pydantic's location goes on with union branches and list indices.
+    for part in first["loc"]:
+        if not isinstance(data, dict) or part not in data:
+            break
+        path.append(str(part))
+        if first["type"] != "extra_forbidden" or len(path) < len(first["loc"]):
+            block = _block(_types(block).get(path[-1])) or block
+        data = data[part]
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        allowed = {*_field_types(block), *also_allowed}
-        return UserError(f"{where}: unknown key {key!r}; {nearest(path[-1], allowed)}")
     if first["type"] == "missing":
-        return UserError(f"{layers.path}: {key} is missing")
-    if not path:
-        # An error about several keys starts with the one to change.
+        path.append(str(first["loc"][-1]))
+        return UserError(f"{layers.path}: {'.'.join([section, *path]).strip('.')} is missing")
+    if not path:  # an error about several keys starts with the one to change
         return UserError(f"{layers.origin(message.split()[0])}: {message}")
+    key = ".".join([section, *path]).strip(".")
+    where = layers.origin(key)
+    if first["type"] == "extra_forbidden":
+        return UserError(f"{where}: unknown key {key!r}; {nearest(path[-1], {*_types(block), *also_allowed})}")
     if first["type"] != "value_error":
         message = message[:1].lower() + message[1:]
     if "got " not in message and not isinstance(first["input"], dict):
@@ -130,39 +141,16 @@ def _as_user_error(
     return UserError(f"{where}: {key}{' ' if message.startswith('must') else ': '}{message}")
 
 
-def _written_path(model: type[BaseModel], location: Iterable[int | str]) -> tuple[list[str], type[BaseModel]]:
-    """The keys of pydantic's error location that the user wrote (no union branches, no indices), and their block."""
-    path: list[str] = []
-    block, current = model, typing.cast(Any, model)
-    for part in location:
-        if typing.get_origin(current) is dict:
-            current = typing.get_args(current)[1]
-        elif current is not None:
-            block = current
-            current = _nested(_field_types(block).get(str(part)))
-        else:
-            break
-        path.append(str(part))
-    return path, block
-
-
-def _field_types(block: type[BaseModel]) -> dict[str, Any]:
+def _types(block: type[BaseModel]) -> dict[str, Any]:
     """The annotation of each key of a block, by the name that is written."""
     return {known.alias or name: known.annotation for name, known in block.model_fields.items()}
 
 
-def _nested(annotation: Any) -> Any:
-    """The block, or mapping of blocks, that a field holds; None for other fields."""
-    options = (
-        typing.get_args(annotation)
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
-        else [annotation]
-    )
-    for option in options:
-        inner = typing.get_args(option)[1] if typing.get_origin(option) is dict else option
-        if hasattr(inner, "model_fields"):
-            return option
-    return None
+def _block(annotation: Any) -> type[BaseModel] | None:
+    """The block that a field holds, alone or as a value of a mapping."""
+    if hasattr(annotation, "model_fields"):
+        return cast("type[BaseModel]", annotation)
+    return next((block for inner in get_args(annotation) if (block := _block(inner)) is not None), None)
 
 
 def _chain(path: Path, what: str) -> list[tuple[Path, dict[str, Any]]]:

@@ -20,16 +20,9 @@ logger = logging.getLogger(__name__)
 class StopOnNonFinite(TrainerCallback):
     """Stops a run whose logged training or evaluation loss is NaN or Inf."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         for name in ("loss", "eval_loss"):
-            value = (logs or {}).get(name, 0.0)
+            value = kw["logs"].get(name, 0.0)
             if not math.isfinite(value):
                 raise _diverged(args, state, f"{name} is {value}")
 
@@ -89,15 +82,9 @@ class Progress(TrainerCallback):
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        logs = kw["logs"]
+        if not state.is_world_process_zero:
             return
         shown = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate") if key in logs}
         if shown:

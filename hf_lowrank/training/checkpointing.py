@@ -70,15 +70,7 @@ class Checkpointing(TrainerCallback):
         if self.trainer is not None and self._resumed is not None and is_interim(self._resumed):
             _restore_interim(self.trainer, self._resumed)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **_: Any,
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_save = True
             control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
@@ -90,19 +82,9 @@ class Checkpointing(TrainerCallback):
             self._interim = not control.should_save
             control.should_save = True
         if control.should_save:
-            check_finite(model, optimizer, args, state)
-        return control
+            check_finite(kw["model"], kw["optimizer"], args, state)
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        processing_class: Any = None,
-        **_: Any,
-    ) -> TrainerControl:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         run = Path(str(args.output_dir))
         checkpoint = checkpoint_folder(run, state.global_step)
         if self.stopped is not None:
@@ -110,14 +92,13 @@ class Checkpointing(TrainerCallback):
             control.should_training_stop = True
         if self._interim and self.trainer is not None:
             _mark_interim(self.trainer, checkpoint)
-        save_full_weights(model, checkpoint, processing_class, is_writer=state.is_world_process_zero)
+        save_full_weights(kw["model"], checkpoint, kw["processing_class"], is_writer=state.is_world_process_zero)
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # every process has written its part
         if state.is_world_process_zero:
-            self._write_facts(state.global_step, optimizer)
+            self._write_facts(state.global_step, kw["optimizer"])
             write_checksums(checkpoint)  # completes the checkpoint
             remove_interim(run, before=state.global_step)
-        return control
 
     def release(self) -> None:
         """Restores the previous SIGTERM handler."""

@@ -1,4 +1,4 @@
-"""From the recipe's `data:` block to what a run trains and is measured on."""
+"""From the recipe's `data:` block to training and held-out sequences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.training.cache import cached_folder
+from hf_lowrank.storage.cache import cached_folder
 from hf_lowrank.training.hub_source import hub_documents, hub_stream
 from hf_lowrank.training.recipe import DataSettings
 from hf_lowrank.training.sequences import SequenceStore, ShuffledSequences, batched_rows, unigram_loss
@@ -35,21 +35,23 @@ from hf_lowrank.training.tokenization import (
 
 logger = logging.getLogger(__name__)
 
-# Sequences of a stream's train part from which the unigram model is fitted: enough for three digits of its loss.
+# Training sequences of a stream that the unigram model is fitted to: enough for three digits of its loss.
 STREAM_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run trains and is measured on.
+    """What a run is trained and evaluated on.
 
     Attributes:
-        tokenizer: to be saved with the run.
+        data: the recipe's data block.
+        tokenizer: saved with the run.
         evaluation: the fixed held-out sequences; they depend on the data block alone, not on the seed.
         fingerprint: of the text, the tokenizer and the shape, hex.
-        unigram_loss: of the add-one smoothed unigram model of the train tokens on `evaluation`, nats per token.
-        largest_id: the largest token id known to be there; the model's vocabulary must be above it.
-        train: the training sequences, None for a stream.
+        unigram_loss: of the add-one smoothed unigram model of the training tokens on `evaluation`, nats per token.
+        largest_id: the largest token id that is known to occur; the model's vocabulary must be larger.
+        train: the training sequences; None for a stream.
+        stream_skip: documents at the head of a stream that are held out.
     """
 
     data: DataSettings
@@ -62,21 +64,21 @@ class Corpus:
     stream_skip: int = 0
 
     def training_set(self, total: int, seed: int) -> Dataset:
-        """`total` training sequences in the order that `seed` gives."""
+        """`total` training sequences, in the order of `seed`."""
         if self.train is not None:
             return ShuffledSequences(self.train, total, seed)
         return StreamedSequences(self.data, self.tokenizer, seed=seed, skip=self.stream_skip)
 
 
 def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
-    """Reads, splits and tokenises the corpus, or takes all that from the cache.
+    """Reads, splits and tokenizes the corpus, or takes the result from the cache.
 
     Args:
         data: the recipe's data block.
-        tokenizer: of a run that continues; else the recipe's, else one is trained.
+        tokenizer: that of a run that resumes; default: the recipe's, else one is trained.
 
     Raises:
-        UserError: the text cannot be read, is empty, or is too little; the message names file or key.
+        UserError: the text cannot be read, is empty, or is too short; the message names file or key.
     """
     if tokenizer is None and data.tokenizer is not None:
         tokenizer = load_tokenizer(data.tokenizer)
@@ -87,29 +89,21 @@ def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None
     documents = _documents(data)
     if tokenizer is None:
         tokenizer = _trained_tokenizer(documents, data)
-    key = " ".join(
-        [
-            documents.fingerprint,
-            tokenizer_fingerprint(tokenizer),
-            data.shape,
-            str(data.sequence_length),
-            tokenizers.__version__,
-            transformers.__version__,
-        ]
-    )
-    chosen = tokenizer
+    chosen, versions = tokenizer, f"{tokenizers.__version__} {transformers.__version__}"
+    shape = f"{data.shape} {data.sequence_length}"
+    key = f"{documents.fingerprint} {tokenizer_fingerprint(tokenizer)} {shape} {versions}"
 
     def make(folder: Path) -> None:
         vocabulary = len(chosen)
         for name, texts in (("held_out", documents.held_out()), ("train", documents.train())):
-            titled = progress(texts, f"tokenising ({name.replace('_', ' ')})")
+            titled = progress(texts, f"tokenizing ({name.replace('_', ' ')})")
             SequenceStore.write(folder, name, _rows(titled, data, chosen), data.sequence_length, vocabulary)
 
     folder = cached_folder("sequences", key, make)
     train, held_out = SequenceStore.open(folder, "train"), SequenceStore.open(folder, "held_out")
     if not len(train):
         raise UserError(
-            f"{documents.title}: the train part is empty: less than one sequence of data.sequence_length "
+            f"{documents.title}: the training split is empty: it is shorter than one sequence of data.sequence_length "
             f"{data.sequence_length}"
         )
     if len(held_out) < data.evaluation_sequences:
@@ -117,9 +111,20 @@ def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None
             f"data.evaluation_sequences must be at most {len(held_out)}, the held-out sequences of {documents.title}, "
             f"got {data.evaluation_sequences}; hold out more or shorten data.sequence_length"
         )
-    evaluation = held_out.spread(data.evaluation_sequences)
-    counts = train.counts(len(tokenizer))
-    logger.info("corpus: %d train sequences of %d tokens", len(train), data.sequence_length)
+    logger.info("corpus: %d training sequences of %d tokens", len(train), data.sequence_length)
+    return _assembled(data, tokenizer, held_out.spread(data.evaluation_sequences), train, key, train=train)
+
+
+def _assembled(
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: EvaluationSet,
+    sample: SequenceStore,
+    key: str,
+    **rest: Any,
+) -> Corpus:
+    """The corpus whose token frequencies are those of `sample`."""
+    counts = sample.counts(len(tokenizer))
     return Corpus(
         data=data,
         tokenizer=tokenizer,
@@ -127,15 +132,15 @@ def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None
         fingerprint=hashlib.sha256(key.encode()).hexdigest(),
         unigram_loss=unigram_loss(counts, evaluation),
         largest_id=int(max(np.flatnonzero(counts)[-1], evaluation.input_ids.max())),
-        train=train,
+        **rest,
     )
 
 
 def corpus_tokenizer(data: DataSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer that a training on `data` uses; it is trained where the cache does not have it.
+    """The tokenizer for training on `data`; trained if the recipe names none and the cache has none.
 
     Raises:
-        UserError: it cannot be had; the message names file or key.
+        UserError: it is not available; the message names file or key.
     """
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
@@ -185,30 +190,20 @@ def _streamed(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
             f"data.evaluation_sequences must be at most {len(held_out)}, the sequences of split {held_out_split!r} of "
             f"data.dataset {data.dataset!r}, got {data.evaluation_sequences}"
         )
-    # The documents that were read for the head of the stream are not trained on.
+    # The documents at the head of the stream, which are held out, are not trained on.
     skip = read if data.held_out_split is None else 0
     evaluation = held_out.spread(data.evaluation_sequences)
     sample = batched_rows(_rows(hub_stream(data, data.split, skip=skip), data, tokenizer), STREAM_SAMPLE)
     if not len(sample):
-        raise UserError(f"data.dataset {data.dataset!r} split {data.split!r} holds no text to train on")
-    counts = sample.counts(len(tokenizer))
+        raise UserError(f"data.dataset {data.dataset!r} split {data.split!r} contains no training text")
     key = f"{data.model_dump_json()} {tokenizer_fingerprint(tokenizer)} {evaluation.fingerprint}"
-    return Corpus(
-        data=data,
-        tokenizer=tokenizer,
-        evaluation=evaluation,
-        fingerprint=hashlib.sha256(key.encode()).hexdigest(),
-        unigram_loss=unigram_loss(counts, evaluation),
-        largest_id=int(max(np.flatnonzero(counts)[-1], evaluation.input_ids.max())),
-        train=None,
-        stream_skip=skip,
-    )
+    return _assembled(data, tokenizer, evaluation, sample, key, train=None, stream_skip=skip)
 
 
 class StreamedSequences(IterableDataset):
-    """Training sequences from a stream, pass after pass without end, always from the start of the first.
+    """Training sequences from a stream, pass after pass, without end, always starting at the first.
 
-    Trainer passes over what a resumed run has seen; it counts batches from the start, so to it this is one epoch.
+    Trainer skips what a resumed run has seen. It counts batches from the start, so that to it this is one epoch.
     """
 
     def __init__(self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int, skip: int) -> None:
@@ -229,7 +224,7 @@ class StreamedSequences(IterableDataset):
             first = next(rows, None)
             if first is None:
                 raise UserError(
-                    f"data.dataset {self._data.dataset!r} split {self._data.split!r} holds no text any more"
+                    f"data.dataset {self._data.dataset!r} split {self._data.split!r} contains no text any more"
                 )
             yield first
             yield from rows

@@ -69,20 +69,16 @@ class FactsRecorder(TrainerCallback):
         self._step_began = time.perf_counter()
         self._cpu_began = time.process_time()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         due = control.should_save or control.should_log
         if due and torch.accelerator.is_available():
             torch.accelerator.synchronize()
         self._training += time.perf_counter() - self._step_began
         self._cpu += time.process_time() - self._cpu_began
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if state.is_world_process_zero:
-            self.write(state.global_step, kwargs.get("optimizer"))
+            self.write(state.global_step, kw.get("optimizer"))
 
     def write(self, step: int, optimizer: Any) -> None:
         """Writes the costs up to `step` to `facts.json`."""

@@ -1,10 +1,10 @@
-"""Documents of a dataset on the Hub (or of a local folder that `datasets` understands), whole or as a stream."""
+"""Documents of a dataset on the Hub (or of a local folder that `datasets` can read), downloaded or streamed."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from hf_lowrank.errors import UserError
@@ -14,40 +14,40 @@ from hf_lowrank.training.tokenization import quiet_hub
 if TYPE_CHECKING:
     from hf_lowrank.training.recipe import DataSettings
 
+UNREACHABLE = {
+    "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "TimeoutError", "TransportError",
+}  # fmt: skip
+
 
 def hub_documents(data: DataSettings) -> Documents:
-    """The documents of a dataset that is downloaded whole.
+    """The documents of a downloaded dataset.
 
     Raises:
-        UserError: the dataset, subset, split or column is not there, or the Hub cannot be reached.
+        UserError: the dataset, subset, split or column does not exist, or the Hub cannot be reached.
     """
     train = _load(data, data.split)
-    if data.held_out_split is None:
-        keep_train: Callable[[str], bool] = lambda text: not is_held_out(text, data.held_out_share)  # noqa: E731
-        keep_held_out: Callable[[str], bool] = lambda text: is_held_out(text, data.held_out_share)  # noqa: E731
-        held_out = train
-        fingerprint = f"{train._fingerprint} {data.held_out_share} {data.text_column}"
-    else:
-        keep_train = keep_held_out = bool
-        held_out = _load(data, data.held_out_split)
-        fingerprint = f"{train._fingerprint} {held_out._fingerprint} {data.text_column}"
+    held_out = train if data.held_out_split is None else _load(data, data.held_out_split)
+    split_by = data.held_out_share if data.held_out_split is None else held_out._fingerprint
+    fingerprint = f"{train._fingerprint} {split_by} {data.text_column}"
 
-    def documents(rows: Any, keep: Callable[[str], bool]) -> Iterator[str]:
-        return (text for text in _texts(rows, data) if text.strip() and keep(text))
+    def documents(rows: Any, held: bool) -> Iterator[str]:
+        for text in _texts(rows, data):
+            if text.strip() and (data.held_out_split is not None or is_held_out(text, data.held_out_share) == held):
+                yield text
 
     return Documents(
-        train=lambda: documents(train, keep_train),
-        held_out=lambda: documents(held_out, keep_held_out),
+        train=lambda: documents(train, False),
+        held_out=lambda: documents(held_out, True),
         fingerprint=hashlib.sha256(fingerprint.encode()).hexdigest(),
         title=f"data.dataset {data.dataset!r}",
     )
 
 
 def hub_stream(data: DataSettings, split: str, *, seed: int | None = None, skip: int = 0) -> Iterator[str]:
-    """The non-empty documents of a streamed split after the first `skip`; shuffled by `seed` in the recipe's buffer.
+    """The non-empty documents of a streamed split after the first `skip`, shuffled by `seed` in the recipe's buffer.
 
     Raises:
-        UserError: as `hub_documents`; also when the connection fails on the way.
+        UserError: as in `hub_documents`, or the connection fails.
     """
     rows = _load(data, split)
     if skip:
@@ -82,38 +82,31 @@ def _texts(rows: Any, data: DataSettings) -> Iterator[str]:
         except Exception as error:
             raise _explained(error, data, data.split) from None
         if data.text_column not in row:
-            there = ", ".join(row)
             raise UserError(
-                f"data.text_column {data.text_column!r} is not in data.dataset {data.dataset!r}; there are: {there}"
+                f"data.text_column {data.text_column!r} is not in data.dataset {data.dataset!r}; its columns: "
+                f"{', '.join(row)}"
             )
         yield text_of(row[data.text_column], f"data.dataset {data.dataset!r}", data.text_column)
 
 
 def _explained(error: Exception, data: DataSettings, split: str) -> UserError:
-    """What went wrong in `datasets` or below it, said by the recipe's keys."""
+    """An error of `datasets` or of a library below it, in terms of the recipe's keys."""
     from datasets.exceptions import DatasetNotFoundError
 
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
-    # `datasets` wraps the connection's failure, sometimes in the error for a dataset that does not exist.
+    # `datasets` wraps connection errors, sometimes in the error for a dataset that does not exist.
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     names = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    unreachable = {
-        "ConnectionError",
-        "OfflineModeIsEnabled",
-        "TransportError",
-        "LocalEntryNotFoundError",
-        "TimeoutError",
-    }
     dataset = f"data.dataset {data.dataset!r}"
-    if names & unreachable:
+    if names & UNREACHABLE:
         return UserError(f"{dataset} must be reachable, got {type(error).__name__}: {reason}")
     if isinstance(error, DatasetNotFoundError | FileNotFoundError):
-        return UserError(f"{dataset} must be a dataset on the Hub that you may read, or a local folder: {reason}")
+        return UserError(f"{dataset} must be a dataset on the Hub that you can access, or a local folder: {reason}")
     if "BuilderConfig" in reason or "Config name is missing" in reason:
         return UserError(f"data.subset {data.subset!r} is not among those of {dataset}: {' '.join(lines)}")
     if "split" in reason.lower():

@@ -17,12 +17,12 @@ SIZES = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_val
 
 
 def checked(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
-    """`section` itself when its architecture and fields exist and fit, else a `UserError`."""
+    """`section`, if its architecture and fields exist and are consistent; else a `UserError`."""
     architecture = section.get("architecture")
     if not isinstance(architecture, str) or architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         hint = nearest(str(architecture), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         if hint.startswith("allowed"):
-            hint = "allowed: any causal language model of transformers, as llama, qwen3, gpt2"
+            hint = "allowed: any causal language model of transformers, e.g. llama, qwen3, gpt2"
         where = layers.origin("model.architecture")
         raise UserError(
             f"{where}: model.architecture must be a model_type of transformers, got {architecture!r}; {hint}"
@@ -39,8 +39,8 @@ def checked(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
             raise UserError(f"{where}: model.{key} must be at least 1, got {section[key]!r}")
     try:
         blocks = getattr(build(section), "num_hidden_layers", 1)
-    except Exception as error:  # transformers raises whatever sizes that make no sense lead it to
-        # The last line of a strict dataclass's complaint carries what was expected and what was given.
+    except Exception as error:  # transformers raises any type of error for inconsistent sizes
+        # The last line of a strict dataclass's error says what was expected and what was given.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         field = next((key for key in section if f"'{key}'" in str(error)), None)
         if field is None:
@@ -52,7 +52,7 @@ def checked(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
 
 
 def build(section: dict[str, Any], **defaults: Any) -> PreTrainedConfig:
-    """The configuration that `section` describes, over `defaults`; the cache of keys and values is off."""
+    """The configuration that `section` describes, over `defaults`; without a key-value cache."""
     fields = {key: value for key, value in section.items() if key != "architecture"}
     return AutoConfig.for_model(section["architecture"], **{"use_cache": False, **defaults, **fields})
 

@@ -81,7 +81,7 @@ class Recipe:
     """A validated recipe.
 
     Attributes:
-        name: names the run; the recipe's `name:`, else its folder and file, as `nano-galore`.
+        name: names the run; the recipe's `name:`, else its folder and file, e.g. `nano-galore`.
         seed: seeds the initial weights, the data order, and everything random in the method.
         method: an entry of `METHODS`.
         settings: the method's settings.

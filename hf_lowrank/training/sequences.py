@@ -1,4 +1,4 @@
-"""Token sequences on disk (numpy, memory-mapped, no pickle), in the order that a seed gives, and as batches."""
+"""Token sequences on disk (numpy, memory-mapped, no pickle), in the order of a seed, and as batches."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class SequenceStore:
-    """Sequences of one length.
+    """Sequences of equal length.
 
     Attributes:
-        ids: (N, T) token ids, unsigned; filled up behind each row's tokens.
-        lengths: (N,) tokens of each row.
+        ids: (N, T) token ids, unsigned, padded at the end of each row.
+        lengths: (N,) tokens per row.
     """
 
     ids: np.ndarray
@@ -37,11 +37,11 @@ class SequenceStore:
     def write(
         cls, folder: Path, name: str, rows: Iterable[tuple[np.ndarray, int]], length: int, vocabulary: int
     ) -> None:
-        """Writes rows of `length` ids below `vocabulary` as they come; their number need not be known before."""
+        """Writes rows of `length` ids below `vocabulary` as they arrive, without knowing their number in advance."""
         dtype = np.dtype("<u2") if vocabulary <= 2**16 else np.dtype("<u4")
         lengths: list[int] = []
         with open(folder / f"{name}.npy", "wb") as file:
-            # numpy leaves room in the header for the first axis to grow.
+            # numpy reserves space in the header for the first axis to grow.
             _write_header(file, (0, length), dtype)
             body = file.tell()
             pending: list[np.ndarray] = []
@@ -56,32 +56,32 @@ class SequenceStore:
             file.seek(0)
             _write_header(file, (len(lengths), length), dtype)
             if file.tell() != body:
-                raise RuntimeError("numpy's header did not keep its length")
+                raise RuntimeError("the length of numpy's header has changed")
         np.save(folder / f"{name}_lengths.npy", np.asarray(lengths, dtype="<u4"), allow_pickle=False)
 
     @classmethod
     def open(cls, folder: Path, name: str) -> SequenceStore:
-        """What `write` wrote, memory-mapped."""
+        """Opens what `write` wrote, memory-mapped."""
         lengths = np.load(folder / f"{name}_lengths.npy", allow_pickle=False)
         # An empty file cannot be mapped.
         mode: Literal["r"] | None = "r" if len(lengths) else None
         return cls(np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False), lengths)
 
     def spread(self, count: int) -> EvaluationSet:
-        """`count` sequences at equal distances from first to last, as an evaluation set."""
+        """`count` evenly spaced sequences, as an evaluation set."""
         chosen = (np.arange(count) * len(self)) // count
         ids = torch.from_numpy(self.ids[chosen].astype(np.int64))
-        places = torch.arange(ids.shape[1])
-        mask = (places[None, :] < torch.from_numpy(self.lengths[chosen].astype(np.int64))[:, None]).long()
+        positions = torch.arange(ids.shape[1])
+        mask = (positions[None, :] < torch.from_numpy(self.lengths[chosen].astype(np.int64))[:, None]).long()
         return EvaluationSet(ids, mask)
 
     def counts(self, vocabulary: int) -> np.ndarray:
-        """(vocabulary,) how often each id is there, fillings not counted."""
+        """(vocabulary,) how often each id occurs, without padding."""
         total = np.zeros(vocabulary, dtype=np.int64)
-        places = np.arange(self.ids.shape[1])
+        positions = np.arange(self.ids.shape[1])
         for start in range(0, len(self), ROWS_AT_ONCE):
             rows = self.ids[start : start + ROWS_AT_ONCE]
-            inside = places[None, :] < self.lengths[start : start + ROWS_AT_ONCE, None]
+            inside = positions[None, :] < self.lengths[start : start + ROWS_AT_ONCE, None]
             total += np.bincount(rows[inside], minlength=vocabulary)
         return total
 
@@ -92,10 +92,10 @@ def _write_header(file: Any, shape: tuple[int, int], dtype: np.dtype) -> None:
 
 
 class ShuffledSequences(Dataset):
-    """Sequence number i of a whole training: epoch after epoch, each in an order that only the seed decides.
+    """All sequences of a training, epoch after epoch, each in an order that depends on the seed alone.
 
-    Read in order it needs no sampler's random state: the i-th sequence is the same whatever was drawn before,
-    by which method, and after however many interruptions.
+    It needs no random state of a sampler: the i-th sequence is the same whatever the method, and after any number of
+    interruptions.
     """
 
     def __init__(self, store: SequenceStore, total: int, seed: int) -> None:
@@ -107,8 +107,8 @@ class ShuffledSequences(Dataset):
         return self._total
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, place = divmod(index, len(self._store))
-        row = self._order(epoch)[place]
+        epoch, position = divmod(index, len(self._store))
+        row = self._order(epoch)[position]
         return {"ids": self._store.ids[row], "length": int(self._store.lengths[row])}
 
 
@@ -117,7 +117,7 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class HeldOutSequences(Dataset):
-    """An evaluation set for Trainer."""
+    """An evaluation set as a dataset for Trainer."""
 
     def __init__(self, evaluation: EvaluationSet) -> None:
         self._ids = evaluation.input_ids.numpy()
@@ -131,15 +131,15 @@ class HeldOutSequences(Dataset):
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch for a causal language model: ids, labels with -100 on fillings, and the mask where there are any."""
+    """A batch for a causal language model: ids, labels with -100 on padding, and a mask if there is padding."""
     ids = torch.from_numpy(np.stack([row["ids"] for row in rows]).astype(np.int64))
     lengths = torch.tensor([row["length"] for row in rows])
     mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
     labels = ids.masked_fill(~mask, IGNORED)
-    # Nothing predicts the first token; said so, every version of Trainer counts the predicted tokens right.
+    # Nothing predicts the first token; so labelled, every version of Trainer counts predicted tokens correctly.
     labels[:, 0] = IGNORED
     batch = {"input_ids": ids, "labels": labels}
-    # Without a mask, attention takes its plain causal path.
+    # Without a mask, attention takes its causal fast path.
     if not bool(mask.all()):
         batch["attention_mask"] = mask.long()
     return batch

@@ -1,4 +1,4 @@
-"""Where the text comes from: the standard library, local files. Each gives its documents, train and held out."""
+"""Sources of text: the standard library and local files. Each has training and held-out documents."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -24,11 +25,11 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a corpus, in an order that is the same each time they are read.
+    """The documents of a corpus, in the same order each time they are read.
 
     Attributes:
-        train: gives an iterator over the documents to train on, from the first, at each call.
-        held_out: the same for those to evaluate on.
+        train: returns a new iterator over the training documents.
+        held_out: returns a new iterator over the held-out documents.
         fingerprint: of the content of both, hex.
         title: for messages.
     """
@@ -40,7 +41,7 @@ class Documents:
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether the document `key` is held out: a fixed property of `key`, true for about `share` of all keys."""
+    """Whether the document `key` is held out: a fixed property of `key`, true of about `share` of all keys."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -48,7 +49,7 @@ def is_held_out(key: str, share: float) -> bool:
 def python_library(held_out_share: float, folder: str | os.PathLike[str] | None = None) -> Documents:
     """The `.py` files of the installed standard library (or below `folder`), split by a hash of the relative path.
 
-    Installed packages are no part of it. A file that is no UTF-8 text is skipped.
+    Installed packages are excluded, and files that are not UTF-8 text are skipped.
     """
     root = Path(folder or sysconfig.get_path("stdlib"))
     names = sorted(
@@ -64,7 +65,7 @@ def python_library(held_out_share: float, folder: str | os.PathLike[str] | None 
             readable.append(name)
             digest.update(name.encode() + b"\0" + hashlib.sha256(text.encode()).digest())
     if not readable:
-        raise UserError(f"{root}: there are no readable .py files; choose another data.source")
+        raise UserError(f"{root}: contains no readable .py files; choose another data.source")
 
     def documents(held_out: bool) -> Iterator[str]:
         for name in readable:
@@ -83,16 +84,16 @@ def _source_text(root: Path, name: str) -> str | None:
     try:
         return (root / name).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        logger.debug("%s is skipped: %s", name, error)
+        logger.debug("skipped %s: %s", name, error)
         return None
 
 
 def local_files(
     train_files: list[str], held_out_files: list[str] | None, held_out_share: float, text_column: str
 ) -> Documents:
-    """Local `.txt` (a document a file), `.jsonl` and `.parquet` (a document a row) files; names may be globs.
+    """Local `.txt` (one document per file), `.jsonl` and `.parquet` (one per row) files; names may be globs.
 
-    Without `held_out_files`, a share of the documents is held out by a hash of each document's text.
+    Without `held_out_files`, a share of the documents is held out, chosen by a hash of each document's text.
 
     Raises:
         UserError: a file is missing, unreadable, empty, of an unknown kind, or has no such text column.
@@ -100,9 +101,9 @@ def local_files(
     train = _expanded(train_files, "data.train_files")
     held_out = _expanded(held_out_files, "data.held_out_files") if held_out_files else None
     both = sorted({*train, *(held_out or ())})
-    twice = sorted(set(train) & set(held_out or ()))
-    if twice:
-        raise UserError(f"{twice[0]}: data.held_out_files must not be among data.train_files")
+    shared = sorted(set(train) & set(held_out or ()))
+    if shared:
+        raise UserError(f"{shared[0]}: data.held_out_files must not be among data.train_files")
     digest = hashlib.sha256(f"{text_column} {held_out_share} {held_out is None}".encode())
     for file in progress(both, "reading the corpus"):
         digest.update(f"{file in train}".encode() + _file_digest(file))
@@ -113,16 +114,12 @@ def local_files(
                 if keep(text):
                     yield text
 
-    if held_out is None:
-        return Documents(
-            train=lambda: documents(train, lambda text: not is_held_out(text, held_out_share)),
-            held_out=lambda: documents(train, lambda text: is_held_out(text, held_out_share)),
-            fingerprint=digest.hexdigest(),
-            title=", ".join(train_files),
-        )
+    def by_hash(held: bool) -> Iterator[str]:
+        return documents(train, lambda text: is_held_out(text, held_out_share) == held)
+
     return Documents(
-        train=lambda: documents(train, bool),
-        held_out=lambda: documents(held_out, bool),
+        train=lambda: by_hash(False) if held_out is None else documents(train, bool),
+        held_out=lambda: by_hash(True) if held_out is None else documents(held_out, bool),
         fingerprint=digest.hexdigest(),
         title=", ".join(train_files),
     )
@@ -143,7 +140,7 @@ def _expanded(names: list[str], key: str) -> list[Path]:
             if file.is_dir():
                 raise UserError(f"{match}: {key} must name files, this is a folder; add /*{file.suffix}")
             if not file.is_file():
-                raise UserError(f"{match}: {key} names a file that is not there")
+                raise UserError(f"{match}: {key} names a file that does not exist")
             files.append(file)
     return list(dict.fromkeys(files))
 
@@ -160,7 +157,7 @@ def read_documents(file: Path, text_column: str) -> Iterator[str]:
     """The non-empty documents of one local file.
 
     Raises:
-        UserError: the file cannot be read, holds no text, or has no column `text_column`.
+        UserError: the file cannot be read, contains no text, or has no column `text_column`.
     """
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     empty = True
@@ -174,7 +171,7 @@ def read_documents(file: Path, text_column: str) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     if empty:
-        raise UserError(f"{file}: the file holds no text; leave it out of data.train_files and data.held_out_files")
+        raise UserError(f"{file}: the file contains no text; remove it from data.train_files and data.held_out_files")
 
 
 def _read_txt(file: Path, text_column: str) -> Iterator[str]:
@@ -193,8 +190,8 @@ def _read_jsonl(file: Path, text_column: str) -> Iterator[str]:
             if not isinstance(row, dict):
                 raise UserError(f"{file}: line {number} must be a JSON object, got {type(row).__name__}")
             if text_column not in row:
-                there = ", ".join(map(str, row)) or "none"
-                raise UserError(f"{file}: line {number} has no data.text_column {text_column!r}; there are: {there}")
+                columns = ", ".join(map(str, row)) or "none"
+                raise UserError(f"{file}: line {number} has no data.text_column {text_column!r}; columns: {columns}")
             yield text_of(row[text_column], f"{file}: line {number}", text_column)
 
 
@@ -205,8 +202,8 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
     try:
         with parquet.ParquetFile(file) as table:
             if text_column not in table.schema_arrow.names:
-                there = ", ".join(table.schema_arrow.names) or "none"
-                raise UserError(f"{file}: there is no data.text_column {text_column!r}; there are: {there}")
+                columns = ", ".join(table.schema_arrow.names) or "none"
+                raise UserError(f"{file}: no data.text_column {text_column!r}; columns: {columns}")
             for batch in table.iter_batches(columns=[text_column]):
                 for value in batch.column(0).to_pylist():
                     yield text_of(value, str(file), text_column)
@@ -215,7 +212,7 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
 
 
 def text_of(value: object, where: str, text_column: str) -> str:
-    """`value` where it is text, "" where it is missing; a `UserError` where it is something else."""
+    """`value` if it is text, "" if it is None; a `UserError` for anything else."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -223,6 +220,6 @@ def text_of(value: object, where: str, text_column: str) -> str:
     return value
 
 
-def progress(items: Iterable, title: str, total: int | None = None) -> Iterable:
-    """`items` under a bar that appears in a terminal when they take over two seconds, and is gone afterwards."""
+def progress(items: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
+    """`items` with a bar that appears in a terminal after two seconds, and disappears at the end."""
     return tqdm(items, desc=title, total=total, delay=2, disable=None, leave=False)

@@ -1,4 +1,4 @@
-"""Tokenizers of a run: a byte-level BPE trained on the corpus, or an existing one; and documents as sequences."""
+"""A run's tokenizer (a byte-level BPE trained on the corpus, or an existing one), and documents as sequences."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hf_lowrank.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
-DOCUMENTS_A_BATCH = 64
+DOCUMENTS_PER_BATCH = 64
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `vocabulary_size` entries (fewer where the text has fewer pairs)."""
+    """A byte-level BPE tokenizer of `vocabulary_size` entries (fewer if the text has too few pairs)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -39,7 +39,7 @@ def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> PreTraine
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Keeps huggingface-hub's notes on its retries to itself; what failed in the end is raised and said once."""
+    """Hides huggingface-hub's log lines about retries; a final failure is raised anyway."""
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:
@@ -49,7 +49,7 @@ def quiet_hub() -> Iterator[None]:
 
 
 def load_tokenizer(name: str, key: str = "data.tokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hub id or a folder; a `UserError` naming `key` where it cannot be had."""
+    """The tokenizer of a Hub id or a folder; a `UserError` naming `key` if it is not available."""
     try:
         with quiet_hub():
             return AutoTokenizer.from_pretrained(name)
@@ -59,7 +59,7 @@ def load_tokenizer(name: str, key: str = "data.tokenizer") -> PreTrainedTokenize
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex; equal for tokenizers that turn text into the same ids."""
+    """Hex; equal for tokenizers that encode text to the same ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -67,7 +67,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills sequences up: the padding token's, else the end's, else 0; always masked."""
+    """The id that pads sequences: the padding token's, else the end token's, else 0; always masked."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id
@@ -77,8 +77,8 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def encoded(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, cut: int | None) -> Iterator[list[int]]:
     """The ids of each non-empty document.
 
-    With `cut`, at most that many, with the special tokens that the tokenizer sets (and the end token, where it sets
-    none and there is room); without, all of them and the end token.
+    With `cut`, at most that many, including the special tokens that the tokenizer adds (or the end token, if it adds
+    none and there is space); without, all of them and the end token.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     adds_special = tokenizer.num_special_tokens_to_add() > 0
@@ -97,12 +97,12 @@ def encoded(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, cut
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    while batch := list(itertools.islice(texts, DOCUMENTS_A_BATCH)):
+    while batch := list(itertools.islice(texts, DOCUMENTS_PER_BATCH)):
         yield batch
 
 
 def packed_rows(documents: Iterable[list[int]], length: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Documents joined and cut into rows of `length`; what is left at the end is dropped."""
+    """Documents concatenated and cut into rows of `length`; the remainder is dropped."""
     rest = np.empty(0, dtype=np.int64)
     for ids in documents:
         rest = np.concatenate([rest, np.asarray(ids, dtype=np.int64)])
@@ -113,7 +113,7 @@ def packed_rows(documents: Iterable[list[int]], length: int) -> Iterator[tuple[n
 
 
 def document_rows(documents: Iterable[list[int]], length: int, padding: int) -> Iterator[tuple[np.ndarray, int]]:
-    """A row of `length` for each document of at least two tokens, filled up with `padding`, and its tokens' number."""
+    """A row of `length` for each document of at least two tokens, padded with `padding`, and its number of tokens."""
     for ids in documents:
         if len(ids) >= 2:
             row = np.full(length, padding, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What pretrain refuses: another step, the wrong way of going on, and engines that flatten weights."""
+"""What pretrain refuses: another step size, resuming with other sharding, and engines that flatten weights."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def recipe_of(tmp_path):
     return lambda name: write_recipe(tmp_path, name, 1, "alone", steps=STEPS, saved=SAVED)
 
 
-def test_what_does_not_fit_a_run_is_said(tmp_path, recipe_of, monkeypatch):
+def test_what_does_not_fit_a_run_is_refused(tmp_path, recipe_of, monkeypatch):
     path = recipe_of("full_rank")
     run = pretrain(load_recipe(path), tmp_path / "run")
     shutil.rmtree(run / f"checkpoint-{STEPS}")

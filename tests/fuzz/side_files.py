@@ -68,14 +68,14 @@ SWEEP = [
 
 def read_sweep(folder, content):
     from hf_lowrank.study.spec import load_study
-    from hf_lowrank.study.sweep import chosen_rates
+    from hf_lowrank.study.sweep import read_winners
 
     members = {"full_rank": "recipe.yaml", "galore": "recipe.yaml"}
     study = {"name": "tiny", "baseline": "full_rank", "members": members, "sweep": {"learning_rate": [1e-3, 2e-3]}}
     (folder / "recipe.yaml").write_text("method: {name: full_rank}\n")
     (folder / "study.yaml").write_bytes(mutations.as_yaml(study))
     (folder / "sweep.json").write_bytes(content)
-    chosen_rates(load_study(folder / "study.yaml"), folder)
+    read_winners(load_study(folder / "study.yaml"), folder)
 
 
 def read_timings(folder, content):
@@ -186,8 +186,8 @@ CACHED = {"a.npy": [3, hashlib.sha256(b"abc").hexdigest()]}
 
 
 def read_cache(folder, content):
-    """A cached folder whose index is wrong is made again."""
-    from hf_lowrank.training.cache import INDEX, cached_folder
+    """A cached folder whose index is wrong is rebuilt."""
+    from hf_lowrank.storage.cache import INDEX, cached_folder
 
     def make(place):
         (place / "a.npy").write_bytes(b"abc")

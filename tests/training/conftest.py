@@ -1,4 +1,4 @@
-"""Corpora and recipes small enough for seconds."""
+"""Corpora and recipes that train in seconds."""
 
 import random
 import re
@@ -21,7 +21,7 @@ def make_text(seed, words=400):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """A cache folder of the test's own."""
+    """A cache folder for this test."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("HF_LOWRANK_CACHE", str(folder))
     return folder
@@ -73,7 +73,7 @@ def plain_recipe(texts):
 
 @pytest.fixture
 def write_recipe(tmp_path, plain_recipe):
-    """Writes the tiny recipe with changes by dotted key; None as a value takes the key out. Returns the path."""
+    """Writes the tiny recipe with changes by dotted key; None removes the key. Returns the path."""
 
     def write(file="tiny.yaml", /, **changes):
         for dotted, value in changes.items():

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: named, passed over by a resumed run, which ends with the bits of an undisturbed one."""
+"""Damaged checkpoints are named and skipped by a resumed run, which ends with the bits of an uninterrupted one."""
 
 import errno
 import json
@@ -71,19 +71,19 @@ def whole(tmp_path_factory):
 
 def damage(file, how, generator):
     content = bytearray(file.read_bytes())
-    place = generator.randrange(len(content))
+    offset = generator.randrange(len(content))
     if how == "removed":
         file.unlink()
         return
     if how == "truncated":
-        content = content[:place]
+        content = content[:offset]
     elif how == "emptied":
         content = bytearray()
     elif how == "zeroed":
-        content[place : place + 16] = bytes(len(content[place : place + 16]))
+        content[offset : offset + 16] = bytes(len(content[offset : offset + 16]))
         content[-1] ^= 1
     else:
-        content[place] ^= 1 << generator.randrange(8)
+        content[offset] ^= 1 << generator.randrange(8)
     file.write_bytes(content)
 
 
@@ -91,7 +91,7 @@ def same_weights(one, other):
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items()) and one.keys() == other.keys()
 
 
-def test_a_half_written_checkpoint_is_none_whatever_became_of_the_first(whole, tmp_path):
+def test_an_incomplete_checkpoint_does_not_count_even_without_the_first(whole, tmp_path):
     run = shutil.copytree(whole[1], tmp_path / "run")
     shutil.rmtree(run / "checkpoint-0")
     shutil.rmtree(run / "checkpoint-6")
@@ -101,7 +101,7 @@ def test_a_half_written_checkpoint_is_none_whatever_became_of_the_first(whole, t
 
 
 @pytest.mark.parametrize("how", ["flipped", "removed"])
-def test_a_run_is_not_finished_without_what_it_began_with(whole, tmp_path, how):
+def test_a_run_without_its_start_files_is_not_finished(whole, tmp_path, how):
     run = shutil.copytree(whole[1], tmp_path / "run")
     assert is_finished(run)
     damage(run / "checkpoint-0" / "model.safetensors", how, random.Random(0))
@@ -115,19 +115,19 @@ def test_a_run_is_not_finished_without_what_it_began_with(whole, tmp_path, how):
     assert len({file.read_bytes() for file in first}) == 1
 
 
-def test_a_name_that_no_file_can_have_is_missing(tmp_path):
+def test_an_impossible_file_name_is_reported_as_missing(tmp_path):
     (tmp_path / FILE_NAME).write_text(json.dumps({"x" * 5000: {"sha256": "0", "bytes": 1}}))
     assert damage_by_checksums(tmp_path) == "x" * 200 + " is missing"
 
 
 @pytest.mark.parametrize("entry", [{"sha256": "0", "bytes": float("inf")}, {"sha256": "0"}, [], None])
-def test_entries_that_are_none_are_damage(tmp_path, entry):
+def test_invalid_entries_are_damage(tmp_path, entry):
     (tmp_path / FILE_NAME).write_text(json.dumps({"config.json": entry}))
     assert damage_by_checksums(tmp_path).startswith(f"{FILE_NAME} is unreadable: ")
     assert fingerprint(tmp_path, ["config.json"]) is None
 
 
-def test_a_step_without_end_is_said(tmp_path):
+def test_an_infinite_step_is_reported(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "trainer_state.json").write_text('{"global_step": Infinity}')
@@ -136,7 +136,7 @@ def test_a_step_without_end_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_damage_is_seen(whole, tmp_path, name):
+def test_every_damage_is_found(whole, tmp_path, name):
     for how in DAMAGES:
         if (name, how) == (FILE_NAME, "removed"):
             continue  # checkpoints of other programs have none
@@ -151,7 +151,7 @@ def test_every_damage_is_seen(whole, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", FILE_NAME])
-def test_a_run_goes_on_from_the_checkpoint_before(whole, tmp_path, name, caplog):
+def test_a_run_resumes_from_the_checkpoint_before(whole, tmp_path, name, caplog):
     recipe, run = whole
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -181,7 +181,7 @@ def test_damaged_weights_are_not_measured(whole, tmp_path):
         trajectory.dense_weight(6, trajectory.targets[0])
 
 
-def test_the_checksums_are_those_of_the_files(whole):
+def test_checksums_match_the_files(whole):
     import hashlib
 
     folder = whole[1] / "checkpoint-6"
@@ -194,7 +194,7 @@ def test_the_checksums_are_those_of_the_files(whole):
     assert damage_by_checksums(folder) is None
 
 
-def test_files_in_folders_have_checksums_too(tmp_path):
+def test_nested_files_have_checksums_too(tmp_path):
     shard = tmp_path / "checkpoint-2" / "optimizer_0" / "__0_0.distcp"
     shard.parent.mkdir(parents=True)
     shard.write_bytes(b"state")
@@ -206,7 +206,7 @@ def test_files_in_folders_have_checksums_too(tmp_path):
     )
 
 
-def test_a_checkpoint_of_a_run_with_checksums_is_not_whole_without(whole, tmp_path):
+def test_a_checkpoint_without_its_checksums_is_incomplete(whole, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(whole[1], copy)
     (copy / "checkpoint-6" / FILE_NAME).unlink()
@@ -226,7 +226,7 @@ BEGINNING = {
 
 
 @pytest.mark.parametrize("name", BEGINNING)
-def test_what_a_run_began_with_is_refused_when_damaged_and_written_again(whole, tmp_path, name):
+def test_damaged_start_files_are_refused_and_rewritten(whole, tmp_path, name):
     recipe, run = whole
     for how in DAMAGES[:-1]:
         copy = tmp_path / how / "run"
@@ -242,7 +242,7 @@ def test_what_a_run_began_with_is_refused_when_damaged_and_written_again(whole, 
         assert read_facts(copy)["corpus_fingerprint"] == read_facts(run)["corpus_fingerprint"]
 
 
-def test_a_disk_that_takes_no_more_is_said_in_a_line(whole, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line(whole, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "optimizer.pt")
 
@@ -256,7 +256,7 @@ def test_a_disk_that_takes_no_more_is_said_in_a_line(whole, tmp_path, monkeypatc
     assert same_weights(load_file(tmp_path / "run" / file), load_file(whole[1] / file))
 
 
-def test_what_was_measured_stays_when_its_checkpoint_is_damaged_later(whole, tmp_path, caplog):
+def test_measurements_stay_when_their_checkpoint_is_damaged_later(whole, tmp_path, caplog):
     copy = tmp_path / "run"
     shutil.copytree(whole[1], copy)
     wanted = {"metrics": "loss,weight_stable_rank", "steps": [2, 4]}
@@ -267,7 +267,7 @@ def test_what_was_measured_stays_when_its_checkpoint_is_damaged_later(whole, tmp
     assert any("its earlier values are kept: " in record.getMessage() for record in caplog.records)
 
 
-def test_a_table_is_completed_from_its_damaged_line_on(whole, tmp_path):
+def test_a_table_is_completed_from_its_damaged_line(whole, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(whole[1], copy)
     wanted = {"metrics": "loss,weight_stable_rank", "steps": [2, 4]}
@@ -283,7 +283,7 @@ def test_a_table_is_completed_from_its_damaged_line_on(whole, tmp_path):
         assert {row.key: row for row in measure(copy, **wanted)} == {row.key: row for row in before}
 
 
-def test_a_process_of_the_launch_that_is_gone_is_one_line(whole, tmp_path, monkeypatch):
+def test_a_lost_process_of_the_launch_is_one_line(whole, tmp_path, monkeypatch):
     def lost(*_):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:45232.")
 

@@ -1,4 +1,4 @@
-"""A training that has become no number stops, and says so; nothing of it is saved as a good checkpoint."""
+"""A run whose numbers become non-finite stops, reports it, and saves nothing as a good checkpoint."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_it_stops_before_it_saves(write_recipe, tmp_path, monkeypatch, where, me
         return found * torch.nan
 
     monkeypatch.setattr(Trainer, "compute_loss", poisoned)
-    # The package's own optimizers go without a step rather than let it into the weights.
+    # The package's own optimizers skip the step.
     reasons = (
         r"run: (loss is nan|the weights contain NaN or Inf|the optimizer skipped a non-finite gradient \(.*\)) "
         r"at step \d, which is not saved"
@@ -39,14 +39,12 @@ def test_it_stops_before_it_saves(write_recipe, tmp_path, monkeypatch, where, me
         pretrain(load_recipe(path), tmp_path / "run")
     saved = {folder.name for folder in (tmp_path / "run").glob("checkpoint-*")}
     assert saved == {"checkpoint-0"} | ({"checkpoint-3"} if step > 3 else set())
-    # What was a fault of the moment is gone with it.
+    # A temporary fault leaves nothing behind.
     run = pretrain(load_recipe(path), tmp_path / "run")
     one, other = (load_file(folder / "checkpoint-6" / "model.safetensors") for folder in (whole, run))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_losses_that_are_no_numbers_cannot_be_hidden(write_recipe):
-    with pytest.raises(
-        UserError, match=r"training\.logging_nan_inf_filter must be left out; a loss that is no number"
-    ):
+def test_non_finite_losses_cannot_be_hidden(write_recipe):
+    with pytest.raises(UserError, match=r"training\.logging_nan_inf_filter must be left out; a non-finite loss"):
         load_recipe(write_recipe(training__logging_nan_inf_filter=True))

@@ -1,4 +1,4 @@
-"""Run directories: what is in them, who may continue them, and what makes two runs comparable."""
+"""Run directories: what they contain, who can resume them, and what makes two runs comparable."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ def mean_loss(folder, evaluation):
 
 
 @pytest.mark.parametrize("shape", ["packed", "documents"])
-def test_a_run_directory_holds_all_that_later_stages_read(write_recipe, texts, tmp_path, shape):
+def test_a_run_directory_contains_what_later_stages_read(write_recipe, texts, tmp_path, shape):
     if shape == "documents":
         # Documents of many lengths, so that a mean over batches is not the mean over tokens.
         for number in range(20):
@@ -113,7 +113,7 @@ def test_training_learns_more_than_word_frequencies(write_recipe, tmp_path):
     assert final < facts["unigram_loss"] - 1.0
 
 
-def test_one_seed_gives_every_method_the_same_start_and_the_same_data(write_recipe, tmp_path, monkeypatch):
+def test_one_seed_gives_every_method_the_same_initial_weights_and_data(write_recipe, tmp_path, monkeypatch):
     from hf_lowrank.training import sequences
 
     seen = {}
@@ -144,13 +144,13 @@ def test_one_seed_gives_every_method_the_same_start_and_the_same_data(write_reci
     assert torch.equal(seen["full_rank", 0][-1], seen["full_rank", 1][-1])
 
 
-def test_the_same_recipe_gives_the_same_weights_again(write_recipe, tmp_path):
+def test_the_same_recipe_reproduces_the_same_weights(write_recipe, tmp_path):
     path = write_recipe(method=METHODS["galore"])
     one, other = trained(path, tmp_path / "one"), trained(path, tmp_path / "other")
     assert same(weights_of(one, 6), weights_of(other, 6))
 
 
-def test_a_finished_run_is_left_alone(write_recipe, tmp_path, caplog, monkeypatch):
+def test_a_finished_run_is_not_touched(write_recipe, tmp_path, caplog, monkeypatch):
     path = write_recipe()
     run = trained(path, tmp_path / "run")
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
@@ -161,7 +161,7 @@ def test_a_finished_run_is_left_alone(write_recipe, tmp_path, caplog, monkeypatc
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
 
 
-def test_without_an_output_the_run_is_named_by_recipe_and_seed(write_recipe, tmp_path, monkeypatch):
+def test_the_default_output_is_named_by_recipe_and_seed(write_recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = trained(write_recipe(name="mine"), None, seed=4)
     assert run.as_posix() == "runs/mine-seed4"
@@ -189,7 +189,7 @@ def test_the_last_step_is_saved_whatever_the_intervals(write_recipe, tmp_path):
     ],
     ids=["bf16", "checkpointing", "gpt2"],
 )
-def test_trainers_other_ways_work(write_recipe, tmp_path, changes):
+def test_other_modes_of_trainer_work(write_recipe, tmp_path, changes):
     path = write_recipe(**changes)
     run = trained(path, tmp_path / "run")
     whole = weights_of(run, 6)
@@ -216,7 +216,7 @@ def test_epochs_instead_of_steps(write_recipe, tmp_path):
         (["seed=1"], "seed is 1 now, 0 there"),
     ],
 )
-def test_another_recipes_folder_is_left_alone(write_recipe, tmp_path, overrides, part):
+def test_another_recipes_folder_is_not_touched(write_recipe, tmp_path, overrides, part):
     path = write_recipe()
     trained(path, tmp_path / "run")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
@@ -226,7 +226,7 @@ def test_another_recipes_folder_is_left_alone(write_recipe, tmp_path, overrides,
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")} == before
 
 
-def test_a_run_of_before_a_setting_was_there_is_the_recipes(write_recipe, tmp_path):
+def test_a_run_from_before_a_setting_existed_is_the_recipes(write_recipe, tmp_path):
     path = write_recipe(method={"name": "galore", "rank": 4})
     run = trained(path, tmp_path / "run")
     recipe = parse_yaml(read_sealed_text(run / "recipe.yaml"))
@@ -237,7 +237,7 @@ def test_a_run_of_before_a_setting_was_there_is_the_recipes(write_recipe, tmp_pa
         trained(path, run, "method.scale=0.5")
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(write_recipe, tmp_path):
+def test_a_folder_with_other_files_is_not_touched(write_recipe, tmp_path):
     path = write_recipe()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
@@ -249,7 +249,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(write_recipe, tmp_path
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-def test_a_changed_corpus_is_not_continued_with(write_recipe, texts, tmp_path):
+def test_a_run_does_not_resume_with_a_changed_corpus(write_recipe, texts, tmp_path):
     path = write_recipe()
     run = trained(path, tmp_path / "run")
     shutil.rmtree(run / "checkpoint-6")
@@ -299,7 +299,7 @@ DAMAGES = {
 }
 
 
-def test_a_half_written_checkpoint_is_skipped_with_a_warning(write_recipe, tmp_path, caplog):
+def test_an_incomplete_checkpoint_is_skipped_with_a_warning(write_recipe, tmp_path, caplog):
     path = write_recipe(method=METHODS["fira"])
     run = trained(path, tmp_path / "run")
     whole = weights_of(run, 6)
@@ -320,7 +320,7 @@ def test_a_half_written_checkpoint_is_skipped_with_a_warning(write_recipe, tmp_p
         assert archive.testzip() is None
 
 
-def test_a_streamed_run_continues_where_it_stood(write_recipe, tmp_path, monkeypatch):
+def test_a_streamed_run_resumes_where_it_stopped(write_recipe, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -353,7 +353,7 @@ def test_a_streamed_run_continues_where_it_stood(write_recipe, tmp_path, monkeyp
     assert 2 < facts["unigram_loss"] < 6
 
 
-def test_a_start_that_was_interrupted_is_completed(write_recipe, tmp_path):
+def test_an_interrupted_start_is_completed(write_recipe, tmp_path):
     path = write_recipe()
     whole = trained(path, tmp_path / "whole")
     begun = tmp_path / "begun"

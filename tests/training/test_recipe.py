@@ -1,4 +1,4 @@
-"""Recipes: what they mean, and what a wrong one is told."""
+"""Recipes: what they mean, and the errors of wrong ones."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_extends_merges_deeply_and_overrides_come_last(write_recipe, tmp_path):
     assert recipe.name == "mine"
 
 
-def test_numbers_that_yaml_1_1_takes_for_text_are_numbers(write_recipe):
+def test_numbers_that_yaml_1_1_reads_as_text_are_numbers(write_recipe):
     path = write_recipe()
     for text, value in (("1e-3", 1e-3), ("2E+1", 20.0), (".5e-2", 0.005), ("1.e-1", 0.1), ("'1e-3'", 1e-3)):
         assert load_recipe(path, [f"training.learning_rate={text}"]).training["learning_rate"] == value
@@ -76,7 +76,7 @@ def test_training_arguments_carry_the_recipe(write_recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_paths_count_from_the_recipe_in_files_and_from_here_in_overrides(write_recipe, tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_recipe_and_in_overrides_to_the_current_folder(write_recipe, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -129,7 +129,7 @@ def test_wrong_keys_and_values_are_named(write_recipe, tmp_path, overrides, part
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_file_that_said_it_is_named(write_recipe, tmp_path):
+def test_the_file_of_a_wrong_key_is_named(write_recipe, tmp_path):
     base = write_recipe("base.yaml", training__max_step=5)
     (tmp_path / "top.yaml").write_text("extends: base.yaml\nseed: 1\n")
     with pytest.raises(UserError, match="did you mean 'max_steps'") as error:
@@ -170,7 +170,7 @@ def test_a_longer_circle_of_extends_is_found(tmp_path):
         load_recipe(tmp_path / "a.yaml")
 
 
-def test_a_missing_file_and_a_file_that_is_no_text(tmp_path):
+def test_a_missing_and_a_binary_file(tmp_path):
     with pytest.raises(UserError, match="no such recipe file"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
@@ -192,7 +192,7 @@ def test_hub_needs_a_dataset_and_a_stream_a_tokenizer(write_recipe):
         )
 
 
-def test_keys_that_do_not_fit_together_are_named(write_recipe):
+def test_inconsistent_keys_are_named(write_recipe):
     path = write_recipe()
     with pytest.raises(UserError, match=r"tiny.yaml: model: .* multiple of the number of attention heads"):
         load_recipe(path, ["model.num_attention_heads=5"])

@@ -1,4 +1,4 @@
-"""Runs killed at a random moment end as if they never had been."""
+"""Runs that are killed at random times end with the bits of uninterrupted ones."""
 
 import json
 import multiprocessing
@@ -92,8 +92,8 @@ GALORE = {"name": "galore", "rank": 4, "update_proj_gap": 2}
         ({"name": "cola", "r": 4}, MIXTURE, "experts.3"),
     ],
 )
-def test_weights_that_are_stored_under_other_names_are_continued_from(write_recipe, tmp_path, method, model, stored):
-    """transformers stores a mixture's experts one by one, say, and its Trainer would begin them anew."""
+def test_weights_stored_under_other_names_are_resumed(write_recipe, tmp_path, method, model, stored):
+    """transformers stores e.g. a mixture's experts one by one, and Trainer would reinitialise them."""
     path = write_recipe(method=method, **{f"model__{key}": value for key, value in model.items()})
     whole = pretrain(load_recipe(path), tmp_path / "whole")
     run = shutil.copytree(whole, tmp_path / "run")
@@ -119,7 +119,7 @@ def test_adapters_of_peft_are_left_to_trainer(tiny_llama, tmp_path):
     assert torch.equal(adapter, before)
 
 
-def test_a_checkpoint_without_some_weights_is_not_continued_from(write_recipe, tmp_path):
+def test_a_checkpoint_with_missing_weights_is_refused(write_recipe, tmp_path):
     run = pretrain(load_recipe(write_recipe()), tmp_path / "run")
     shutil.rmtree(run / "checkpoint-6")
     weights = run / "checkpoint-3" / "model.safetensors"
@@ -136,7 +136,7 @@ def _last_step(run):
 
 
 def _wait_for_progress(run, process):
-    """Until the run has got further than where it stood."""
+    """Waits until the run has made progress."""
     begun, until = _last_step(run), time.monotonic() + 120
     while _last_step(run) < begun + EVERY:
         if not process.is_alive():

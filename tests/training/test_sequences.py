@@ -11,7 +11,7 @@ import torch
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.training.cache import cached_folder
+from hf_lowrank.storage.cache import cached_folder
 from hf_lowrank.training.corpus import prepare_corpus
 from hf_lowrank.training.recipe import DataSettings
 from hf_lowrank.training.sequences import SequenceStore, ShuffledSequences, collate, unigram_loss
@@ -50,7 +50,7 @@ def settings(texts):
     return make
 
 
-def test_the_trained_tokenizer_loses_nothing_and_is_the_same_each_time(tokenizer, tmp_path):
+def test_the_trained_tokenizer_is_lossless_and_reproducible(tokenizer, tmp_path):
     assert len(tokenizer) <= 300
     for text in [*SOURCE[:3], "never seen: \t\x00 é ☃"]:
         ids = tokenizer(text)["input_ids"]
@@ -67,7 +67,7 @@ def test_an_unknown_tokenizer_is_named():
         load_tokenizer("no/such-tokenizer")
 
 
-def test_packed_sequences_are_the_joined_documents(tokenizer):
+def test_packed_sequences_are_the_concatenated_documents(tokenizer):
     ids = list(encoded(SOURCE, tokenizer, cut=None))
     assert all(document[-1] == tokenizer.eos_token_id for document in ids)
     joined = [token for document in ids for token in document]
@@ -77,7 +77,7 @@ def test_packed_sequences_are_the_joined_documents(tokenizer):
     assert {tokens for _, tokens in rows} == {7}
 
 
-def test_documents_are_cut_and_filled_up(tokenizer):
+def test_documents_are_truncated_and_padded(tokenizer):
     ids = list(encoded([*SOURCE[:3], "", "a"], tokenizer, cut=12))
     assert len(ids) == 4
     assert max(map(len, ids)) == 12
@@ -96,7 +96,7 @@ def store_of(folder, rows, length=4, vocabulary=100):
 
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 2500])
 @pytest.mark.parametrize("vocabulary", [100, 70_000])
-def test_a_store_gives_back_what_was_written(tmp_path, count, vocabulary):
+def test_a_store_reads_back_what_was_written(tmp_path, count, vocabulary):
     ids = np.random.default_rng(0).integers(0, vocabulary, size=(count, 4))
     store = store_of(tmp_path, [(row, 3) for row in ids], vocabulary=vocabulary)
     assert len(store) == count
@@ -118,20 +118,20 @@ def test_counts_and_the_unigram_loss_by_hand(tmp_path):
     assert unigram_loss(counts, evaluation) == pytest.approx(by_hand, rel=1e-12)
 
 
-def test_the_evaluation_set_is_spread_over_the_held_out_part(tmp_path):
-    rows = [(np.array([place, 1, 2, 0]), 3) for place in range(10)]
+def test_the_evaluation_set_is_spread_over_the_held_out_split(tmp_path):
+    rows = [(np.array([index, 1, 2, 0]), 3) for index in range(10)]
     evaluation = store_of(tmp_path, rows).spread(5)
     assert evaluation.input_ids[:, 0].tolist() == [0, 2, 4, 6, 8]
     assert evaluation.attention_mask.tolist() == [[1, 1, 1, 0]] * 5
 
 
-def test_the_order_is_epochs_of_permutations_that_the_seed_decides(tmp_path):
-    store = store_of(tmp_path, [(np.array([place, 1, 2, 3]), 4) for place in range(20)])
+def test_the_order_is_epochs_of_seeded_permutations(tmp_path):
+    store = store_of(tmp_path, [(np.array([index, 1, 2, 3]), 4) for index in range(20)])
 
     def order(seed):
         sequences = ShuffledSequences(store, 50, seed)
         assert len(sequences) == 50
-        return [int(sequences[place]["ids"][0]) for place in range(50)]
+        return [int(sequences[index]["ids"][0]) for index in range(50)]
 
     first = order(0)
     assert sorted(first[:20]) == sorted(first[20:40]) == list(range(20))
@@ -140,7 +140,7 @@ def test_the_order_is_epochs_of_permutations_that_the_seed_decides(tmp_path):
     np.random.seed(5)
     assert order(0) == first
     assert order(1) != first
-    # Any place can be asked for without those before it.
+    # Any index can be read without those before it.
     assert int(ShuffledSequences(store, 50, 0)[37]["ids"][0]) == first[37]
 
 
@@ -154,7 +154,7 @@ def test_a_batch_masks_what_is_not_predicted():
     assert "attention_mask" not in collate([full, full])
 
 
-def test_the_cache_is_used_and_made_again_when_damaged(cache, caplog):
+def test_the_cache_is_used_and_rebuilt_when_damaged(cache, caplog):
     made = []
 
     def make(folder):
@@ -225,7 +225,7 @@ def test_too_little_text_is_named(settings, tmp_path):
     with pytest.raises(UserError, match=r"data\.evaluation_sequences must be at most \d+, .* got 100000"):
         prepare_corpus(settings(evaluation_sequences=100_000))
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(UserError, match=r"short\.txt: the train part is empty"):
+    with pytest.raises(UserError, match=r"short\.txt: the training split is empty"):
         prepare_corpus(settings(train_files=[str(tmp_path / "short.txt")]))
 
 
@@ -269,7 +269,7 @@ def test_a_stream_holds_out_its_head(tmp_path, monkeypatch):
         prepare_corpus(settings.model_copy(update={"evaluation_sequences": 301}))
 
 
-def test_what_another_process_made_meanwhile_stays_in_its_place(tmp_path, monkeypatch):
+def test_a_cache_folder_built_by_another_process_stays(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_LOWRANK_CACHE", str(tmp_path))
 
     def make(folder):

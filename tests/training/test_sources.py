@@ -1,4 +1,4 @@
-"""Where text comes from, and what is said when it does not come."""
+"""Sources of text, and the errors of unusable ones."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_all_kinds_of_local_files_are_read_in_order(tmp_path):
     assert list(documents.train()) == train
 
 
-def test_named_held_out_files_are_all_of_it(tmp_path):
+def test_named_held_out_files_are_the_whole_held_out_split(tmp_path):
     write_all_kinds(tmp_path)
     documents = local_files([f"{tmp_path}/b.jsonl"], [f"{tmp_path}/c.parquet"], 0.5, "text")
     assert list(documents.train()) == TEXTS[1:30]
@@ -49,16 +49,16 @@ def test_the_fingerprint_follows_the_content_alone(tmp_path):
 
 
 BAD_FILES = [
-    ("none.txt", None, "names a file that is not there"),
+    ("none.txt", None, "names a file that does not exist"),
     ("none*.txt", None, "matches no file"),
     ("image.png", b"x", r"must name .txt, .jsonl, .parquet files, got '.png'"),
     ("bare", b"x", "no suffix"),
-    ("empty.txt", b" \n", "holds no text"),
-    ("empty.jsonl", b"", "holds no text"),
+    ("empty.txt", b" \n", "contains no text"),
+    ("empty.jsonl", b"", "contains no text"),
     ("latin.txt", b"caf\xe9 ", "not UTF-8 text"),
     ("broken.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
     ("list.jsonl", b"[1]\n", "line 1 must be a JSON object, got list"),
-    ("column.jsonl", b'{"body": "a"}\n', "line 1 has no data.text_column 'text'; there are: body"),
+    ("column.jsonl", b'{"body": "a"}\n', "line 1 has no data.text_column 'text'; columns: body"),
     ("number.jsonl", b'{"text": 3}\n', "data.text_column 'text' must hold text, got int"),
     ("broken.parquet", b"PAR1 no", "not a readable Parquet file"),
 ]
@@ -76,7 +76,7 @@ def test_bad_files_are_named(tmp_path, name, content, part):
 
 def test_a_parquet_file_without_the_column_and_a_folder(tmp_path):
     parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "c.parquet")
-    with pytest.raises(UserError, match=r"no data.text_column 'text'; there are: body"):
+    with pytest.raises(UserError, match=r"no data.text_column 'text'; columns: body"):
         list(local_files([f"{tmp_path}/c.parquet"], None, 0.5, "text").train())
     (tmp_path / "d.txt").mkdir()
     with pytest.raises(UserError, match="this is a folder"):
@@ -86,7 +86,7 @@ def test_a_parquet_file_without_the_column_and_a_folder(tmp_path):
         local_files([f"{tmp_path}/a.txt"], [f"{tmp_path}/a.txt"], 0.5, "text")
 
 
-def test_the_standard_library_is_split_by_file_and_packages_are_left_out(tmp_path):
+def test_the_standard_library_is_split_by_file_without_packages(tmp_path):
     for number in range(40):
         (tmp_path / f"module{number}.py").write_text(f"x = {number}\n")
     (tmp_path / "empty.py").write_text("")
@@ -106,7 +106,7 @@ def test_the_standard_library_is_split_by_file_and_packages_are_left_out(tmp_pat
         python_library(0.3, empty)
 
 
-def test_the_installed_standard_library_is_there():
+def test_the_installed_standard_library_is_found():
     text = next(python_library(0.05).train())
     assert len(text) > 10
 
@@ -159,7 +159,7 @@ def test_a_stream_skips_and_shuffles_by_the_seed(hub):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_is_wrong_with_a_hub_dataset_is_one_line(hub, tmp_path, streaming):
+def test_errors_of_a_hub_dataset_are_one_line(hub, tmp_path, streaming):
     def message(**changes):
         settings = hub(streaming=streaming, **changes)
         with pytest.raises(UserError) as error:
@@ -176,7 +176,7 @@ def test_what_is_wrong_with_a_hub_dataset_is_one_line(hub, tmp_path, streaming):
     assert "data.text_column 'body' is not in" in message(text_column="body")
 
 
-def test_a_dataset_that_is_not_there_and_an_unknown_failure(hub, monkeypatch):
+def test_a_missing_dataset_and_an_unknown_failure(hub, monkeypatch):
     import datasets
 
     def fail(*_, **__):
@@ -184,7 +184,7 @@ def test_a_dataset_that_is_not_there_and_an_unknown_failure(hub, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     error = datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.")
-    with pytest.raises(UserError, match=r"data.dataset 'a/b' must be a dataset on the Hub that you may read"):
+    with pytest.raises(UserError, match=r"data.dataset 'a/b' must be a dataset on the Hub that you can access"):
         hub_documents(hub(dataset="a/b"))
     error = RuntimeError("the disk is on fire\nsecond line")
     with pytest.raises(UserError, match=r"could not be read, RuntimeError: the disk is on fire$"):

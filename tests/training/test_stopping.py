@@ -1,4 +1,4 @@
-"""SIGTERM in the middle of a step: the run saves, stops, and goes on to the bits of one that was never asked to."""
+"""SIGTERM during a step: the run saves, stops, and resumes to the bits of an uninterrupted one."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from hf_lowrank.training.checkpointing import INTERIM_FILE
 
 @pytest.fixture
 def terminate(monkeypatch):
-    """Lets SIGTERM come within a step of the next run."""
+    """Sends SIGTERM during a step of the next run."""
 
     def within(step):
         compute, calls = Trainer.compute_loss, 0
@@ -65,7 +65,7 @@ def test_a_stopped_run_ends_with_the_same_bits(write_recipe, tmp_path, terminate
     assert list(json.loads((run / "facts.json").read_text())["progress"]) == ["3", "6"]
 
 
-def test_the_command_says_so_and_ends_with_a_status_of_its_own(write_recipe, tmp_path, terminate, capsys):
+def test_the_command_reports_it_with_its_own_exit_status(write_recipe, tmp_path, terminate, capsys):
     path = write_recipe()
     terminate(2)
     with pytest.raises(SystemExit) as end:
@@ -74,7 +74,7 @@ def test_the_command_says_so_and_ends_with_a_status_of_its_own(write_recipe, tmp
     assert "stopped by SIGTERM after step 2" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_in_its_last_step_it_is_finished(write_recipe, tmp_path, terminate):
+def test_a_signal_in_the_last_step_changes_nothing(write_recipe, tmp_path, terminate):
     terminate(6)
     run = pretrain(load_recipe(write_recipe()), tmp_path / "run")
     assert not list(run.glob(f"*/{INTERIM_FILE}"))

@@ -1,4 +1,4 @@
-"""A cache by content: folders of checked files, written whole, remade when damaged."""
+"""A cache of folders by content: written completely or not at all, checked on reading, rebuilt when damaged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cache_folder() -> Path:
 
 
 def cached_folder(kind: str, key: str, make: Callable[[Path], None]) -> Path:
-    """The folder of `kind` and content `key`, made by `make(empty folder)` unless it is there and undamaged.
+    """The folder of `kind` for the content `key`; `make(empty folder)` fills it unless an intact one exists.
 
     Raises:
         UserError: the cache folder cannot be written.
@@ -43,7 +43,7 @@ def cached_folder(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         logger.info("%s from the cache: %s", kind, folder)
         return folder
     if folder.exists():
-        logger.warning("%s: damaged (%s), made again", folder, damage)
+        logger.warning("%s: damaged (%s), rebuilding", folder, damage)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent)
@@ -55,14 +55,14 @@ def cached_folder(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     try:
         make(fresh)
         _write_index(fresh)
-        # Only what is damaged still: another process may have made it meanwhile, and be reading it.
+        # Only if still damaged: another process may have rebuilt it in the meantime, and be reading it.
         if folder.exists() and _damage(folder) is not None:
             os.replace(folder, fresh.with_name(fresh.name + "-damaged"))
             shutil.rmtree(fresh.with_name(fresh.name + "-damaged"), ignore_errors=True)
         try:
             os.replace(fresh, folder)
         except OSError:
-            # Another process was first; its content has the same key.
+            # Another process was faster; its content has the same key.
             if _damage(folder) is not None:
                 raise
     finally:
@@ -76,14 +76,14 @@ def _write_index(folder: Path) -> None:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with the folder's content, None where it is as it was written."""
+    """What is wrong with the folder's content; None if it is as it was written."""
     try:
         files = parse_json((folder / INDEX).read_text(encoding="utf-8"))
         for name, (size, digest) in files.items():
             if (folder / name).stat().st_size != size:
-                return f"{name} has another length"
+                return f"{name} has the wrong length"
             if _digest(folder / name) != digest:
-                return f"{name} has another content"
+                return f"{name} has the wrong content"
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -95,7 +95,7 @@ def _digest(file: Path) -> str:
 
 
 def _sweep(root: Path) -> None:
-    """Removes what killed processes left half-made."""
+    """Removes incomplete folders of killed processes."""
     for leftover in root.glob(".making-*"):
         try:
             if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
