@@ -1,4 +1,4 @@
-"""Memory told before it is spent: an itemised estimate of a recipe's training, and the measured peak beside it."""
+"""Training memory: an itemised estimate before you train, and the measured peak to compare it with."""
 
 from hf_lowrank.memory.estimates import MemoryEstimate, estimate
 from hf_lowrank.memory.recorder import MemoryRecorder, memory_recorder

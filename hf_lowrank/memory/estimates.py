@@ -1,4 +1,4 @@
-"""What training by a recipe will hold, in bytes, before any of it is spent."""
+"""Estimates of the memory that training by a recipe takes, before it starts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from hf_lowrank.training.recipe import Recipe, load_recipe
 
 SHARDINGS = ("ddp", "fsdp2")
 DTYPES = ("float32", "bfloat16", "float16")
-# The second is the name that transformers is leaving.
+# transformers is renaming the second to the first.
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+WEIGHT_KINDS = ("embeddings", "dense", "factors", "sparse", "buffers", "frozen")
 # Phases in which the model computes, so that sharded weights are gathered.
 COMPUTING = ("forward", "backward", "evaluation")
-# What a cuBLAS handle takes from torch's allocator: by torch's default, on GPUs from sm_90 on and before. Forward and
-# backward passes run in two threads, with a handle each.
+# Bytes that a cuBLAS handle takes from torch's allocator by default, on GPUs from sm_90 on and on older ones. Forward
+# and backward passes run in two threads, each with a handle.
 CUBLAS_HANDLES = 2
 CUBLAS_LARGE, CUBLAS_SMALL = 32 * 2**20, 4096 * 1024 * 2 + 16 * 1024 * 8
 
@@ -30,25 +31,26 @@ CUBLAS_LARGE, CUBLAS_SMALL = 32 * 2**20, 4096 * 1024 * 2 + 16 * 1024 * 8
 class MemoryEstimate:
     """What one process of a training holds, in bytes.
 
-    The items do not add up to the peak: gradients come as activations go. The peak is that of the largest phase.
+    The items do not add up to the peak, since gradients appear as activations are freed. The peak is that of the
+    largest phase.
 
     Attributes:
         recipe, method: what is trained.
-        device: where, as `cpu`.
-        world_size, sharding: over how many processes, and how ("ddp", "fsdp2", or None for one).
+        device: its type, e.g. `cpu`.
+        world_size, sharding: the number of processes, and how they share ("ddp", "fsdp2", or None for one).
         batch_size, sequence_length: of one process's forward pass.
         gradient_checkpointing: whether the recipe recomputes each block in the backward pass.
-        weights: parameters and buffers; they are `embeddings` (with the head), `dense` (linear layers and norms),
-            `factors`, `sparse` (values and their positions) and `buffers`.
-        frozen: of the weights, what gets no gradient.
-        gradients: all that exist at once; with layerwise updates the largest one.
+        weights: parameters and buffers: `embeddings` (with the head), `dense` (linear layers and norms), `factors`,
+            `sparse` (values and their positions) and `buffers`.
+        frozen: the part of the weights without gradients.
+        gradients: all that exist at the same time; with layerwise updates the largest one.
         optimizer_state: `moments` (with their scales and counters) and `bases`.
-        activations: what autograd keeps from the forward to the backward pass, the batch included.
-        activations_plain, activations_checkpointed: the same without and with gradient checkpointing, or None where
-            that was not asked for.
-        workspace: temporary tensors at the moment of the peak: logits and their gradient, what is on its way through
-            a layer, the optimizer's batches, the choice of subspaces.
-        communication: what several processes need beside: DDP's buckets, FSDP2's gathered blocks.
+        activations: what autograd keeps from the forward to the backward pass, including the batch.
+        activations_plain, activations_checkpointed: the same without and with gradient checkpointing, or None if not
+            asked for.
+        workspace: temporary tensors at the peak: logits and their gradient, intermediate results of a layer, the
+            optimizer's batches, the choice of subspaces.
+        communication: what several processes need in addition: DDP's buckets, FSDP2's gathered blocks.
         phases: the peak of each phase: forward (with the loss), backward, optimizer step, refresh of subspaces, first
             step, evaluation.
     """
@@ -84,7 +86,7 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """The most that is held at any moment."""
+        """The most that is held at any time."""
         return max(self.phases.values())
 
     @property
@@ -92,11 +94,11 @@ class MemoryEstimate:
         return max(self.phases, key=self.phases.__getitem__)
 
     def plain(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """The estimate as plain data."""
         return {**asdict(self), "optimizer_state": self.optimizer_state, "peak": self.peak}
 
     def facts(self) -> dict[str, int | None]:
-        """What a run's `facts.json` says under `memory`; the measured peak is not known yet."""
+        """The `memory` entry of a run's `facts.json`, before the peak is measured."""
         names = ("weights", "gradients", "optimizer_state", "activations", "workspace")
         return {**{name: getattr(self, name) for name in names}, "estimated_peak": self.peak, "measured_peak": None}
 
@@ -114,22 +116,25 @@ def estimate(
     vocabulary_size: int | None = None,
     both_activations: bool = False,
 ) -> MemoryEstimate:
-    """What training by `recipe` holds in one process, from its steps run on tensors that have no memory.
+    """What training by `recipe` holds in one process, from running its steps on fake tensors.
 
-    The model, loss, backward pass and optimizer are the real ones, so their tensors are counted, not guessed. What
-    the phases of a step hold, and so the peak, is exact up to what kernels allocate inside themselves.
+    Model, loss, backward pass and optimizer are the real ones, so that their tensors are counted rather than guessed.
+    The peak is exact except for what kernels allocate internally.
 
     Args:
-        world_size: processes; `sharding` says how they share ("ddp" when it is not given). With DDP, gradients exist
-            twice (in buckets). With FSDP2, weights, gradients and optimizer state are divided by the processes, and
-            beside them stand what lies outside the blocks, and two blocks, whole.
-        batch_size: sequences in one process's forward pass, in place of the recipe's; an evaluation has no more.
-        sequence_length: tokens a sequence, in place of the recipe's.
-        gradient_checkpointing: in place of the recipe's.
-        dtype: of the weights, in place of the model's: "float32", "bfloat16" or "float16".
-        device: "cpu" or "cuda"; default: the accelerator where there is one.
-        vocabulary_size: of the model, where the recipe leaves it to the tokenizer; default: what the recipe trains.
-        both_activations: fills in `activations_plain` and `activations_checkpointed`, for one more forward pass.
+        recipe: a recipe or recipe file.
+        world_size: number of processes; `sharding` is how they share (default: "ddp"). Under DDP, gradients exist
+            twice (in buckets). Under FSDP2, each process holds its share of weights, gradients and optimizer state,
+            and in full the parameters outside the blocks and two blocks.
+        batch_size: sequences in one process's forward pass; evaluation batches get no larger. Default: the recipe's,
+            as for the following.
+        sequence_length: tokens per sequence.
+        gradient_checkpointing: whether blocks are recomputed.
+        dtype: of the weights: "float32", "bfloat16" or "float16".
+        device: "cpu" or "cuda"; default: the accelerator if there is one.
+        vocabulary_size: of the model, if the recipe leaves it to the tokenizer; default: the size that the recipe
+            trains.
+        both_activations: fills in `activations_plain` and `activations_checkpointed`, with one more forward pass.
 
     Raises:
         UserError: an argument is out of range, or the recipe cannot be built.
@@ -139,50 +144,43 @@ def estimate(
     _check(recipe, world_size, sharding, batch_size, sequence_length, dtype)
     if world_size > 1 and sharding is None:
         sharding = "ddp"
-    place = _device(device)
+    target = _device(device)
     changed = _changed(recipe, batch_size, sequence_length, gradient_checkpointing)
-    kind: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
+    weight_dtype: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
     vocabulary = _vocabulary(changed) if vocabulary_size is None else vocabulary_size
-    found = simulate(changed, vocabulary=vocabulary, device=place, dtype=kind)
+    found = simulate(changed, vocabulary=vocabulary, device=target, dtype=weight_dtype)
     args = arguments_of(changed)
-    plain = checkpointed = None
+    kept: list[int | None] = [None, None]  # without and with gradient checkpointing
     if both_activations:
         other = _changed(changed, None, None, not checkpoints(args))
-        beside = simulate(other, vocabulary=vocabulary, device=place, dtype=kind, forward_only=True).activations
-        plain, checkpointed = found.activations, beside
+        opposite = simulate(other, vocabulary=vocabulary, device=target, dtype=weight_dtype, forward_only=True)
+        kept = [found.activations, opposite.activations]
         if checkpoints(args):
-            plain, checkpointed = checkpointed, plain
+            kept.reverse()
     share = world_size if sharding == "fsdp2" else 1
     half = share > 1 and (args.bf16 or args.fp16)
     phases, communication = _phases(found, world_size, sharding, 2 if half else 1)
     top = max(phases, key=phases.__getitem__)
     weights = found.weights
-    extra = _library(place)
+    library = _library(target)
     return MemoryEstimate(
         recipe=recipe.name,
         method=recipe.method.name,
-        device=place.type,
+        device=target.type,
         world_size=world_size,
         sharding=sharding,
         batch_size=args.per_device_train_batch_size,
         sequence_length=changed.data.sequence_length,
         gradient_checkpointing=checkpoints(args),
         weights=weights.total // share,
-        embeddings=weights.embeddings // share,
-        dense=weights.dense // share,
-        factors=weights.factors // share,
-        sparse=weights.sparse // share,
-        buffers=weights.buffers // share,
-        frozen=weights.frozen // share,
-        gradients=found.gradients // share,
-        moments=found.moments // share,
-        bases=found.bases // share,
+        **{name: getattr(weights, name) // share for name in WEIGHT_KINDS},
+        **{name: getattr(found, name) // share for name in ("gradients", "moments", "bases")},
         activations=found.activations,
-        activations_plain=plain,
-        activations_checkpointed=checkpointed,
-        workspace=_workspace(found, found.phases[top]) + extra,
+        activations_plain=kept[0],
+        activations_checkpointed=kept[1],
+        workspace=_workspace(found, found.phases[top]) + library,
         communication=communication,
-        phases={name: size + extra for name, size in phases.items()},
+        phases={name: size + library for name, size in phases.items()},
     )
 
 
@@ -192,7 +190,7 @@ def _workspace(found: Simulation, peak: Peak) -> int:
 
 
 def _phases(found: Simulation, world_size: int, sharding: str | None, narrower: int) -> tuple[dict[str, int], int]:
-    """Each phase's peak in one process, and what communication adds to the largest."""
+    """The peak of each phase in one process, and the share of communication in the largest."""
     alone = {name: peak.total for name, peak in found.phases.items()}
     if world_size == 1 or sharding is None:
         return alone, 0
@@ -201,22 +199,23 @@ def _phases(found: Simulation, world_size: int, sharding: str | None, narrower: 
     weights = found.weights
     outside = weights.total - weights.blocks
     gathered = (outside + 2 * weights.largest_block) // narrower
-    # Of the gradients, those outside the blocks and one block's are whole before they are scattered.
-    whole = found.gradients * (outside + weights.largest_block) // max(1, weights.total)
-    phases, beside = {}, {}
+    # The gradients outside the blocks and those of one block are unsharded until they are scattered.
+    unsharded = found.gradients * (outside + weights.largest_block) // max(1, weights.total)
+    phases, communication = {}, {}
     for name, peak in found.phases.items():
         kept = sum(peak.kinds.get(kind, 0) for kind in (WEIGHTS, GRADIENTS, STATE))
         rest = peak.total - kept
-        beside[name] = 0
+        communication[name] = 0
         if name in COMPUTING:
-            beside[name] = gathered + (whole if name == "backward" else 0)
+            communication[name] = gathered + (unsharded if name == "backward" else 0)
         else:
             rest //= world_size
-        phases[name] = kept // world_size + rest + beside[name]
-    return phases, beside[max(phases, key=phases.__getitem__)]
+        phases[name] = kept // world_size + rest + communication[name]
+    return phases, communication[max(phases, key=phases.__getitem__)]
 
 
 def _library(device: torch.device) -> int:
+    """Bytes of cuBLAS handles."""
     if device.type != "cuda":
         return 0
     if not torch.cuda.is_available():
@@ -226,15 +225,15 @@ def _library(device: torch.device) -> int:
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    kind = here[-1] if device is None else str(device).partition(":")[0]
-    if kind not in here:
-        raise UserError(f"device must be {' or '.join(here)} on this machine, got {str(device)!r}")
+    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    kind = available[-1] if device is None else str(device).partition(":")[0]
+    if kind not in available:
+        raise UserError(f"device must be {' or '.join(available)} on this machine, got {str(device)!r}")
     return torch.device(kind)
 
 
 def _vocabulary(recipe: Recipe) -> int | None:
-    """The model's vocabulary where the recipe trains its tokenizer; else what the model's own configuration says."""
+    """The vocabulary size if the recipe trains its tokenizer; None: that of the model's configuration."""
     if "vocab_size" in recipe.model or recipe.data.tokenizer is not None:
         return None
     return recipe.data.vocabulary_size
@@ -263,7 +262,7 @@ def _check(
 ) -> None:
     for name, value in (("world size", world_size), ("batch size", batch_size)):
         if value is not None and (not isinstance(value, int) or value < 1):
-            raise UserError(f"{name} must be a whole number from 1, got {value}")
+            raise UserError(f"{name} must be at least 1, got {value}")
     if sharding is not None and sharding not in SHARDINGS:
         raise UserError(f"sharding must be one of {', '.join(SHARDINGS)}, got {sharding!r}")
     if dtype is not None and dtype not in DTYPES:
@@ -271,12 +270,12 @@ def _check(
     if world_size > 1 and getattr(recipe.settings, "layerwise", False):
         raise UserError(
             f"{recipe.path}: world size must be 1 with method.layerwise, got {world_size}: gradients would be used "
-            "before they are averaged; leave layerwise out"
+            "before they are averaged; leave out layerwise"
         )
     if sequence_length is None:
         return
-    places = getattr(recipe.config(), "max_position_embeddings", None)
-    if sequence_length < 2 or (places is not None and sequence_length > places):
+    positions = getattr(recipe.config(), "max_position_embeddings", None)
+    if sequence_length < 2 or (positions is not None and sequence_length > positions):
         raise UserError(
-            f"sequence length must be from 2 to model.max_position_embeddings ({places}), got {sequence_length}"
+            f"sequence length must be from 2 to model.max_position_embeddings ({positions}), got {sequence_length}"
         )

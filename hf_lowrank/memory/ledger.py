@@ -1,7 +1,6 @@
-"""Who holds how many bytes: every storage that torch allocates, from its first tensor to its last.
+"""A ledger of every storage that torch allocates, real or fake, until it is freed.
 
-The ledger sees what any code allocates, real or on fake tensors, which have a size and no memory. What a kernel
-allocates and frees inside itself it does not see.
+Fake tensors have sizes, but no memory. What a kernel allocates and frees internally is not seen.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ ACTIVATIONS, WORKSPACE = "activations", "workspace"
 
 @dataclass
 class Peak:
-    """The moment at which most was held: bytes in all, and by kind."""
+    """The most that was held at a time: bytes in total, and by kind."""
 
     total: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
 
 
 class Ledger(TorchDispatchMode):
-    """Counts storages while it is entered; each is of the `kind` that was current when it was allocated, or claimed.
+    """Counts storages while it is active, each under the `kind` that is current when it is allocated or claimed.
 
     Attributes:
-        kind: of what is allocated from here on.
+        kind: of new storages.
         total: bytes held now.
     """
 
@@ -47,7 +46,7 @@ class Ledger(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled here; keeping dynamo out would import it.
+        # Nothing is compiled here, and skipping dynamo would import it.
         return False
 
     def __torch_dispatch__(
@@ -57,7 +56,7 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
             return _stand_in(args[0])
         if kwargs.get("generator") is not None and _any_fake_mode():
-            # A fake draw has no numbers, and the generator is left as it is.
+            # Fake tensors need no random numbers, and the generator must not change.
             kwargs = {**kwargs, "generator": None}
         if func is torch.ops.aten._grouped_mm.default and _is_fake(args[0]):
             result = _grouped_product(*args, **kwargs)
@@ -68,7 +67,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def claim(self, tensors: Iterable[Tensor | None], kind: str) -> int:
-        """Says what the storages of `tensors` are; their bytes, each storage once."""
+        """Moves the storages of `tensors` to `kind`; returns their bytes, each storage once."""
         found = {}
         for tensor in tensors:
             if tensor is None:
@@ -88,7 +87,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def phase(self, kind: str) -> Iterator[Peak]:
-        """Runs the body with new storages being `kind`; the peak that it gives is filled in as the body runs."""
+        """Runs the body with new storages under `kind`; the yielded peak is updated as the body runs."""
         self.kind = kind
         self._peak = peak = Peak(self.total, dict(self._kinds))
         yield peak
@@ -114,7 +113,7 @@ class Ledger(TorchDispatchMode):
 
 
 class StandIns(TorchFunctionMode):
-    """Lets code that looks at numbers run on fake tensors: every number is 1, every flag True."""
+    """Lets code that reads values run on fake tensors: every number is 1, every flag True."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -143,9 +142,9 @@ def _stand_in(tensor: Tensor) -> Any:
 def _grouped_product(
     left: Tensor, right: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor:
-    """The products of a mixture's experts, which torch knows on fake tensors in bfloat16 alone.
+    """The products of a mixture's experts, which torch supports on fake tensors in bfloat16 only.
 
-    What two matrices share is cut into groups at `offs`; a matrix against a stack has its own side cut.
+    Of two matrices the shared dimension is split into groups at `offs`; of a matrix and a stack the matrix is split.
     """
     rows, columns = left.shape[-2], right.shape[-1]
     groups = [] if left.ndim != right.ndim else [offs.shape[0]] if offs is not None else [left.shape[0]]

@@ -1,7 +1,7 @@
-"""The peak of what torch's CPU allocator holds, in a few steps of a real training.
+"""The peak of torch's CPU allocator during a few steps of a real training.
 
-The profiler reports every block that the allocator gives out or takes back while it is on; what was there before it is
-counted from the tensors. Nothing of the computation changes, and outside the measured steps nothing runs at all.
+The profiler reports every block that is allocated or freed while it is active; what was held before is counted from
+the tensors. The computation does not change, and outside the measured steps nothing runs at all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_lowrank.optim.sharding import local_part
 
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes that this process holds of the storages under `tensors`, each once."""
+    """Bytes of the storages of `tensors` in this process, each counted once."""
     sizes = {}
     for tensor in tensors:
         if tensor is not None:
@@ -31,7 +31,7 @@ def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 def resident_tensors(model: nn.Module, optimizer: Optimizer | None) -> list[Tensor | None]:
-    """What stays between steps: parameters, their gradients where there are any, buffers, optimizer state."""
+    """What is kept between steps: parameters, gradients if any, buffers, optimizer state."""
     found: list[Tensor | None] = [*model.parameters(), *model.buffers()]
     found += [parameter.grad for parameter in model.parameters()]
     if optimizer is not None:
@@ -43,8 +43,7 @@ def resident_tensors(model: nn.Module, optimizer: Optimizer | None) -> list[Tens
 class AllocatorPeak:
     """Measures from `start` to `stop`.
 
-    Blocks from before `start` that are freed in between are not seen to go, so it should start where only what stays
-    is held.
+    Start it between steps: older blocks that are freed before `stop` count as held.
     """
 
     def __init__(self) -> None:
@@ -52,7 +51,7 @@ class AllocatorPeak:
         self._before = 0
 
     def start(self, model: nn.Module, optimizer: Optimizer | None = None) -> bool:
-        """Begins; False where the profiler is in somebody else's use."""
+        """Starts; returns False if the profiler is already in use."""
         if torch.autograd._profiler_enabled():
             return False
         self._before = storage_bytes(resident_tensors(model, optimizer))
@@ -61,7 +60,7 @@ class AllocatorPeak:
         known_before = torch.empty(1)
         with _quiet():
             self._profile.start()
-            # torch warns of the first block that is freed and was not seen to come; now that is this one.
+            # torch warns about the first freed block that it has not seen allocated: let that be this one.
             del known_before
         return True
 
@@ -70,7 +69,7 @@ class AllocatorPeak:
         return self._profile is not None
 
     def stop(self) -> int:
-        """Ends; the highest number of bytes held since `start`."""
+        """Ends; returns the most bytes held since `start`."""
         profile, self._profile = self._profile, None
         with _quiet():
             profile.stop()
@@ -82,13 +81,13 @@ class AllocatorPeak:
                 balance += size
                 highest = max(highest, balance)
             else:
-                # The allocator may remember, from an earlier measurement, another block at this address.
+                # Unknown addresses are older blocks.
                 balance -= held.pop(address, 0)
         return self._before + highest
 
 
 def _blocks(events: list[Any]) -> Iterator[tuple[int, int, int]]:
-    """Time, address and size of each block that came (positive) or went."""
+    """Time, address and size of each block that was allocated (positive) or freed."""
     waiting = list(events)
     while waiting:
         event = waiting.pop()
@@ -100,7 +99,7 @@ def _blocks(events: list[Any]) -> Iterator[tuple[int, int, int]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what the profiler's own library writes to the process's stderr off it."""
+    """Hides what the profiler's library writes to the process's stderr."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hf_lowrank.formats import byte_size
 from hf_lowrank.memory.compare import Comparison
 from hf_lowrank.memory.estimates import MemoryEstimate
-from hf_lowrank.memory.units import size_text
 
-# Items in order; what is indented is part of the line above it and is left out where it is nothing.
+# In order; indented items are parts of the one above, and are left out if they are zero.
 ITEMS = (
     ("weights", "weights"),
     ("  embeddings and head", "embeddings"),
     ("  dense layers and norms", "dense"),
     ("  low-rank factors", "factors"),
-    ("  sparse parts", "sparse"),
-    ("  of all, frozen", "frozen"),
+    ("  sparse values", "sparse"),
+    ("  frozen in total", "frozen"),
     ("gradients", "gradients"),
     ("optimizer state", "optimizer_state"),
     ("  moments", "moments"),
@@ -31,7 +31,7 @@ COLUMNS = ("weights", "gradients", "optimizer_state", "activations", "workspace"
 
 
 def item_table(comparison: Comparison) -> Any:
-    """One recipe: items, phases and peak, with full-rank training beside it."""
+    """One recipe: items, phases and peak, next to full-rank training."""
     from rich import box
     from rich.table import Table
 
@@ -48,19 +48,19 @@ def item_table(comparison: Comparison) -> Any:
             table.add_row(label, *map(_text, sizes))
     table.add_section()
     for phase in dict.fromkeys(name for one in shown for name in one.phases):
-        table.add_row(f"in the phase: {phase}", *(_text(one.phases.get(phase)) for one in shown))
+        table.add_row(f"phase: {phase}", *(_text(one.phases.get(phase)) for one in shown))
     table.add_section()
     table.add_row("peak", *(_text(one.peak) for one in shown), style="bold")
     return table
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Any:
-    """A line each recipe, in MiB, and its peak's share of full-rank's."""
+    """One line per recipe, in MiB, with the peak as a share of full-rank's."""
     from rich import box
     from rich.table import Table
 
     found = [one.estimate for one in comparisons]
-    # In a narrow terminal the method says enough, where it does not say the same twice.
+    # A narrow terminal has room for the method only, which is enough if each occurs once.
     by_method = len({one.method for one in found}) == len(found)
     table = Table(box=box.SIMPLE_HEAD, title=f"{_title(found[0])}; MiB", title_justify="left")
     table.add_column("method" if by_method else "recipe", overflow="fold")
@@ -75,10 +75,10 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Any:
 
 
 def _title(found: MemoryEstimate) -> str:
-    many = f", {found.world_size} processes by {found.sharding}, each" if found.world_size > 1 else ""
+    many = f", each of {found.world_size} processes under {found.sharding}" if found.world_size > 1 else ""
     kept = ", gradient checkpointing" if found.gradient_checkpointing else ""
     return f"{found.batch_size} sequences of {found.sequence_length} tokens on {found.device}{kept}{many}"
 
 
 def _text(size: int | None) -> str:
-    return "—" if size is None else size_text(size)
+    return "—" if size is None else byte_size(size)

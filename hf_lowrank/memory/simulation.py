@@ -1,7 +1,7 @@
-"""A recipe's training steps on fake tensors: the real model, loss, backward and optimizer, without their memory.
+"""Runs a recipe's training steps on fake tensors: the real model, loss, backward pass and optimizer, without memory.
 
-Nothing of a method is written down a second time here: what is counted is what its code allocates. The order is
-Trainer's: forward and loss, backward, clipping, optimizer step, gradients dropped, and now and then an evaluation.
+What is counted is what their code allocates, so no method is described a second time here. The order is Trainer's:
+forward and loss, backward, clipping, optimizer step, gradients freed, and an evaluation.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass
 class Weights:
-    """Bytes of a model's parameters and buffers by what they are.
+    """Bytes of a model's parameters and buffers by their kind.
 
-    Counted once more: `frozen`, what gets no gradient; `blocks`, the parameters of all blocks; `largest_block`.
+    Counted in addition: `frozen`, without gradients; `blocks`, the parameters of all blocks; `largest_block`.
     """
 
     embeddings: int = 0
@@ -64,8 +64,8 @@ class Simulation:
     Attributes:
         weights: of the model.
         gradients: all that exist at once.
-        moments, bases: of the optimizer's state.
-        activations: what autograd keeps from forward to backward, with the batch.
+        moments, bases: of the optimizer state.
+        activations: what autograd keeps from the forward to the backward pass, including the batch.
         phases: the peak of each phase.
     """
 
@@ -85,25 +85,27 @@ def simulate(
     dtype: torch.dtype | None = None,
     forward_only: bool = False,
 ) -> Simulation:
-    """Runs training steps of `recipe` without memory; the phases are those of a step that finds its state there.
+    """Simulates training steps of `recipe`, the first one separately from those that find optimizer state.
 
     Args:
-        vocabulary: tokens of the tokenizer, for a recipe that leaves its model's vocabulary open.
-        dtype: of the weights, where it is not the recipe's.
-        forward_only: stops after the first forward pass, knowing `activations`.
+        recipe: what to train.
+        vocabulary: size of the tokenizer's vocabulary, for a recipe that does not set the model's.
+        device: where the fake tensors pretend to be.
+        dtype: of the weights, if not the recipe's.
+        forward_only: stops after the first forward pass; only `activations` is filled in then.
 
     Raises:
-        UserError: the model cannot be built, or does what tensors without memory cannot.
+        UserError: the model cannot be built, or does something that fake tensors do not support.
     """
     args = arguments_of(recipe)
-    # An architecture's own special tokens may lie outside a vocabulary that is not its own.
+    # An architecture's default special tokens may exceed the vocabulary.
     defaults = {} if vocabulary is None else {"vocab_size": vocabulary, **dict.fromkeys(SPECIAL_TOKENS, 0)}
     packed = recipe.data.shape == "packed"
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = recipe.method.build_model(recipe.config(**defaults), recipe.settings, recipe.seed)
-        with _apart(packed), FakeTensorMode(allow_non_fake_inputs=True), StandIns():
-            _place(model, device, dtype)
+        with _isolated(packed), FakeTensorMode(allow_non_fake_inputs=True), StandIns():
+            _replace_tensors(model, device, dtype)
             run = _Run(recipe, args, model, device)
             if forward_only:
                 run.forward()
@@ -111,13 +113,13 @@ def simulate(
                 run.steps()
     except UserError:
         raise
-    except Exception as error:  # whatever a model does, or sizes that make no sense lead it to
+    except Exception as error:  # models raise any type of error, e.g. for inconsistent sizes
         raise UserError(f"{recipe.path}: no estimate: {type(error).__name__}: {first_line(error)}") from error
     return run.found
 
 
 def arguments_of(recipe: Recipe) -> TrainingArguments:
-    """The recipe's `TrainingArguments`; making them resets accelerate's state, which a Trainer may be using."""
+    """The recipe's `TrainingArguments`, without resetting accelerate's state, which a Trainer may be using."""
     before = dict(AcceleratorState._shared_state)
     try:
         return recipe.arguments(recipe.path.parent)
@@ -127,11 +129,11 @@ def arguments_of(recipe: Recipe) -> TrainingArguments:
 
 
 @contextmanager
-def _apart(packed: bool) -> Iterator[None]:
-    """Keeps the simulation from the rest of the process: no random numbers, no other processes, no cached tensors, no
-    log lines and warnings of what is only tried out.
+def _isolated(packed: bool) -> Iterator[None]:
+    """Isolates the simulation: it changes no random state, talks to no other process, caches no tensors, and neither
+    logs nor warns.
 
-    transformers makes a mask of every fake batch, of a real one only where there are fillings.
+    transformers builds an attention mask for every fake batch, but for a real one only if it has padding.
     """
     maskless = replaced(import_utils, "is_fake_tensor", lambda tensor: False) if packed else nullcontext()
     quantization_levels.cache_clear()
@@ -150,7 +152,7 @@ def _apart(packed: bool) -> Iterator[None]:
 
 @contextmanager
 def replaced(module: ModuleType, name: str, function: Any) -> Iterator[None]:
-    """Another function under a module's name for it, for a while; nothing where the module has none of that name."""
+    """Temporarily replaces a module's function; does nothing if the module has none of that name."""
     known = getattr(module, name, None)
     if known is None:
         yield
@@ -162,8 +164,8 @@ def replaced(module: ModuleType, name: str, function: Any) -> Iterator[None]:
         setattr(module, name, known)
 
 
-def _place(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Fake tensors in place of the model's, tied ones staying tied."""
+def _replace_tensors(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Replaces the model's tensors by fake ones; tied ones stay tied."""
     fresh: dict[int, Any] = {}
     for module in model.modules():
         for store in (module._parameters, module._buffers):
@@ -189,7 +191,7 @@ class _Run:
         self._call: Any = self._mixed(model)
 
     def _mixed(self, model: nn.Module) -> Any:
-        """The model's call as accelerate makes it: under autocast, its outputs brought back to float32."""
+        """Calls the model as accelerate does: under autocast, with outputs converted to float32."""
         kind = torch.bfloat16 if self._args.bf16 else torch.float16 if self._args.fp16 else None
         if kind is None:
             return model
@@ -206,7 +208,7 @@ class _Run:
         return {name: torch.zeros(shape, dtype=torch.long, device=self._device) for name in names}
 
     def forward(self) -> Tensor:
-        """Forward and loss; what it leaves is what autograd keeps."""
+        """The forward pass with the loss; what stays allocated is what autograd keeps."""
         before = self._ledger.held(ACTIVATIONS)
         with self._ledger, self._ledger.phase(ACTIVATIONS) as peak:
             loss: Tensor = self._call(**self._batch(self._args.per_device_train_batch_size)).loss
@@ -226,15 +228,15 @@ class _Run:
         args, model, ledger = self._args, self._model, self._ledger
         optimizer = self._optimizer()
         callbacks = self._recipe.method.callbacks(self._recipe.settings, args)
-        around = {"model": model, "optimizer": optimizer}
+        given = {"model": model, "optimizer": optimizer}
         state, control = TrainerState(), TrainerControl()
         for callback in callbacks:
-            callback.on_train_begin(args, state, control, **around)
+            callback.on_train_begin(args, state, control, **given)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._claim_gradient)
         updates_inside = getattr(optimizer, "_layerwise", None) is not None
-        # The first step makes the state, the second finds it there, the third chooses subspaces anew.
+        # The first step creates the optimizer state, the second finds it, the third chooses new subspaces.
         for phase in ("first step", "optimizer step", "refresh"):
             if phase == "refresh":
                 subspaces = [group for group in optimizer.param_groups if "update_proj_gap" in group]
@@ -243,8 +245,8 @@ class _Run:
                 for group in subspaces:
                     group["update_proj_gap"] = 1
             if phase == "optimizer step" or updates_inside:
-                for part in range(min(args.gradient_accumulation_steps, 2), 0, -1):
-                    self._backward(optimizer, last=part == 1)
+                for left in range(min(args.gradient_accumulation_steps, 2), 0, -1):
+                    self._backward(optimizer, last=left == 1)
             else:
                 for parameter in trained:
                     parameter.grad = torch.empty_like(parameter)
@@ -254,12 +256,12 @@ class _Run:
                 if args.max_grad_norm:
                     nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 for callback in callbacks:
-                    callback.on_pre_optimizer_step(args, state, control, **around)
+                    callback.on_pre_optimizer_step(args, state, control, **given)
                 optimizer.step()
             self.found.phases[phase] = peak
             self._claim_state(optimizer)
             model.zero_grad()
-        if not self.found.gradients:  # each is used up inside the backward pass
+        if not self.found.gradients:  # each is freed during the backward pass
             self.found.gradients = max(p.numel() * p.element_size() for p in trained)
         self._evaluate()
 
@@ -276,14 +278,14 @@ class _Run:
         self.found.moments = self._ledger.claim(kept[False], STATE)
 
     def _evaluate(self) -> None:
-        """Two batches where there are so many, since Trainer keeps of the first what `drop_logits` leaves."""
+        """Up to two batches: during the second, Trainer keeps what `drop_logits` leaves of the first."""
         data, size = self._recipe.data, self._args.per_device_eval_batch_size
         sequences = data.evaluation_sequences_in_training or data.evaluation_sequences
         kept = []
         with self._ledger, self._ledger.phase(WORKSPACE) as peak, torch.no_grad():
             self._model.eval()
-            for begun in range(0, min(sequences, 2 * size), size):
-                batch = self._batch(min(size, sequences - begun))
+            for start in range(0, min(sequences, 2 * size), size):
+                batch = self._batch(min(size, sequences - start))
                 output = self._call(**batch)
                 kept.append(drop_logits(output.logits, batch["labels"]))
         self.found.phases["evaluation"] = peak
@@ -308,7 +310,7 @@ class _Run:
 
 
 def checkpoints(args: TrainingArguments) -> bool:
-    """Whether blocks are recomputed in the backward pass; transformers is about to rename it."""
+    """Whether blocks are recomputed in the backward pass, under either of transformers' names."""
     return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
 
 
@@ -318,14 +320,14 @@ def _set_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None:
     if hasattr(model, "activation_checkpointing_enable"):
         given: Any = args.activation_checkpointing_kwargs
         options = dict(given or {})
-        apart = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **apart)
+        separate = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **separate)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
 
 
 def _weigh(model: PreTrainedModel, ledger: Ledger) -> Weights:
-    """Counts the model's tensors, each storage once, and enters them into `ledger`."""
+    """Counts the model's tensors, each storage once, and claims them in `ledger`."""
     weights = Weights()
     kinds: dict[int, str] = {}
     for module in model.modules():
@@ -339,22 +341,20 @@ def _weigh(model: PreTrainedModel, ledger: Ledger) -> Weights:
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         if embedding is not None:
             kinds.update((id(tensor), "embeddings") for tensor in embedding.parameters())
-    for tensor in model.parameters():
+    named = [(tensor, "dense") for tensor in model.parameters()] + [(tensor, "buffers") for tensor in model.buffers()]
+    for tensor, default in named:
         size = ledger.claim([tensor], WEIGHTS)
-        kind = kinds.get(id(tensor), "dense")
+        kind = kinds.get(id(tensor), default)
         setattr(weights, kind, getattr(weights, kind) + size)
-        weights.frozen += 0 if tensor.requires_grad else size
-    for buffer in model.buffers():
-        size = ledger.claim([buffer], WEIGHTS)
-        kind = kinds.get(id(buffer), "buffers")
-        setattr(weights, kind, getattr(weights, kind) + size)
+        if default == "dense" and not tensor.requires_grad:
+            weights.frozen += size
     sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in _blocks(model)]
     weights.blocks, weights.largest_block = sum(sizes), max(sizes, default=0)
     return weights
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of the outermost lists of modules: a transformer's layers."""
+    """The entries of the outermost module lists: a transformer's layers."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child

@@ -1,4 +1,4 @@
-"""Recipes of a tiny model for every method, and real training steps to hold estimates to."""
+"""Recipes of a tiny model for every method, and real training steps to compare estimates with."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def tiny():
 
 
 class Training:
-    """A recipe's model and optimizer in memory, stepped by a plain loop; nothing of hf_lowrank.memory is used."""
+    """A recipe's model and optimizer in memory, stepped by a plain loop without hf_lowrank.memory."""
 
     def __init__(self, recipe, dtype=torch.float32):
         self.args = recipe.arguments(NANO)

@@ -1,4 +1,4 @@
-"""What is estimated beside closed forms, and beside what real models, gradients, optimizers and graphs hold."""
+"""Estimates compared with closed forms, and with what real models, gradients, optimizers and graphs hold."""
 
 import gc
 
@@ -52,14 +52,14 @@ def test_galore_has_a_basis_and_moments_of_its_rank(tiny):
     assert found.weights == estimate(tiny("full_rank")).weights
 
 
-def test_cola_has_factors_in_place_of_weights(tiny):
+def test_cola_has_factors_instead_of_weights(tiny):
     found = estimate(tiny("cola"))
     assert found.factors == 4 * factors()
     assert found.gradients == 4 * (factors() + REST)
     assert found.dense == 4 * (2 * LAYERS + 1) * HIDDEN
 
 
-def test_sltrain_has_values_and_their_places_beside_its_factors(tiny):
+def test_sltrain_has_values_and_positions_next_to_its_factors(tiny):
     found = estimate(tiny("sltrain"))
     values = LAYERS * sum(round(0.03 * out * fan_in) for out, fan_in in LINEARS)
     assert found.factors == 4 * factors()
@@ -87,7 +87,7 @@ VARIANTS = {
     ("variant", "dtype"),
     [*((variant, "float32") for variant in VARIANTS), ("galore", "bfloat16"), ("fira-float32", "bfloat16")],
 )
-def test_items_are_what_two_real_steps_leave(tiny, training, variant, dtype):
+def test_items_match_two_real_steps(tiny, training, variant, dtype):
     if variant.endswith("8bit"):
         pytest.importorskip("torchao")
     recipe = tiny(*VARIANTS[variant])
@@ -104,7 +104,7 @@ def test_items_are_what_two_real_steps_leave(tiny, training, variant, dtype):
 
 
 def saved_bytes(real):
-    """What autograd keeps for the backward pass beside the model's own tensors, each storage once."""
+    """What autograd keeps for the backward pass apart from the model's tensors, each storage once."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*real.model.parameters(), *real.model.buffers()]}
     kept = {}
 
@@ -126,7 +126,7 @@ def saved_bytes(real):
     [("full_rank",), ("relora",), ("cola",), ("sltrain",), ("full_rank", "training.bf16=true")],
     ids=" ".join,
 )
-def test_activations_are_what_autograd_saves(tiny, training, case):
+def test_activations_match_what_autograd_saves(tiny, training, case):
     recipe = tiny(*case)
     seen = saved_bytes(training(recipe))
     found = estimate(recipe).activations
@@ -160,7 +160,7 @@ PEAKS = [
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", PEAKS, ids=" ".join)
-def test_the_peak_is_the_allocators(tiny, training, case):
+def test_the_peak_matches_the_allocators(tiny, training, case):
     recipe = tiny(*case)
     expected = max(size for phase, size in estimate(recipe).phases.items() if phase != "evaluation")
     real, watch = training(recipe), AllocatorPeak()
@@ -170,7 +170,7 @@ def test_the_peak_is_the_allocators(tiny, training, case):
     assert watch.stop() == pytest.approx(expected, rel=0.02)
 
 
-def test_the_allocators_peak_is_counted_right():
+def test_the_allocators_peak_is_correct():
     model = torch.nn.Linear(256, 256, bias=False)
     gc.collect()
     watch = AllocatorPeak()
@@ -234,7 +234,7 @@ def test_special_tokens_of_another_vocabulary_do_not_matter(tiny):
     assert found.weights == estimate(tiny("full_rank")).weights
 
 
-def test_what_cannot_be_simulated_is_said(tiny, monkeypatch):
+def test_a_model_that_cannot_be_simulated_is_reported(tiny, monkeypatch):
     def impossible(self, *args, **kwargs):
         raise RuntimeError("no such kernel\nand more")
 
@@ -244,7 +244,7 @@ def test_what_cannot_be_simulated_is_said(tiny, monkeypatch):
         estimate(recipe)
 
 
-def test_nothing_outside_is_touched(tiny):
+def test_the_simulation_has_no_side_effects(tiny):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     estimate(tiny("galore", "method.state_dtype=8bit"))
@@ -260,7 +260,7 @@ def test_nothing_outside_is_touched(tiny):
     assert import_utils.is_fake_tensor(torch.ones(1)) is False
 
 
-def test_the_items_of_the_facts_are_those_of_the_estimate(tiny):
+def test_the_facts_have_the_items_of_the_estimate(tiny):
     found = estimate(tiny("fira"))
     assert found.facts() == {
         "weights": found.weights,

@@ -11,7 +11,7 @@ from hf_lowrank.memory.ledger import Ledger, StandIns
 
 
 @pytest.mark.parametrize("fake", [False, True])
-def test_storages_are_counted_once_and_until_they_go(fake):
+def test_storages_are_counted_once_until_they_are_freed(fake):
     with FakeTensorMode() if fake else nullcontext():
         ledger = Ledger()
         with ledger, ledger.phase("work") as peak:
@@ -34,7 +34,7 @@ def test_storages_are_counted_once_and_until_they_go(fake):
         assert ledger.total == 0
 
 
-def test_numbers_of_fake_tensors_have_stand_ins():
+def test_values_of_fake_tensors_have_stand_ins():
     with FakeTensorMode(), StandIns(), Ledger():
         assert torch.isfinite(torch.ones(2, 2)).tolist() == [[True, True], [True, True]]
         assert float(torch.zeros(()).sum()) == 1.0

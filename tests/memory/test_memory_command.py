@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from hf_lowrank.cli import main
+from hf_lowrank.formats import byte_size
 from hf_lowrank.memory import estimate
 from hf_lowrank.memory.compare import compare, verdicts
-from hf_lowrank.memory.units import size_text
 
 from .conftest import NANO, TINY
 
@@ -22,17 +22,17 @@ def run(capsys, *arguments):
     return stop.value.code, out, err
 
 
-def test_one_recipe_is_itemised_beside_full_rank(capsys, tiny):
+def test_one_recipe_is_itemised_next_to_full_rank(capsys, tiny):
     status, out, err = run(capsys, NANO / "sltrain.yaml", *SET, "--set", "method.r=8", "--batch-size", 2)
     assert (status, err) == (0, "")
     found = estimate(tiny("sltrain"), batch_size=2, both_activations=True)
     for item in ("weights", "factors", "sparse", "moments", "activations_plain", "activations_checkpointed", "peak"):
-        assert size_text(getattr(found, item)) in out, item
+        assert byte_size(getattr(found, item)) in out, item
     assert "2 sequences of 32 tokens" in out
     assert "full_rank" in out
 
 
-def test_all_methods_stand_side_by_side(capsys, tmp_path):
+def test_all_methods_in_one_table(capsys, tmp_path):
     for name in ("_base", "full_rank", "cola"):
         shutil.copy(NANO / f"{name}.yaml", tmp_path)
     status, out, _ = run(capsys, tmp_path / "cola.yaml", "--all-methods", *SET, "--world-size", 2)
@@ -43,14 +43,14 @@ def test_all_methods_stand_side_by_side(capsys, tmp_path):
         "cola",
     ]
     assert "100.0%" in out
-    assert "2 processes by ddp" in out
+    assert "each of 2 processes under ddp" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--batch-size", "0"], "batch size must be a whole number from 1, got 0"),
-        (["--world-size", "-1"], "world size must be a whole number from 1, got -1"),
+        (["--batch-size", "0"], "batch size must be at least 1, got 0"),
+        (["--world-size", "-1"], "world size must be at least 1, got -1"),
         (["--sharding", "zero"], "'--sharding': 'zero' is not one of 'ddp', 'fsdp2'"),
         (["--dtype", "int8"], "'--dtype': 'int8' is not one of 'float32', 'bfloat16', 'float16'"),
         (["--device", "abacus"], "got 'abacus'"),
@@ -76,7 +76,7 @@ def test_a_missing_recipe_or_folder_of_recipes_is_named(capsys, tmp_path):
     assert "--all-methods needs recipes" in err
 
 
-def test_it_says_when_a_method_cannot_help_and_what_would(tiny):
+def test_the_verdict_says_why_a_method_does_not_help(tiny):
     # Many tokens, a small model: what passes through the layers is nearly everything.
     (busy,) = compare([tiny("galore", "training.per_device_train_batch_size=32")])
     assert "saves only" in busy.verdict
@@ -97,8 +97,8 @@ def test_it_says_when_a_method_cannot_help_and_what_would(tiny):
     assert together[0].startswith("GaLore and Fira save less than 5%")
 
 
-def test_sizes_read_well():
+def test_sizes_are_readable():
     sizes = [0, 1023, 1024, 1536, 10 * 1024, 153 * 2**20 + 1, 2**30, 7.5 * 2**40]
-    assert [size_text(size) for size in sizes] == [
-        "0 B", "1023 B", "1.00 KiB", "1.50 KiB", "10.0 KiB", "153 MiB", "1.00 GiB", "7680 GiB",
+    assert [byte_size(size) for size in sizes] == [
+        "0 B", "1023 B", "1.00 KiB", "1.50 KiB", "10.0 KiB", "153 MiB", "1.00 GiB", "7 680 GiB",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Runs that record their memory: what facts.json says, and that nothing else is changed by it."""
+"""Runs that record their memory: the entry in facts.json, and that nothing else changes."""
 
 import json
 import logging
@@ -65,7 +65,7 @@ def memory_of(run):
     return json.loads((run / "facts.json").read_text())["memory"]
 
 
-def test_a_run_says_what_was_expected_and_what_was_seen(recipe, tmp_path, caplog, monkeypatch):
+def test_a_run_logs_the_estimated_and_the_measured_peak(recipe, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "hf_lowrank")
     run = pretrain(recipe(), tmp_path / "run")
     memory = memory_of(run)
@@ -77,11 +77,11 @@ def test_a_run_says_what_was_expected_and_what_was_seen(recipe, tmp_path, caplog
     assert memory["measured_peak"] == pytest.approx(memory["estimated_peak"], rel=0.05)
     said = [record.getMessage() for record in caplog.records if record.name.startswith("hf_lowrank.memory")]
     assert len(said) == 2
-    assert "expected" in said[0]
+    assert "estimated peak" in said[0]
     assert "measured" in said[1]
     assert not torch.autograd._profiler_enabled()
 
-    # Recording changes no bit: the same run without it, and once more from its middle.
+    # Recording changes no bit: the same run without it, and resumed from its middle.
     plain = pretrain_unrecorded(recipe(), tmp_path / "plain")
     assert "memory" not in json.loads((plain / "facts.json").read_text())
     one, other = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (run, plain))
@@ -95,7 +95,7 @@ def test_a_run_says_what_was_expected_and_what_was_seen(recipe, tmp_path, caplog
     assert memory_of(run)["measured_peak"] == memory["measured_peak"]
 
 
-def test_a_training_that_fails_leaves_no_profiler_behind(recipe, tmp_path, monkeypatch):
+def test_a_failed_training_leaves_no_profiler_running(recipe, tmp_path, monkeypatch):
     from hf_lowrank.optim import GaLoreAdamW
 
     def fail(*_):
@@ -109,7 +109,7 @@ def test_a_training_that_fails_leaves_no_profiler_behind(recipe, tmp_path, monke
     assert not torch.autograd._profiler_enabled()
 
 
-def test_what_cannot_be_estimated_is_trained_and_measured(recipe, tmp_path, monkeypatch, caplog):
+def test_a_run_without_an_estimate_is_measured(recipe, tmp_path, monkeypatch, caplog):
     def fail(*_, **__):
         raise NotImplementedError("no such kernel\nand more")
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_estimated_is_trained_and_measured(recipe, tmp_path, monk
     assert "no estimate: NotImplementedError: no such kernel" in caplog.text
 
 
-def test_a_large_evaluation_is_watched_too(recipe, tmp_path):
+def test_a_large_evaluation_is_measured_too(recipe, tmp_path):
     """Evaluation batches of four times the training's, two of them."""
     prepared = recipe(per_device_train_batch_size=1, per_device_eval_batch_size=4, max_steps=2)
     run = pretrain(prepared, tmp_path / "run")
@@ -130,7 +130,7 @@ def test_a_large_evaluation_is_watched_too(recipe, tmp_path):
     assert memory["measured_peak"] == pytest.approx(memory["estimated_peak"], rel=0.1)
 
 
-def test_where_the_profiler_is_taken_nothing_is_measured(tiny):
+def test_nothing_is_measured_while_the_profiler_is_in_use(tiny):
     facts = {}
     recorder = MemoryRecorder(estimate(tiny("full_rank")), facts)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
