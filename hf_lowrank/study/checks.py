@@ -1,20 +1,22 @@
-"""What is wrong with a study, found before anything of it runs: each fault one line."""
+"""Checks of a study before anything runs: each problem is one line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.metrics import METRICS
-from hf_lowrank.runs.layout import EVALUATION_SET, MEASUREMENTS, SCORES
+from hf_lowrank.runs.layout import EVALUATION_SET
 from hf_lowrank.runs.measure_settings import resolve_settings
 from hf_lowrank.runs.selection import choose_steps
-from hf_lowrank.study.layout import Attempt, Run, Study, attempts_of, is_swept, member_recipe, runs_of
+from hf_lowrank.study.layout import ExternalRun, Run, Study, Trial, planned_runs, planned_trials
 from hf_lowrank.study.members import check_members
 from hf_lowrank.study.spec import STAGES, StudyFile
-from hf_lowrank.study.sweep import chosen_rates
+from hf_lowrank.study.stages import STAGE_TABLE
+from hf_lowrank.study.sweep import read_winners
 from hf_lowrank.training.recipe import Recipe
 from hf_lowrank.training.start import check_belongs
 
@@ -42,118 +44,122 @@ def chosen_stages(file: StudyFile, wanted: str | Sequence[str] | None) -> tuple[
 
 
 def prepare(file: StudyFile, directory: Path, stages: Sequence[str], *, named: bool = False) -> Study:
-    """The study with everything that it names looked at; nothing is written.
+    """The study, with everything that its file refers to checked; nothing is written.
 
     Args:
         file: the study file.
         directory: the study's own.
-        stages: what is to run.
-        named: whether the stages were asked for by name; then one that cannot run is an error, not left out.
+        stages: what will run.
+        named: whether the stages were asked for by name; then one that cannot run is an error rather than skipped.
 
     Raises:
-        UserError: the first fault.
+        UserError: the first problem.
     """
-    runs, attempts = runs_of(file, directory), attempts_of(file, directory)
-    _check_names(file, [*runs, *attempts])
-    rates = chosen_rates(file, directory)
-    recipes = _recipes(file, rates)
-    strangers = check_members(file, runs, recipes)
-    study = Study(file=file, directory=directory, runs=runs, attempts=attempts, rates=rates, strangers=strangers)
+    runs, trials = planned_runs(file, directory), planned_trials(file, directory)
+    _check_names(file, [*runs, *trials])
+    winners = read_winners(file, directory)
+    study = Study(file=file, directory=directory, runs=runs, trials=trials, winners=winners)
+    recipes = _recipes(study)
+    study = replace(study, trajectories=check_members(file, runs, recipes))
     _check_baseline_runs(study)
-    _check_keywords(study, stages)
+    if "measure" in stages:
+        _check_measure(study)
+    if "predict" in stages:
+        _check_metrics(study, "predict.metrics", study.settings.predict.metrics)
+    offline = _check_tasks(study) if "evaluate" in stages else set()
     _check_steps(study, recipes, stages)
     _check_folders(study, stages)
     _check_inputs(study, stages)
-    _check_texts(study, recipes, stages, named)
+    if "measure" in stages:
+        _check_sequences(study, recipes)
+    reason = _lacking_text(study, recipes, offline)
+    if reason is not None:
+        if named or study.settings.evaluate.tasks is not None:
+            raise file.fault("evaluate.tasks", f"{reason}; name other tasks, e.g. lowrank_paper")
+        study.skipped["evaluate"] = f"{reason}; evaluate.tasks can name others"
     if len(runs) < FEWEST_RUNS:
-        study.left_out["predict"] = f"it needs at least {FEWEST_RUNS} runs, there are {len(runs)}"
+        study.skipped["predict"] = f"it needs at least {FEWEST_RUNS} runs, there are {len(runs)}"
     return study
 
 
-def _check_names(file: StudyFile, runs: Sequence[Run | Attempt]) -> None:
-    seen: dict[str, Run | Attempt] = {}
+def _check_names(file: StudyFile, runs: Sequence[Run | Trial]) -> None:
+    seen: dict[str, Run | Trial] = {}
     for run in runs:
-        # Some file systems take upper and lower case for the same.
-        key = str(run.folder).lower()
-        if key not in seen:
-            seen[key] = run
+        # Some file systems do not distinguish upper and lower case.
+        other = seen.setdefault(str(run.folder).lower(), run)
+        if other is run:
             continue
-        other = seen[key]
-        if isinstance(run, Attempt) and run.member == other.member:
-            raise file.fault("sweep.learning_rate", f"rates must differ, {run.learning_rate:g} is there twice")
+        if isinstance(run, Trial) and run.member == other.member:
+            value = next(iter(run.values.values()))
+            raise file.fault("sweep.learning_rate", f"must not repeat a value, got {value:g} twice")
         raise file.fault(
             f"members.{run.member}", f"and members.{other.member} would both have a run {run.name}; rename one of them"
         )
 
 
-def _recipes(file: StudyFile, rates: dict[str, float]) -> dict[str, Recipe]:
-    """Each trained member's recipe; before the sweep with its first rate."""
-    settings = file.settings
-    found: dict[str, Recipe] = {}
-    for name, member in settings.members.items():
-        if member.recipe is None:
-            continue
-        overrides = [*settings.overrides, *member.overrides]
-        rate = member.learning_rate or rates.get(name)
-        if rate is None and settings.sweep is not None:
-            rate = settings.sweep.learning_rate[0]
-        if rate is not None:
-            overrides.append(f"training.learning_rate={rate!r}")
-        found[name] = member_recipe(file, name, member.recipe, overrides, settings.seeds[0])
-        if settings.sweep is not None and is_swept(member):
-            swept = [*overrides[:-1], *settings.sweep.overrides, overrides[-1]]
-            member_recipe(file, name, member.recipe, swept, settings.sweep.seed)
-    return found
+def _recipes(study: Study) -> dict[str, Recipe]:
+    """The recipe of each member that is trained here; before the sweep with the values of its first trial."""
+    first = {trial.member: trial for trial in reversed(study.trials)}
+    assumed = study.with_winners({name: trial.values for name, trial in first.items()} | dict(study.winners))
+    trained = [run for run in study.runs if run.index == 0 and not isinstance(run, ExternalRun)]
+    recipes = {}
+    for run in trained:
+        recipes[run.member] = assumed.recipe(run)
+        if run.member in first:
+            study.recipe(first[run.member])
+    return recipes
 
 
 def _check_baseline_runs(study: Study) -> None:
-    baseline = study.of(study.settings.baseline)
+    baseline = study.settings.baseline
+    count = len(study.runs_of(baseline))
     for member in study.settings.members:
-        count = len(study.of(member))
-        if 1 < len(baseline) < count:
+        others = len(study.runs_of(member))
+        if 1 < count < others:
             raise study.file.fault(
                 "baseline",
-                f"must have one run or as many as each member, {study.settings.baseline} has {len(baseline)} and "
-                f"{member} has {count}",
+                f"must have one run or as many as each member, {baseline} has {count} and {member} has {others}",
             )
 
 
-def _check_keywords(study: Study, stages: Sequence[str]) -> None:
-    settings, fault = study.settings, study.file.fault
-    if "measure" in stages:
-        try:
-            METRICS.select(settings.measure.metrics)
-        except UserError as error:
-            raise fault("measure.metrics", f"is wrong: {error}") from None
-        try:
-            resolve_settings(settings.measure.preset, settings.measure.settings)
-        except UserError as error:
-            key = "preset" if "preset" in str(error) else "settings"
-            raise fault(f"measure.{key}", f"is wrong: {error}") from None
-        for key, given in (
-            ("measure.evaluation_set", settings.measure.evaluation_set),
-            ("evaluation_text", settings.evaluation_text),
-        ):
-            if given is not None and not Path(given).exists():
-                raise fault(key, f"must be a file that is there, got {given!r}")
-    if "evaluate" in stages:
-        from hf_lowrank.downstream.catalogue import expand_tasks, wanted_tasks
+def _check_metrics(study: Study, key: str, metrics: str | list[str] | None) -> None:
+    try:
+        METRICS.select(metrics)
+    except UserError as error:
+        raise study.file.fault(key, f"is wrong: {error}") from None
 
-        try:
-            problems = expand_tasks(wanted_tasks(settings.evaluate.tasks))[1]
-        except UserError as error:
-            problems = [str(error)]
-        if problems:
-            raise fault("evaluate.tasks", f"is wrong: {problems[0]}")
-    if "predict" in stages:
-        try:
-            METRICS.select(settings.predict.metrics)
-        except UserError as error:
-            raise fault("predict.metrics", f"is wrong: {error}") from None
+
+def _check_measure(study: Study) -> None:
+    settings, fault = study.settings.measure, study.file.fault
+    _check_metrics(study, "measure.metrics", settings.metrics)
+    try:
+        resolve_settings(settings.preset, settings.settings)
+    except UserError as error:
+        key = "preset" if "preset" in str(error) else "settings"
+        raise fault(f"measure.{key}", f"is wrong: {error}") from None
+    for key, given in (
+        ("measure.evaluation_set", settings.evaluation_set),
+        ("evaluation_text", study.settings.evaluation_text),
+    ):
+        if given is not None and not Path(given).exists():
+            raise fault(key, f"must be an existing file, got {given!r}")
+
+
+def _check_tasks(study: Study) -> set[str]:
+    """The wanted tasks that are made from held-out text."""
+    from hf_lowrank.downstream.catalogue import OFFLINE, expand_tasks, wanted_tasks
+
+    try:
+        known, problems = expand_tasks(wanted_tasks(study.settings.evaluate.tasks))
+    except UserError as error:
+        known, problems = [], [str(error)]
+    if problems:
+        raise study.file.fault("evaluate.tasks", f"is wrong: {problems[0]}")
+    return set(known) & set(OFFLINE)
 
 
 def saved_steps(recipe: Recipe) -> list[int] | None:
-    """The steps at which a training by `recipe` saves, where the recipe says so."""
+    """The steps at which training by `recipe` saves; None if the recipe does not determine them."""
     args = recipe.arguments(recipe.path.parent)
     if args.max_steps < 1:
         return None
@@ -166,77 +172,67 @@ def saved_steps(recipe: Recipe) -> list[int] | None:
 
 
 def _check_steps(study: Study, recipes: dict[str, Recipe], stages: Sequence[str]) -> None:
+    settings = study.settings
     wanted = []
     if "measure" in stages:
-        wanted += [("measure.steps", study.settings.measure.steps), ("measure.pairs", study.settings.measure.pairs)]
+        wanted += [("measure.steps", settings.measure.steps), ("measure.pairs", settings.measure.pairs)]
     if "evaluate" in stages:
-        wanted += [("evaluate.steps", study.settings.evaluate.steps)]
+        wanted += [("evaluate.steps", settings.evaluate.steps)]
     available = {name: saved_steps(recipe) for name, recipe in recipes.items()}
-    available |= {run.member: study.strangers[run.name].steps for run in study.runs if run.source is not None}
+    available |= {run.member: study.trajectories[run.name].steps for run in study.runs if isinstance(run, ExternalRun)}
     for key, steps in wanted:
-        for member, there in available.items():
-            if steps is None or there is None:
-                continue
-            try:
-                choose_steps(there, steps, "all")
-            except UserError as error:
-                raise study.file.fault(key, f"does not fit {member}: {error}") from None
+        for member, saved in available.items():
+            if steps is not None and saved is not None:
+                try:
+                    choose_steps(saved, steps, "all")
+                except UserError as error:
+                    raise study.file.fault(key, f"does not fit {member}: {error}") from None
 
 
 def _check_folders(study: Study, stages: Sequence[str]) -> None:
-    """Run directories that are there must have been begun by these very recipes."""
+    """Existing run directories must have been started by these very recipes."""
     if study.directory.exists() and not study.directory.is_dir():
         raise UserError(f"{study.directory}: --output must be a folder, this is a file")
-    for attempt in study.attempts if "sweep" in stages else ():
-        if attempt.folder.exists():
-            check_belongs(attempt.folder, study.recipe(attempt))
-    waiting = {attempt.member for attempt in study.attempts} - set(study.rates)
-    for run in study.runs:
-        if run.source is None and run.folder.exists() and run.member not in waiting:
+    waiting = study.waiting
+    runs: list[Run | Trial] = list(study.trials) if "sweep" in stages else []
+    runs += [run for run in study.runs if not isinstance(run, ExternalRun) and run.member not in waiting]
+    for run in runs:
+        if run.folder.exists():
             check_belongs(run.folder, study.recipe(run))
 
 
 def _check_inputs(study: Study, stages: Sequence[str]) -> None:
-    """A stage must find what earlier ones write, unless these run too."""
-    waiting = sorted({attempt.member for attempt in study.attempts} - set(study.rates))
-    if waiting and "sweep" not in stages and "train" in stages:
+    """A stage needs what earlier stages write, unless they run too."""
+    if study.waiting and "sweep" not in stages and "train" in stages:
         raise UserError(
-            f"{study.directory}: stage train needs the sweep's rate of {waiting[0]}; add sweep to --stages"
+            f"{study.directory}: stage train needs the sweep's choice for {study.waiting[0]}; add sweep to --stages"
         )
-    for stage in ("measure", "evaluate", "predict", "claims", "report"):
-        if stage in stages and "train" not in stages and not any(study.is_trained(run) for run in study.runs):
-            raise UserError(f"{study.directory}: stage {stage} needs runs that are trained; add train to --stages")
-    needs = {
-        "predict": (("measure", MEASUREMENTS), ("evaluate", SCORES)),
-        "claims": (("measure", MEASUREMENTS),),
-    }
-    for stage, inputs in needs.items():
-        for earlier, file in inputs:
-            there = any((run.folder / file).is_file() for run in study.runs)
-            if stage in stages and earlier not in stages and not there:
-                raise UserError(f"{study.directory}: stage {stage} needs {file} of a run; add {earlier} to --stages")
+    for name in stages:
+        if STAGE_TABLE[name].uses_runs and "train" not in stages and not study.trained_runs():
+            raise UserError(f"{study.directory}: stage {name} needs trained runs; add train to --stages")
+    for name in stages:
+        for file, writer in STAGE_TABLE[name].reads:
+            if writer not in stages and not any((run.folder / file).is_file() for run in study.runs):
+                raise UserError(f"{study.directory}: stage {name} needs {file} of a run; add {writer} to --stages")
 
 
-def _check_texts(study: Study, recipes: dict[str, Recipe], stages: Sequence[str], named: bool) -> None:
-    """Losses need sequences; the offline tasks need held-out text."""
-    settings = study.settings
-    if "measure" in stages and not recipes and not (settings.evaluation_text or settings.measure.evaluation_set):
-        for run in study.runs:
-            if study.strangers[run.name].extra(EVALUATION_SET) is None:
-                raise study.file.fault(
-                    "evaluation_text",
-                    f"must name a text to measure losses on: no member is trained here, and {run.source} brings no "
-                    f"{EVALUATION_SET}",
-                )
-    if "evaluate" not in stages:
+def _check_sequences(study: Study, recipes: dict[str, Recipe]) -> None:
+    """Losses need held-out sequences."""
+    if recipes or study.settings.evaluation_text or study.settings.measure.evaluation_set:
         return
-    from hf_lowrank.downstream.catalogue import OFFLINE, expand_tasks, wanted_tasks
+    for run in study.runs:
+        if isinstance(run, ExternalRun) and study.trajectories[run.name].extra(EVALUATION_SET) is None:
+            raise study.file.fault(
+                "evaluation_text",
+                f"must name a text to measure losses on: no member is trained here, and {run.source} has no "
+                f"{EVALUATION_SET}",
+            )
 
-    offline = set(expand_tasks(wanted_tasks(settings.evaluate.tasks))[0]) & set(OFFLINE)
-    blocks = [recipe.data.source for recipe in recipes.values()]
-    blocks += [(t.run.recipe or {}).get("data", {}).get("source") for t in study.strangers.values()]
-    if offline and not {"python-library", "files"} & set(blocks):
-        message = f"{sorted(offline)[0]} is made from held-out text, which no member has (data.source is none or hub)"
-        if named or settings.evaluate.tasks is not None:
-            raise study.file.fault("evaluate.tasks", f"{message}; name other tasks, as lowrank_paper")
-        study.left_out["evaluate"] = f"{message}; evaluate.tasks can name others"
+
+def _lacking_text(study: Study, recipes: dict[str, Recipe], offline: set[str]) -> str | None:
+    """Why the offline tasks cannot be made from any member's held-out text; None if they can or are not wanted."""
+    sources = [recipe.data.source for recipe in recipes.values()]
+    sources += [(known.run.recipe or {}).get("data", {}).get("source") for known in study.trajectories.values()]
+    if not offline or {"python-library", "files"} & set(sources):
+        return None
+    return f"{sorted(offline)[0]} needs held-out text, which no member has (data.source is none or hub)"

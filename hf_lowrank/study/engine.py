@@ -1,4 +1,4 @@
-"""Runs a study: stage by stage, each unit a process, what is done already never again."""
+"""Runs a study: stage by stage, each unit in a process, skipping finished work."""
 
 from __future__ import annotations
 
@@ -12,36 +12,34 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hf_lowrank.claims.results import FAILURES, Failure
-from hf_lowrank.downstream.prediction import FEWEST_RUNS
 from hf_lowrank.errors import UserError
-from hf_lowrank.runs.layout import MEASUREMENTS, SCORES
 from hf_lowrank.storage.checksums import sealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.locks import locked
 from hf_lowrank.storage.parsing import dump_yaml
-from hf_lowrank.study import units
 from hf_lowrank.study.checks import chosen_stages, prepare
+from hf_lowrank.study.executors import Executor, ForkExecutor, WorkerExecutor
 from hf_lowrank.study.layout import Study
 from hf_lowrank.study.plan import Plan, make_plan, write_timings
 from hf_lowrank.study.progress import Progress, Say
 from hf_lowrank.study.spec import StudyFile, load_study
-from hf_lowrank.study.sweep import chosen_rates, write_sweep
-from hf_lowrank.study.workers import Forks, Processes, Server, Workers
+from hf_lowrank.study.stages import STAGE_TABLE
+from hf_lowrank.study.units import ReportUnit, Unit
 
 logger = logging.getLogger(__name__)
 
-LOCK_SECONDS = 5.0  # how long a killed study's last processes may take to go
+LOCK_SECONDS = 5.0  # how long the last processes of a killed study may take to end
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
-    """What a call left.
+    """What a call of `run_study` left.
 
     Attributes:
         directory: the study's.
-        plan: what was to do.
-        failures: what of it failed.
-        page: the report; None where none was written.
+        plan: what there was to do.
+        failures: the units that failed.
+        page: the report; None if none was written.
         runs: the run directories that it shows.
     """
 
@@ -65,33 +63,33 @@ def run_study(
     stream: TextIO | None = None,
     fork_here: bool = False,
 ) -> StudyResult:
-    """Runs what a study file asks for and is not done yet: sweep, train, measure, evaluate, predict, claims, report.
+    """Runs the unfinished work of a study file: sweep, train, measure, evaluate, predict, claims, report.
 
-    A call that was interrupted, however, is continued by the next one, with the same results as an undisturbed one.
-    A unit that fails stops no other; it is named in the result and in `failures.json`, and tried again next time.
+    After any interruption the next call resumes, with the same results as an uninterrupted one. A unit that fails
+    stops no other; it is reported in the result and in `failures.json`, and retried by the next call.
 
     Args:
         path: the study file.
-        output: the study's directory; None: `runs/NAME`.
-        stages: which, a list or comma-separated; None: all that the study has.
-        dry_run: only plans; nothing is written.
-        jobs: units side by side; None: the file's, else one for each accelerator, else one.
-        threads: CPU threads of each; None: the file's, else the cores shared out.
-        say: gets a line for everything that a reader should know; None: the log.
-        show_plan: gets the plan before anything runs.
-        stream: a terminal for a line of progress that changes.
-        fork_here: forks units from this process instead of from one of their own; saves the seconds that its start
-            takes, for callers that have not computed anything with several threads yet.
+        output: the study's directory; default: `runs/NAME`.
+        stages: the stages to run, a list or comma-separated; default: all that the study has.
+        dry_run: only plan; nothing is written.
+        jobs: units in parallel; default: the file's, else one per accelerator, else one.
+        threads: CPU threads per unit; default: the file's, else the cores divided by `jobs`.
+        say: receives a line for everything that a reader should know; default: the log.
+        show_plan: receives the plan before anything runs.
+        stream: a terminal for a progress line that is redrawn.
+        fork_here: forks units from this process rather than from a server process. Saves the server's start, which
+            takes seconds, for callers that have not computed with several threads yet.
 
     Raises:
-        UserError: anything is wrong with the study; found before anything runs, and nothing is written.
+        UserError: the study is invalid; found before anything runs, and nothing is written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a study starts its own processes; start it once, without torchrun or accelerate launch")
     file = load_study(path)
     directory = Path(output) if output is not None else Path("runs") / file.settings.name
     names, by_name = chosen_stages(file, stages)
-    jobs, threads, devices = _shares(file, jobs, threads)
+    jobs, threads, devices = _resources(file, jobs, threads)
     study = prepare(file, directory, names, named=by_name)
     plan = make_plan(study, names, jobs, threads)
     if show_plan is not None:
@@ -99,117 +97,76 @@ def run_study(
     if dry_run:
         return StudyResult(directory=directory, plan=plan)
     with locked(directory, "study", wait=LOCK_SECONDS) as handle:
-        write_text(directory / "study.yaml", dump_yaml(_plain(file)))
-        keep = () if handle is None else (handle,)
-        workers: Workers = (
-            Forks(threads) if fork_here else Processes(threads, keep, devices) if devices is not None or
-            not hasattr(os, "fork") or os.uname().sysname != "Linux" else Server(threads, keep)
-        )  # fmt: skip
+        resolved = file.settings.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        write_text(directory / "study.yaml", dump_yaml(resolved))
+        inherited = () if handle is None else (handle,)
+        forks = devices is None and hasattr(os, "fork") and os.uname().sysname == "Linux"
+        executor: Executor = (
+            ForkExecutor(threads) if fork_here else WorkerExecutor(threads, inherited, devices or (), fork=forks)
+        )
         progress = Progress(plan.estimates, jobs, say or logger.info, stream)
-        engine = _Engine(study, workers, jobs, progress, say or logger.info)
+        engine = _Engine(study, executor, jobs, progress, say or logger.info)
         try:
             engine.run(names)
         finally:
             progress.clear()
-            workers.stop()
+            executor.stop()
             write_timings(directory, progress.seconds)
             engine.write_failures()
-    page = directory / units.RESULTS["report"]
+    page = directory / ReportUnit.result
     written = "report" in names and not any(failure.stage == "report" for failure in engine.failures)
     return StudyResult(
         directory=directory,
         plan=plan,
         failures=engine.failures,
         page=page if written and page.is_file() else None,
-        runs=[run.folder for run in study.runs if study.is_trained(run)],
+        runs=[run.folder for run in study.trained_runs()],
     )
 
 
 class _Engine:
-    def __init__(self, study: Study, workers: Workers, jobs: int, progress: Progress, say: Say) -> None:
-        self.study, self.workers, self.jobs, self.progress, self.say = study, workers, jobs, progress, say
+    def __init__(self, study: Study, executor: Executor, jobs: int, progress: Progress, say: Say) -> None:
+        self.study, self.executor, self.jobs, self.progress, self.say = study, executor, jobs, progress, say
         self.failures: list[Failure] = []
-        self.named: set[str] = set()
+        self.reported: set[str] = set()
 
-    def run(self, stages: Sequence[str]) -> None:
-        self.write_failures()
-        for stage in stages:
-            if stage in self.study.left_out:
-                self.say(f"{stage} is left out: {self.study.left_out[stage]}")
-            else:
-                getattr(self, f"_{stage}")()
+    def run(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.write_failures()  # the report shows them
+            stage, runs = STAGE_TABLE[name], self.study.trained_runs()
+            reason = self.study.skipped.get(name) or stage.obstacle(self.study, runs)
+            if reason is not None:
+                self.say(f"skipped {name}: {reason}")
+                for unit in stage.batches[-1](self.study, runs):
+                    self.progress.skip(unit.key)
+                continue
+            if stage.uses_runs:
+                self._report_untrained()
+            for batch in stage.batches:
+                self._execute(batch(self.study, runs))
+            self.study, lines = stage.finish(self.study)
+            for line in lines:
+                self.say(line)
 
-    def _sweep(self) -> None:
-        self._do(units.sweep_units(self.study))
-        rows = write_sweep(self.study)
-        self.study = self.study.with_rates(chosen_rates(self.study.file, self.study.directory))
-        for row in rows:
-            if row["at_edge"]:
-                self.say(
-                    f"sweep: {row['member']} is best at {row['learning_rate']:g}, an edge of the rates that were "
-                    "tried; a rate beyond may be better"
-                )
+    def _report_untrained(self) -> None:
+        """Names the runs that are missing because they are not trained, each once."""
+        trained, failed = set(self.study.trained_runs()), {failure.what for failure in self.failures}
+        missing = [run.name for run in self.study.runs if run not in trained]
+        missing = [name for name in missing if name not in failed | self.reported]
+        if missing:
+            self.reported.update(missing)
+            self.say(f"skipped, not trained: {', '.join(missing)}")
 
-    def _train(self) -> None:
-        lost = {attempt.member for attempt in self.study.attempts} - set(self.study.rates)
-        for member in sorted(lost):
-            self._fail(member, "train", "no rate of its sweep ended with a finite loss")
-        self._do([unit for unit in units.train_units(self.study) if not self._waits(unit, lost)])
-
-    def _waits(self, unit: units.Unit, lost: set[str]) -> bool:
-        run = next(run for run in self.study.runs if run.name == unit.name)
-        if run.member in lost:
-            self.progress.skip(unit.key)
-        return run.member in lost
-
-    def _measure(self) -> None:
-        self._fetch()
-        self._do(units.measure_units(self.study))
-        self._do(units.pair_units(self.study))
-
-    def _evaluate(self) -> None:
-        self._fetch()
-        self._do(units.evaluate_units(self.study))
-
-    def _fetch(self) -> None:
-        """Strangers' run directories. What is not trained is named, once."""
-        self._do(units.view_units(self.study))
-        missing = [run.name for run in self.study.runs if not self.study.is_trained(run)]
-        failed = {failure.what for failure in self.failures}
-        new = [name for name in missing if name not in failed | self.named]
-        if new:
-            self.named.update(new)
-            self.say(f"left out, for they are not trained: {', '.join(new)}")
-
-    def _predict(self) -> None:
-        ready = [
-            run for run in self.study.runs
-            if all((run.folder / name).is_file() for name in (MEASUREMENTS, SCORES))
-        ]  # fmt: skip
-        if len(ready) < FEWEST_RUNS:
-            self.say(
-                f"predict is left out: it needs at least {FEWEST_RUNS} runs with measurements and scores, "
-                f"there are {len(ready)}"
-            )
-            self.progress.skip("predict predict")
-            return
-        self._do(units.result_units(self.study, "predict"))
-
-    def _claims(self) -> None:
-        self._do(units.result_units(self.study, "claims"))
-
-    def _report(self) -> None:
-        self.write_failures()
-        self._do(units.result_units(self.study, "report"))
-
-    def _do(self, wanted: Sequence[units.Unit]) -> None:
-        """Carries out units side by side."""
-        for unit in wanted:
-            if unit.done:
+    def _execute(self, units: Sequence[Unit]) -> None:
+        """Performs the units that are not done, `jobs` at a time."""
+        queue = []
+        for unit in units:
+            if unit.is_done():
                 self.progress.skip(unit.key)
-        queue = [unit for unit in wanted if not unit.done]
-        self.progress.more({unit.key: None for unit in queue if unit.key not in self.progress.known})
-        running: dict[str, tuple[units.Unit, int]] = {}
+            else:
+                queue.append(unit)
+        self.progress.add(unit.key for unit in queue)
+        running: dict[str, tuple[Unit, int]] = {}
         free = list(range(self.jobs))
         while queue or running:
             while queue and free:
@@ -217,20 +174,17 @@ class _Engine:
                 running[unit.key] = (unit, slot)
                 self.progress.start(unit.key)
                 log = self.study.directory / "logs" / unit.stage / f"{unit.name.replace(' ', '-')}.log"
-                self.workers.start(unit.key, unit.work, log, slot)
-            for outcome in self.workers.wait(0.5):
+                self.executor.start(unit, log, slot)
+            for outcome in self.executor.wait(0.5):
                 unit, slot = running.pop(outcome.key)
                 free.append(slot)
                 if outcome.reason is not None:
-                    self._fail(unit.name, unit.stage, outcome.reason)
+                    self.failures.append(Failure(what=unit.name, stage=unit.stage, reason=outcome.reason))
                 self.progress.end(unit.key, outcome.reason, outcome.note)
             self.progress.show()
 
-    def _fail(self, what: str, stage: str, reason: str) -> None:
-        self.failures.append(Failure(what=what, stage=stage, reason=reason))
-
     def write_failures(self) -> None:
-        """Writes failures.json, or takes it away where nothing failed."""
+        """Writes failures.json, or removes it if nothing failed."""
         path = self.study.directory / FAILURES
         if self.failures:
             write_text(path, json.dumps([sealed(vars(failure)) for failure in self.failures], indent=1) + "\n")
@@ -239,8 +193,8 @@ class _Engine:
                 path.unlink(missing_ok=True)
 
 
-def _shares(file: StudyFile, jobs: int | None, threads: int | None) -> tuple[int, int, tuple[str, ...] | None]:
-    """Units side by side, threads of each, and the accelerators to share out (None without)."""
+def _resources(file: StudyFile, jobs: int | None, threads: int | None) -> tuple[int, int, tuple[str, ...] | None]:
+    """(units in parallel, threads per unit, accelerators to assign); None without an accelerator, () with only one."""
     for name, value in (("--jobs", jobs), ("--threads", threads)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
@@ -255,8 +209,3 @@ def _shares(file: StudyFile, jobs: int | None, threads: int | None) -> tuple[int
     jobs = jobs or file.settings.jobs or (len(devices) if devices else 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return jobs, threads or file.settings.threads or max(1, cores // jobs), devices
-
-
-def _plain(file: StudyFile) -> dict[str, Any]:
-    """The study with absolute paths, as study.yaml in its directory says it."""
-    return file.settings.model_dump(mode="json", by_alias=True, exclude_unset=True)

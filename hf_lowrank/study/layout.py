@@ -1,36 +1,33 @@
-"""A study's runs and where everything of it lies."""
+"""A study's runs and trials, and where each of them is on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.trajectory import Trajectory
-from hf_lowrank.study.spec import MemberSettings, StudyFile, StudySettings
+from hf_lowrank.study.spec import StudyFile, StudySettings
 from hf_lowrank.training.recipe import Recipe, load_recipe
 from hf_lowrank.training.start import is_finished
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run of the study.
+    """One run of a member.
 
     Attributes:
-        member: whose it is.
-        place: its number among the member's runs; runs of equal place are compared with each other.
-        folder: its run directory. A stranger's holds links to its checkpoints, and what was measured on them.
-        seed: of the recipe; None for a stranger.
-        source: a stranger's folder or repository; None for what is trained here.
+        member: its member.
+        index: its number among the member's runs; runs of equal index are compared with each other.
+        folder: its run directory.
+        seed: of the recipe, or of the runs that an external one is compared with.
     """
 
     member: str
-    place: int
+    index: int
     folder: Path
-    seed: int | None = None
-    source: str | None = None
+    seed: int
 
     @property
     def name(self) -> str:
@@ -38,11 +35,28 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """A run of the sweep."""
+class ExternalRun(Run):
+    """Checkpoints that were trained elsewhere; the run directory holds links to them and their measurements.
+
+    Attributes:
+        source: a folder of checkpoints, or a Hub repository.
+    """
+
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A run of the sweep.
+
+    Attributes:
+        member: its member.
+        values: dotted recipe keys and the values that this trial tries.
+        folder: its run directory.
+    """
 
     member: str
-    learning_rate: float
+    values: Mapping[str, float]
     folder: Path
 
     @property
@@ -52,121 +66,109 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study whose every part has been looked at.
+    """A study that has been checked.
 
     Attributes:
         file: the study file.
-        directory: where all of it goes.
+        directory: where everything is written.
         runs: by member, then seed.
-        attempts: runs of the sweep, by member, then rate.
-        rates: the learning rates that the sweep chose, by member; empty before.
-        strangers: the trajectories of `runs` that are not trained here, by the run's name.
-        left_out: stages that cannot run, with the reason.
+        trials: by member, then value.
+        winners: the values that the sweep chose, by member; empty before the sweep.
+        trajectories: the checkpoints of external runs, by run name.
+        skipped: stages that cannot run, with the reason.
     """
 
     file: StudyFile
     directory: Path
     runs: Sequence[Run]
-    attempts: Sequence[Attempt]
-    rates: dict[str, float] = field(default_factory=dict)
-    strangers: dict[str, Trajectory] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    trials: Sequence[Trial]
+    winners: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    trajectories: Mapping[str, Trajectory] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def settings(self) -> StudySettings:
         return self.file.settings
 
-    def of(self, member: str) -> list[Run]:
-        """The runs of a member."""
+    @property
+    def waiting(self) -> list[str]:
+        """Members whose sweep has not chosen yet."""
+        return sorted({trial.member for trial in self.trials} - set(self.winners))
+
+    def runs_of(self, member: str) -> list[Run]:
         return [run for run in self.runs if run.member == member]
 
     def baseline_of(self, run: Run) -> Run:
-        """The baseline's run that `run` is compared with: of its place, or the only one."""
-        runs = self.of(self.settings.baseline)
-        return runs[0] if len(runs) == 1 else runs[run.place]
+        """The baseline run that `run` is compared with: the one of equal index, or the only one."""
+        runs = self.runs_of(self.settings.baseline)
+        return runs[0] if len(runs) == 1 else runs[run.index]
 
-    def recipe(self, run: Run | Attempt) -> Recipe:
-        """The resolved recipe of a run that is trained here."""
-        path, overrides, seed = self.recipe_arguments(run)
-        return member_recipe(self.file, run.member, path, overrides, seed)
-
-    def recipe_arguments(self, run: Run | Attempt) -> tuple[str, list[str], int]:
-        """(recipe file, overrides, seed) of a run that is trained here."""
-        settings = self.settings
-        member = settings.members[run.member]
-        overrides = [*settings.overrides, *member.overrides]
-        if isinstance(run, Attempt):
-            sweep: Any = settings.sweep
-            overrides += [*sweep.overrides, rate_override(run.learning_rate)]
-            return member.recipe or "", overrides, sweep.seed
-        rate = member.learning_rate or self.rates.get(run.member)
-        overrides += [rate_override(rate)] if rate is not None else []
-        return member.recipe or "", overrides, run.seed or 0
-
-    def is_trained(self, run: Run) -> bool:
-        """Whether the run's checkpoints are there, all of them."""
-        return run.source is not None or is_finished(run.folder)
-
-    def method(self, run: Run) -> str:
-        """What tables call a stranger's method."""
-        return self.settings.members[run.member].method or run.member
+    def trained_runs(self) -> list[Run]:
+        """The runs whose checkpoints are all there."""
+        return [run for run in self.runs if isinstance(run, ExternalRun) or is_finished(run.folder)]
 
     @property
-    def first_trained(self) -> Run | None:
-        """A run that is trained here: the baseline's where there is one."""
-        ours = [run for run in self.runs if run.source is None]
+    def reference_run(self) -> Run | None:
+        """A run that is trained here, of the baseline if possible; external runs take its tokenizer and sequences."""
+        ours = [run for run in self.runs if not isinstance(run, ExternalRun)]
         return next((run for run in ours if run.member == self.settings.baseline), ours[0] if ours else None)
 
-    def with_rates(self, rates: dict[str, float]) -> Study:
+    def recipe(self, run: Run | Trial) -> Recipe:
+        """The resolved recipe of a run or trial that is trained here.
+
+        Raises:
+            UserError: names study file, member, and the recipe file or the override that is wrong.
+        """
+        path, overrides, seed = self.recipe_arguments(run)
+        try:
+            return load_recipe(path, overrides, seed, folder=self.file.path.parent)
+        except UserError as error:
+            raise self.file.fault(f"members.{run.member}", str(error).replace("--set ", "set: ")) from None
+
+    def recipe_arguments(self, run: Run | Trial) -> tuple[str, list[str], int]:
+        """(recipe file, overrides, seed) of a run or trial that is trained here."""
+        member, sweep = self.settings.members[run.member], self.settings.sweep
+        overrides, recipe = [*self.settings.overrides, *member.overrides], member.recipe or ""
+        if isinstance(run, Trial):
+            assert sweep is not None
+            return recipe, [*overrides, *sweep.overrides, *as_overrides(run.values)], sweep.seed
+        values = member.values or self.winners.get(run.member, {})
+        return recipe, [*overrides, *as_overrides(values)], run.seed
+
+    def with_winners(self, winners: Mapping[str, Mapping[str, float]]) -> Study:
         """The study after its sweep."""
-        return replace(self, rates=rates)
+        return replace(self, winners=winners)
 
 
-def rate_override(rate: float) -> str:
-    return f"training.learning_rate={rate!r}"
+def as_overrides(values: Mapping[str, float]) -> list[str]:
+    """`key=value` of each chosen value."""
+    return [f"{key}={value!r}" for key, value in values.items()]
 
 
-def member_recipe(file: StudyFile, member: str, path: str, overrides: list[str], seed: int) -> Recipe:
-    """A member's recipe with overrides.
-
-    Raises:
-        UserError: names study file, member, and the recipe file or the override that is wrong.
-    """
-    try:
-        return load_recipe(path, overrides, seed, folder=file.path.parent)
-    except UserError as error:
-        raise file.fault(f"members.{member}", str(error).replace("--set ", "set: ")) from None
-
-
-def runs_of(file: StudyFile, directory: Path) -> list[Run]:
-    """The runs that the file asks for."""
+def planned_runs(file: StudyFile, directory: Path) -> list[Run]:
+    """The runs that a study file asks for."""
+    seeds, folder = file.settings.seeds, directory / "runs"
     found: list[Run] = []
     for name, member in file.settings.members.items():
-        folder = directory / "runs"
-        if member.runs is not None:
-            found += [
-                Run(member=name, place=place, folder=folder / f"{name}-{place}", source=source)
-                for place, source in enumerate(member.runs)
-            ]
-        else:
-            found += [
-                Run(member=name, place=place, folder=folder / f"{name}-seed{seed}", seed=seed)
-                for place, seed in enumerate(file.settings.seeds)
-            ]
+        if member.runs is None:
+            for index, seed in enumerate(seeds):
+                found.append(Run(member=name, index=index, seed=seed, folder=folder / f"{name}-seed{seed}"))
+            continue
+        for index, source in enumerate(member.runs):
+            seed = seeds[index] if index < len(seeds) else index
+            run = folder / f"{name}-{index}"
+            found.append(ExternalRun(member=name, index=index, seed=seed, folder=run, source=source))
     return found
 
 
-def attempts_of(file: StudyFile, directory: Path) -> list[Attempt]:
-    """The runs of the sweep that the file asks for."""
-    if file.settings.sweep is None:
+def planned_trials(file: StudyFile, directory: Path) -> list[Trial]:
+    """The trials of the sweep that a study file asks for."""
+    sweep = file.settings.sweep
+    if sweep is None:
         return []
     return [
-        Attempt(member=name, learning_rate=rate, folder=directory / "sweep" / f"{name}-lr{rate:g}")
+        Trial(member=name, values=values, folder=directory / "sweep" / f"{name}-{sweep.trial_name(values)}")
         for name, member in file.settings.members.items()
-        if is_swept(member)
-        for rate in file.settings.sweep.learning_rate
+        if member.is_swept
+        for values in sweep.grid()
     ]
-
-
-def is_swept(member: MemberSettings) -> bool:
-    return member.recipe is not None and member.learning_rate is None

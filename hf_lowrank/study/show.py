@@ -1,21 +1,22 @@
-"""What a study says in the terminal, before and after."""
+"""What a study prints to the terminal, before and after it runs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from hf_lowrank.formats import byte_size, duration
 from hf_lowrank.study.engine import StudyResult
-from hf_lowrank.study.plan import Plan, plan_tables
+from hf_lowrank.study.plan import MemberPlan, Plan
 
 
 def print_plan(plan: Plan, console: Any) -> None:
-    """What will run."""
+    """What will run, and what it takes."""
     for table in plan_tables(plan):
         console.print(table)
 
 
 def print_result(result: StudyResult, console: Any) -> None:
-    """The claims, the answer's table, where the page is, and what failed."""
+    """The claims, the table of methods, where the page is, and what failed."""
     from hf_lowrank.claims import claims_table, read_claims
     from hf_lowrank.report import terminal_table
 
@@ -25,12 +26,50 @@ def print_result(result: StudyResult, console: Any) -> None:
         if any(claim.verdict != "undecided" for claim in found):
             console.print(claims_table(found))
         else:
-            print(f"{len(found)} claims of the paper were tested, all undecided at this scale; the page says why")  # noqa: T201
+            print(f"{len(found)} claims of the paper tested, all undecided at this scale; the page explains why")  # noqa: T201
     if result.page is not None:
         console.print(terminal_table(result.runs, study=result.directory))
         print(f"page: {result.page}")  # noqa: T201
-    alike: dict[tuple[str, str], list[str]] = {}
+    units: dict[tuple[str, str], list[str]] = {}
     for failure in result.failures:
-        alike.setdefault((failure.stage, failure.reason), []).append(failure.what)
-    for (stage, reason), what in alike.items():
-        print(f"failed: {stage} {', '.join(what)}: {reason}")  # noqa: T201
+        units.setdefault((failure.stage, failure.reason), []).append(failure.what)
+    for (stage, reason), names in units.items():
+        print(f"failed: {stage} {', '.join(names)}: {reason}")  # noqa: T201
+
+
+def plan_tables(plan: Plan) -> list[Any]:
+    """The plan as rich tables and a line."""
+    from rich.table import Table
+
+    members = Table(title=f"{plan.name}: members", title_justify="left")
+    for column in ("member", "what", "runs", "trained", "per run", "disk", "memory"):
+        justify: Any = "left" if column in ("member", "what") else "right"
+        members.add_column(column, justify=justify, no_wrap=column != "what")
+    for member in plan.members:
+        counts = (str(member.runs), str(member.done), _time(member.seconds))
+        members.add_row(member.member, member.what, *counts, _checkpoints(member), _size(member.memory_bytes))
+    title = f"in {plan.directory}, {plan.jobs} in parallel with {plan.threads} threads each"
+    stages = Table(title=title, title_justify="left")
+    for column in ("stage", "units", "done", "to do", "takes about"):
+        stages.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in plan.stages:
+        seconds = None if stage.seconds is None else stage.seconds / min(plan.jobs, max(stage.left, 1))
+        takes = f"skipped: {stage.skipped}" if stage.skipped else _time(seconds)
+        stages.add_row(stage.stage, str(stage.total), str(stage.done), str(stage.left), takes)
+    total = f"about {_time(plan.seconds)} in total, {_size(plan.disk_bytes)} of disk"
+    total += f", up to {_size(plan.memory_bytes)} of memory at a time" if plan.memory_bytes else ""
+    return [members, stages, total]
+
+
+def _checkpoints(member: MemberPlan) -> str:
+    if not member.checkpoints or not member.checkpoint_bytes:
+        return "–"
+    return f"{member.checkpoints} × {_size(member.checkpoint_bytes)}"
+
+
+def _time(seconds: float | None) -> str:
+    return "?" if seconds is None else duration(seconds)
+
+
+def _size(count: int | None) -> str:
+    return "–" if count is None else byte_size(count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.storage.layers import Layers, read_layers, validated
 
 STAGES = ("sweep", "train", "measure", "evaluate", "predict", "claims", "report")
+LEARNING_RATE = "training.learning_rate"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 Steps = int | str | list[int] | None
 Names = str | list[str] | None
@@ -42,6 +44,15 @@ class MemberSettings(_Block):
         default=None, description="runs: name of the method in tables; default: the member's name"
     )
 
+    @property
+    def values(self) -> dict[str, float]:
+        """The member's own value of each key that a sweep would choose."""
+        return {} if self.learning_rate is None else {LEARNING_RATE: self.learning_rate}
+
+    @property
+    def is_swept(self) -> bool:
+        return self.recipe is not None and not self.values
+
     @model_validator(mode="after")
     def _one_kind(self) -> MemberSettings:
         if (self.recipe is None) == (self.runs is None):
@@ -60,6 +71,14 @@ class SweepSettings(_Block):
     learning_rate: list[float] = Field(min_length=1, description="the learning rates to try")
     seed: int = Field(default=1000, ge=0, lt=2**32, description="seed of every trial")
     overrides: list[str] = Field(default_factory=list, alias="set", description="overrides of every trial")
+
+    def grid(self) -> list[dict[str, float]]:
+        """The recipe keys and values of each trial."""
+        return [{LEARNING_RATE: rate} for rate in self.learning_rate]
+
+    def trial_name(self, values: Mapping[str, float]) -> str:
+        """What the folder of a trial is called, after the member's name."""
+        return f"lr{values[LEARNING_RATE]:g}"
 
     @field_validator("learning_rate")
     @classmethod

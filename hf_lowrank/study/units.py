@@ -1,6 +1,7 @@
-"""Units of a study's work: what each process does, and what of it is done already.
+"""Units of a study: what one process does, whether it is done, and what it leaves.
 
-A unit is a plain mapping, so that it can be sent to another process; `perform` does what it says.
+A unit holds plain data only, so that it can be sent to another process. A new kind of unit is a class here and an
+entry in `stages`.
 """
 
 from __future__ import annotations
@@ -8,184 +9,342 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from contextlib import chdir
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from hf_lowrank.claims.results import CLAIMS
 from hf_lowrank.errors import DivergedError, UserError
+from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.facts import read_facts, write_facts
 from hf_lowrank.runs.layout import MEASUREMENTS, PREDICTION, SCORES
+from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import unsealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
-from hf_lowrank.study.layout import Attempt, Run, Study
-from hf_lowrank.study.strangers import evaluation_of, is_whole, make_view, view_work
 from hf_lowrank.training.start import is_finished
 
-# Which results were computed from which inputs.
+# Fingerprints of the inputs that the results were computed from, by stage.
 STAMPS = ".results.json"
-# In the facts of an attempt whose loss became no number: what was said of it.
+# In the facts of a trial whose loss became NaN or Inf: the error message.
 DIVERGED = "diverged"
 
 
-@dataclass(frozen=True)
-class Unit:
+@dataclass(frozen=True, kw_only=True)
+class Unit(ABC):
     """What one process does.
 
     Attributes:
-        stage: of the study.
-        name: the run's, or what is computed.
-        work: for `perform`.
-        done: whether nothing is left to do.
+        stage: the first word of its key, and the folder of its log.
+        imports: modules that it needs; a worker imports them once, before it forks.
+        name: the run's name, or what is computed.
     """
 
-    stage: str
+    stage: ClassVar[str]
+    imports: ClassVar[tuple[str, ...]] = ()
     name: str
-    work: dict[str, Any] = field(repr=False)
-    done: bool = False
 
     @property
     def key(self) -> str:
         return f"{self.stage} {self.name}"
 
+    @abstractmethod
+    def outputs(self) -> list[Path]:
+        """The files or folders that it leaves."""
 
-def sweep_units(study: Study) -> list[Unit]:
-    return [
-        Unit("sweep", attempt.name, _training(study, attempt), is_tried(attempt.folder)) for attempt in study.attempts
-    ]
+    @abstractmethod
+    def perform(self) -> str | None:
+        """Does the work in this process, and returns what a reader should know about the outcome.
 
+        Raises:
+            UserError: it cannot be done.
+        """
 
-def is_tried(attempt: Path) -> bool:
-    """Whether an attempt of the sweep has come to its end, or to numbers that are none."""
-    return is_finished(attempt) or DIVERGED in read_facts(attempt)
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(output.exists() for output in self.outputs()) and self.is_current()
 
-
-def train_units(study: Study) -> list[Unit]:
-    """One for each run that is trained here. Before the sweep, members that wait for it are all to do."""
-    waiting = {attempt.member for attempt in study.attempts} - set(study.rates)
-    return [
-        Unit("train", run.name, _training(study, run), run.member not in waiting and is_finished(run.folder))
-        for run in study.runs
-        if run.source is None
-    ]
-
-
-def view_units(study: Study) -> list[Unit]:
-    """One for each stranger: its checkpoints are linked, or downloaded."""
-    return [
-        Unit("fetch", run.name, view_work(study, run), is_whole(study, run))
-        for run in study.runs
-        if run.source is not None
-    ]
-
-
-def measure_units(study: Study) -> list[Unit]:
-    """One for each run that is trained."""
-    settings = study.settings.measure
-    keywords = settings.model_dump(mode="json", exclude={"pairs"})
-    found = []
-    for run in study.runs:
-        if study.is_trained(run):
-            work = {
-                "kind": "measure",
-                "run": str(run.folder),
-                "baseline": str(study.baseline_of(run).folder) if study.is_trained(study.baseline_of(run)) else None,
-                "keywords": keywords,
-            }
-            found.append(Unit("measure", run.name, work, _nothing_unmeasured(work)))
-    return found
-
-
-def pair_units(study: Study) -> list[Unit]:
-    """For each run the later runs of its place, each pair once; one process writes into one run."""
-    settings = study.settings.measure
-    if settings.pairs is None:
-        return []
-    keywords = settings.model_dump(mode="json", exclude={"pairs"})
-    keywords |= {"metrics": ["method_barrier"], "steps": settings.pairs}
-    baseline = study.settings.baseline
-    found = []
-    # Which of two writes does not depend on the order of members; the barrier to the baseline is there already.
-    runs = sorted(
-        (run for run in study.runs if study.is_trained(run)), key=lambda run: (run.member == baseline, run.member)
-    )
-    for place, run in enumerate(runs):
-        others = [str(o.folder) for o in runs[place + 1 :] if o.place == run.place and o.member != run.member]
-        work = {"kind": "pairs", "run": str(run.folder), "others": others, "keywords": keywords}
-        if others:
-            found.append(Unit("measure", f"{run.name} pairs", work, _nothing_unmeasured(work)))
-    return found
-
-
-def evaluate_units(study: Study) -> list[Unit]:
-    keywords = study.settings.evaluate.model_dump(mode="json")
-    found = []
-    for run in study.runs:
-        if study.is_trained(run):
-            work = {"kind": "evaluate", "run": str(run.folder), "keywords": keywords}
-            found.append(Unit("evaluate", run.name, work, _nothing_unscored(work)))
-    return found
-
-
-def result_units(study: Study, stage: str) -> list[Unit]:
-    """Prediction, claims or report, from what lies in the run directories."""
-    runs = [run for run in study.runs if study.is_trained(run)]
-    work: dict[str, Any] = {
-        "kind": stage,
-        "runs": [str(run.folder) for run in runs],
-        "output": str(study.directory),
-    }
-    if stage == "predict":
-        work["keywords"] = study.settings.predict.model_dump(mode="json")
-    if stage == "claims":
-        seeds = study.settings.seeds
-        work |= {
-            "baseline": study.settings.baseline,
-            "members": [run.member for run in runs],
-            "seeds": [
-                run.seed if run.seed is not None else seeds[run.place] if run.place < len(seeds) else run.place
-                for run in runs
-            ],
-        }
-    stamp = inputs_of(work)
-    work["stamp"] = stamp
-    done = stage != "report" and _stamps(study).get(stage) == stamp and _is_readable(study.directory / RESULTS[stage])
-    return [Unit(stage, stage, work, done)]
-
-
-RESULTS = {"predict": PREDICTION, "claims": "claims.json", "report": "report/report.html"}
-
-
-def _is_readable(result: Path) -> bool:
-    """Whether a result is there as it was written; a damaged one is computed again."""
-    try:
-        unsealed(parse_json(result.read_text(encoding="utf-8")))
+    def is_current(self) -> bool:
+        """Whether the existing outputs are complete and belong to the present study file."""
         return True
-    except (OSError, ValueError, AttributeError):
+
+    def plain(self) -> dict[str, Any]:
+        """The unit as JSON data; `stages.unit_from` reads it."""
+        return {"type": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainUnit(Unit):
+    """Trains a run.
+
+    Attributes:
+        recipe, overrides, seed, folder: arguments of `load_recipe`.
+        output: the run directory.
+        waits: whether the member has no value yet from its sweep.
+    """
+
+    stage: ClassVar[str] = "train"
+    imports: ClassVar[tuple[str, ...]] = ("hf_lowrank.memory", "hf_lowrank.training.pretrain", "transformers.trainer")
+    recipe: str
+    overrides: list[str]
+    seed: int
+    folder: str
+    output: str
+    waits: bool = False
+
+    def outputs(self) -> list[Path]:
+        return [Path(self.output)]
+
+    def is_current(self) -> bool:
+        return not self.waits and is_finished(Path(self.output))
+
+    def perform(self) -> str | None:
+        from hf_lowrank.memory import memory_recorder
+        from hf_lowrank.training import load_recipe, pretrain
+
+        if self.waits:
+            raise UserError("no trial of its sweep ended with a finite loss")
+        recipe = load_recipe(self.recipe, self.overrides, self.seed, folder=self.folder)
+        pretrain(recipe, self.output, recorder=memory_recorder)
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialUnit(TrainUnit):
+    """Trains a trial of the sweep; a diverged one is a result too."""
+
+    stage: ClassVar[str] = "sweep"
+
+    def is_current(self) -> bool:
+        return is_finished(Path(self.output)) or DIVERGED in read_facts(Path(self.output))
+
+    def perform(self) -> str | None:
+        try:
+            return super().perform()
+        except DivergedError as error:
+            write_facts(Path(self.output), {**read_facts(Path(self.output)), DIVERGED: str(error)})
+            return str(error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureUnit(Unit):
+    """Measures a run.
+
+    Attributes:
+        run: its directory.
+        baselines: the runs to compare with, one after another; None: no baseline.
+        keywords: further arguments of `measure`.
+    """
+
+    stage: ClassVar[str] = "measure"
+    imports: ClassVar[tuple[str, ...]] = ("hf_lowrank.measuring.runner",)
+    run: str
+    baselines: list[str | None]
+    keywords: dict[str, Any] = field(repr=False)
+
+    def outputs(self) -> list[Path]:
+        return [Path(self.run) / MEASUREMENTS]
+
+    def is_current(self) -> bool:
+        from hf_lowrank.measuring import unmeasured
+
+        keywords = {key: value for key, value in self.keywords.items() if key != "device"}
+        try:
+            keywords["evaluation_set"] = self._evaluation_set()
+            return not any(unmeasured(self.run, baseline=other, **keywords) for other in self.baselines)
+        except (ValueError, OSError):  # `perform` reports it
+            return False
+
+    def perform(self) -> str | None:
+        from hf_lowrank.measuring import measure
+
+        keywords = {**self.keywords, "evaluation_set": self._evaluation_set()}
+        for other in self.baselines:
+            measure(self.run, baseline=other, **keywords)
+        return None
+
+    def _evaluation_set(self) -> EvaluationSet | None:
+        given = self.keywords.get("evaluation_set")
+        return None if given is None else evaluation_of(given, Trajectory(self.run))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsUnit(MeasureUnit):
+    """Measures the barriers between a run and other members' runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateUnit(Unit):
+    """Scores a run downstream; `keywords` are further arguments of `evaluate`."""
+
+    stage: ClassVar[str] = "evaluate"
+    imports: ClassVar[tuple[str, ...]] = (
+        "hf_lowrank.downstream.runner",
+        "hf_lowrank.downstream.lm_eval_model",
+        "lm_eval.evaluator",
+    )
+    run: str
+    keywords: dict[str, Any] = field(repr=False)
+
+    def outputs(self) -> list[Path]:
+        return [Path(self.run) / SCORES]
+
+    def is_current(self) -> bool:
+        try:
+            return not self._unscored()
+        except (ValueError, OSError):  # `perform` reports it
+            return False
+
+    def perform(self) -> str | None:
+        from hf_lowrank.downstream import evaluate
+
+        lines: list[str] = []
+
+        def warn(line: str) -> None:
+            print(line, flush=True)  # noqa: T201
+            lines.append(line)
+
+        evaluate(self.run, warn=warn, **self.keywords)
+        left = self._unscored() if self.outputs()[0].is_file() else [(0, "every task")]
+        if left:
+            step, task = left[0]
+            raise UserError(lines[0].replace(f"{self.name}: ", "") if lines else f"no score for {task} at step {step}")
+        return lines[0] if lines else None
+
+    def _unscored(self) -> list[tuple[int, str]]:
+        from hf_lowrank.downstream.runner import unscored
+
+        return unscored(self.run, **{key: self.keywords[key] for key in ("tasks", "steps", "limit")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultUnit(Unit):
+    """Computes a result of the whole study from the tables of its runs.
+
+    Attributes:
+        result: the file that it writes, relative to `output`.
+        runs: the run directories.
+        output: the study's directory.
+    """
+
+    result: ClassVar[str]
+    runs: list[str]
+    output: str
+
+    def outputs(self) -> list[Path]:
+        return [Path(self.output) / self.result]
+
+    def is_current(self) -> bool:
+        """Whether the result is intact and was computed from the present inputs."""
+        try:
+            unsealed(parse_json(self.outputs()[0].read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError):
+            return False
+        return read_stamps(Path(self.output)).get(self.stage) == self.stamp()
+
+    def perform(self) -> str | None:
+        stamp = self.stamp()
+        note = self.compute()
+        directory = Path(self.output)
+        write_text(directory / STAMPS, json.dumps({**read_stamps(directory), self.stage: stamp}))
+        return note
+
+    @abstractmethod
+    def compute(self) -> str | None:
+        """Writes the result."""
+
+    def stamp(self) -> str:
+        """A fingerprint of the inputs, hex."""
+        digest = hashlib.sha256(version("hf-lowrank").encode())
+        asked = {key: value for key, value in asdict(self).items() if key not in ("name", "runs", "output")}
+        asked |= {"kind": self.stage, "names": [Path(run).name for run in self.runs]}
+        digest.update(json.dumps(asked, sort_keys=True).encode())
+        for file in [Path(run) / name for run in self.runs for name in (MEASUREMENTS, SCORES)] + self.further_inputs():
+            digest.update(file.read_bytes() if file.is_file() else b"-")
+        return digest.hexdigest()
+
+    def further_inputs(self) -> list[Path]:
+        return [Path()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictUnit(ResultUnit):
+    """Predicts downstream scores; `keywords` are arguments of `predict`."""
+
+    stage: ClassVar[str] = "predict"
+    result: ClassVar[str] = PREDICTION
+    keywords: dict[str, Any] = field(repr=False)
+
+    def compute(self) -> str | None:
+        from hf_lowrank.downstream import predict
+
+        # The result names its runs by their paths within the study, which may be moved.
+        directory = Path(self.output).resolve()
+        runs = [os.path.relpath(Path(run).resolve(), directory) for run in self.runs]
+        with chdir(directory):
+            prediction = predict(runs, output=directory, **self.keywords)
+        return prediction.notes[0] if prediction.notes else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimsUnit(ResultUnit):
+    """Tests the paper's claims.
+
+    Attributes:
+        baseline: the member that others are compared with.
+        members, seeds: of each run.
+    """
+
+    stage: ClassVar[str] = "claims"
+    result: ClassVar[str] = CLAIMS
+    baseline: str
+    members: list[str]
+    seeds: list[int]
+
+    def further_inputs(self) -> list[Path]:
+        return [Path(self.output) / PREDICTION]
+
+    def compute(self) -> str | None:
+        from hf_lowrank.claims import examine, write_claims
+
+        prediction = Path(self.output) / PREDICTION
+        claims = examine(
+            self.runs,
+            baseline=self.baseline,
+            methods=self.members,
+            seeds=self.seeds,
+            prediction=prediction if prediction.is_file() else None,
+        )
+        write_claims(claims, self.outputs()[0])
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportUnit(ResultUnit):
+    """Writes the page, always anew."""
+
+    stage: ClassVar[str] = "report"
+    imports: ClassVar[tuple[str, ...]] = ("hf_lowrank.report", "matplotlib.figure")
+    result: ClassVar[str] = "report/report.html"
+
+    def is_current(self) -> bool:
         return False
 
+    def perform(self) -> str | None:
+        return self.compute()
 
-def inputs_of(work: dict[str, Any]) -> str:
-    """A fingerprint of what a result is computed from, hex."""
-    digest = hashlib.sha256(version("hf-lowrank").encode())
-    asked = {key: value for key, value in work.items() if key not in ("output", "runs", "stamp")}
-    asked["names"] = [Path(run).name for run in work["runs"]]
-    digest.update(json.dumps(asked, sort_keys=True).encode())
-    files = [Path(run) / name for run in work["runs"] for name in (MEASUREMENTS, SCORES)]
-    for file in [*files, Path(work["output"]) / PREDICTION if work["kind"] == "claims" else Path()]:
-        digest.update(file.read_bytes() if file.is_file() else b"-")
-    return digest.hexdigest()
+    def compute(self) -> str | None:
+        from hf_lowrank.report import write_report
 
-
-def _stamps(study: Study) -> dict[str, str]:
-    return read_stamps(study.directory)
+        write_report(self.runs, self.outputs()[0].parent, study=self.output)
+        return None
 
 
 def read_stamps(directory: Path) -> dict[str, str]:
-    """Fingerprints of the inputs by stage, as they were when the results were computed."""
+    """Fingerprints of the results' inputs, by stage; empty if the file is missing or unreadable."""
     try:
         stamps = parse_json((directory / STAMPS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -193,161 +352,12 @@ def read_stamps(directory: Path) -> dict[str, str]:
     return stamps if isinstance(stamps, dict) else {}
 
 
-def _training(study: Study, run: Run | Attempt) -> dict[str, Any]:
-    recipe, overrides, seed = study.recipe_arguments(run)
-    return {
-        "kind": "train",
-        "recipe": recipe,
-        "overrides": overrides,
-        "seed": seed,
-        "folder": str(study.file.path.parent),
-        "output": str(run.folder),
-        "may_diverge": isinstance(run, Attempt),
-    }
+def evaluation_of(given: str, trajectory: Trajectory) -> EvaluationSet:
+    """The sequences in a safetensors file or folder, or cut from a text by the trajectory's tokenizer."""
+    from hf_lowrank.downstream.sources import context_length
+    from hf_lowrank.runs.evaluation_text import SEQUENCE_LENGTH, evaluation_set_from_text
 
-
-def _nothing_unmeasured(work: dict[str, Any]) -> bool:
-    """Whether a unit that measures would find nothing to do; a fault counts as something: the unit will say it."""
-    from hf_lowrank.measuring import unmeasured
-
-    if not (Path(work["run"]) / MEASUREMENTS).is_file():
-        return False
-    keywords = {key: value for key, value in work["keywords"].items() if key != "device"}
-    try:
-        keywords["evaluation_set"] = _sequences(work)
-        return not any(
-            unmeasured(work["run"], baseline=other, **keywords) for other in work.get("others", [work.get("baseline")])
-        )
-    except (ValueError, OSError):
-        return False
-
-
-def _nothing_unscored(work: dict[str, Any]) -> bool:
-    """As `_nothing_unmeasured`."""
-    try:
-        return not _unscored(work)
-    except (ValueError, OSError):
-        return False
-
-
-def _unscored(work: dict[str, Any]) -> list[tuple[int, str]]:
-    from hf_lowrank.downstream.runner import unscored
-
-    if not (Path(work["run"]) / SCORES).is_file():
-        return [(0, "")]
-    keywords = work["keywords"]
-    return unscored(work["run"], tasks=keywords["tasks"], steps=keywords["steps"], limit=keywords["limit"])
-
-
-def _sequences(work: dict[str, Any]) -> Any:
-    given = work["keywords"].get("evaluation_set")
-    if given is None:
-        return None
-    from hf_lowrank.runs.trajectory import Trajectory
-
-    return evaluation_of(given, Trajectory(work["run"]))
-
-
-def perform(work: dict[str, Any]) -> str | None:
-    """Does a unit's work in this process; returns what a reader should know about the outcome.
-
-    Raises:
-        UserError: it cannot be done.
-    """
-    return PERFORM[work["kind"]](work)
-
-
-def _train(work: dict[str, Any]) -> str | None:
-    from hf_lowrank.memory import memory_recorder
-    from hf_lowrank.training import load_recipe, pretrain
-
-    recipe = load_recipe(work["recipe"], work["overrides"], work["seed"], folder=work["folder"])
-    try:
-        pretrain(recipe, work["output"], recorder=memory_recorder)
-    except DivergedError as error:
-        if not work["may_diverge"]:
-            raise
-        # A rate that is too high is an answer of the sweep.
-        run = Path(work["output"])
-        write_facts(run, {**read_facts(run), DIVERGED: str(error)})
-        return str(error)
-    return None
-
-
-def _measure(work: dict[str, Any]) -> None:
-    from hf_lowrank.measuring import measure
-
-    keywords = {**work["keywords"], "evaluation_set": _sequences(work)}
-    for other in work.get("others", [work.get("baseline")]):
-        measure(work["run"], baseline=other, **keywords)
-
-
-def _evaluate(work: dict[str, Any]) -> str | None:
-    from hf_lowrank.downstream import evaluate
-
-    said: list[str] = []
-
-    def say(line: str) -> None:
-        print(line, flush=True)  # noqa: T201
-        said.append(line)
-
-    evaluate(work["run"], warn=say, **work["keywords"])
-    left = _unscored(work)
-    if left:
-        step, task = left[0]
-        run = Path(work["run"]).name
-        raise UserError(said[0].replace(f"{run}: ", "") if said else f"{task} gave no score at step {step}")
-    return said[0] if said else None
-
-
-def _predict(work: dict[str, Any]) -> str | None:
-    from hf_lowrank.downstream import predict
-
-    # The result names its runs: by their place in the study, wherever the study lies.
-    directory = Path(work["output"]).resolve()
-    runs = [os.path.relpath(Path(run).resolve(), directory) for run in work["runs"]]
-    with chdir(directory):
-        prediction = predict(runs, output=directory, **work["keywords"])
-    return prediction.notes[0] if prediction.notes else None
-
-
-def _claims(work: dict[str, Any]) -> None:
-    from hf_lowrank.claims import examine, write_claims
-
-    prediction = Path(work["output"]) / RESULTS["predict"]
-    claims = examine(
-        work["runs"],
-        baseline=work["baseline"],
-        methods=work["members"],
-        seeds=work["seeds"],
-        prediction=prediction if prediction.is_file() else None,
-    )
-    write_claims(claims, Path(work["output"]) / RESULTS["claims"])
-
-
-def _report(work: dict[str, Any]) -> None:
-    from hf_lowrank.report import write_report
-
-    write_report(work["runs"], Path(work["output"]) / "report", study=work["output"])
-
-
-def _stamped(compute: Callable[[dict[str, Any]], str | None]) -> Callable[[dict[str, Any]], str | None]:
-    def perform_and_stamp(work: dict[str, Any]) -> str | None:
-        note = compute(work)
-        directory = Path(work["output"])
-        write_text(directory / STAMPS, json.dumps({**read_stamps(directory), work["kind"]: work["stamp"]}))
-        return note
-
-    return perform_and_stamp
-
-
-PERFORM: dict[str, Callable[[dict[str, Any]], str | None]] = {
-    "train": _train,
-    "view": make_view,
-    "measure": _measure,
-    "pairs": _measure,
-    "evaluate": _evaluate,
-    "predict": _stamped(_predict),
-    "claims": _stamped(_claims),
-    "report": _report,
-}
+    path = Path(given)
+    if path.is_dir() or path.suffix == ".safetensors":
+        return EvaluationSet.load(path)
+    return evaluation_set_from_text(path, trajectory, min(SEQUENCE_LENGTH, context_length(trajectory)))

@@ -101,11 +101,12 @@ def warm_up() -> None:
     """Imports what calls need, once."""
     import torch
 
-    from hf_lowrank.study.workers import MODULES, prepare
+    from hf_lowrank.study.executors import preload
+    from hf_lowrank.study.stages import UNIT_TYPES
 
     torch.set_num_threads(1)
-    for kind in MODULES:
-        prepare(kind)
+    for kind in UNIT_TYPES.values():
+        preload(kind)
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from hf_lowrank import cli  # noqa: F401

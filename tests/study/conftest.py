@@ -6,13 +6,13 @@ import pytest
 import yaml
 
 from hf_lowrank.study import run_study
-from hf_lowrank.study.probe import Costs
+from hf_lowrank.study.costs import Costs
 from tests.study.tiny import METHODS, study_data, write_corpus, write_recipe
 
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
-    """A cache of the session's own."""
+    """A cache folder for this session."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_LOWRANK_CACHE", str(folder))
@@ -44,7 +44,7 @@ def write_study(tmp_path, corpus):
 
 @pytest.fixture(autouse=True, scope="module")
 def no_estimates():
-    """Neither steps tried out nor memory estimated, which takes seconds; both have tests of their own."""
+    """Neither probes steps nor estimates memory, which takes seconds; both have their own tests."""
 
     def unknown(*_, **__):
         raise NotImplementedError("not in these tests")
@@ -57,7 +57,7 @@ def no_estimates():
 
 @pytest.fixture
 def run():
-    """`run_study` with units forked from the test's own process; what it says is in `.said`."""
+    """`run_study` with units forked from this process; returns the result and the lines it said."""
 
     def run_here(path, **options):
         said = []
@@ -69,6 +69,6 @@ def run():
 
 @pytest.fixture(autouse=True)
 def no_handlers():
-    """The command line's log handler holds the test's own stderr; it goes with the test."""
+    """Removes the command line's log handler, which holds this test's stderr."""
     yield
     logging.getLogger("hf_lowrank").handlers.clear()

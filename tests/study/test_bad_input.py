@@ -1,4 +1,4 @@
-"""Bad studies: each found before anything runs, in one line, and nothing is written; by function and command."""
+"""Invalid studies are one line before anything runs or is written; through function and command."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from tests.study.tiny import MEASURE, MODEL, study_data, write_recipe
 
 
 def refused(study, tmp_path, **options):
-    """The line that refuses a study; nothing is written."""
+    """The error of a study; checks that nothing is written."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as error:
         run_study(study, output=tmp_path / "out", fork_here=True, **options)
@@ -90,7 +90,7 @@ CASES = {
     "a step that is not saved": ({"measure": {**MEASURE, "steps": [5]}}, ["measure.steps", "5", "0, 6, 12"]),
     "pairs at a step that is not saved": ({"measure": {"pairs": 7}}, ["measure.pairs", "7"]),
     "steps of no number": ({"evaluate": {"steps": "lst"}}, ["evaluate.steps", "lst"]),
-    "a rate twice": ({"sweep": {"learning_rate": [1e-3, 0.001]}}, ["sweep.learning_rate", "0.001 is there twice"]),
+    "a rate twice": ({"sweep": {"learning_rate": [1e-3, 0.001]}}, ["sweep.learning_rate", "0.001 twice"]),
     "a rate of zero": ({"sweep": {"learning_rate": [0]}}, ["sweep.learning_rate", "0.0"]),
     "a sweep's override that names nothing": (
         {"sweep": {"learning_rate": [1e-3], "set": ["training.savesteps=3"]}},
@@ -123,7 +123,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_one_line_before_anything_runs(case, write_study, tmp_path, monkeypatch):
+def test_an_error_is_one_line_before_anything_runs(case, write_study, tmp_path, monkeypatch):
     # lm-eval's own thousands of tasks take seconds to list.
     monkeypatch.setattr("hf_lowrank.downstream.catalogue._all_tasks", lambda: SimpleNamespace(task_index={}))
     changes, parts = CASES[case]
@@ -151,7 +151,7 @@ def test_the_command_prints_the_line_and_ends_with_status_2(case, write_study, t
 @pytest.mark.parametrize(
     ("stages", "parts"),
     [
-        ("measure", ["stage measure needs runs that are trained", "add train"]),
+        ("measure", ["stage measure needs trained runs", "add train"]),
         ("evaluate", ["stage evaluate", "add train"]),
         ("report", ["stage report", "add train"]),
         ("claims", ["stage claims", "add train"]),
@@ -171,7 +171,7 @@ def test_a_stage_without_its_input(stages, parts, write_study, tmp_path):
 
 def test_training_without_the_sweep_that_gives_its_rate(write_study, tmp_path):
     study = write_study(sweep={"learning_rate": [1e-3, 2e-3]})
-    assert "stage train needs the sweep's rate of full_rank; add sweep" in refused(study, tmp_path, stages="train")
+    assert "stage train needs the sweep's choice for full_rank; add sweep" in refused(study, tmp_path, stages="train")
 
 
 def test_jobs_and_threads_are_at_least_one(write_study, tmp_path):
@@ -179,7 +179,7 @@ def test_jobs_and_threads_are_at_least_one(write_study, tmp_path):
     assert "--threads must be at least 1" in refused(write_study(), tmp_path, threads=0)
 
 
-def test_a_study_that_is_not_there_and_one_that_is_none(tmp_path):
+def test_a_missing_study_and_an_invalid_one(tmp_path):
     assert "no such study file" in refused(tmp_path / "none.yaml", tmp_path)
     (tmp_path / "list.yaml").write_text("- a\n")
     assert "must be a mapping" in refused(tmp_path / "list.yaml", tmp_path)
@@ -197,15 +197,15 @@ def test_a_run_directory_of_another_recipe(write_study, tmp_path):
     assert "belongs to another recipe" in message
 
 
-def stranger(folder, **changes):
+def external_run(folder, **changes):
     torch.manual_seed(0)
     shape = {**{key: value for key, value in MODEL.items() if key != "architecture"}, "vocab_size": 300, **changes}
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder / "checkpoint-3")
     return folder
 
 
-def test_a_strangers_size_and_baseline(write_study, tmp_path):
-    stranger(tmp_path / "theirs", intermediate_size=40)
+def test_an_external_runs_size_and_baseline(write_study, tmp_path):
+    external_run(tmp_path / "theirs", intermediate_size=40)
     members = {"full_rank": "full_rank.yaml", "theirs": {"runs": ["theirs"]}}
     message = refused(write_study(members=members), tmp_path)
     assert "members.theirs.runs" in message
@@ -214,8 +214,8 @@ def test_a_strangers_size_and_baseline(write_study, tmp_path):
     assert "model.intermediate_size 40, full_rank has 24" in message
 
 
-def test_strangers_alone_need_a_text(write_study, tmp_path):
-    stranger(tmp_path / "theirs")
+def test_external_runs_alone_need_a_text(write_study, tmp_path):
+    external_run(tmp_path / "theirs")
     study = write_study(
         members={"theirs": {"runs": ["theirs"]}}, baseline="theirs", evaluate={"tasks": "lambada_openai"}
     )
@@ -223,22 +223,22 @@ def test_strangers_alone_need_a_text(write_study, tmp_path):
     assert "evaluation_text must name a text" in message
 
 
-def test_a_stranger_named_twice(write_study, tmp_path):
-    stranger(tmp_path / "theirs")
+def test_an_external_run_named_twice(write_study, tmp_path):
+    external_run(tmp_path / "theirs")
     study = write_study(members={"theirs": {"runs": ["theirs", "./theirs"]}}, baseline="theirs")
-    assert "is there twice" in refused(study, tmp_path)
+    assert "must name each run once" in refused(study, tmp_path)
 
 
 def test_a_baseline_with_fewer_runs_than_a_member(write_study, tmp_path):
     for name in ("one", "two", "three", "four", "five"):
-        stranger(tmp_path / name)
+        external_run(tmp_path / name)
     members = {"base": {"runs": ["one", "two"]}, "theirs": {"runs": ["three", "four", "five"]}}
     message = refused(write_study(members=members, baseline="base"), tmp_path)
     assert "baseline must have one run or as many as each member, base has 2 and theirs has 3" in message
 
 
 def test_a_study_extends_another(tmp_path, corpus):
-    """Paths count from the file that names them, also in the study that is extended."""
+    """Paths are relative to the file that names them, also in the extended study."""
     (tmp_path / "below").mkdir()
     for method in ("full_rank", "galore"):
         write_recipe(tmp_path / "below", corpus, method)

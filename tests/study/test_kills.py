@@ -1,4 +1,4 @@
-"""A study that is killed at random moments, process group and all, comes to the results of an undisturbed one."""
+"""A study whose process group is killed at random times ends with the results of an uninterrupted one."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from tests.study.tiny import METHODS, study_data, write_recipe
 
 
 def begin(study, directory, stages):
-    """Starts the study in a process group of its own; returns its process id, which is the group's."""
+    """Starts the study in a new process group; returns its process id, which is also the group's."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -38,7 +38,7 @@ def begin(study, directory, stages):
 
 
 def finish(pid, within):
-    """Waits; returns the exit status, or None when the process was killed at the end of `within` seconds."""
+    """Waits; returns the exit status, or None if the process was killed after `within` seconds."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -51,7 +51,7 @@ def finish(pid, within):
 
 
 def results(directory):
-    """What must be equal to the last bit, by file; rows of tables as sets."""
+    """What must be bitwise equal, by file; rows of tables as sets."""
     found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
@@ -72,7 +72,7 @@ def results(directory):
 
 
 def without_checksums(content):
-    """A result without its checksum, which is over the study's own folder too."""
+    """A result without its checksum, which depends on the study's folder."""
     if isinstance(content, list):
         return [without_checksums(entry) for entry in content]
     return {key: value for key, value in content.items() if key != "checksum"}
@@ -109,7 +109,7 @@ def drill(tmp_path, corpus, kills, seed, stages=None, recipe=None, **changes):
     return expected
 
 
-def test_a_killed_study_ends_as_an_undisturbed_one(tmp_path, corpus):
+def test_a_killed_study_ends_like_an_uninterrupted_one(tmp_path, corpus):
     expected = drill(tmp_path, corpus, kills=3, seed=0, stages="train,measure,evaluate,claims")
     names = {name.rpartition("/")[2] for name in expected}
     assert {"model.safetensors", "measurements.jsonl", "downstream.jsonl", "claims.json"} <= names

@@ -1,4 +1,4 @@
-"""One process at a time works on a study, and on a run; and none goes on when its study is gone."""
+"""One process at a time works on a study and on a run, and none outlives its study."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ def test_a_folder_is_held_by_one_process(tmp_path, holder):
 
 
 @pytest.mark.parametrize(("world_size", "held"), [("2", False), (None, True)])
-def test_the_first_process_of_a_launch_holds_it_for_all(tmp_path, monkeypatch, world_size, held):
+def test_the_first_process_of_a_launch_holds_the_lock(tmp_path, monkeypatch, world_size, held):
     """A rank without a launch, as some batch systems set it, is a process of its own."""
     monkeypatch.setenv("RANK", "1")
     if world_size is not None:
@@ -64,7 +64,7 @@ def test_the_first_process_of_a_launch_holds_it_for_all(tmp_path, monkeypatch, w
         assert (tmp_path / ".train.lock").exists() == held
 
 
-def test_it_is_free_when_its_holder_is_killed(tmp_path, holder):
+def test_a_lock_is_free_when_its_holder_is_killed(tmp_path, holder):
     pid = holder(tmp_path, "train")
     os.kill(pid, signal.SIGKILL)
     with locked(tmp_path, "train", wait=5):
@@ -72,13 +72,13 @@ def test_it_is_free_when_its_holder_is_killed(tmp_path, holder):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_may_hold_it_twice_and_many_at_once(tmp_path):
+def test_a_process_can_hold_a_lock_twice_and_several_locks(tmp_path):
     with locked(tmp_path, "train"), locked(tmp_path, "train"), all_locked([tmp_path, tmp_path / "."], "measure"):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".measure.lock", ".train.lock"]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_stands_in_a_lock_is_not_shown_unless_it_is_a_number(tmp_path, holder):
+def test_the_content_of_a_lock_is_shown_only_if_it_is_a_number(tmp_path, holder):
     holder(tmp_path, "train")
     (tmp_path / ".train.lock").write_bytes(b"\x1b[2J\xff")
     with pytest.raises(UserError, match="in use by another hf-lowrank process; wait"), locked(tmp_path, "train"):
@@ -102,7 +102,7 @@ def test_a_run_is_trained_measured_and_evaluated_by_one_process(tmp_path, corpus
     assert not (run / "measurements.jsonl").exists()
 
 
-def test_what_a_process_killed_at_the_very_first_left_is_no_other_run(tmp_path, corpus):
+def test_leftovers_of_a_process_killed_at_its_start_are_not_another_run(tmp_path, corpus):
     run = tmp_path / "run"
     run.mkdir()
     for name in (".train.lock", ".recipe.yaml.abc.tmp"):

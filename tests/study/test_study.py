@@ -1,4 +1,4 @@
-"""What a study does: stages, results, choices, what is done once, what failed."""
+"""What a study does: stages, results, choices, finished work, failures."""
 
 import json
 import math
@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,8 +22,11 @@ from hf_lowrank.runs.records import load_run
 from hf_lowrank.storage.checksums import sealed_text, unsealed
 from hf_lowrank.storage.parsing import dump_yaml
 from hf_lowrank.study import load_study, run_study
+from hf_lowrank.study.costs import probe
+from hf_lowrank.study.executors import ForkExecutor, WorkerExecutor
+from hf_lowrank.study.layout import Trial
 from hf_lowrank.study.sweep import choose
-from hf_lowrank.study.workers import Forks, Processes
+from hf_lowrank.study.units import TrainUnit
 from hf_lowrank.training import load_recipe
 from tests.study.tiny import METHODS, TRAINING, study_data, write_recipe
 
@@ -30,7 +35,7 @@ PAIRS = {"metrics": "loss,method_barrier", "settings": {"sequences": 4, "path": 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, corpus):
-    """(study file, its directory, what the first call said) of a whole study, with a third member."""
+    """(study file, its directory, what the first call said) of a complete study with a third member."""
     folder = tmp_path_factory.mktemp("study")
     for method in METHODS:
         write_recipe(folder, corpus, method)
@@ -44,7 +49,7 @@ def finished(tmp_path_factory, corpus):
     return study, folder / "out", said
 
 
-def test_every_stage_leaves_its_files(finished):
+def test_every_stage_writes_its_files(finished):
     study, out, said = finished
     runs = sorted(path.name for path in (out / "runs").iterdir())
     assert runs == ["full_rank-seed0", "full_rank-seed1", "high-seed0", "high-seed1", "low-seed0", "low-seed1"]
@@ -54,7 +59,7 @@ def test_every_stage_leaves_its_files(finished):
     assert len(json.loads((out / "claims.json").read_text())["claims"]) == 7
     assert (out / "report" / "report.html").stat().st_size > 10_000
     assert not (out / "failures.json").exists()
-    assert any(line.startswith("predict is left out: it needs at least 8 runs") for line in said)
+    assert any(line.startswith("skipped predict: it needs at least 8 runs") for line in said)
     assert any("s left" in line for line in said)
     resolved = load_study(out / "study.yaml").settings
     assert resolved == load_study(study).settings
@@ -85,7 +90,7 @@ def test_runs_are_compared_with_the_baseline_of_their_seed_and_every_pair_once(f
     assert {step for names, step in pairs if any("full_rank" in name for name in names)} == {0, 6, 12}
 
 
-def test_a_second_call_does_nothing_again(finished, run):
+def test_a_second_call_skips_finished_work(finished, run):
     study, out, _ = finished
     kept = [
         path for path in out.rglob("*") if path.is_file() and "report" not in path.parts and "logs" not in path.parts
@@ -101,7 +106,7 @@ def test_a_second_call_does_nothing_again(finished, run):
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data.replace(b"0.", b"1.", 1)])
-def test_a_damaged_result_is_computed_again(finished, run, tmp_path, damage):
+def test_a_damaged_result_is_recomputed(finished, run, tmp_path, damage):
     study, out, _ = finished
     copy = shutil.copytree(out, tmp_path / "out", symlinks=True)
     file = copy / "claims.json"
@@ -116,7 +121,7 @@ def test_a_damaged_result_is_computed_again(finished, run, tmp_path, damage):
     assert file.read_bytes() == whole
 
 
-def test_a_changed_setting_is_done_again_and_nothing_else(finished, run, tmp_path):
+def test_a_changed_setting_is_redone_and_nothing_else(finished, run, tmp_path):
     study, out, _ = finished
     changed = yaml.safe_load(study.read_text())
     changed["evaluate"]["steps"] = [6, 12]
@@ -136,18 +141,16 @@ def test_dry_run_by_command_writes_nothing(write_study, tmp_path, capsys, monkey
     out = capsys.readouterr().out
     assert stop.value.code == 0
     assert sorted(tmp_path.rglob("*")) == before
-    for part in ("full_rank", "galore", "sweep", "train", "measure", "runs/tiny", "2 at once", "disk"):
+    for part in ("full_rank", "galore", "sweep", "train", "measure", "runs/tiny", "2 in parallel", "disk"):
         assert part in out
     (sweep,) = [line for line in out.splitlines() if line.startswith("│ sweep")]
     assert sweep.split("│")[2].strip() == "4"
 
 
-def test_what_a_step_costs_is_tried_out(write_study, monkeypatch):
+def test_the_cost_of_a_step_is_probed(write_study, monkeypatch):
     """Time from steps on this machine, disk and memory from the model and its optimizer."""
-    from hf_lowrank.study import probe
-
     study = write_study(members={"full_rank": "full_rank.yaml"})
-    monkeypatch.setattr("hf_lowrank.study.plan.probe", probe.probe)
+    monkeypatch.setattr("hf_lowrank.study.plan.probe", probe)
     plan = run_study(study, dry_run=True).plan
     (member,) = plan.members
     # embeddings, head, two blocks and norms of width 16, with AdamW's two moments, in float32
@@ -175,7 +178,7 @@ def test_stages_one_by_one(write_study, tmp_path, run):
 
 
 def broken_run(study, folder):
-    """The beginning of a run whose held-out sequences are damaged."""
+    """The start of a run whose held-out sequences are damaged."""
     recipe = load_recipe(load_study(study).settings.members["galore"].recipe, seed=0)
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(sealed_text(dump_yaml(recipe.plain())))
@@ -195,7 +198,7 @@ def test_a_failed_run_is_named_and_stops_no_other(write_study, tmp_path, run):
     assert [path.parent.name for path in out.rglob("measurements.jsonl")] == ["full_rank-seed0"]
     assert result.page is not None
     said = run(study, output=out, stages="measure")[1]
-    assert "left out, for they are not trained: galore-seed0" in said
+    assert "skipped, not trained: galore-seed0" in said
     # The next call tries again.
     (broken / "evaluation.safetensors").unlink()
     result, _ = run(study, output=out, stages="train,measure")
@@ -204,8 +207,8 @@ def test_a_failed_run_is_named_and_stops_no_other(write_study, tmp_path, run):
     assert (broken / "measurements.jsonl").exists()
 
 
-def test_the_command_runs_it_by_workers_and_says_what_failed(write_study, tmp_path, capsys, finished):
-    """Through the server of workers, whose results are those of forks from here, and with status 1 for a failure."""
+def test_the_command_runs_workers_and_reports_failures(write_study, tmp_path, capsys, finished):
+    """Through the worker process, with the same results as forks from here, and status 1 for a failure."""
     study, out = write_study(seeds=[0]), tmp_path / "out"
     broken_run(study, out / "runs" / "galore-seed0")
     with pytest.raises(SystemExit) as stop:
@@ -219,20 +222,27 @@ def test_the_command_runs_it_by_workers_and_says_what_failed(write_study, tmp_pa
     assert (out / weights).read_bytes() == (finished[1] / weights).read_bytes()
 
 
-@pytest.mark.parametrize("kind", [Forks, Processes])
-def test_a_process_that_dies_fails_its_unit_alone(kind, tmp_path, write_study):
+@pytest.mark.parametrize("forks", [True, False])
+def test_a_process_that_dies_fails_its_unit_alone(forks, tmp_path, write_study):
     recipe = load_study(write_study()).settings.members["full_rank"].recipe
-    work = {"kind": "train", "recipe": recipe, "overrides": [], "seed": 0, "folder": "", "output": str(tmp_path / "a")}
-    workers = kind(1)
-    workers.start("killed", {**work, "overrides": ["training.max_steps=100000"]}, tmp_path / "log", 0)
-    os.kill(next(iter(workers._children)) if kind is Forks else workers._processes["killed"].pid, signal.SIGKILL)
-    workers.start("wrong", {**work, "recipe": "none.yaml"}, tmp_path / "other", 1)
+    long = TrainUnit(
+        name="killed",
+        recipe=recipe,
+        overrides=["training.max_steps=100000"],
+        seed=0,
+        folder="",
+        output=str(tmp_path / "a"),
+    )
+    executor = ForkExecutor(1) if forks else WorkerExecutor(1, fork=False)
+    executor.start(long, tmp_path / "log", 0)
+    os.kill(next(iter(executor._children)) if forks else executor._running[long.key].pid, signal.SIGKILL)
+    executor.start(replace(long, name="wrong", recipe="none.yaml"), tmp_path / "other", 1)
     outcomes, deadline = {}, time.monotonic() + 120
     while len(outcomes) < 2 and time.monotonic() < deadline:
-        outcomes |= {outcome.key: outcome for outcome in workers.wait(0.2)}
-    workers.stop()
-    assert outcomes["wrong"].reason == "none.yaml: no such recipe file"
-    assert "SIGKILL" in outcomes["killed"].reason
+        outcomes |= {outcome.key: outcome for outcome in executor.wait(0.2)}
+    executor.stop()
+    assert outcomes["train wrong"].reason == "none.yaml: no such recipe file"
+    assert "SIGKILL" in outcomes["train killed"].reason
 
 
 def test_the_sweep_takes_the_rate_of_the_lowest_loss(write_study, tmp_path, run):
@@ -278,20 +288,6 @@ def test_the_sweep_takes_the_rate_of_the_lowest_loss(write_study, tmp_path, run)
     assert result.plan.left == 0
 
 
-class Attempted:
-    """What `choose` reads of a study: attempts and a directory."""
-
-    def __init__(self, directory, losses):
-        from hf_lowrank.study.layout import Attempt
-
-        self.directory = directory
-        self.attempts = []
-        for rate, loss in losses.items():
-            folder = directory / "sweep" / f"a-lr{rate:g}"
-            self.attempts.append(Attempt(member="a", learning_rate=rate, folder=folder))
-            self.attempts[-1].__dict__["loss"] = loss
-
-
 @pytest.mark.parametrize(
     ("losses", "chosen", "edge"),
     [
@@ -305,10 +301,13 @@ class Attempted:
     ],
 )
 def test_ties_divergence_and_edges_of_a_sweep(losses, chosen, edge, tmp_path, monkeypatch):
-    study = Attempted(tmp_path, losses)
-    by_folder = {attempt.folder: attempt.__dict__["loss"] for attempt in study.attempts}
+    folder = tmp_path / "sweep"
+    trials = [
+        Trial(member="a", values={"training.learning_rate": rate}, folder=folder / f"a-lr{rate:g}") for rate in losses
+    ]
+    by_folder = {trial.folder: loss for trial, loss in zip(trials, losses.values(), strict=True)}
     monkeypatch.setattr("hf_lowrank.study.sweep.final_loss", by_folder.__getitem__)
-    rows = choose(study)
+    rows = choose(SimpleNamespace(directory=tmp_path, trials=trials))
     assert [row["learning_rate"] for row in rows if row["chosen"]] == ([] if chosen is None else [chosen])
     assert any(row["at_edge"] for row in rows) is edge
     assert [row["loss"] for row in rows] == [None if math.isnan(v) else v for _, v in sorted(losses.items())]

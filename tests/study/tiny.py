@@ -1,4 +1,4 @@
-"""A study small enough for seconds: a corpus of random words, a model of a few thousand parameters."""
+"""A study that runs in seconds: a corpus of random words, a model of a few thousand parameters."""
 
 import json
 import random
@@ -44,14 +44,14 @@ def make_text(seed, lines=700, words=6):
 
 
 def write_corpus(folder):
-    """A text to train on, and enough documents to evaluate on that downstream items can be made of them."""
+    """A training text, and enough held-out documents to make downstream items from."""
     (folder / "train.txt").write_text(make_text(0))
     documents = [json.dumps({"text": make_text(seed, lines=85, words=2)}) for seed in range(1, 180)]
     (folder / "held.jsonl").write_text("\n".join(documents))
 
 
 def write_recipe(folder, corpus, method, file=None, **changes):
-    """A tiny recipe; changes by dotted key with __, None takes a key out."""
+    """A tiny recipe; changes by dotted key with __, None removes a key."""
     recipe = {
         "method": dict(METHODS[method]),
         "model": dict(MODEL),

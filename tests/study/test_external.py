@@ -1,4 +1,4 @@
-"""Checkpoints made with plain transformers, without any recipe: a member of a study, and its baseline."""
+"""Checkpoints made with plain transformers, without a recipe, as a member of a study and as its baseline."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def tokenizer(tmp_path, corpus):
 
 @pytest.fixture
 def plain_run(tmp_path, tokenizer):
-    """Makes a folder of checkpoints as a script with plain transformers leaves it."""
+    """Makes a folder of checkpoints like those of a script with plain transformers."""
 
     def make(name, seed=0, steps=(0, 6, 12), with_tokenizer=None):
         torch.manual_seed(seed)
@@ -45,7 +45,7 @@ def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
 
 
-def test_a_stranger_is_a_member(plain_run, write_study, tmp_path, run, tokenizer):
+def test_external_runs_are_a_member(plain_run, write_study, tmp_path, run, tokenizer):
     theirs = [plain_run("one", 1), plain_run("two", 2, with_tokenizer=tokenizer)]
     before = [contents(folder) for folder in theirs]
     study = write_study(
@@ -56,11 +56,11 @@ def test_a_stranger_is_a_member(plain_run, write_study, tmp_path, run, tokenizer
     result, _ = run(study, output=out)
     assert result.failures == []
     assert [contents(folder) for folder in theirs] == before
-    for place in (0, 1):
-        rows = read_measurements(out / "runs" / f"theirs-{place}")
+    for index in (0, 1):
+        rows = read_measurements(out / "runs" / f"theirs-{index}")
         assert {row.method for row in rows} == {"plain"}
         barriers = [row for row in rows if row.metric == "method_barrier"]
-        assert {(row.step, row.baseline) for row in barriers} == {(s, f"full_rank-seed{place}") for s in (0, 6, 12)}
+        assert {(row.step, row.baseline) for row in barriers} == {(s, f"full_rank-seed{index}") for s in (0, 6, 12)}
         assert all(row.value == row.value for row in barriers)
         ours = {
             row.settings["evaluation"]
@@ -68,12 +68,12 @@ def test_a_stranger_is_a_member(plain_run, write_study, tmp_path, run, tokenizer
             if row.metric == "loss"
         }
         assert {row.settings["evaluation"] for row in rows if row.metric == "loss"} == ours
-        assert read_scores(out / "runs" / f"theirs-{place}")[0].n == 8
+        assert read_scores(out / "runs" / f"theirs-{index}")[0].n == 8
     assert "plain" in result.page.read_text()
     assert run(study, output=out, dry_run=True)[0].plan.left == 1  # the page
 
 
-def test_a_stranger_is_the_baseline(plain_run, write_study, tmp_path, run, tokenizer):
+def test_an_external_run_is_the_baseline(plain_run, write_study, tmp_path, run, tokenizer):
     folder = plain_run("theirs", with_tokenizer=tokenizer)
     before = contents(folder)
     study = write_study(
@@ -91,9 +91,9 @@ def test_a_stranger_is_the_baseline(plain_run, write_study, tmp_path, run, token
     assert not [row for row in read_measurements(out / "runs" / "theirs-0") if row.failed]
 
 
-def test_strangers_alone_on_a_text(plain_run, write_study, tmp_path, run, tokenizer):
-    for place, name in enumerate(("one", "two")):
-        plain_run(name, place, with_tokenizer=tokenizer)
+def test_external_runs_alone_on_a_text(plain_run, write_study, tmp_path, run, tokenizer):
+    for seed, name in enumerate(("one", "two")):
+        plain_run(name, seed, with_tokenizer=tokenizer)
     (tmp_path / "text.md").write_text(make_text(7, lines=100))
     study = write_study(
         members={"one": {"runs": ["one"]}, "two": {"runs": ["two"]}},
@@ -105,7 +105,7 @@ def test_strangers_alone_on_a_text(plain_run, write_study, tmp_path, run, tokeni
     )
     result, said = run(study, output=tmp_path / "out", jobs=2)
     assert result.failures == []
-    assert any(line.startswith("evaluate is left out: pylib_") for line in said)
+    assert any(line.startswith("skipped evaluate: pylib_") for line in said)
     rows = read_measurements(tmp_path / "out" / "runs" / "two-0")
     losses = [row for row in rows if row.metric == "loss"]
     assert [row.step for row in losses] == [0, 6, 12]
@@ -122,7 +122,7 @@ def test_another_tokenizer_is_refused_by_name(plain_run, write_study, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_steps_that_a_stranger_lacks(plain_run, write_study, tmp_path):
+def test_steps_that_an_external_run_lacks(plain_run, write_study, tmp_path):
     plain_run("theirs", steps=(0, 12))
     study = write_study(
         members={"full_rank": "full_rank.yaml", "theirs": {"runs": ["theirs"]}}, measure={**METRICS, "steps": [6, 12]}
