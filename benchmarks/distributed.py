@@ -1,10 +1,11 @@
-"""Several processes against one at the same global batch: every method under DDP and FSDP2, by Trainer and by hand.
+"""Several processes compared with one at the same global batch: every method under DDP and FSDP2, in Trainer and in a
+loop with accelerate.
 
-For each method and way, over 1, 2 and 4 gloo processes on the CPU, the largest distance from one process alone of the
-losses (asked: 1e-4) and of the weights; whether the processes end with the same bits; the optimizer's bytes on the
-fullest of four processes as a share of one's (asked under FSDP2: 0.3); and, by Trainer, the distance of a run that two
-processes began and one or four go on with. By hand the weights are float64, by Trainer float32. What is in the result
-file already, with the same versions, is not run again.
+For each method and engine, over 1, 2 and 4 gloo processes on the CPU: the largest difference of losses (required:
+1e-4) and weights from a single process; whether the processes end with the same bits; the optimizer bytes of the
+fullest of four processes as a share of a single process's (required under FSDP2: 0.3); and, in Trainer, the difference
+of a run that two processes start and one or four resume. Weights are float64 in the loop and float32 in Trainer.
+Results that were recorded with the same versions are kept.
 
     python -m benchmarks.distributed [--cases galore,muon] [--steps 30]
 """
@@ -41,7 +42,7 @@ LOSS, SHARE = 1e-4, 0.3
 
 
 def summary(by_world: dict[int, dict[str, Any]], resumed: dict[int, dict[str, Any]] | None = None) -> dict[str, Any]:
-    """The worst of all numbers of processes."""
+    """The worst over all numbers of processes."""
     found = [*by_world.values(), *(resumed or {}).values()]
     row = {
         "loss_difference": max(each["loss_difference"] for each in by_world.values()),
@@ -56,7 +57,7 @@ def summary(by_world: dict[int, dict[str, Any]], resumed: dict[int, dict[str, An
 
 
 def hand(case: str, way: str, steps: int, folder: Path) -> dict[str, Any]:
-    """accelerate by hand."""
+    """A loop with accelerate."""
     alone = by_hand([case], "alone", steps)[case]
     found = {}
     for world in WORLDS:
@@ -66,7 +67,7 @@ def hand(case: str, way: str, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def trainer(case: str, way: str, steps: int, folder: Path) -> dict[str, Any]:
-    """A recipe's Trainer; the run of two processes is continued, from half way, by one and by four."""
+    """A recipe's Trainer; one and four processes resume the run of two processes half way."""
     recipe = partial(write_recipe, folder, case, steps=steps, saved=steps // 2)
 
     def job(run: str, world: int) -> Any:
@@ -83,14 +84,14 @@ def trainer(case: str, way: str, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def within(row: dict[str, Any]) -> bool:
-    """Whether a row keeps what was asked."""
+    """Whether a row meets the requirements."""
     losses = [value for key, value in row.items() if key.endswith("loss_difference")]
     share = SHARE if row["way"] == "fsdp" else 1
     return max(losses) <= LOSS and row["replicas_identical"] and row["bytes_ratio_of_4"] <= share
 
 
 def earlier(here: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the result file, where it was made with the same versions and steps."""
+    """The rows of the result file, if it was made with the same versions and steps."""
     path = RESULTS / "distributed.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     return known["rows"] if all(known.get(key) == value for key, value in here.items()) else []

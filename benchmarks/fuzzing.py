@@ -1,8 +1,8 @@
-"""Ten thousand inputs for every format that the package reads, piece by piece: what came of them, and what it took.
+"""Ten thousand fuzzed inputs for every format that the package reads, in pieces: outcomes and time.
 
-Each piece is drawn from a seed of its own, so that it can be repeated (`--format NAME --piece N`), and recorded as
-soon as it is done: called again, the script goes on where it was stopped. Of a piece that finds a fault hypothesis
-gives the smallest input; that is recorded as one failure. Cheap formats come first.
+Each piece has a seed of its own, so that it can be repeated (`--format NAME --piece N`), and is recorded as soon as it
+is done; the next call resumes. If a piece finds a fault, hypothesis reduces its input to the smallest one, which is
+recorded as one failure. Cheap formats come first.
 
     python -m benchmarks.fuzzing [--count 10000] [--format recipe ...] [--seconds 3600] [--piece N]
 """
@@ -30,13 +30,13 @@ NAME = "fuzzing"
 
 
 def known() -> dict[str, Any]:
-    """The pieces that are recorded, by format."""
+    """The recorded pieces, by format."""
     path = RESULTS / f"{NAME}.json"
     return json.loads(path.read_text())["formats"] if path.exists() else {}
 
 
 def cost(name: str, folder: Path) -> float:
-    """Seconds to read the format's valid input."""
+    """Seconds to read a valid input of the format."""
     read = FORMATS[name][2]
     times = []
     for _ in range(2):
@@ -49,7 +49,7 @@ def cost(name: str, folder: Path) -> float:
 
 
 def piece(name: str, number: int, folder: Path) -> dict[str, Any]:
-    """One piece's counts."""
+    """The counts of a piece."""
     began, processor = time.perf_counter(), time.process_time()
     failure, accepted = None, 0
     try:
@@ -66,7 +66,7 @@ def piece(name: str, number: int, folder: Path) -> dict[str, Any]:
 
 
 def added(entry: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """A format's entry with another piece."""
+    """A format's entry, with another piece added."""
     keys = ("inputs", "readable", "seconds", "processor_seconds")
     sums = {key: round(entry.get(key, 0) + found[key], 3) for key in keys}
     return {**sums, "failures": [*entry.get("failures", []), *found["failures"]], "pieces": entry.get("pieces", 0) + 1}
@@ -75,8 +75,8 @@ def added(entry: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000, help="inputs for each format")
-    parser.add_argument("--format", action="append", choices=FORMATS, help="only these; can be repeated")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no piece after so long")
+    parser.add_argument("--format", action="append", choices=FORMATS, help="only these formats; can be repeated")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no piece after this time")
     parser.add_argument("--piece", type=int, help="only this piece, without recording it")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -1,12 +1,12 @@
-"""Estimated peaks of memory beside measured ones, for every method, with and without gradient checkpointing.
+"""Estimated memory peaks compared with measured ones, for every method, with and without gradient checkpointing.
 
     python benchmarks/memory.py [--device cpu|cuda] [--scales nano,60m] [--methods galore,cola] [--jobs 4]
 
-Each method trains for two steps in a process of its own by a plain loop. On the CPU its peak is measured twice: from
-the blocks that torch's allocator gives out, and from the resident memory of the whole process, which knows nothing of
-torch. For the latter, blocks go back to the system as they are freed (MALLOC_ settings), and what libraries keep for
-themselves after a first run is taken off. On a GPU it is torch's own count. Evaluation is left out on both sides.
-The result goes to benchmarks/results/ as JSON after each method, and as a Markdown table to the terminal.
+Each method trains for two steps in its own process with a plain loop. On the CPU its peak is measured twice: from the
+blocks of torch's allocator, and from the resident memory of the process, independently of torch. For the latter,
+blocks return to the system when they are freed (MALLOC_ settings), and what libraries keep after a first run is
+subtracted. On a GPU it is torch's own count. Neither side includes evaluation.
+The result is written to benchmarks/results/ as JSON after each method, and to the terminal as a Markdown table.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from hf_lowrank.methods import METHODS
 from hf_lowrank.training.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-# Folder of recipes, sequences a step (on a GPU), vocabulary.
+# Recipe folder, sequences per step on the CPU and on a GPU, vocabulary.
 SCALES = {"nano": ("nano", 16, 16, 2048), "60m": ("llama_60m", 1, 32, 32_000), "350m": ("llama_350m", 1, 16, 32_000)}
 STEPS = 2
-ASKED = 0.1
+REQUIRED = 0.1
 PR_SET_THP_DISABLE = 41
-# Every block from 64 KiB on is mapped on its own, and leaves the process when it is freed.
+# Every block of at least 64 KiB is mapped separately, and returns to the system when it is freed.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 def train(recipe: Recipe, vocabulary: int, device: torch.device, watch: AllocatorPeak | None = None) -> int:
-    """Two training steps as Trainer makes them, on random tokens; what `watch` saw, or 0."""
+    """Two training steps like Trainer's, on random tokens; returns the peak that `watch` measured, or 0."""
     args = recipe.arguments(RECIPES)
     torch.manual_seed(recipe.seed)
     model: PreTrainedModel = recipe.method.build_model(
@@ -83,7 +83,7 @@ def status(field: str) -> int:
 
 
 def small_pages() -> None:
-    """Counts what is touched, not the huge page around it, in this process's resident memory."""
+    """Disables huge pages, so that resident memory counts touched small pages only."""
     ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
@@ -92,16 +92,16 @@ def settle() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def of_process(recipe: Recipe, vocabulary: int, device: torch.device) -> int:
-    train(recipe, vocabulary, device)  # what libraries keep is there from now on
+def process_peak(recipe: Recipe, vocabulary: int, device: torch.device) -> int:
+    train(recipe, vocabulary, device)  # libraries have allocated what they keep
     settle()
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the resident peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the resident peak
     train(recipe, vocabulary, device)
     return status("VmHWM") - before
 
 
-def of_allocator(recipe: Recipe, vocabulary: int, device: torch.device) -> int:
+def allocator_peak(recipe: Recipe, vocabulary: int, device: torch.device) -> int:
     if device.type == "cpu":
         return train(recipe, vocabulary, device, AllocatorPeak())
     train(recipe, vocabulary, device)
@@ -112,8 +112,8 @@ def of_allocator(recipe: Recipe, vocabulary: int, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def one(method: str, scale: str, device: torch.device) -> list[dict[str, Any]]:
-    """The rows of one method, in this process."""
+def rows_of(method: str, scale: str, device: torch.device) -> list[dict[str, Any]]:
+    """The result rows of a method, measured in this process."""
     folder, batch, batch_on_gpu, vocabulary = SCALES[scale]
     batch = batch if device.type == "cpu" else batch_on_gpu
     rows: list[dict[str, Any]] = []
@@ -126,7 +126,7 @@ def one(method: str, scale: str, device: torch.device) -> list[dict[str, Any]]:
             "training.gradient_accumulation_steps=1",
         ]
         recipe = load_recipe(RECIPES / folder / f"{method}.yaml", changes)
-        # The loop below makes packed batches, whatever the recipe's corpus is.
+        # `train` makes packed batches, whatever the recipe's corpus.
         object.__setattr__(recipe, "data", recipe.data.model_copy(update={"shape": "packed"}))
         expected = estimate(recipe, device=device, vocabulary_size=vocabulary)
         peak = max(size for phase, size in expected.phases.items() if phase != "evaluation")
@@ -139,7 +139,7 @@ def one(method: str, scale: str, device: torch.device) -> list[dict[str, Any]]:
             }
         )
         recipes.append(recipe)
-    # The profiler that counts blocks leaves memory of its own behind, so the process as a whole goes first.
+    # The allocator's profiler leaves memory allocated, so the process is measured first.
     for way in ways(device):
         for row, recipe in zip(rows, recipes, strict=True):
             row[f"measured_{way}"] = WAYS[way](recipe, vocabulary, device)
@@ -147,17 +147,17 @@ def one(method: str, scale: str, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-WAYS = {"process": of_process, "allocator": of_allocator}
+WAYS = {"process": process_peak, "allocator": allocator_peak}
 
 
 def ways(device: torch.device) -> list[str]:
     return ["process", "allocator"] if device.type == "cpu" else ["allocator"]
 
 
-def apart(method: str, scale: str, device: torch.device, threads: int) -> list[dict[str, Any]]:
-    """`one` in a process of its own, forked from one that has done nothing but import.
+def rows_in_process(method: str, scale: str, device: torch.device, threads: int) -> list[dict[str, Any]]:
+    """`rows_of` in a new process, forked from one that has only imported modules.
 
-    Imports may have begun CUDA already (torchao's do), and no fork can use it then.
+    Imports (of torchao) may have initialised CUDA, which no fork can use then; on a GPU the process is spawned.
     """
     context = multiprocessing.get_context("forkserver" if device.type == "cpu" else "spawn")
     if device.type == "cpu":
@@ -169,7 +169,7 @@ def apart(method: str, scale: str, device: torch.device, threads: int) -> list[d
     try:
         rows: list[dict[str, Any]] = ours.recv()
     except EOFError:
-        raise UserError(f"{method} at {scale} failed; its error stands above") from None
+        raise UserError(f"{method} at {scale} failed; see its error above") from None
     process.join()
     return rows
 
@@ -179,11 +179,11 @@ def _send(pipe: Any, method: str, scale: str, device: torch.device, threads: int
     torch.set_num_threads(threads)
     if device.type == "cpu":
         small_pages()
-    pipe.send(one(method, scale, device))
+    pipe.send(rows_of(method, scale, device))
 
 
 def earlier(name: str, here: dict[str, str], scales: list[str]) -> list[dict[str, Any]]:
-    """What an earlier run with the same versions measured at other scales."""
+    """Earlier results for other scales, made with the same versions."""
     path = RESULTS / f"{name}.json"
     known = json.loads(path.read_text()) if path.exists() else {"versions": None}
     return (
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--scales", default="nano,60m", help=f"of {', '.join(SCALES)}")
     parser.add_argument("--methods", default=",".join(METHODS), help="default: all")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=1, help="methods at a time; their processes share the device")
+    parser.add_argument("--jobs", type=int, default=1, help="methods in parallel; their processes share the device")
     parser.add_argument("--name", help="of the result file")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -216,7 +216,7 @@ def main() -> None:
     for scale in scales:
         if scale not in SCALES:
             parser.error(f"--scales must be of {', '.join(SCALES)}, got {scale!r}")
-    os.environ.update(MALLOC)  # for the processes to come
+    os.environ.update(MALLOC)  # for the child processes
     name = options.name or ("memory" if device.type == "cpu" else f"memory_{device.type}")
     results = earlier(name, versions(), scales)
     pool = ThreadPoolExecutor(options.jobs)
@@ -224,20 +224,23 @@ def main() -> None:
         _, batch, batch_on_gpu, _ = SCALES[scale]
         batch = batch if device.type == "cpu" else batch_on_gpu
         seen = ways(device)
-        print(f"\n{scale}, {batch} sequences a step, {device}, MiB\n")
+        print(f"\n{scale}, {batch} sequences per step, {device}, MiB\n")
         print("| method | | estimated | " + " | ".join(f"{way} | ratio" for way in seen) + " |")
         print("|---|---|---|" + "---|---|" * len(seen))
         result: dict[str, Any] = {"scale": scale, "batch_size": batch, "rows": []}
         results.append(result)
-        one_method = partial(apart, scale=scale, device=device, threads=options.threads)
-        for rows in pool.map(one_method, options.methods.split(",")):
+        rows_of_method = partial(rows_in_process, scale=scale, device=device, threads=options.threads)
+        for rows in pool.map(rows_of_method, options.methods.split(",")):
             for row in rows:
                 result["rows"].append(row)
                 print(line(row), flush=True)
             result["farthest"] = max(abs(row[f"ratio_{way}"] - 1) for row in result["rows"] for way in seen)
             content = {"machine": machine(device), "versions": versions(), "steps": STEPS, "results": results}
             path = write_result(name, content)
-        print(f"\nfarthest from the measured peak: {result['farthest']:.1%} (asked: at most {ASKED:.0%})", flush=True)
+        print(
+            f"\nfarthest from the measured peak: {result['farthest']:.1%} (required: at most {REQUIRED:.0%})",
+            flush=True,
+        )
     print(f"\n{path}")
 
 
