@@ -67,5 +67,5 @@ def test_hooks_change_no_number_and_stay_in_their_place(two_runs, kind):
 def test_what_does_not_fit_the_accelerators_is_refused(two_runs):
     run = Trajectory(two_runs[0])
     places = dict.fromkeys(PARTS, "cpu") | {"model.layers.1": "disk"}
-    with pytest.raises(UserError, match=r"checkpoint-10: is larger in float32 .* --sharded"):
+    with pytest.raises(UserError, match=r"checkpoint-10: in float32 it does not fit .* --sharded"):
         run.model(10, device_map=places)
