@@ -1,10 +1,10 @@
-"""Our optimizers beside the official packages and torch's AdamW, in one run, on gradients of real training steps.
+"""Our optimizers compared with the official packages and torch's AdamW, in one run, on gradients of real steps.
 
     python benchmarks/optimizers.py [--device cpu|cuda] [--shapes 60m,350m] [--layers 6] [--quick]
 
-Per optimizer: a plain step, what a refresh adds, the mean step at T = 200, the bytes of its state and the memory that
-a step takes for a while. All of them take turns, so that what else the machine does falls on all. The result goes to
-benchmarks/results/ as JSON, and as a Markdown table to the terminal.
+Per optimizer: time of a plain step, what a refresh adds, the mean step at T = 200, bytes of state and of temporary
+memory. The optimizers are interleaved, so that other load on the machine affects all of them. Writes JSON to
+benchmarks/results/ and prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GAP = 200
 Builder = Callable[[int], Optimizer]
 
 
-def opponents(model: torch.nn.Module, rank: int, with_official: bool) -> dict[str, Builder]:
+def builders_of(model: torch.nn.Module, rank: int, with_official: bool) -> dict[str, Builder]:
     """Each optimizer by name, as a function of its refresh interval."""
     groups = param_groups(model, rank=rank)
     targets = [param for group in groups if group["rank"] for _, param in group["params"]]
@@ -64,7 +64,7 @@ def opponents(model: torch.nn.Module, rank: int, with_official: bool) -> dict[st
     return table
 
 
-# Ours over theirs, and the most that it may be on a CPU and on a GPU.
+# Ours over theirs, with the bound on a CPU and on a GPU.
 RATIOS = [
     ("mean_step", "hf_lowrank GaLore", "galore-torch", 0.45, 0.25),
     ("mean_step", "hf_lowrank Fira", "fira", 0.6, 0.25),
@@ -77,7 +77,7 @@ RATIOS = [
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all tensors that the optimizer keeps, those inside projector objects too."""
+    """Bytes of all tensors of the optimizer, including those in projector objects."""
 
     def size(value: Any) -> int:
         if torch.is_tensor(value):
@@ -90,7 +90,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 class PeakMemory:
-    """The most memory in use above what was in use at the start: the allocator's on a GPU, else the process's."""
+    """Peak memory above that at the start: the allocator's on a GPU, else the process's."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -151,7 +151,7 @@ def measure(
     model.to(dtype)
     gradients = [[grad.to(dtype) for grad in kept] for kept in gradients]
     params = list(model.parameters())
-    builders = opponents(model, SIZES[size][-1], with_official=True)
+    builders = builders_of(model, SIZES[size][-1], with_official=True)
     if only:
         builders = {name: builder for name, builder in builders.items() if name in only}
     optimizers = {name: builder(plain + 1) for name, builder in builders.items()}
@@ -175,7 +175,7 @@ def measure(
                 found = [timed(optimizer, device)]
             rows[name]["peak_bytes_plain"] = peak.bytes
             found += [timed(optimizer, device) for _ in range(plain - 1)]
-            if cycle:  # the first warms up, and starts the subspaces from nothing
+            if cycle:  # the first warms up and chooses the first subspaces
                 times[name]["refresh"].append(first)
                 times[name]["plain"].extend(found[1:])
             print(
@@ -189,7 +189,7 @@ def measure(
         added = max(0.0, row["refresh"]["median"]) / GAP if row["refresh"] else 0.0
         row["mean_step"] = row["plain_step"]["median"] + added
         row["state_bytes"] = state_bytes(optimizer)
-    # A process has room left from the others' steps; there each goes alone, without refreshes.
+    # The process still holds memory from other optimizers' steps; so measure each one alone, without refreshes.
     optimizers.clear()
     for name, builder in builders.items() if device.type == "cpu" else ():
         optimizer = builder(10**9)

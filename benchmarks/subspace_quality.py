@@ -45,7 +45,7 @@ def model_of(seed: int) -> LlamaForCausalLM:
 
 
 def energy_shares(optimizer: GaLoreAdamW) -> list[float]:
-    """For each target: what its basis captures of its gradient, over what the exact basis would."""
+    """Per target, the energy that its basis captures relative to the exact basis."""
     shares = []
     for group in optimizer.param_groups:
         for param in group["params"] if group["rank"] else ():

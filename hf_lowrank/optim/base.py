@@ -219,8 +219,8 @@ class TargetedAdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step. A parameter with a non-finite gradient is skipped, with a warning.
 
-        A step without state, at a learning rate of zero and with gradients of zero, as torch.distributed.checkpoint
-        makes it to have state to load into, is not counted.
+        A step without state, at learning rate zero and with zero gradients, is not counted: it is made by
+        torch.distributed.checkpoint, to have state to load into.
 
         With `layerwise` the backward pass has already made the step, and this does nothing.
 

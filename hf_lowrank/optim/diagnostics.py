@@ -1,4 +1,4 @@
-"""What the subspaces do, as Trainer log lines."""
+"""Diagnostics of the subspaces in Trainer's log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 def summarize(diagnostics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Means over the parameters of an optimizer's `diagnostics`: the captured share of the gradient's energy and the
-    overlap of each basis with the one before, as `subspace/captured_energy` and `subspace/subspace_overlap`.
+    overlap of successive bases, as `subspace/captured_energy` and `subspace/subspace_overlap`.
     """
     summary = {}
     for key in ("captured_energy", "subspace_overlap"):
@@ -22,7 +22,7 @@ def summarize(diagnostics: Mapping[str, Mapping[str, float]]) -> dict[str, float
 
 
 class SubspaceLogCallback(TrainerCallback):
-    """Adds the summary of the last refreshes to Trainer's log lines; the optimizer needs `diagnostics=True`."""
+    """Adds a summary of the last refreshes to Trainer's log; the optimizer needs `diagnostics=True`."""
 
     def on_log(
         self,

@@ -1,4 +1,4 @@
-"""Ways of training on several devices that take a parameter's shape away, and so the methods' ground."""
+"""Refuses engines that flatten parameters, since low-rank methods need matrices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INSTEAD = "use FSDP2 (fully_shard; in accelerate fsdp_version: 2) or DDP"
 
 
 def flattened_by(param: Tensor) -> str | None:
-    """Which engine has put a flat piece in the place of `param`, None where none has."""
+    """The engine that has replaced `param` by a flat tensor, or None."""
     if getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
         return "FSDP1 (FullyShardedDataParallel)"
     if hasattr(param, "ds_id"):
@@ -26,12 +26,12 @@ def flattened_by(param: Tensor) -> str | None:
 
 
 def flattened(owner: str, name: str, engine: str) -> UserError:
-    """The error that names the engine and what to use instead."""
-    return UserError(f"{owner} needs parameters in their own shapes, {name} was flattened by {engine}; {INSTEAD}")
+    """The error for a flattened parameter, naming the engine and the alternatives."""
+    return UserError(f"{owner} needs parameters in their original shapes, {name} was flattened by {engine}; {INSTEAD}")
 
 
 def refuse_flattened_model(model: nn.Module) -> None:
-    """Raises UserError where `model`, or a part of it, is wrapped or partitioned by an engine that flattens."""
+    """Raises UserError if an engine that flattens has wrapped or partitioned `model` or a part of it."""
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
             raise flattened("a low-rank method", name or type(module).__name__, "FSDP1 (FullyShardedDataParallel)")
@@ -42,10 +42,10 @@ def refuse_flattened_model(model: nn.Module) -> None:
 
 
 def refuse_engines(args: TrainingArguments) -> None:
-    """Stops before anything is built where Trainer or `accelerate launch` is set to an engine that flattens.
+    """Refuses settings of Trainer or `accelerate launch` for an engine that flattens, before anything is built.
 
     Raises:
-        UserError: naming the engine and what to use instead; or FSDP is asked for in a single process.
+        UserError: naming the engine and the alternatives; or FSDP is asked for in a single process.
     """
     if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise UserError(f"training.deepspeed must be left out: DeepSpeed ZeRO-2 and ZeRO-3 flatten weights; {INSTEAD}")

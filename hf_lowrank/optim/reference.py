@@ -1,4 +1,4 @@
-"""Each method's step of one matrix, in the order of its paper: to be read beside it, and the tests' reference.
+"""Each method's step of one matrix, in the order of its paper: to read next to it, and the reference of the tests.
 
 No sharding, no batches, no speed. A step takes a weight W (m × n), its gradient G (not zero) and the state that the
 last step returned, and returns the new weight and state; it changes nothing in place and works in any float type.

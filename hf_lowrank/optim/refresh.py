@@ -66,8 +66,8 @@ def choose_bases(due: Sequence[Entry]) -> list[Bases]:
         sharding = due[numbers[0]].layout.sharding
         assert sharding is not None
         for start in range(0, len(numbers), sharding.size):
-            turn = numbers[start : start + sharding.size]
-            for number, bases in zip(turn, _choose_sharded([due[i] for i in turn], sharding), strict=True):
+            chunk = numbers[start : start + sharding.size]
+            for number, bases in zip(chunk, _choose_sharded([due[i] for i in chunk], sharding), strict=True):
                 found[number] = bases
     return found
 
@@ -105,33 +105,33 @@ def _choose_held(entry: Entry) -> Bases:
     return bases
 
 
-def _choose_sharded(turn: Sequence[Entry], sharding: Sharding) -> list[Bases]:
+def _choose_sharded(targets: Sequence[Entry], sharding: Sharding) -> list[Bases]:
     """The bases of as many sharded matrices as there are processes, each chosen by one of them."""
-    owners = [entry.layout.first_index % sharding.size for entry in turn]
-    transposed = [entry.layout.transposed for entry in turn]
-    stored = [view for entry in turn for view in entry.layout.stored(entry.grad)]
-    lengths = [entry.layout.columns if entry.layout.transposed else entry.layout.rows for entry in turn]
+    owners = [entry.layout.first_index % sharding.size for entry in targets]
+    transposed = [entry.layout.transposed for entry in targets]
+    stored = [view for entry in targets for view in entry.layout.stored(entry.grad)]
+    lengths = [entry.layout.columns if entry.layout.transposed else entry.layout.rows for entry in targets]
     grads = sharding.to_owners(stored, owners, lengths)
     last: dict[int, Bases] = {number: {} for number in grads}
-    for side in _shapes(turn[0]) if turn[0].group["subspace"] in FROM_THE_LAST else ():
-        held = [number for number, entry in enumerate(turn) if side in _last(entry)]
+    for side in _shapes(targets[0]) if targets[0].group["subspace"] in FROM_THE_LAST else ():
+        held = [number for number, entry in enumerate(targets) if side in _last(entry)]
         if held:
             wholes = sharding.to_owners(
-                [local_part(_last(turn[number])[side]) for number in held],
+                [local_part(_last(targets[number])[side]) for number in held],
                 [owners[number] for number in held],
-                [_shapes(turn[number])[side][0] for number in held],
+                [_shapes(targets[number])[side][0] for number in held],
             )
             for number, basis in wholes.items():
                 last[held[number]][side] = basis
     chosen = {
-        number: _choose(turn[number], grad.mT if transposed[number] else grad, None, last[number])
+        number: _choose(targets[number], grad.mT if transposed[number] else grad, None, last[number])
         for number, grad in grads.items()
     }
-    bases: list[Bases] = [{} for _ in turn]
-    for side in _shapes(turn[0]):
-        shapes = [_shapes(entry)[side] for entry in turn]
-        dtype = turn[0].declared(side).dtype_for(turn[0].weight, "parameter")
-        like = turn[0].weight.new_empty(0, dtype=dtype)
+    bases: list[Bases] = [{} for _ in targets]
+    for side in _shapes(targets[0]):
+        shapes = [_shapes(entry)[side] for entry in targets]
+        dtype = targets[0].declared(side).dtype_for(targets[0].weight, "parameter")
+        like = targets[0].weight.new_empty(0, dtype=dtype)
         parts = sharding.from_owners({n: own[side] for n, own in chosen.items()}, owners, shapes, like)
         for of_one, part, shape in zip(bases, parts, shapes, strict=True):
             of_one[side] = sharding.tensor(part.clone(), shape)  # not a view of the exchanged buffer

@@ -1,4 +1,4 @@
-"""Every method through both doors, a Trainer by a recipe and accelerate by hand, in one process and in several."""
+"""Every method trained by a recipe and in a custom loop with accelerate, in one process and in several."""
 
 import random
 import shutil
@@ -58,7 +58,7 @@ def method_of(case):
 def by_hand(cases, way, steps, rank=0, world=1):
     """Each case for `steps` under accelerate, in `way` (alone, ddp, fsdp), in float64.
 
-    Adam divides by the size of the gradient: where that is rounding alone, float32 differs in the first digit.
+    Adam divides by the gradient's size: if that is only rounding error, float32 differs in the first digit.
     """
     if way != "alone":
         launched(rank, world, on_accelerators=way == "fsdp")
@@ -80,7 +80,7 @@ def _by_hand(case, way, steps, rank, world):
         else method.build_optimizer(model, settings, args)
     )
     scheduler = method.build_scheduler(optimizer, settings, args, steps) if method.build_scheduler else None
-    torch.manual_seed(1 + rank)  # what is drawn from torch's own generator differs between processes
+    torch.manual_seed(1 + rank)  # torch's global generator differs between processes
     restarts = method.callbacks(settings, args) if method.kind == "restarts" else ()
     accelerator, wrapped, inner = None, model, optimizer
     if way != "alone":
@@ -128,7 +128,7 @@ def write_texts(folder):
 
 
 def write_recipe(folder, case, world, way, *, steps, saved):
-    """A recipe whose step has `BATCH` sequences however many processes there are."""
+    """A recipe with `BATCH` sequences per step for any number of processes."""
     method, own = method_of(case)
     recipe = {
         "name": case,
@@ -159,7 +159,7 @@ def write_recipe(folder, case, world, way, *, steps, saved):
 
 
 class AtTheEnd(TrainerCallback):
-    """What this process has when a Trainer ends."""
+    """Losses, weights and bytes of this process when a Trainer ends."""
 
     found = None
 
@@ -174,7 +174,7 @@ class AtTheEnd(TrainerCallback):
 
 
 def by_trainer(path, run, way, rank=0, world=1):
-    """`path`'s run in this process, one of `world`; what it has at the end."""
+    """Trains the recipe at `path` in this process, one of `world`; what `AtTheEnd` finds."""
     if way != "alone":
         launched(rank, world, on_accelerators=way == "fsdp")
     DEFAULT_CALLBACKS.append(AtTheEnd)
@@ -197,7 +197,7 @@ def launch(job, world, folder):
 
 
 def differences(alone, ranks):
-    """The largest distances of the processes' losses and weights from those of one alone, and whether they agree."""
+    """The largest differences of losses and weights from those of one process, and whether replicas are identical."""
     ours = alone["losses"] if isinstance(alone["losses"], dict) else dict(enumerate(alone["losses"]))
     distances = []
     for found in ranks:

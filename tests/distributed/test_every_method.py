@@ -18,7 +18,7 @@ from tests.distributed.every_method import (
     write_texts,
 )
 
-# torch's Newton–Schulz in bfloat16 is no reference for the last digits.
+# torch's Newton–Schulz in bfloat16 is not reproducible to the last digits.
 EXACT = [case for case in CASES if case != "muon_bfloat16"]
 LOSS, WEIGHT = 1e-4, 2e-5
 

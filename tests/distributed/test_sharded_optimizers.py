@@ -29,19 +29,19 @@ from tests.distributed.training import (
 )
 
 EVERY = ["full-rank", *METHODS]
-# Both ways of storing a basis, both sides, channel scales, a limiter, whole blocks, a handed-round matrix.
+# Both ways of storing a basis, both sides, channel scales, a limiter, whole blocks, matrices gathered on one process.
 SOME = ["galore-randomized", "galore-full", "fira", "apollo-mini", "frugal", "frugal-blocks", "muon"]
 LOSS, WEIGHT = 1e-4, 2e-4
 
 
 def trained(names, way, steps, rank=0, world=1):
-    """Every method for `steps`; what tests compare."""
+    """Every method for `steps`, and what tests compare."""
     found = {}
     for name in names:
         model = wrapped(net(torch.float32), way, world)
         optimizer = make(name, model)
         if way == "fsdp" and name != "full-rank":
-            get_optimizer_state_dict(model, optimizer)  # makes state, and must leave the run as it is
+            get_optimizer_state_dict(model, optimizer)  # creates state, and must not change the run
         losses = train(model, optimizer, steps, rank, world)
         found[name] = {"losses": losses, "weights": whole_weights(model), "bytes": state_bytes(optimizer)}
     return found
@@ -67,7 +67,7 @@ def check_same(alone, ranks, name):
     ],
 )
 @pytest.mark.timeout(1800)
-def test_several_processes_are_one(tmp_path, names, worlds, ways, steps):
+def test_several_processes_equal_one(tmp_path, names, worlds, ways, steps):
     alone = trained(names, "alone", steps)
     for way in ways:
         for world in worlds:
@@ -102,7 +102,7 @@ def test_a_basis_stays_where_a_gradient_is_zero_in_all_processes(tmp_path):
 
 
 def saved_and_resumed(names, folder, stop, steps, how, rank, world):
-    """At world 2 trains, saves after `stop` steps and goes on; elsewhere goes on from that checkpoint."""
+    """With two processes trains, saves after `stop` steps and continues; otherwise resumes from that checkpoint."""
     full = how == "full"
     options = StateDictOptions(full_state_dict=full, cpu_offload=full, broadcast_from_rank0=full)
     found = {}
@@ -116,28 +116,28 @@ def saved_and_resumed(names, folder, stop, steps, how, rank, world):
                 for param in model.parameters():
                     param.fill_(7.0)
             optimizer = make(name, model)
-        places = folder / name / "model", folder / name / "optimizer"
+        paths = folder / name / "model", folder / name / "optimizer"
         if world == 2:
             states = (
                 get_model_state_dict(model, options=options),
                 get_optimizer_state_dict(model, optimizer, options=options),
             )
-            for place, state in zip(places, states, strict=True):
+            for path, state in zip(paths, states, strict=True):
                 if full and rank == 0:
-                    place.parent.mkdir(exist_ok=True, parents=True)
-                    torch.save(state, f"{place}.pt")
+                    path.parent.mkdir(exist_ok=True, parents=True)
+                    torch.save(state, f"{path}.pt")
                 elif not full:
-                    dcp.save(state, checkpoint_id=place)
+                    dcp.save(state, checkpoint_id=path)
         elif full:
-            states = [torch.load(f"{place}.pt", weights_only=True) if rank == 0 else {} for place in places]
+            states = [torch.load(f"{path}.pt", weights_only=True) if rank == 0 else {} for path in paths]
             set_model_state_dict(model, states[0], options=options)
             set_optimizer_state_dict(model, optimizer, states[1], options=options)
         else:
             state = get_model_state_dict(model)
-            dcp.load(state, checkpoint_id=places[0])
+            dcp.load(state, checkpoint_id=paths[0])
             set_model_state_dict(model, state)
             state = get_optimizer_state_dict(model, optimizer)
-            dcp.load(state, checkpoint_id=places[1])
+            dcp.load(state, checkpoint_id=paths[1])
             set_optimizer_state_dict(model, optimizer, state)
         losses = train(model, optimizer, steps - stop, rank, world, start=stop)
         found[name] = {"losses": losses, "weights": whole_weights(model)}

@@ -1,4 +1,4 @@
-"""A small training that comes out the same in one process and in several."""
+"""A small training whose result does not depend on the number of processes."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ BATCH = 16
 
 
 class Net(nn.Module):
-    """Matrices that are higher, wider, and square, and a stack of experts.
+    """Tall, wide and square matrices, and a stack of experts.
 
     No number of rows is divisible by four; the six rows of the last layer leave one process of four with nothing.
     """
@@ -63,7 +63,7 @@ def optimizer_of(name, model, **options):
 
 
 def wrapped(model, way, world, mesh=None):
-    """The model as `way` (alone, ddp, fsdp) wants it."""
+    """The model wrapped for `way` (alone, ddp, fsdp)."""
     if way == "ddp":
         return DistributedDataParallel(model)
     if way == "fsdp":
@@ -102,7 +102,7 @@ def whole_weights(model):
 
 
 def state_bytes(optimizer):
-    """Of the tensors beside the weights that this process holds."""
+    """Bytes of optimizer state on this process."""
     return sum(
         local_part(value.detach()).numel() * value.element_size()
         for state in optimizer.state.values()

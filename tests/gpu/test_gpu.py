@@ -1,6 +1,6 @@
-"""What only a GPU can show: the results of a CPU, the same bits each time, and the collectives of NCCL.
+"""What needs a GPU: results equal to a CPU's, bitwise reproducibility, and NCCL collectives.
 
-Run by `make gpu-test`, beside the rest of the suite, whose trainings and measurements take the GPU where there is one.
+Run by `make gpu-test`, together with the rest of the suite, which uses a GPU if there is one.
 """
 
 import copy
@@ -24,7 +24,7 @@ from tests.distributed.training import net, optimizer_of, whole_weights
 
 pytestmark = pytest.mark.gpu
 
-# Whose draws come from a generator on the device: there, other numbers from the same seed.
+# Methods that draw on the device, where the same seed gives other numbers.
 DRAWN_ON_THE_DEVICE = {"galore-randomized", "galore-random", "galore-gaussian", "galore-full-fast", "galore-stagger",
                        "fira-paper", "apollo", "apollo-mini"}  # fmt: skip
 LAYERS = ("cola", "sltrain", "low_rank", "relora")
@@ -38,7 +38,7 @@ def backward(model, device, step):
 
 
 def stepped(name, device, dtype=torch.float64, steps=3, sharded=False):
-    """Weights after some steps, the basis being chosen at the first."""
+    """Weights after some steps; the basis is chosen at the first."""
     model = net(dtype).to(device)
     if sharded:
         fully_shard(model, mesh=init_device_mesh(device.type, (1,)))
@@ -73,8 +73,8 @@ def test_a_layer_is_that_of_the_cpu(case, device):
     copied = copy.deepcopy(model).to(device)
     ids = torch.randint(0, 46, (4, 12), generator=torch.Generator().manual_seed(0))
     for each in (model, copied):
-        place = next(each.parameters()).device
-        each(input_ids=ids.to(place), labels=ids.to(place)).loss.backward()
+        where = next(each.parameters()).device
+        each(input_ids=ids.to(where), labels=ids.to(where)).loss.backward()
     for (name, here), there in zip(model.named_parameters(), copied.parameters(), strict=True):
         assert (here.grad is None) == (there.grad is None), name
         if here.grad is not None:

@@ -1,6 +1,6 @@
-"""What the tests of killed and of parallel runs start in processes of their own.
+"""Started in separate processes by the tests of killed and of parallel runs.
 
-optim_worker.py train FOLDER STEPS     every method in lockstep, a checkpoint after each step; continues by itself
+optim_worker.py train FOLDER STEPS     every method in lockstep, a checkpoint after each step; resumes from it
 optim_worker.py parallel FOLDER RANK WORLD
 """
 
@@ -79,7 +79,7 @@ def parallel(folder, rank, world):
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
     if rank:
-        # Another machine's decompositions: equally right, other signs.
+        # Stands for another machine, whose decompositions have other signs.
         for key, choose in SUBSPACES.items():
             flip = -1 if key != "columns" else 1
             SUBSPACES[key] = lambda request, choose=choose, flip=flip: flip * choose(request)

@@ -37,7 +37,7 @@ def a_layer_idle(model, optimizer, step):
         model.layers[1].weight.grad = None
 
 
-def a_gradient_that_is_none(model, optimizer, step):
+def a_gradient_that_is_infinite(model, optimizer, step):
     if step == 6:
         model.layers[2].weight.grad[0, 0] = torch.inf
 
@@ -113,7 +113,7 @@ EVENTS = [
     nothing,
     other_rate,
     a_layer_idle,
-    a_gradient_that_is_none,
+    a_gradient_that_is_infinite,
     other_tensors,
     in_two_types,
     another_group,
@@ -175,7 +175,7 @@ def test_moments_of_another_type(state_dtype):
 
 
 @every_projection
-def test_matrices_are_stepped_alike_in_a_stack_and_one_by_one(name, monkeypatch):
+def test_stacked_and_single_matrices_are_stepped_equally(name, monkeypatch):
     stacked = trained(name, nothing, torch.float64)
     monkeypatch.setattr(batch, "ON_CPU", batch.BatchLimits(0, 2**23))
     for one, other in zip(stacked, trained(name, nothing, torch.float64), strict=True):
@@ -253,7 +253,7 @@ def test_a_batch_above_the_limit_is_not_copied_into_one_stack(monkeypatch):
 
 
 @pytest.mark.parametrize("name", METHOD_CASES)
-def test_the_matrices_of_a_batch_are_alike(name, monkeypatch):
+def test_equal_matrices_share_a_batch(name, monkeypatch):
     model = net()
     optimizer = make(name, model)
     batches = []

@@ -38,7 +38,7 @@ every_projection = pytest.mark.parametrize("name", PROJECTED)
 
 
 class Net(nn.Module):
-    """Linear layers of three shapes, two of them alike, with biases and a norm."""
+    """Linear layers of three shapes, two of them equal, with biases and a norm."""
 
     def __init__(self):
         super().__init__()
@@ -148,12 +148,12 @@ def test_layerwise_is_the_same_optimizer(name):
     train(inside, optimizer, 6)
     loss_of(inside, 6).backward()
     assert all(param.grad is None for param in inside.parameters())
-    assert torch.allclose(weights(plain), weights(inside), rtol=1e-4, atol=1e-6)  # alone, not in batches
+    assert torch.allclose(weights(plain), weights(inside), rtol=1e-4, atol=1e-6)  # one at a time instead of in batches
 
 
 @every_method
 def test_layerwise_accumulation_is_the_sum(name):
-    """Refreshes aside, which see the first of the gradients; so each basis is chosen where both see the same."""
+    """Apart from refreshes, which see only the first gradient; so bases are chosen when both see the same one."""
     plain, inside = net(), net()
     options = {} if name == "muon" else {"update_proj_gap": 100, "stagger": False}
     once, parts = make(name, plain, **options), make(name, inside, layerwise=True, **options)
@@ -175,7 +175,7 @@ def test_layerwise_accumulation_is_the_sum(name):
 
 
 @every_method
-def test_a_gradient_that_is_not_finite_touches_nothing(name):
+def test_a_non_finite_gradient_changes_nothing(name):
     model, other = net(), net()
     optimizer, witness = make(name, model), make(name, other)
     hit = model.layers[1].weight
@@ -192,7 +192,7 @@ def test_a_gradient_that_is_not_finite_touches_nothing(name):
                     optimizer.step()
             else:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("error")  # it has been said
+                    warnings.simplefilter("error")  # warned already
                     optimizer.step()
             assert torch.equal(hit, before)
         else:
@@ -202,17 +202,17 @@ def test_a_gradient_that_is_not_finite_touches_nothing(name):
     assert weights(model).isfinite().all()
 
 
-@pytest.mark.parametrize("lies", ["in rows", "in columns", "in float64"])
+@pytest.mark.parametrize("stored", ["in rows", "in columns", "in float64"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "its square overflows"])
-def test_a_gradient_is_skipped_where_its_norm_is_not_finite(lies, value):
-    model = net().double() if lies == "in float64" else net()
+def test_a_gradient_with_a_non_finite_norm_is_skipped(stored, value):
+    model = net().double() if stored == "in float64" else net()
     optimizer = make("galore", model)
     weight = model.layers[1].weight
     largest = torch.finfo(weight.dtype).max
     for hits in (largest**0.5 / 100, value):
         for param in model.parameters():
             param.grad = torch.full_like(param, 1e-3)
-        if lies == "in columns":
+        if stored == "in columns":
             weight.grad = weight.grad.mT.contiguous().mT
         before = weight.detach().clone()
         weight.grad[2, 3] = largest**0.5 * 2 if hits == "its square overflows" else hits
@@ -223,7 +223,7 @@ def test_a_gradient_is_skipped_where_its_norm_is_not_finite(lies, value):
 
 
 @every_method
-def test_zero_gradients_are_no_error(name):
+def test_zero_gradients_are_not_an_error(name):
     model = net()
     optimizer = make(name, model, weight_decay=0.0)
     start = weights(model)
@@ -237,10 +237,10 @@ def test_zero_gradients_are_no_error(name):
 
 
 @every_method
-def test_state_that_is_made_before_the_first_step_changes_no_run(name):
+def test_state_created_before_the_first_step_changes_no_run(name):
     undisturbed, model = net(), net()
     optimizer = make(name, model)
-    get_optimizer_state_dict(model, optimizer)  # makes a step at a rate of zero where there is no state yet
+    get_optimizer_state_dict(model, optimizer)  # makes a step at learning rate zero if there is no state
     assert optimizer.state
     assert optimizer.param_groups[0]["lr"] == 1e-2
     expected = train(undisturbed, make(name, undisturbed), 10)
@@ -257,7 +257,7 @@ def test_a_real_first_step_at_a_rate_of_zero_is_counted(name):
 
 
 @every_method
-def test_gradients_that_are_zero_at_first_hold_nothing_back(name):
+def test_zero_gradients_in_the_first_steps_delay_nothing(name):
     model, other = net(), net()
     optimizer, fresh = make(name, model, weight_decay=0.0), make(name, other, weight_decay=0.0)
     start = weights(model)
@@ -374,7 +374,7 @@ def test_groups_can_be_added(name):
 
 @every_projection
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_state_is_as_large_as_the_maths_asks(name, dtype):
+def test_state_has_the_size_that_the_method_needs(name, dtype):
     rows, columns, rank = 20, 12, 1 if name == "apollo-mini" else 3
     weight = nn.Parameter(torch.zeros(rows, columns, dtype=dtype))
     optimizer = make(name, [{"params": [("weight", weight)]}])
@@ -403,7 +403,7 @@ def test_state_is_as_large_as_the_maths_asks(name, dtype):
 
 @every_projection
 def test_batching_changes_nothing(name):
-    """Two matrices of one shape in one batch, and each in a group of its own."""
+    """Matrices of one shape in one batch, and each in its own group."""
     ends = []
     for apart in (False, True):
         torch.manual_seed(0)

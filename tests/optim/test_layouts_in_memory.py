@@ -1,4 +1,4 @@
-"""Parameters, gradients and state that do not lie in memory as freshly made tensors do."""
+"""Parameters, gradients and state in other memory layouts than those of new tensors."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ def columns_of(matrix):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("slice_of", [rows_of, columns_of])
-def test_a_slice_of_a_matrix_is_stepped_as_torch_does_and_nothing_beside_it(slice_of, transposed):
+def test_stepping_a_slice_of_a_matrix_equals_torch_and_changes_nothing_else(slice_of, transposed):
     found = []
     for ours in (True, False):
         torch.manual_seed(0)
@@ -47,13 +47,13 @@ def test_a_slice_of_a_matrix_is_stepped_as_torch_does_and_nothing_beside_it(slic
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("strange", range(4))
-def test_any_of_the_four_tensors_may_have_strides_of_its_own(strange, dtype):
+@pytest.mark.parametrize("transposed", range(4))
+def test_any_of_the_four_tensors_may_have_other_strides(transposed, dtype):
     torch.manual_seed(0)
-    # Squares that 16 bits hold only just: steps that round in between would show.
+    # Squares near the limit of 16 bits: rounding of intermediates would show.
     plain = [(torch.randn(4, 6).abs() * 1e-3).to(dtype) for _ in range(4)]
     other = [each.clone() for each in plain]
-    other[strange] = other[strange].mT.contiguous().mT
+    other[transposed] = other[transposed].mT.contiguous().mT
     for weight, grad, mean, square in (plain, other):
         adamw_(
             [weight], [grad], [mean], [square],
@@ -83,7 +83,7 @@ def test_the_age_does_not_depend_on_the_default_type(default):
 
 
 @pytest.mark.parametrize("rank", [2, None])
-def test_state_of_another_shape_is_refused_by_name_and_what_was_there_stays(rank):
+def test_state_of_another_shape_is_refused_by_name_and_changes_nothing(rank):
     def made(rows):
         other = nn.Parameter(torch.randn(8, 8))
         matrix = nn.Parameter(torch.randn(rows, 6))
@@ -111,7 +111,7 @@ def test_state_of_another_shape_is_refused_by_name_and_what_was_there_stays(rank
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 @pytest.mark.parametrize("name", METHOD_CASES)
-def test_a_copy_of_model_and_optimizer_goes_on_alike(name, again):
+def test_a_copy_of_model_and_optimizer_continues_identically(name, again):
     model = net()
     optimizer = make(name, model)
 

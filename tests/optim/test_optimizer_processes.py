@@ -25,19 +25,19 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    beside = start("train", whole, STEPS)
+    uninterrupted = start("train", whole, STEPS)
     stop = random.randint(2, STEPS - 3)
     process = start("train", cut, STEPS)
     for line in process.stdout:
         if line.strip() == str(stop):
-            process.kill()  # SIGKILL, in the midst of the next step
+            process.kill()  # SIGKILL, during the next step
             break
     process.wait()
     process.stdout.close()
     left = torch.load(cut / "checkpoint.pt", weights_only=True)["step"]
     assert stop <= left < STEPS
     finish(start("train", cut, STEPS))
-    finish(beside)
+    finish(uninterrupted)
     ends = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, cut)]
     for name in ends[0]:
         if name == "step":
@@ -49,8 +49,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     assert any(state["exp_avg"].dtype == torch.uint8 for state in eight_bit.values())
 
 
-def test_two_processes_are_one(tmp_path):
-    """Also where a decomposition comes out differently on the second: the first one's basis is everyone's."""
+def test_two_processes_equal_one(tmp_path):
+    """Even if a decomposition has other signs on the second process: all use the basis of the first."""
     for process in [start("parallel", tmp_path, 0, 1), *[start("parallel", tmp_path, rank, 2) for rank in (0, 1)]]:
         finish(process)
     alone, first, second = (

@@ -82,9 +82,7 @@ def bases_in_use(optimizer, param, number, options):
     return (state["left_basis"], basis) if left and right else (basis, None) if left else (None, basis)
 
 
-@pytest.mark.parametrize(
-    ("name", "side", "subspace", "moments", "variant", "own"), list(cases()), ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("name", "side", "subspace", "moments", "variant", "own"), list(cases()), ids=str)
 def test_projected_methods(name, side, subspace, moments, variant, own):
     shared = {
         "betas": (0.8, 0.97), "eps": 1e-5, "weight_decay": 0.3, "rank": RANK, "update_proj_gap": GAP, "scale": 0.25,

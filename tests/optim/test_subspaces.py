@@ -1,4 +1,4 @@
-"""How bases are chosen, and what a refresh does with the moments."""
+"""How bases are chosen, and what a refresh does to the moments."""
 
 import numpy as np
 import pytest
@@ -42,8 +42,8 @@ def test_exact_bases_are_numpys(transposed):
 
 @pytest.mark.parametrize(("decay", "share"), [(0.0, 0.99), (0.01, 0.98), (0.05, 0.99), (0.3, 0.99)])
 @pytest.mark.parametrize("shape", [(96, 64), (64, 64), (64, 96)])
-def test_randomized_basis_captures_what_the_exact_one_does(shape, decay, share):
-    """From nothing and from the basis of another gradient, for flat spectra and steep ones."""
+def test_randomized_basis_captures_the_energy_of_the_exact_one(shape, decay, share):
+    """From scratch and from the basis of another gradient, for flat and steep spectra."""
     previous = None
     for seed in range(4):
         grad = falling_spectrum(*shape, seed, decay)
@@ -54,11 +54,11 @@ def test_randomized_basis_captures_what_the_exact_one_does(shape, decay, share):
         previous = basis
 
 
-def test_randomized_basis_holds_still_for_a_gradient_that_does():
+def test_randomized_basis_is_constant_for_a_constant_gradient():
     grad = falling_spectrum(48, 32, 0, decay=0.3)
     first = SUBSPACES["randomized"](request(grad, rank=6))
     again = SUBSPACES["randomized"](request(grad, rank=6, previous=-first))
-    assert torch.allclose(again, -first, atol=1e-3)  # the old signs are kept, moments live on
+    assert torch.allclose(again, -first, atol=1e-3)  # signs are kept, since moments are
 
 
 def test_random_subspaces():
@@ -107,7 +107,7 @@ def test_refreshes_can_be_staggered():
 
 @pytest.mark.parametrize("proj_type", ["right", "left", "full"])
 def test_rotated_moments_are_the_same_matrix_in_the_new_basis(proj_type):
-    """With a full-rank basis nothing is lost in turning: the lifted first moment stays what it was."""
+    """With a full-rank basis rotation loses nothing: the lifted first moment is unchanged."""
     torch.manual_seed(0)
     param = nn.Parameter(torch.zeros(6, 6))
     optimizer = GaLoreAdamW(
@@ -126,7 +126,7 @@ def test_rotated_moments_are_the_same_matrix_in_the_new_basis(proj_type):
         assert (state["exp_avg_sq"] >= 0).all()
 
 
-def test_reset_moments_start_anew():
+def test_reset_moments_restart():
     torch.manual_seed(0)
     old, new = nn.Parameter(torch.zeros(8, 5)), nn.Parameter(torch.zeros(8, 5))
     options = {"rank": 3, "update_proj_gap": 4, "moments": "reset", "subspace": "svd"}
@@ -142,7 +142,7 @@ def test_reset_moments_start_anew():
             assert torch.equal(old, new)
 
 
-def test_what_a_method_cannot_use_is_refused():
+def test_options_that_a_method_cannot_use_are_refused():
     param = nn.Parameter(torch.zeros(8, 5))
     with pytest.raises(UserError, match="subspace of FiraAdamW must be one of svd, randomized, random, columns"):
         FiraAdamW([param], rank=2, subspace="gaussian")

@@ -47,7 +47,7 @@ def build(name, model, args, **settings):
 
 
 class LargestGradient(TrainerCallback):
-    """Bytes of gradients that are there between two backward passes."""
+    """Elements of gradients that exist between two backward passes."""
 
     def __init__(self):
         self.most = 0
@@ -68,7 +68,7 @@ class LargestGradient(TrainerCallback):
 )
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_layerwise_is_the_same_training(tmp_path, tiny_llama, name, settings, accumulation):
-    """Five batches an epoch: the last step of each is made of one batch alone."""
+    """Five batches per epoch: the last step of each epoch has a single batch."""
     args = arguments(tmp_path, gradient_accumulation_steps=accumulation)
     start = {key: value.clone() for key, value in tiny_llama.state_dict().items()}
     ends, logs, watch = [], [], LargestGradient()
@@ -93,10 +93,10 @@ def test_layerwise_is_the_same_training(tmp_path, tiny_llama, name, settings, ac
     assert len(set(logs[1])) == len(logs[1])
     if name == "galore":
         norms = sum(p.numel() for n, p in tiny_llama.model.layers.named_parameters() if "norm" in n)
-        assert watch.most == (norms if accumulation == 2 else 0)  # of the matrices nothing is kept but projections
+        assert watch.most == (norms if accumulation == 2 else 0)  # only projections of the matrices are kept
 
 
-def test_what_layerwise_cannot_do_is_refused(tmp_path, tiny_llama):
+def test_options_incompatible_with_layerwise_are_refused(tmp_path, tiny_llama):
     with pytest.raises(UserError, match=r"max_grad_norm must be 0 with layerwise=True, got 1\.0"):
         build("galore", tiny_llama, arguments(tmp_path, max_grad_norm=1.0), rank=4, layerwise=True)
 

@@ -1,4 +1,4 @@
-"""The ways in: Trainer's two, the method table, and a loop of one's own with accelerate."""
+"""The ways to use an optimizer: Trainer's two, the method table, and a custom loop with accelerate."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def built(name, model, args, **settings):
 
 
 @pytest.mark.parametrize("name", ["galore", "fira"])
-def test_three_ways_are_one(tmp_path, tiny_llama, name):
+def test_three_ways_give_the_same_bits(tmp_path, tiny_llama, name):
     args = arguments(tmp_path)
     start = {key: value.clone() for key, value in tiny_llama.state_dict().items()}
     ends = []
