@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hf_lowrank.downstream.catalogue import OFFLINE
-from hf_lowrank.runs.scores import Score, bootstrap
+import numpy as np
+import torch
 
+from hf_lowrank.downstream.catalogue import OFFLINE
+from hf_lowrank.runs.scores import Score
+
+RESAMPLES = 2000
+SLOW_RESAMPLES = 200
 # Scores that are fractions of items, which have a chance level.
 FRACTIONS = {"acc", "acc_norm", "acc_bytes", "exact_match", "acc_mutual_info"}
 
@@ -112,3 +117,27 @@ def _number(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_number(item) for item in value]
     return value.item() if hasattr(value, "item") else value
+
+
+def bootstrap(
+    items: Sequence[Any], aggregate: Callable[[list[Any]], float], *, is_mean: bool, seed: int = 0
+) -> tuple[float, float, float]:
+    """(standard error, low, high) of `aggregate(items)` under resampling of the items; 95 % percentile interval.
+
+    NaN for fewer than two items.
+    """
+    count = len(items)
+    if count < 2:
+        return math.nan, math.nan, math.nan
+    generator = torch.Generator().manual_seed(seed)
+    if is_mean:
+        picked = torch.randint(count, (RESAMPLES, count), generator=generator).numpy()
+        values = np.asarray(items, dtype=np.float64)[picked].mean(1)
+    else:
+        picked = torch.randint(count, (SLOW_RESAMPLES, count), generator=generator).numpy()
+        values = np.asarray([float(aggregate([items[i] for i in row])) for row in picked])
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return math.nan, math.nan, math.nan
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(values.std(ddof=1)), float(low), float(high)

@@ -177,10 +177,7 @@ class QueueWorker:
         """Publishes the queue, oldest first, and then `main`."""
         while waiting := [job for job in self.queue.jobs() if self._sound(job)]:
             job = waiting[0]
-            self.publisher.publish(job)
-            faults = self.publisher.faults(job)
-            if faults:
-                raise UnreachedError(f"the Hub does not show what was sent: {'; '.join(faults)}")
+            self.publisher.publish_checked(job)
             if len(waiting) == 1:
                 self.publisher.settle(job)
                 self._settled = True

@@ -32,7 +32,7 @@ from hf_lowrank.hub.contents import (
 )
 from hf_lowrank.hub.pictures import draw
 from hf_lowrank.hub.privacy import one_line, without_private
-from hf_lowrank.hub.repository import INCOMING, Repository
+from hf_lowrank.hub.repository import INCOMING, Repository, UnreachedError
 from hf_lowrank.runs.layout import CONFIG, OPTIMIZER, RECIPE
 from hf_lowrank.runs.trainer_state import read_trainer_state
 from hf_lowrank.storage.parsing import parse_json
@@ -217,6 +217,17 @@ class Publisher:
         for branch in contents:
             if INCOMING + branch in branches:
                 self.repository.remove(INCOMING + branch)
+
+    def publish_checked(self, job: Job) -> None:
+        """`publish`, and a check of the result on the Hub.
+
+        Raises:
+            UnreachedError: the Hub does not show what was sent.
+        """
+        self.publish(job)
+        faults = self.faults(job)
+        if faults:
+            raise UnreachedError(f"the Hub does not show what was sent: {'; '.join(faults)}")
 
     def settle(self, job: Job | None) -> None:
         """Updates the card on `main`, and its weights to those of `job`, unless `main` holds a later checkpoint."""

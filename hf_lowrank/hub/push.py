@@ -154,10 +154,7 @@ def _publish(publisher: Publisher, job: Job) -> State:
     """Publishes a checkpoint unless the Hub has it already, and checks the result on the Hub."""
     if not publisher.faults(job):
         return "there"
-    publisher.publish(job)
-    faults = publisher.faults(job)
-    if faults:
-        raise UnreachedError(f"the Hub does not show what was sent: {'; '.join(faults)}")
+    publisher.publish_checked(job)
     return "sent"
 
 

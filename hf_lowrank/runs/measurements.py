@@ -11,12 +11,10 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from hf_lowrank.errors import UserError
 from hf_lowrank.runs.layout import MEASUREMENTS
-from hf_lowrank.storage.tables import append_lines, line_of, read_rows, row_of
+from hf_lowrank.storage.tables import append_rows, line_of, read_table, row_of
 
 # How the reason begins where the quantity is not defined, rather than not available.
 UNDEFINED = "undefined: "
@@ -88,15 +86,8 @@ class Measurement:
 
 
 def append_measurements(path: str | os.PathLike[str], rows: Iterable[Measurement]) -> None:
-    """Appends rows in one synced write; removes a torn last line, left by a killed process, first.
-
-    Raises:
-        UserError: the file cannot be written (no space, no permission), or its end is damaged.
-    """
-    try:
-        append_lines(Path(path), (row.to_line() for row in rows))
-    except OSError as error:
-        raise UserError(f"{path}: measurements cannot be written: {error}") from None
+    """Appends rows to a table, see `append_rows`."""
+    append_rows(path, rows, "measurements")
 
 
 def read_measurements(path: str | os.PathLike[str]) -> list[Measurement]:
@@ -107,15 +98,8 @@ def read_measurements(path: str | os.PathLike[str]) -> list[Measurement]:
     Raises:
         UserError: a line is not a measurement; names its number.
     """
-    file = Path(path)
-    file = file / MEASUREMENTS if file.is_dir() else file
-    if not file.exists():
-        return []
-    rows: dict[tuple[Any, ...], Measurement] = {}
-    for row in read_rows(file, _parse, "measurement", "measure"):
-        rows.pop(row.key, None)
-        rows[row.key] = row
-    return _without_retried(list(rows.values()))
+    rows = read_table(path, MEASUREMENTS, _parse, lambda row: row.key, "measurement", "measure")
+    return _without_retried(rows)
 
 
 def _without_retried(rows: list[Measurement]) -> list[Measurement]:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.layout import ITEM_SCORES, SCORES
 from hf_lowrank.storage.checksums import sealed, unsealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
-from hf_lowrank.storage.tables import append_lines, line_of, read_rows, row_of
+from hf_lowrank.storage.tables import append_rows, read_table, row_of
 
 # The first of these that a task has is its score.
 PRIMARY = ("acc", "mcc", "acc_norm")
-RESAMPLES = 2000
-SLOW_RESAMPLES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,28 +73,14 @@ def read_scores(path: str | os.PathLike[str]) -> list[Score]:
     Raises:
         UserError: a line is not a score; names its number.
     """
-    file = Path(path)
-    file = file / SCORES if file.is_dir() else file
-    if not file.is_file():
-        return []
-    rows: dict[tuple[Any, ...], Score] = {}
-    for row in read_rows(file, partial(row_of, Score), "score", "evaluate"):
-        key = (row.run, row.step, row.task, row.metric, row.limit)
-        rows.pop(key, None)
-        rows[key] = row
-    return list(rows.values())
+    parse = partial(row_of, Score)
+    key = attrgetter("run", "step", "task", "metric", "limit")
+    return read_table(path, SCORES, parse, key, "score", "evaluate")
 
 
 def append_scores(path: Path, rows: Sequence[Score]) -> None:
-    """Appends the rows in one synced write; removes a torn last line first.
-
-    Raises:
-        UserError: the file cannot be written, or its end is damaged.
-    """
-    try:
-        append_lines(path, map(line_of, rows))
-    except OSError as error:
-        raise UserError(f"{path}: scores cannot be written: {error.strerror or error}") from None
+    """Appends rows to a table, see `append_rows`."""
+    append_rows(path, rows, "scores")
 
 
 def item_file(table: Path, step: int, task: str) -> Path:
@@ -125,27 +106,3 @@ def read_item_scores(path: Path) -> list[dict[str, Any]]:
         return [{**row, "item": str(row["item"])} for row in rows]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not readable item scores: {error}; evaluate that checkpoint again") from None
-
-
-def bootstrap(
-    items: Sequence[Any], aggregate: Callable[[list[Any]], float], *, is_mean: bool, seed: int = 0
-) -> tuple[float, float, float]:
-    """(standard error, low, high) of `aggregate(items)` under resampling of the items; 95 % percentile interval.
-
-    NaN for fewer than two items.
-    """
-    count = len(items)
-    if count < 2:
-        return math.nan, math.nan, math.nan
-    generator = torch.Generator().manual_seed(seed)
-    if is_mean:
-        picked = torch.randint(count, (RESAMPLES, count), generator=generator).numpy()
-        values = np.asarray(items, dtype=np.float64)[picked].mean(1)
-    else:
-        picked = torch.randint(count, (SLOW_RESAMPLES, count), generator=generator).numpy()
-        values = np.asarray([float(aggregate([items[i] for i in row])) for row in picked])
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return math.nan, math.nan, math.nan
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(values.std(ddof=1)), float(low), float(high)

@@ -56,6 +56,48 @@ def read_rows(file: Path, parse: Callable[[Any], RowType], what: str, command: s
             ) from None
 
 
+def read_table(
+    path: str | os.PathLike[str],
+    name: str,
+    parse: Callable[[Any], RowType],
+    key: Callable[[RowType], Any],
+    what: str,
+    command: str,
+) -> list[RowType]:
+    """The rows of a table, the last one of each key, in file order; none without a file.
+
+    Args:
+        path: the table, or the folder with it.
+        name: the table's name in a folder.
+        parse, what, command: as for `read_rows`.
+        key: of a row.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    file = Path(path)
+    file = file / name if file.is_dir() else file
+    if not file.exists():
+        return []
+    rows: dict[Any, RowType] = {}
+    for row in read_rows(file, parse, what, command):
+        rows.pop(key(row), None)
+        rows[key(row)] = row
+    return list(rows.values())
+
+
+def append_rows(path: str | os.PathLike[str], rows: Iterable[DataclassInstance], what: str) -> None:
+    """Appends rows in one synced write; removes a torn last line, left by a killed process, first.
+
+    Raises:
+        UserError: the file cannot be written (no space, no permission), or its end is damaged.
+    """
+    try:
+        append_lines(Path(path), map(line_of, rows))
+    except OSError as error:
+        raise UserError(f"{path}: {what} cannot be written: {error.strerror or error}") from None
+
+
 def append_lines(file: Path, lines: Iterable[str]) -> None:
     """Appends lines, each with its newline, in one synced write; removes a torn last line first.
 

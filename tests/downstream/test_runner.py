@@ -17,11 +17,11 @@ from hf_lowrank.downstream import runner as runner_module
 from hf_lowrank.downstream.catalogue import OFFLINE, expand_tasks, wanted_tasks
 from hf_lowrank.downstream.figures import score_table
 from hf_lowrank.downstream.paired import paired_difference
+from hf_lowrank.downstream.results import bootstrap
 from hf_lowrank.downstream.runner import requested_scores, unscored
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.scores import (
     append_scores,
-    bootstrap,
     item_file,
     read_item_scores,
     read_scores,
