@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import sys
 import zipfile
@@ -284,17 +285,21 @@ def cut(file, share=0.6):
 
 DAMAGES = {
     "model.safetensors is missing": lambda folder: (folder / "model.safetensors").unlink(),
-    "its header says": lambda folder: cut(folder / "model.safetensors"),
-    "optimizer.pt is cut off": lambda folder: cut(folder / "optimizer.pt"),
+    "model.safetensors: not a complete safetensors file: .*not fully covered": lambda folder: cut(
+        folder / "model.safetensors"
+    ),
+    "optimizer.pt is truncated": lambda folder: cut(folder / "optimizer.pt"),
     "scheduler.pt is missing": lambda folder: (folder / "scheduler.pt").unlink(),
-    "rng_state.pth is cut off": lambda folder: cut(folder / "rng_state.pth"),
+    "rng_state.pth is truncated": lambda folder: cut(folder / "rng_state.pth"),
     "rng_state.pth is missing": lambda folder: (folder / "rng_state.pth").unlink(),
     "trainer_state.json is missing": lambda folder: (folder / "trainer_state.json").unlink(),
-    "Expecting|Unterminated|delimiter": lambda folder: cut(folder / "trainer_state.json"),
+    "trainer_state.json: not a readable trainer state": lambda folder: cut(folder / "trainer_state.json"),
     "trainer_state.json says step 3": lambda folder: shutil.copy(
         folder.parent / "checkpoint-3" / "trainer_state.json", folder
     ),
-    "ends within its header|unpack": lambda folder: (folder / "model.safetensors").write_bytes(b"\x00\xff"),
+    "model.safetensors: not a complete safetensors file: .*header too small": lambda folder: (
+        folder / "model.safetensors"
+    ).write_bytes(b"\x00\xff"),
     "config.json is missing": lambda folder: (folder / "config.json").unlink(),
 }
 
@@ -309,7 +314,7 @@ def test_an_incomplete_checkpoint_is_skipped_with_a_warning(write_recipe, tmp_pa
         shutil.rmtree(run / "checkpoint-6")
         shutil.copytree(tmp_path / "kept", run / "checkpoint-6")
         damage(run / "checkpoint-6")
-        assert any(word in why_not_resumable(run / "checkpoint-6") for word in part.split("|")), part
+        assert re.search(part, why_not_resumable(run / "checkpoint-6"))
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         trained(path, run)
