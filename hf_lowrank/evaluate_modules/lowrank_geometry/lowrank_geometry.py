@@ -43,7 +43,7 @@ _CITATION = """\
 class LowrankGeometry(evaluate.Metric):
     """The class that `evaluate.load` instantiates."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -55,14 +55,14 @@ class LowrankGeometry(evaluate.Metric):
 
     def _compute(
         self,
-        predictions,
-        references,
-        metrics=None,
-        preset="fast",
-        settings=None,
-        device=None,
-        evaluation_set=None,
-    ):
+        predictions: list[str],
+        references: list[str],
+        metrics: str | list[str] | None = None,
+        preset: str = "fast",
+        settings: dict | str | None = None,
+        device: str | None = None,
+        evaluation_set: str | None = None,
+    ) -> dict[str, list]:
         options = {} if metrics is None else {"metrics": metrics}
         return hf_lowrank.measuring.pairs.measure_pairs(
             predictions,
