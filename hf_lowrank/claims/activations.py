@@ -23,7 +23,7 @@ from hf_lowrank.formats import p_text, pluralize, significant
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
-# The distance, and what stands in where it was not measured: (metric, distance from its value, name).
+# The distance, and its substitutes if it was not measured: (metric, distance from its value, name).
 DISTANCES: tuple[tuple[str, Callable[[float], float], str], ...] = (
     ("activation_l2", lambda value: value, "relative distance"),
     ("activation_cka", lambda value: 1.0 - value, "1 − CKA"),
@@ -37,7 +37,7 @@ TEST = (
     "model's distance over steps (1 is the whole training), without step 0, where equal weights are equal by "
     "construction. Both are averaged over methods within each seed and tested by Student's t over seeds: reproduced "
     "above zero with two-sided p < {alpha:g} and no method significantly (Holm) below, contradicted below zero. "
-    "GaLore closest: each other method's distance less GaLore's, paired by seed; reproduced if all lie above zero "
+    "GaLore closest: each other method's distance minus GaLore's, paired by seed; reproduced if all lie above zero "
     "(intersection–union), contradicted if one lies below (Holm). The claim is reproduced if all three parts are, "
     "contradicted if one is."
 )
@@ -87,7 +87,7 @@ Part = tuple[tuple[Detail, list[Detail]], str]
 
 
 def _measured(study: Study) -> tuple[str, Callable[[float], float], str]:
-    """The first distance that any run beside the baseline has."""
+    """The first distance that any run other than the baseline's has."""
     rows = {row.metric for (m, _), run in study.runs.items() if m != study.baseline for row in run.rows}
     return next((entry for entry in DISTANCES if entry[0] in rows), DISTANCES[0])
 
@@ -95,7 +95,7 @@ def _measured(study: Study) -> tuple[str, Callable[[float], float], str]:
 def _other_baselines(study: Study, metric: str) -> dict[str, str]:
     """Of methods that were compared with runs that are not the baseline's: with which."""
     return {
-        method: f"measured against {row.baseline}, which is no run of the baseline here"
+        method: f"measured against {row.baseline}, which is not a run of the baseline here"
         for (method, _), run in study.runs.items()
         for row in run.model_rows(metric)
         if row.has_value and row.baseline not in study.baseline_names
@@ -213,7 +213,7 @@ def _over_training(
 
 
 def _level(study: Study, label: str, pooled: Mapping[int, float], part: str) -> list[Detail]:
-    """A mean with its interval; that a distance is above zero is no test of anything."""
+    """A mean with its interval; no test, since a distance is above zero anyway."""
     if not pooled:
         return []
     test = paired_test(list(pooled.values()), confidence=study.confidence)
@@ -243,14 +243,14 @@ def _closest(study: Study, profiles: Common[str, Profile]) -> Part:
     missing = {method: why for method, why in missing.items() if method not in decision.tested}
     verdict: Verdict = decision.verdict if decision.verdict == "contradicted" or not missing else "undecided"
     if not rivals and not missing:
-        reason = "no method beside GaLore"
+        reason = "no method other than GaLore"
     elif verdict == "contradicted":
         reason = f"{listed([study.title(m) for m in decision.against])} {_are(decision.against)} closer than GaLore"
     elif verdict == "reproduced":
         reason = f"all {len(rivals)} others are further away than GaLore"
     else:
         reason = undecided_reason(decision, missing, study)
-    rest = [detail(f"{study.title(m)} less GaLore", t, "", part=CLOSEST) for m, t in decision.tested.items()]
+    rest = [detail(f"{study.title(m)} minus GaLore", t, "", part=CLOSEST) for m, t in decision.tested.items()]
     deciding: Tested | None = None if decision.deciding is None else decision.tested[decision.deciding]
     if deciding is None or decision.deciding is None:
         head = Detail(label=CLOSEST, part=CLOSEST, verdict=verdict, reason=f"{CLOSEST}: {reason}")
@@ -261,7 +261,7 @@ def _closest(study: Study, profiles: Common[str, Profile]) -> Part:
     nearest = min(means, key=lambda method: means[method])
     sentence = (
         f"{study.title(nearest)} has the smallest mean distance, {significant(means[nearest])}; "
-        f"{study.title(decision.deciding)} less GaLore is {interval(deciding, significant, study.confidence)}, "
+        f"{study.title(decision.deciding)} minus GaLore is {interval(deciding, significant, study.confidence)}, "
         f"{pluralize(fewest_seeds(decision), 'seed')}."
     )
     return (head, rest), sentence

@@ -1,4 +1,4 @@
-"""A claim of the study and what became of it; its file."""
+"""A claim of the paper with its verdict, and the file of claims."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Detail:
         unit: of the effect.
         part: the part of the claim that it belongs to; empty where the claim has one part.
         verdict: of the whole part; None for a single comparison.
-        reason: why there is no number, or a remark beside one.
+        reason: why there is no number, or a remark on one.
     """
 
     label: str
@@ -119,10 +119,10 @@ def write_claims(claims: Sequence[Claim], path: str | os.PathLike[str], *, alpha
 
 
 def read_claims(path: str | os.PathLike[str]) -> list[Claim]:
-    """The claims of a file, or of a folder's `claims.json`; keys that are not known are passed over.
+    """The claims of a file, or of a folder's `claims.json`; unknown keys are ignored.
 
     Raises:
-        UserError: the file cannot be read or holds no claims.
+        UserError: the file cannot be read or is not valid.
     """
     file = Path(path)
     file = file / "claims.json" if file.is_dir() else file
@@ -130,8 +130,8 @@ def read_claims(path: str | os.PathLike[str]) -> list[Claim]:
         content = unsealed(parse_json(file.read_text(encoding="utf-8")))
         return [parse_claim(entry) for entry in content["claims"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file}: holds no readable claims ({said}); examine the runs again") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file}: not a valid claims file ({reason}); rerun the claims stage of the study") from None
 
 
 def parse_claim(entry: Mapping[str, Any]) -> Claim:

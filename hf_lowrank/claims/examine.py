@@ -27,9 +27,9 @@ def examine(
 ) -> list[Claim]:
     """The seven claims of arXiv 2605.13652, each tested over the seeds of these runs.
 
-    Read are `measurements.jsonl`, `downstream.jsonl` and what training logged. Compared are only numbers measured with
-    equal settings on the same sequences, at the last step that all methods have (`study.common`), paired by seed. What
-    is missing makes a claim undecided, with the reason; three seeds are the fewest for a verdict.
+    Reads `measurements.jsonl`, `downstream.jsonl` and the training log. Compares only numbers measured with
+    equal settings on the same sequences, at the last step that all methods have (`study.common`), paired by seed.
+    Missing data make a claim undecided, with the reason; a verdict needs at least three seeds.
 
     Args:
         runs: run folders, or anything with a `path` to one. A run without a seed is left out.
@@ -37,12 +37,12 @@ def examine(
         prediction: `prediction.json` as `hf_lowrank.downstream.predict` writes it, or its folder; None, or one that
             is not there, leaves that claim undecided.
         alpha: of every test; intervals have confidence 1 − alpha.
-        methods: a name for each run, in place of its recipe's method: for studies with several members of one method.
-        seeds: a seed for each run, in place of its recipe's: for runs that came without a recipe.
+        methods: a name per run, instead of its recipe's method: for studies with several members of one method.
+        seeds: a seed per run, instead of its recipe's: for runs that came without a recipe.
 
     Raises:
-        UserError: a folder is no run or damaged; two runs have the same method and seed, or were evaluated on
-            different sequences (both are named); `prediction` is no prediction.
+        UserError: a folder is not a run or is damaged; two runs have the same method and seed, or were evaluated on
+            different sequences (both are named); `prediction` is not valid.
     """
     study = load_study(runs, baseline=baseline, alpha=alpha, methods=methods, seeds=seeds)
     return [

@@ -17,7 +17,7 @@ from hf_lowrank.formats import p_text, pluralize, significant
 from hf_lowrank.runs.above_chance import above_chance, shared_tasks, usable_scores
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, kendall_tau
 
-# Above it the orders are as good as one: of 28 pairs of eight methods at most two stand the other way round.
+# Above this the two orders are practically the same: at most two of 28 pairs of eight methods are reversed.
 SAME_ORDER = 0.8
 TEST = (
     "Methods are ordered by mean loss and by mean above-chance score over the tasks that all runs have, at the last "
@@ -93,8 +93,8 @@ def compare_orders(losses: Values, scores: Values, *, alpha: float = 0.05) -> Or
 
 
 def _holm(p_values: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
-    keys = {str(place): pair for place, pair in enumerate(p_values)}
-    return {keys[place]: p for place, p in holm({k: p_values[pair] for k, pair in keys.items()}).items()}
+    keys = {str(number): pair for number, pair in enumerate(p_values)}
+    return {keys[number]: p for number, p in holm({k: p_values[pair] for k, pair in keys.items()}).items()}
 
 
 def downstream_order(study: Study) -> Claim:

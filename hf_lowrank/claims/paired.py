@@ -2,9 +2,9 @@
 
 A seed fixes the initial weights and the order of the data for every method, so methods are compared within seeds.
 With n seeds there are 2ⁿ ways of flipping the signs of the differences, and the smallest two-sided p-value of that
-exact test is 2/2ⁿ: 0.0625 for five seeds, which no correction for several comparisons leaves anything of. Decisions
+exact test is 2/2ⁿ: 0.0625 for five seeds, which no correction for several comparisons survives. Decisions
 therefore rest on Student's t, which assumes differences about normal; the exact sign-flip p-value, which assumes only
-that they are as likely above as below, is given beside it.
+that they are as likely above as below, is reported as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from hf_lowrank.statistics import Array, kendall_tau, mean_interval, student_t_p_value, student_t_quantile
 
-# Up to so many seeds all sign flips are gone through; beyond, so many random ones.
+# Up to this many seeds all sign flips are enumerated; beyond, this many random ones.
 EXACT_SEEDS = 14
 FLIPS = 2**EXACT_SEEDS
 
@@ -87,8 +87,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's adjusted p-values: comparing them with α bounds the chance of any false one among them by α."""
     adjusted: dict[str, float] = {}
     largest = 0.0
-    for place, name in enumerate(sorted(p_values, key=lambda key: p_values[key])):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[name]))
+    for position, name in enumerate(sorted(p_values, key=lambda key: p_values[key])):
+        largest = max(largest, min(1.0, (len(p_values) - position) * p_values[name]))
         adjusted[name] = largest
     return {name: adjusted[name] for name in p_values}
 

@@ -44,7 +44,7 @@ def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05
     runs = runs if isinstance(runs, int) else 0
     verdict: Verdict = "undecided"
     if gain is None or low is None or high is None or p is None:
-        reason = "the prediction has no gain with interval and p-value"
+        reason = "the prediction lacks a gain with interval and p-value"
     elif low > 0 and p < alpha:
         verdict, reason = "reproduced", "the gain's interval lies above zero, and permuted geometry does not reach it"
     elif high < 0:
@@ -59,8 +59,8 @@ def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05
         bounds = "" if low is None or high is None else f" (95 % interval {significant(low)} to {significant(high)})"
         change = "" if alone is None or both is None else f" from {significant(alone)} to {significant(both)}"
         sentence = (
-            f"With geometry beside perplexity, R² on runs left out goes{change}: {significant(gain)} more{bounds}, "
-            f"{p_text(p)} by permutation, {pluralize(runs, 'run')}."
+            f"With geometry in addition to perplexity, R² on runs left out changes{change}: "
+            f"{significant(gain)} more{bounds}, {p_text(p)} by permutation, {pluralize(runs, 'run')}."
         )
     ranking = content.get("ranking")
     details = [

@@ -11,7 +11,7 @@ from hf_lowrank.claims.words import LN_RATIO, detail, listed, no_baseline, perce
 from hf_lowrank.formats import pluralize
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
-# A hundredth: below that, tables of three digits barely show it.
+# One percent: smaller differences barely show in tables of three digits.
 MARGIN = math.log(1.01)
 PARTS = {
     "weights": ("weight_effective_rank", "weight_stable_rank"),
@@ -83,7 +83,9 @@ def _part(study: Study, part: str, metrics: tuple[str, str]) -> tuple[list[Detai
     elif fewest < SEEDS_FOR_A_VERDICT:
         reason = f"too few seeds: {fewest}, at least {SEEDS_FOR_A_VERDICT} are needed"
     else:
-        reason = f"{listed([study.title(m) for m in open_])} can neither be told from the baseline nor be called equal"
+        reason = (
+            f"{listed([study.title(m) for m in open_])} are neither shown to differ from the baseline nor to equal it"
+        )
     details = [Detail(label=part, n=fewest, unit=LN_RATIO, part=part, verdict=verdict, reason=f"{part}: {reason}")]
     for method in study.others:
         for metric in metrics:
@@ -98,7 +100,7 @@ def _part(study: Study, part: str, metrics: tuple[str, str]) -> tuple[list[Detai
 
 
 def _surrogate(study: Study, method: str, metric: str) -> str | None:
-    """What measuring remarks on this method's values (CoLA's dense weights stand for its layers)."""
+    """The remark on this method's values (CoLA's spectra are of a surrogate for its dense weights)."""
     for (name, _), run in study.runs.items():
         row = run.last(metric) if name == method else None
         if row is not None and row.has_value and row.reason:

@@ -1,4 +1,4 @@
-"""The runs of a study by method and seed, and which of their numbers may be compared."""
+"""The runs of a study by method and seed, and which of their numbers are comparable."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Study:
         runs: by method and seed.
         baseline: the method that the others are compared with.
         alpha: of every test; intervals have confidence 1 − alpha.
-        titles: how tables spell the methods, in the order that they follow.
-        notes: of the methods with a run left out, why.
+        titles: the methods' titles, in the order of tables.
+        notes: why a run was left out, by method.
     """
 
     runs: Mapping[tuple[str, int], RunRecord]
@@ -41,7 +41,7 @@ class Study:
 
     @property
     def others(self) -> list[str]:
-        """The methods beside the baseline."""
+        """The methods other than the baseline."""
         return [method for method in self.titles if method != self.baseline]
 
     @property
@@ -50,7 +50,7 @@ class Study:
 
     @cached_property
     def baseline_names(self) -> frozenset[str]:
-        """What rows that compare with the baseline call its runs."""
+        """The names of the baseline's runs in rows that compare with it."""
         return frozenset(run.path.resolve().name for (m, _), run in self.runs.items() if m == self.baseline)
 
     def title(self, method: str) -> str:
@@ -59,13 +59,13 @@ class Study:
 
 @dataclass(frozen=True)
 class Common(Generic[Key, Value]):
-    """Numbers at one step, measured alike.
+    """Numbers at one step, measured with the same settings.
 
     Attributes:
         step: 0 where there are none.
         kind: the settings that they share, as JSON.
         values: by what is compared (a method, a pair), then by seed.
-        missing: why the others are not there.
+        missing: why the others are missing.
     """
 
     step: int = 0
@@ -85,7 +85,7 @@ def load_study(
     """Reads run folders.
 
     Raises:
-        UserError: a folder is no run; two runs have one method and seed; `alpha` is no probability; two runs were
+        UserError: a folder is not a run; two runs share a method and seed; `alpha` is not in (0, 1); two runs were
             evaluated on different sequences.
     """
     if not 0.0 < alpha < 1.0:
@@ -100,7 +100,7 @@ def load_study(
     notes: dict[str, str] = {}
     for name, seed, record in zip(names, pairing, records, strict=True):
         if seed is None:
-            notes[name] = f"{record.name} has no seed to be paired by"
+            notes[name] = f"{record.name} has no seed for pairing"
             continue
         if (other := found.get((name, seed))) is not None:
             raise UserError(
@@ -147,7 +147,7 @@ def common(
     wanted: Sequence[Key],
     reasons: Mapping[Key, str] | None = None,
 ) -> Common[Key, Value]:
-    """The numbers at the last step that all have, measured alike.
+    """The numbers at the last step that all have, measured with the same settings.
 
     A step counts where everything wanted that has numbers at all has those of at least three seeds (of as many as it
     ever has, if that is fewer): one run that ended early does not take the others back with it. Among several
@@ -193,7 +193,7 @@ def _model_entries(study: Study, metric: str) -> Iterable[tuple[str, int, int, s
 
 
 def null_reasons(study: Study, metric: str, keep: Callable[[Measurement], bool] = lambda row: True) -> dict[str, str]:
-    """Why a metric is not there, by method: what its last null row says, or that a run was left out."""
+    """Why a metric is missing, by method: the reason of its last null row, or that a run was left out."""
     found = {
         method: row.reason
         for (method, _), run in study.runs.items()
@@ -216,7 +216,7 @@ def loss_entries(study: Study, evaluation: str | None = None) -> Iterable[tuple[
 
 
 def logged_losses(study: Study) -> Iterable[tuple[str, int, int, str, float]]:
-    """Losses that training wrote down, on the whole evaluation set; none where runs do not all name the same set."""
+    """Losses logged in training on the whole evaluation set; none unless all runs name the same set."""
     fingerprints = {run.fingerprint for run in study.runs.values()}
     if len(fingerprints) == 1 and None not in fingerprints:
         for (method, seed), run in study.runs.items():

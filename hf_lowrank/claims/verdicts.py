@@ -22,12 +22,12 @@ Samples = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class Decision:
-    """What the comparisons amount to.
+    """What the comparisons decide.
 
     Attributes:
-        verdict: as they stand; a comparison that is missing altogether is for the caller to weigh.
+        verdict: of these comparisons; the caller accounts for missing ones.
         tested: every comparison that has differences.
-        deciding: the one that the verdict hangs on: the strongest against, else the weakest for; None without any.
+        deciding: the one that determines the verdict: the strongest against, else the weakest for; None without any.
         p_value: of the verdict; None where nothing could be tested.
         against: those that significantly go the other way.
         unsure: those that could be tested and do not decide.

@@ -1,4 +1,4 @@
-"""Sentences and reasons, with their numbers."""
+"""Sentences and reasons with their numbers, as they are displayed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_lowrank.claims.verdicts import Decision
 from hf_lowrank.formats import join_words, pluralize, significant
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
-# So many names are listed in a sentence before "and … more".
+# Names listed in a sentence before "and … more".
 NAMED = 4
 LN_RATIO = "ln ratio"
 
@@ -35,7 +35,7 @@ def nats(value: float) -> str:
 
 
 def interval(test: Tested, number: Number, confidence: float) -> str:
-    """`1.21 times (95 % interval 1.10 to 1.30)`: a unit is said once."""
+    """`1.21 times (95 % interval 1.10 to 1.30)`: the unit is written once."""
     if test.low is None or test.high is None:
         return number(test.effect)
     whole, low, high = number(test.effect), number(test.low), number(test.high)
@@ -58,11 +58,11 @@ def undecided_reason(
     inside: tuple[str, str] = ("includes no difference", "include no difference"),
     title: Callable[[str], str] | None = None,
 ) -> str:
-    """Why comparisons do not add up to a verdict.
+    """Why comparisons give no verdict.
 
     Args:
-        missing: comparisons that are not there, and why.
-        inside: what an unsure interval does, and what several do.
+        missing: missing comparisons, and why.
+        inside: what one unclear interval does, and what several do.
         title: how a comparison is spelled; None: as a method.
     """
     spell = title or study.title
@@ -113,5 +113,5 @@ def no_baseline(study: Study) -> str | None:
     if study.baseline not in study.titles:
         return f"no run of the baseline {study.baseline}"
     if study.baseline not in {method for method, _ in study.runs}:
-        return f"no run of the baseline {study.baseline} has a seed to be paired by"
-    return None if study.others else "no method beside the baseline"
+        return f"no run of the baseline {study.baseline} has a seed for pairing"
+    return None if study.others else "no method other than the baseline"

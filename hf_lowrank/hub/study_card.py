@@ -21,7 +21,7 @@ from hf_lowrank.metrics import POINTWISE
 from hf_lowrank.report import write_report
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.colours import looks
-from hf_lowrank.report.members import baseline_of, told_apart
+from hf_lowrank.report.members import baseline_of, with_distinct_methods
 from hf_lowrank.report.plots import PLOTS
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
 from hf_lowrank.runs.measurements import finite
@@ -115,7 +115,7 @@ def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[s
     if not places:
         raise UserError(f"{source}: must be a study's folder, but there are no runs in {source / 'runs'}")
     results = load_results(source)
-    runs = told_apart(load_runs(places), source)
+    runs = with_distinct_methods(load_runs(places), source)
     compared = groups(runs, baseline_of(runs, source))
     if len(compared) != 1:
         raise UserError(f"{source}: its runs have {len(compared)} sizes or evaluation sets; a card is for one")

@@ -1,4 +1,4 @@
-"""Seeing what came out: the page, the table in the terminal, and the pictures."""
+"""Results of runs: the page, the table in the terminal, and the figures."""
 
 from hf_lowrank.report.page import write_report
 from hf_lowrank.report.terminal import terminal_table

@@ -1,4 +1,4 @@
-"""The answer: which runs can stand in one table, what is in the tables, and the sentence above them."""
+"""The answer: which runs can be compared, the tables of runs and methods, and the sentence above them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from hf_lowrank.report.standings import BASELINE, Standings, standings
 from hf_lowrank.report.verdicts import trade_off, verdict
 from hf_lowrank.runs.records import RunRecord, finished_or_all
 
-# Of runs that are not finished, in a sentence.
+# Unfinished runs that a sentence names.
 MOST_NAMED = 4
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one size that were evaluated on the same sequences, and so may be compared.
+    """Runs of one size that were evaluated on the same sequences, so that they can be compared.
 
     Attributes:
-        id: position, for anchors.
+        id: the group's number.
         fingerprint: of the evaluation sequences; None where runs carry none.
         size: width and depth of the models; None where unknown.
         scale: the size in words.
-        runs: by final loss, best first, those without one last, after them those that are not finished.
+        runs: by final loss, best first, then those without one, then unfinished ones.
         columns: those that at least one run fills.
         cells: one row per run, one cell per column.
-        mixed: metrics measured with different settings or at different steps in these runs: compare with care.
-        headline, standfirst: the answer in a sentence, and what it rests on: finished runs, where there are any.
-        trade: what is lost and saved beside the baseline; empty without it.
+        mixed: metrics measured with different settings or at different steps in these runs.
+        headline, standfirst: the answer in a sentence and its basis: the finished runs, if there are any.
+        trade: what is lost and saved compared with the baseline; empty without one.
         standings: the table of methods.
     """
 
@@ -49,9 +49,9 @@ class Group:
 
 
 def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
-    """The runs by evaluation set and size, the largest group first; runs without a set stand in one of their own.
+    """The runs by evaluation set and size, the largest group first; runs without a set form a group of their own.
 
-    `baseline` names the method that the others are put beside.
+    `baseline` names the method that the others are compared with.
     """
     sets: dict[tuple[str | None, tuple[int, int] | None], list[RunRecord]] = {}
     for run in runs:
@@ -95,16 +95,16 @@ def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
 
 
 def _remarks(runs: Sequence[RunRecord]) -> list[str]:
-    """What is not finished, and ends at different steps."""
+    """Which runs are unfinished, and at which steps the others end if these differ."""
     behind = [f"{run.name} ({run.unfinished})" for run in runs if run.unfinished]
     more = [f"{len(behind) - MOST_NAMED} more"] if len(behind) > MOST_NAMED else []
     ends = sorted({run.steps[-1] for run in runs if run.steps and not run.unfinished})
     remarks = []
     names = join_words([*behind[:MOST_NAMED], *more]) if behind else ""
     if len(behind) == len(runs):
-        remarks.append(f"Not finished: {names}.")
+        remarks.append(f"Unfinished: {names}.")
     elif behind:
-        remarks.append(f"Left out, being not finished: {names}.")
+        remarks.append(f"Left out as unfinished: {names}.")
     if len(ends) > 1:
         remarks.append(f"The runs end at different steps: {join_words([str(step) for step in ends])}.")
     return remarks

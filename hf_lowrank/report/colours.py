@@ -1,7 +1,7 @@
 """How each method is drawn: its title with the look of its entry in METHODS, and the colours of the backgrounds.
 
 The line style shows the family (solid: the dense weights are trained; dashed: the layers are replaced; dash-dotted:
-restarts); marker and colour show the method, so that methods can be told apart without colour vision.
+restarts); marker and colour show the method, so that methods are distinguishable without colour vision.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Curves that were measured along a line in weight space, put together from their rows.
+"""Loss curves along lines in weight space, assembled from their rows.
 
 `measurements.jsonl` keeps a sweep as one row for each offset: metric `random_curve` (`pca1_curve`, `pcak_curve`,
 `step_path`, `method_path`), the offset as `settings["t"]`, the mean loss as value and its 95 % band as interval.
@@ -35,7 +35,7 @@ class Curve:
 
 
 def curves(run: RunRecord, metric: str) -> list[Curve]:
-    """The curves of `metric`, in step order; of several settings at a step the last measured one."""
+    """The curves of `metric`, in step order; the last measured one if a step has several settings."""
     sweeps: dict[tuple[int, str | None], dict[str, dict[float, tuple[float | None, ...]]]] = {}
     counts: dict[tuple[int, str | None], int | None] = {}
     for row in run.rows:

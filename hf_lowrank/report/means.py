@@ -132,7 +132,7 @@ def _mean_layers(tables: Sequence[Layers]) -> Layers:
 
 
 def _mean_curves(runs: Sequence[Sequence[Curve]]) -> list[Curve]:
-    """One curve per step over the runs that have one there; of several at a step each run's first counts."""
+    """One curve per step, over the runs that have one; if a run has several at a step, its first counts."""
     by_step: dict[int, list[Curve]] = defaultdict(list)
     for curves in runs:
         for step, curve in {curve["step"]: curve for curve in reversed(curves)}.items():

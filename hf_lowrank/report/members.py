@@ -1,7 +1,7 @@
-"""Which runs are repetitions of one another: the same method with the same settings, by other seeds.
+"""Which runs repeat one another: the same method with the same settings and another seed.
 
-Runs of one method with different settings (a sweep, two ranks) are no seeds of each other: each setting becomes a
-method of its own, named by the study's member or by what differs.
+Runs of one method with different settings (a sweep, two ranks) are not repetitions: each setting becomes a method
+of its own, named by the study's member or by what differs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.storage.parsing import parse_plain_yaml
 
 _MEMBER = re.compile(r"(.+)-seed-?\d+$")
-# What changes nothing of what is learnt.
-_INDIFFERENT = re.compile(
+# Settings that do not affect what is learnt.
+_IRRELEVANT = re.compile(
     r"(method\.(name|seed|diagnostics)|training\.(seed|data_seed|output_dir|run_name|logging_.*|save_.*|eval_.*|report_to"
     r"|hub_.*|push_to_hub|dataloader_.*|disable_tqdm|per_device_eval_batch_size|use_cpu|log_level.*))$"
 )
@@ -37,8 +37,8 @@ def member_of(run: RunRecord, study: Path | None) -> str | None:
     return found[1] if found else None
 
 
-def told_apart(runs: Sequence[RunRecord], study: Path | None = None) -> list[RunRecord]:
-    """The runs, those of one method and size with different settings under names of their own."""
+def with_distinct_methods(runs: Sequence[RunRecord], study: Path | None = None) -> list[RunRecord]:
+    """The runs, where those of one method and size with different settings get method names of their own."""
     kinds: dict[tuple[Any, ...], list[RunRecord]] = {}
     for run in runs:
         method = (member_of(run, study) or run.method) if run.method == "unknown" else run.method
@@ -48,7 +48,7 @@ def told_apart(runs: Sequence[RunRecord], study: Path | None = None) -> list[Run
 
 
 def baseline_of(runs: Sequence[RunRecord], study: Path | None) -> str:
-    """The method that the others are put beside: that of the study's baseline, else full-rank training."""
+    """The method that the others are compared with: that of the study's baseline, else full-rank training."""
     file = study / "study.yaml" if study is not None else None
     if file is None or not file.is_file():
         return BASELINE
@@ -89,7 +89,7 @@ def _settings(run: RunRecord) -> dict[str, Any]:
         part = run.recipe.get(section)
         for key, value in part.items() if isinstance(part, Mapping) else ():
             path = f"{section}.{key}"
-            if not _INDIFFERENT.match(path):
+            if not _IRRELEVANT.match(path):
                 found[path] = value
     return found
 

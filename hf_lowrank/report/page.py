@@ -20,7 +20,7 @@ from hf_lowrank.formats import big_count, join_words, pluralize
 from hf_lowrank.metrics import CURVES, SECTIONS
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, TitledLook, looks
-from hf_lowrank.report.members import baseline_of, told_apart
+from hf_lowrank.report.members import baseline_of, with_distinct_methods
 from hf_lowrank.report.payload import payload, script_json
 from hf_lowrank.report.schema import MetricText, Payload, Run
 from hf_lowrank.report.verdicts import losses_by_method
@@ -45,19 +45,19 @@ def write_report(
 ) -> Path:
     """Writes `report.html` into the folder `output`, whole or not at all, and returns its path.
 
-    The page loads nothing: styles, script, data and pictures are in it. Losses are compared only among runs of one
+    The page is self-contained: it loads nothing from anywhere. Losses are compared only among runs of one
     size with the same evaluation fingerprint.
 
     Args:
         runs: run folders, or objects with a `path` to one.
         output: the folder; made if there is none.
-        study: a study's folder; its claims, prediction, sweep and failures are shown where they are there.
+        study: a study's folder, whose claims, prediction, sweep and failures are shown too.
 
     Raises:
-        UserError: a folder is no run, has no checkpoint, or one of its files is damaged; nothing is written then.
+        UserError: a folder is not a run, has no checkpoint, or has a damaged file; nothing is written then.
     """
     folder_of_study = None if study is None else Path(study)
-    page = render(told_apart(load_runs(runs), folder_of_study), load_results(folder_of_study))
+    page = render(with_distinct_methods(load_runs(runs), folder_of_study), load_results(folder_of_study))
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: output must be a folder, got a file")
@@ -122,7 +122,7 @@ def render(runs: Sequence[RunRecord], study: StudyResults) -> str:
 
 @cache
 def _environment() -> Environment:
-    """Kept, since compiling its templates takes ten times as long as filling them."""
+    """Cached, since compiling its templates takes ten times as long as filling them."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
@@ -140,7 +140,7 @@ def _of_group(group: Group) -> dict[str, Any]:
 
 
 def _group_choice(compared: Sequence[Group], sets: bool, scales: bool) -> tuple[str, list[tuple[int, str]]]:
-    """What the choice of a group is called, and its options."""
+    """The label of the choice of a group, and its options."""
     name = "Scale and evaluation set" if sets and scales else "Scale" if scales else "Evaluation set"
     options = []
     for group in compared:
@@ -168,7 +168,7 @@ def _asset(name: str) -> str:
 
 
 def _colours(chosen: dict[str, TitledLook]) -> str:
-    """The methods' colours as custom properties, by position: names from outside never reach the style sheet."""
+    """The methods' colours as custom properties, by position: names of methods never reach the style sheet."""
 
     def block(tone: str) -> str:
         return "".join(f"--c{number}:{getattr(look, tone)};" for number, look in enumerate(chosen.values()))
@@ -185,7 +185,7 @@ def _of(entry: Run, metric: str) -> Mapping[str, Any]:
 
 
 def _trends(data: Payload) -> dict[str, list[tuple[str, ...]]]:
-    """Per dimension the pictures over steps: metric, title, meaning, unit, and why it may be empty."""
+    """Per section the pictures over steps: metric, title, meaning, unit, and why it may be empty."""
     found: dict[str, list[tuple[str, ...]]] = {dimension: [] for dimension in SECTIONS}
     for metric, about in data["metrics"].items():
         entries = [_of(entry, metric) for entry in data["runs"]]
@@ -197,7 +197,7 @@ def _trends(data: Payload) -> dict[str, list[tuple[str, ...]]]:
 
 
 def _pictures(runs: Sequence[RunRecord]) -> dict[str, list[tuple[str, ...]]]:
-    """Per dimension the measured curves: metric, title, how to read it, its x axis, and the metrics it tells of."""
+    """Per section the measured curves: metric, title, summary, x axis and metrics."""
     measured = {row.metric for run in runs for row in run.rows}
     found: dict[str, list[tuple[str, ...]]] = {"landscape": [], "interpolation": []}
     for metric, about in CURVES.items():
@@ -207,7 +207,7 @@ def _pictures(runs: Sequence[RunRecord]) -> dict[str, list[tuple[str, ...]]]:
 
 
 def _summary(runs: Sequence[RunRecord]) -> list[str]:
-    """What was compared, in a few words each."""
+    """What was compared, in short phrases."""
     seeds = {run.seed for run in runs if run.seed is not None}
     parts = [pluralize(len(runs), "run"), pluralize(len({run.method for run in runs}), "method")]
     if seeds:

@@ -216,7 +216,7 @@ def _trials(study: StudyResults, numbers: Mapping[str, int]) -> list[Trial]:
 
 
 def _prediction(study: StudyResults) -> Prediction | None:
-    """Predicted against seen scores; None where the file holds no lists of one length."""
+    """Predicted and actual scores; None if the file's lists are missing or differ in length."""
     found = study.prediction or {}
     sides = [found.get(key) for key in ("seen", "predicted_perplexity", "predicted_both")]
     if not all(isinstance(side, list) for side in sides) or len({len(side) for side in sides if side}) != 1:
@@ -322,7 +322,7 @@ def payload(groups: Sequence[Group], study: StudyResults, chosen: Mapping[str, T
 
 
 def script_json(data: Any) -> str:
-    """JSON that can stand inside a `<script>` element whatever strings it holds.
+    """JSON that is safe inside a `<script>` element, whatever strings it holds.
 
     `<`, `>` and `&` are written as escapes, so that no string can end the element or open a comment; the two line
     separators that old JavaScript refuses are escaped too.

@@ -2,7 +2,7 @@
 
 Every function takes runs (folders, or objects with a `path`), draws methods as means over their seeds with 95 %
 intervals where there are several, and returns a `matplotlib.figure.Figure` that belongs to no window; save it with
-`figure.savefig(path)`. All raise `UserError` for folders that are no runs, and where nothing was measured to draw.
+`figure.savefig(path)`. All raise `UserError` if a folder is not a run or nothing was measured to draw.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def line_curves(
         baseline: draw only paths to the run of this name; None for each run's last measured one.
     """
     if metric not in CURVES:
-        raise UserError(f"metric {metric!r} is no curve; {nearest(metric, CURVES)}")
+        raise UserError(f"metric must be a curve, got {metric!r}; {nearest(metric, CURVES)}")
     records = _one_evaluation_set(load_runs(runs))
     lines: dict[str, Points] = {}
     bands: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = {}
@@ -112,12 +112,12 @@ def landscapes(runs: Iterable[Any], *, step: int | None = None) -> Figure:
     rises = [grid - np.nanmin(grid) for grid in grids]
     levels = np.linspace(0, 1, 13) ** 2 * max(float(np.nanmax(rise)) for rise in rises)
     figure, axes = _figure(len(planes), size=(3.0, 2.9))
-    for (run, one), rise, place in zip(planes, rises, axes, strict=True):
-        drawn = place.contourf(one.x, one.y, rise, levels=levels, cmap="Blues")
-        place.contour(one.x, one.y, rise, levels=levels[1:], colors=_SOFT, linewidths=0.4)
-        place.plot(0, 0, marker="+", color=_INK, markersize=7)
-        place.set(title=_title(run, records), aspect="equal")
-        place.grid(visible=False)
+    for (run, one), rise, axis in zip(planes, rises, axes, strict=True):
+        drawn = axis.contourf(one.x, one.y, rise, levels=levels, cmap="Blues")
+        axis.contour(one.x, one.y, rise, levels=levels[1:], colors=_SOFT, linewidths=0.4)
+        axis.plot(0, 0, marker="+", color=_INK, markersize=7)
+        axis.set(title=_title(run, records), aspect="equal")
+        axis.grid(visible=False)
     figure.colorbar(drawn, ax=list(axes), label="rise of the loss (nats)", shrink=0.8, format="%.2g")
     return _finished(figure, ())
 
@@ -135,7 +135,7 @@ def trends(runs: Iterable[Any], metrics: Sequence[str] | None = None) -> Figure:
     if not chosen:
         raise UserError("no spectral metric was measured in these runs; measure them first")
     figure, axes = _figure(len(chosen), size=(3.2, 2.4))
-    for metric, place in zip(chosen, axes, strict=True):
+    for metric, axis in zip(chosen, axes, strict=True):
         rows = {run.name: [row for row in run.model_rows(metric) if row.has_value] for run in records}
         lines = {name: {float(r.step): r.value for r in found} for name, found in rows.items()}
         bands = {
@@ -143,9 +143,9 @@ def trends(runs: Iterable[Any], metrics: Sequence[str] | None = None) -> Figure:
             for name, found in rows.items()
             if found and all(r.has_interval for r in found)
         }
-        _by_method(place, records, lines, f"no {metric} was measured", bands=bands)
-        place.set_title(describe(metric).title_with_unit)
-        place.set_xlabel("step")
+        _by_method(axis, records, lines, f"no {metric} was measured", bands=bands)
+        axis.set_title(describe(metric).title_with_unit)
+        axis.set_xlabel("step")
     return _finished(figure, records)
 
 
@@ -161,11 +161,11 @@ def layer_profiles(runs: Iterable[Any], metric: str = "weight_effective_rank", *
     if not profiles:
         raise UserError(f"metric {metric!r} has no layers in these runs; measure it first")
     figure, axes = _figure(len(profiles), size=(2.8, 2.2))
-    for (kind, lines), place in zip(profiles.items(), axes, strict=True):
-        _by_method(place, records, lines, "")
-        place.set_title(kind)
-        place.set_xlabel("block")
-        place.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for (kind, lines), axis in zip(profiles.items(), axes, strict=True):
+        _by_method(axis, records, lines, "")
+        axis.set_title(kind)
+        axis.set_xlabel("block")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supylabel(describe(metric).title, fontsize=9, color=_SOFT)
     return _finished(figure, records)
 
@@ -186,16 +186,16 @@ def layer_step_map(runs: Iterable[Any], metric: str = "activation_cka") -> Figur
     everything = [value for table in means.values() for value in table.values()]
     chosen = {method: look for method, look in looks(run.method for run in records).items() if method in means}
     figure, axes = _figure(len(chosen), size=(2.6, 2.4))
-    for (method, look), place in zip(chosen.items(), axes, strict=True):
+    for (method, look), axis in zip(chosen.items(), axes, strict=True):
         table = means[method]
         scopes = list(dict.fromkeys(scope for scope, _ in table))
         steps = sorted({step for _, step in table})
         grid = np.array([[table.get((scope, step), np.nan) for step in steps] for scope in scopes])
-        drawn = place.imshow(grid, aspect="auto", cmap="Blues", vmin=min(everything), vmax=max(everything))
-        place.set_xticks(range(len(steps)), [str(step) for step in steps], rotation=45 if len(steps) > 6 else 0)
-        place.set_yticks(range(len(scopes)), [scope.removeprefix("model.") for scope in scopes])
-        place.set(title=look.title, xlabel="step")
-        place.grid(visible=False)
+        drawn = axis.imshow(grid, aspect="auto", cmap="Blues", vmin=min(everything), vmax=max(everything))
+        axis.set_xticks(range(len(steps)), [str(step) for step in steps], rotation=45 if len(steps) > 6 else 0)
+        axis.set_yticks(range(len(scopes)), [scope.removeprefix("model.") for scope in scopes])
+        axis.set(title=look.title, xlabel="step")
+        axis.grid(visible=False)
     figure.colorbar(drawn, ax=list(axes), label=describe(metric).title, shrink=0.8)
     return _finished(figure, ())
 
@@ -233,8 +233,7 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
     """What kind of solution each method found: a metric at the last step against the perplexity, in small multiples.
 
     A mark is a method's mean over its runs, a cross its 95 % intervals; equal perplexity, different height: different
-    solutions. Metrics that no run has are left out, and runs that are not finished where others of their method
-    are.
+    solutions. Metrics that no run has are left out, and unfinished runs of a method that has finished ones.
     """
     records = [run for run in _one_evaluation_set(load_runs(runs)) if run.perplexity is not None]
     heights = {
@@ -245,18 +244,18 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
     if not drawn:
         raise UserError(f"none of {', '.join(metrics)} was measured in these runs; measure them first")
     figure, axes = _figure(len(drawn), size=(3.4, 3.0))
-    for metric, place in zip(drawn, axes, strict=True):
+    for metric, axis in zip(drawn, axes, strict=True):
         for method, look in looks(run.method for run in records).items():
             having = [run for run in records if run.method == method and heights[metric].get(run.name) is not None]
             points = [(run.perplexity, heights[metric][run.name]) for run in finished_or_all(having)]
             if points:
                 x, y = (mean_interval([float(side) for side in values]) for values in zip(*points, strict=True))
                 bars = [[[e.value - e.low], [e.high - e.value]] if e.has_interval else None for e in (x, y)]
-                place.errorbar(
+                axis.errorbar(
                     x.value, y.value, xerr=bars[0], yerr=bars[1], color=look.light, marker=_MARKERS[look.marker],
                     markersize=6, linestyle="none", elinewidth=1, label=look.title,
                 )  # fmt: skip
-        place.set(xlabel="perplexity", title=describe(metric).title_with_unit)
+        axis.set(xlabel="perplexity", title=describe(metric).title_with_unit)
     return _finished(figure, records)
 
 
@@ -291,9 +290,9 @@ def _layers(run: RunRecord, metric: str, step: int | None) -> dict[tuple[str, in
     found = {}
     for row in rows:
         parts = row.scope.split(".")
-        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if row.step == at and place is not None:
-            found[".".join(parts[place + 1 :]) or parts[0], int(parts[place])] = row.value
+        block = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if row.step == at and block is not None:
+            found[".".join(parts[block + 1 :]) or parts[0], int(parts[block])] = row.value
     return found
 
 
@@ -304,13 +303,13 @@ def _figure(count: int, size: tuple[float, float] = (7.2, 4.0)) -> tuple[Figure,
     columns = min(count, 4)
     rows = -(-count // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained", facecolor=LIGHT_GROUND)
-    axes = [figure.add_subplot(rows, columns, place + 1, facecolor=LIGHT_GROUND) for place in range(count)]
-    for place in axes:
-        place.spines[["top", "right", "left"]].set_visible(False)
-        place.spines["bottom"].set_color(_SOFT)
-        place.grid(axis="y", color=_RULE, linewidth=0.6)
-        place.set_axisbelow(True)
-        place.tick_params(colors=_SOFT, labelsize=8, length=0)
+    axes = [figure.add_subplot(rows, columns, number + 1, facecolor=LIGHT_GROUND) for number in range(count)]
+    for axis in axes:
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.spines["bottom"].set_color(_SOFT)
+        axis.grid(axis="y", color=_RULE, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(colors=_SOFT, labelsize=8, length=0)
     return figure, axes
 
 

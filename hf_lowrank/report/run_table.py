@@ -1,4 +1,4 @@
-"""The table of runs: what each cost and what was measured on it, one row for each run."""
+"""The table of runs: cost and measurements, one row per run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_lowrank.runs.records import RunRecord
 
 @dataclass(frozen=True)
 class Cell:
-    """One value: `value` sorts and goes into the CSV, `text` is read, `low`/`high` its interval, `note` why not."""
+    """One cell: `value` for sorting and the CSV, `text` as displayed, the interval, and a `note` on any of it."""
 
     value: float | str | None
     text: str
@@ -39,7 +39,7 @@ class Column:
     help: str
 
 
-# What a run has only at its end.
+# What only a finished run has.
 ENDS = ("validation_loss", "perplexity")
 
 _Read = Callable[[RunRecord], float | None]
@@ -168,7 +168,7 @@ def table(runs: Sequence[RunRecord]) -> tuple[list[Column], list[tuple[Cell, ...
                 if value is None:
                     row.append(Cell(None, "—", note="not recorded"))
                 elif run.unfinished and some_finished and entry.column.id in ENDS:
-                    # To be read, not to be ranked among those of finished runs.
+                    # Displayed, but not ranked among the values of finished runs.
                     row.append(Cell(None, entry.text(value), note=f"at {run.unfinished}"))
                 else:
                     row.append(Cell(value, entry.text(value)))

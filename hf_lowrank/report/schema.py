@@ -174,7 +174,7 @@ class Trial(TypedDict):
 
 
 class Prediction(TypedDict):
-    """Downstream scores as seen and as predicted, with [run, step] of each."""
+    """Actual and predicted downstream scores, with [run, step] of each."""
 
     seen: Numbers
     predicted_perplexity: Numbers
@@ -192,7 +192,7 @@ class Quantity(TypedDict):
 
 
 class MetricText(TypedDict):
-    """What is said about a metric."""
+    """How a metric is described."""
 
     title: str
     short: str

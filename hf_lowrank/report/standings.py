@@ -1,4 +1,4 @@
-"""The answer's table: methods by what is wanted of them, each with its interval over seeds and its rank."""
+"""The table of methods: each criterion with its interval over seeds and its rank."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Criterion:
         better: which way is better.
         values: per run, what was read.
         text: a value as read.
-        against: how a method stands beside the baseline: as a ratio, as a difference, or not at all.
+        against: how a method is compared with the baseline: as a ratio, as a difference, or not at all.
         shown: maps mean and interval for showing, as the exponential for perplexity, whose mean is taken in nats.
     """
 
@@ -45,10 +45,9 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Standing:
-    """One cell: `value` with `low`/`high`, the rank among methods, and why there is none.
+    """One cell: `value` with its interval and rank among methods, or a `note` on why there is none.
 
-    `tied`: it cannot be told from the best one. `certain`: there are seeds enough for ranks to be more than the order
-    of these runs.
+    `tied`: statistically tied with the best. `certain`: there are enough seeds for a verdict.
     """
 
     value: float | None = None
@@ -75,7 +74,7 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class Standings:
-    """The table: criteria in columns, methods in rows, best loss first; `baseline` is whom the others are beside."""
+    """The table: criteria in columns, methods in rows, best loss first; `baseline` is what they are compared with."""
 
     criteria: tuple[Criterion, ...]
     rows: tuple[MethodRow, ...]
@@ -84,7 +83,7 @@ class Standings:
 
     @property
     def baseline_title(self) -> str:
-        """As it is read; empty where the baseline is not among the methods."""
+        """Its title; empty if the baseline is not among the methods."""
         return next((row.title for row in self.rows if row.method == self.baseline), "")
 
 
@@ -106,7 +105,7 @@ def read(runs: Sequence[RunRecord], reader: Callable[[RunRecord], float | None])
 
 
 def downstream(runs: Sequence[RunRecord]) -> tuple[dict[str, dict[int, float]], list[str]]:
-    """Per run and step the mean above-chance score over the tasks that all scored runs have; and what to say of it."""
+    """Per run and step the mean above-chance score over the tasks that all scored runs have; and notes about it."""
     notes: list[str] = []
     scored = {run.name: usable for run in runs if (usable := usable_scores(run.scores, None))}
     if not scored:
@@ -142,7 +141,7 @@ _MEMORY_KINDS = {
 
 
 def _memory(runs: Sequence[RunRecord]) -> Criterion:
-    """One kind for all rows: what can be said of every run, the most telling first."""
+    """One kind for all rows: the most informative that every run has."""
 
     def itemised(kind: str) -> Callable[[RunRecord], float | None]:
         def reader(run: RunRecord) -> float | None:
@@ -192,7 +191,7 @@ def _distance(runs: Sequence[RunRecord]) -> tuple[Criterion, dict[str, float]]:
         return reader
 
     help_ = (
-        "How far the hidden states lie from the baseline's on the same tokens, relative to the baseline's size, mean "
+        "Distance of the hidden states from the baseline's on the same tokens, relative to the baseline's norm, mean "
         "over layers, at the last checkpoint. Lower is closer, not better in itself."
     )
     cka = {name: 1 - value for name, value in read(runs, last("activation_cka")).items()}
@@ -207,7 +206,7 @@ def _plain(value: float) -> str:
 def standings(runs: Sequence[RunRecord], baseline: str = BASELINE) -> Standings:
     """The table of methods for runs that may be compared: one evaluation set, one size.
 
-    `baseline` names the method that the others are put beside.
+    `baseline` names the method that the others are compared with.
     """
     notes: list[str] = []
     losses = read(runs, lambda run: run.final_loss)
@@ -266,8 +265,8 @@ def _column(
 
 
 def beaten(values: Values, best: str, other: str, sign: float, rivals: int) -> bool:
-    """Whether `other` is told from `best`: the interval of their difference, paired by seed and widened for the number
-    of rivals (Bonferroni), leaves out zero."""
+    """Whether `other` is significantly worse than `best`: the interval of their difference, paired by seed and widened
+    for the number of rivals (Bonferroni), excludes zero."""
     ours, theirs = ({seed: sign * value for seed, value in values[name].items()} for name in (best, other))
     difference = mean_difference(ours, theirs, confidence=1 - 0.05 / max(rivals, 1))
     return difference is not None and difference.low > 0
@@ -291,7 +290,7 @@ def _standing(criterion: Criterion, estimate: Estimate, rank: int, tied: bool, c
 
 
 def _beside(standing: Standing, criterion: Criterion, values: Values, name: str, baseline: str) -> Standing:
-    """`standing` with how `name` stands beside the baseline: a share or a difference, with its interval."""
+    """`standing` with the comparison of `name` with the baseline: a share or a difference, with its interval."""
     if criterion.against == "none" or baseline not in values:
         return standing
     if name == baseline:

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_lowrank.formats import byte_size, console, loss_text, significant
 from hf_lowrank.report.answer import Group, groups
-from hf_lowrank.report.members import baseline_of, told_apart
+from hf_lowrank.report.members import baseline_of, with_distinct_methods
 from hf_lowrank.report.standings import Standing
 from hf_lowrank.runs.records import load_runs
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-# A terminal is narrow: what answers the question, not all that was measured. In the order shown, each with its
-# place in line when not all fit.
+# A terminal is narrow: the main columns only. In the order shown, each with its priority when not all fit.
 _RUN_COLUMNS = {
     "run": 0,
     "method": 1,
@@ -40,20 +39,21 @@ Line = dict[str, str]
 
 
 def terminal_table(runs: Iterable[Any], width: int | None = None, *, study: Path | None = None) -> Table:
-    """The main numbers as a rich table, best loss first; what does not compare is kept apart by a rule.
+    """The main numbers as a rich table, best loss first; runs that cannot be compared are separated by a rule.
 
     With several seeds of a method a row is a method, its values mean ± half the 95 % interval over seeds, a star where
-    it cannot be told from the best; else a row is a run. Columns that do not fit into `width` characters (None: this
-    terminal's) are left out, the least telling first. `study`: the folder whose members name the methods.
+    it is statistically tied with the best; else a row is a run. Columns that do not fit into `width` characters
+    (None: this terminal's) are left out, the least important first. `study`: the folder whose members name the
+    methods.
 
     Raises:
-        UserError: a folder is no run, has no checkpoint, or one of its files is damaged.
+        UserError: a folder is not a run, has no checkpoint, or one of its files is damaged.
     """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    named = told_apart(load_runs(runs), study)
+    named = with_distinct_methods(load_runs(runs), study)
     compared = groups(named, baseline_of(named, study))
     several = any(row.seeds > 1 for group in compared for row in group.standings.rows)
     order = _METHOD_COLUMNS if several else _RUN_COLUMNS
@@ -110,7 +110,7 @@ def _method_lines(group: Group) -> list[Line]:
 
 
 def _text(criterion: str, cell: Standing) -> str:
-    """`26.5 ± 0.3 *`; the star's place is kept, so that numbers stand below one another."""
+    """`26.5 ± 0.3 *`; the star's column is kept, so that the numbers line up."""
     if cell.value is None or cell.low is None or cell.high is None:
         return cell.text
     half = (cell.high - cell.low) / 2
@@ -153,5 +153,7 @@ def _caption(compared: Sequence[Group], several: bool) -> Any:
         lines.append(" ".join(filter(None, [head, group.trade, group.standfirst])))
     if several:
         stars = any(cell.tied for group in compared for row in group.standings.rows for cell in row.standings)
-        lines.append("± is half the 95 % interval over seeds." + (" * cannot be told from the best." if stars else ""))
+        lines.append(
+            "± is half the 95 % interval over seeds." + (" * statistically tied with the best." if stars else "")
+        )
     return Text("\n".join(lines))

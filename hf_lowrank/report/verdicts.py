@@ -1,4 +1,4 @@
-"""The answer in sentences: who came out best, and what is lost and saved beside the baseline."""
+"""The answer in sentences: which method is best, and what the others lose and save compared with the baseline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_lowrank.report.standings import Standings, beaten, by_seed, read, versus
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_interval
 
-# Shares of memory and speed below this are called the same.
+# Differences of memory and speed below this share are called the same.
 SAME = 0.02
 
 
@@ -52,9 +52,8 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
         seeds = "One seed per method" if most == 1 else seeds
         gap = loss_text(ranked[-1][1].value - estimate.value)
         return (
-            f"{title[best]} ended lowest, at {at}",
-            f"{seeds}: this says how these runs came out, not which method is better. "
-            f"From the lowest to the highest loss are {gap} nats.",
+            f"{title[best]} has the lowest {at}",
+            f"{seeds}: this describes these runs, not which method is better. The losses span {gap} nats.",
         )
     rivals = [name for name, _ in ranked[1:]]
     behind = [title[name] for name in rivals if beaten(losses, best, name, 1.0, others)]
@@ -63,10 +62,10 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
     basis = f"Over {seeds} per method, paired where seeds are common, 95 % intervals widened for {others} comparisons."
     if not tied:
         all_others = "every other method" if others > 1 else title[rivals[0]]
-        return f"{title[best]} ends lower than {all_others}, at {at}", basis
+        return f"{title[best]} has a lower perplexity than {all_others}: {_perplexity(estimate.value)}", basis
     unclear = join_words(tied) if behind or others < 3 else "any other method"
-    headline = f"{title[best]} ends lowest on average, at {at}, but cannot be told from {unclear}"
-    return headline, basis + (f" It does end lower than {join_words(behind)}." if behind else "")
+    headline = f"{title[best]} has the lowest mean {at}, statistically tied with {unclear}"
+    return headline, basis + (f" Its loss is lower than that of {join_words(behind)}." if behind else "")
 
 
 def _perplexity(loss: float) -> str:
@@ -80,7 +79,7 @@ def _interval_words(estimate: Estimate) -> str:
 
 
 def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
-    """What the best of the other methods, and the one with least memory, lose and save beside the baseline."""
+    """What the best other method and the one with the least memory lose and save, compared with the baseline."""
     criteria = {criterion.id: criterion for criterion in table.criteria}
     if "perplexity" not in criteria or len(table.rows) < 2 or not table.baseline_title:
         return ""
@@ -90,20 +89,20 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
 
     others = sum(row.method != baseline for row in table.rows)
 
-    def beside(name: str, method: str) -> Estimate | None:
+    def compared(name: str, method: str) -> Estimate | None:
         there = values.get(name, {})
         if method not in there or baseline not in there:
             return None
         return versus(criteria[name], there, method, baseline, 1 - 0.05 / others)
 
     found = {row.method: lost for row in table.rows if row.method != baseline
-             and (lost := beside("perplexity", row.method)) is not None}  # fmt: skip
+             and (lost := compared("perplexity", row.method)) is not None}  # fmt: skip
     if not found:
         return ""
     nearest = min(found, key=lambda name: found[name].value)
-    parts = [f"Beside {_in_words(table.baseline_title)}, {title[nearest]} ends {_lost(found[nearest])}"]
-    saved = beside("memory", nearest)
-    quicker = beside("speed", nearest)
+    parts = [f"Compared with {_in_words(table.baseline_title)}, {title[nearest]} has {_lost(found[nearest])}"]
+    saved = compared("memory", nearest)
+    quicker = compared("speed", nearest)
     if saved is not None:
         parts[0] += f", with {_more_or_less(saved.value)} memory"
     if quicker is not None:
@@ -111,11 +110,11 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
         same = abs(quicker.value) < SAME or times == "1.0"
         speed = "about the same speed" if same else f"{times} times the speed"
         parts[0] += f"{' and' if saved is not None else ', with'} {speed}"
-    sizes = {name: share.value for name in found if (share := beside("memory", name)) is not None}
+    sizes = {name: share.value for name in found if (share := compared("memory", name)) is not None}
     lightest = min(sizes, key=lambda name: (sizes[name], found[name].value), default=nearest)
     if lightest != nearest and sizes[lightest] < min(sizes.get(nearest, 0.0), 0.0) - 0.005:
         less = significant(100 * abs(sizes[lightest]), 2)
-        parts.append(f"{title[lightest]} needs the least memory, {less} % less, and ends {_lost(found[lightest])}")
+        parts.append(f"{title[lightest]} needs the least memory, {less} % less, and has {_lost(found[lightest])}")
     fewest = min(len(seeds) for seeds in values["perplexity"].values())
     text = ". ".join(parts) + "."
     text = text.replace(" %", "\N{NO-BREAK SPACE}%")
@@ -127,11 +126,11 @@ def _in_words(baseline: str) -> str:
 
 
 def _lost(share: Estimate) -> str:
-    """`at a perplexity 4.1 % higher (95 % interval 1.0 to 7.2 %)`."""
+    """`a perplexity 4.1 % higher (95 % interval 1.0 to 7.2 %)`."""
     if abs(share.value) < 5e-4:
-        return "at the same perplexity"
+        return "the same perplexity"
     sign = 1 if share.value >= 0 else -1
-    text = f"at a perplexity {significant(100 * abs(share.value), 2)} % {'higher' if sign > 0 else 'lower'}"
+    text = f"a perplexity {significant(100 * abs(share.value), 2)} % {'higher' if sign > 0 else 'lower'}"
     if not share.has_interval:
         return text
     ends = sorted(100 * sign * bound for bound in (share.low, share.high))

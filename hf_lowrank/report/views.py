@@ -1,4 +1,4 @@
-"""What the templates show of the answer and of a study, as positions and text."""
+"""What the templates show of the answer and of a study: positions on rulers, and text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Track:
 
 
 class Ruler:
-    """Positions of values on one common line with some air at its ends."""
+    """Positions of values on one common line with some padding at its ends."""
 
     def __init__(self, values: Iterable[float | None], *, zero: bool = False) -> None:
         found = [value for value in values if value is not None and math.isfinite(value)]
@@ -38,20 +38,22 @@ class Ruler:
         self.low, self.high = (min(found), max(found)) if found else (0.0, 1.0)
         size = max(abs(self.low), abs(self.high))
         spread = self.high - self.low
-        air = 0.06 * spread if spread > 1e-9 * size else 0.5 * size or 0.5
-        self.low, self.high = self.low - air, self.high + air
+        padding = 0.06 * spread if spread > 1e-9 * size else 0.5 * size or 0.5
+        self.low, self.high = self.low - padding, self.high + padding
 
-    def place(self, value: float | None) -> float | None:
+    def position(self, value: float | None) -> float | None:
         if value is None or not math.isfinite(value):
             return None
         return round(100 * (value - self.low) / (self.high - self.low), 2)
 
     def track(self, value: float | None, low: float | None, high: float | None, *, zero: bool = False) -> Track:
-        return Track(self.place(value), self.place(low), self.place(high), self.place(0.0) if zero else None)
+        return Track(
+            self.position(value), self.position(low), self.position(high), self.position(0.0) if zero else None
+        )
 
 
 def methods_view(group: Group) -> dict[str, Any]:
-    """The table of methods with every cell's place on its column's line."""
+    """The table of methods with every cell's position on its column's line."""
     table = group.standings
     rulers = []
     for column in range(len(table.criteria)):
@@ -99,27 +101,27 @@ def _said(criterion: Criterion, standing: Standing) -> str:
     if standing.note:
         parts.append(standing.note)
     if standing.rank is not None and standing.certain:
-        parts.append("cannot be told from the best" if standing.tied else f"rank {standing.rank}")
+        parts.append("tied with the best" if standing.tied else f"rank {standing.rank}")
     elif standing.rank is not None:
-        parts.append(f"place {standing.rank} in these runs, no verdict")
+        parts.append(f"position {standing.rank} in these runs, no verdict")
     return "; ".join(parts)
 
 
 def _seeds(group: Group) -> str:
-    """What the intervals and ranks rest on, said plainly."""
+    """What the intervals and ranks are based on."""
     counts = {row.seeds for row in group.standings.rows}
     if max(counts) == 1:
         return (
-            "One seed per method, so there are no intervals, and the numbers beside the values only order these "
-            "runs: another seed may order them otherwise."
+            "One seed per method, so there are no intervals, and the small numbers only order these runs: "
+            "another seed may order them differently."
         )
     text = (
-        "Below each value is its 95 % interval over seeds, drawn on a line that is common to the column; the small "
+        "Below each value is its 95 % interval over seeds, drawn on a line shared by the column; the small "
         "number is the rank."
     )
     if min(counts) < SEEDS_FOR_A_VERDICT:
         few = "one has" if min(counts) == 1 else f"some have only {min(counts)}"
-        return f"{text} Ranks are no verdict here: of the methods, {few} too few seeds (three are needed)."
+        return f"{text} The ranks are not a verdict: of the methods, {few} too few seeds (three are needed)."
     return text
 
 
@@ -201,7 +203,7 @@ def prediction_view(study: StudyResults) -> dict[str, Any] | None:
     answer = (
         "Geometry and spectra add to perplexity: scores of runs left out are predicted better with them"
         if sure
-        else "It is not shown that geometry and spectra add to perplexity"
+        else "Geometry and spectra are not shown to add to perplexity"
     )
 
     def table(key: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -233,7 +235,7 @@ def _or_dash(value: Any) -> str:
 
 
 def sweep_view(study: StudyResults, looks: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line for each member of the sweep: its rates, which was chosen and whether it lies at the edge."""
+    """One line for each member of the sweep: its rates, which one was chosen, and whether it is at the edge."""
     members = list(dict.fromkeys(rate.member for rate in study.sweep))
     found = []
     for member in members:

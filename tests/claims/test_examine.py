@@ -144,7 +144,7 @@ def test_slopes_are_over_depth_and_over_training_without_step_0(simulation, tmp_
     assert details["over training"].effect == pytest.approx(simulation.course, abs=3e-3)
     assert "mean distance at step 0" not in details
     assert "mean distance at hidden_states.4" in details
-    assert details["Fira less GaLore"].effect == pytest.approx(0.2, abs=0.05)
+    assert details["Fira minus GaLore"].effect == pytest.approx(0.2, abs=0.05)
 
 
 def test_activations_against_other_runs_are_not_distances_from_the_baseline(simulation, tmp_path):
@@ -154,7 +154,7 @@ def test_activations_against_other_runs_are_not_distances_from_the_baseline(simu
         file.write_text(file.read_text().replace('"baseline": "full_rank', '"baseline": "elsewhere/full_rank'))
     claim = claim_of(runs, "activations")
     assert claim.verdict == "undecided"
-    assert "GaLore: measured against elsewhere/full_rank-seed4, which is no run of the baseline" in claim.reason
+    assert "GaLore: measured against elsewhere/full_rank-seed4, which is not a run of the baseline" in claim.reason
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -301,7 +301,7 @@ def test_tasks_on_other_items_are_not_compared(simulation, tmp_path):
         ({}, "reproduced", "permuted geometry does not reach it"),
         ({"p_value": 0.3}, "undecided", "permuted geometry gains as much"),
         ({"gain_low": -0.1}, "undecided", "includes zero, though p = 0.005"),
-        ({"gain_low": None}, "undecided", "no gain with interval"),
+        ({"gain_low": None}, "undecided", "lacks a gain with interval"),
         ({"gain": -0.2, "gain_low": -0.3, "gain_high": -0.1, "p_value": 0.8}, "contradicted", "below zero"),
     ],
 )
@@ -343,7 +343,7 @@ def test_claims_come_back_as_they_were_written(simulation, prediction, tmp_path)
     assert read_claims(write_claims([odd], tmp_path / "odd.json"))[0].effect is None
     for damaged in ("{", '{"claims": 3}', '{"claims": [{"id": "x"}]}', "[]"):
         file.write_text(damaged)
-        with pytest.raises(UserError, match="holds no readable claims"):
+        with pytest.raises(UserError, match="not a valid claims file"):
             read_claims(file)
 
 

@@ -24,7 +24,7 @@ ALL = STUDY + OTHERS
 
 def test_one_seed_gives_no_verdict(make_run):
     headline, standfirst = verdict(load_runs([make_run("a", "full_rank", loss=3.3), make_run("b", "fira", loss=3.2)]))
-    assert headline == "Fira ended lowest, at perplexity 24.5"
+    assert headline == "Fira has the lowest perplexity 24.5"
     assert standfirst.startswith("One seed per method")
     assert "0.100 nats" in standfirst
 
@@ -34,13 +34,13 @@ def test_three_seeds_give_one_when_intervals_allow(make_run):
         return [make_run(f"{method}{loss}", method, seed, loss=loss) for seed, loss in enumerate(losses)]
 
     clear = load_runs(runs("fira", (3.20, 3.21, 3.22)) + runs("galore", (3.40, 3.415, 3.42)))
-    assert verdict(clear)[0] == "Fira ends lower than GaLore, at perplexity 24.8"
+    assert verdict(clear)[0] == "Fira has a lower perplexity than GaLore: 24.8"
     close = load_runs(
         runs("cola", (3.0, 3.3, 3.1)) + runs("sltrain", (3.1, 3.2, 3.15)) + runs("relora", (5.0, 5.3, 5.1))
     )
     headline, basis = verdict(close)
-    assert headline == "CoLA ends lowest on average, at perplexity 23.0, but cannot be told from SLTrain"
-    assert "It does end lower than ReLoRA." in basis
+    assert headline == "CoLA has the lowest mean perplexity 23.0, statistically tied with SLTrain"
+    assert "Its loss is lower than that of ReLoRA." in basis
     assert "2 comparisons" in basis
 
 
@@ -76,8 +76,8 @@ def test_runs_that_are_not_finished_do_not_stand_in_the_answer(make_run):
     early = make_run("fira-0", "fira", loss=3.0, planned=400)
     (group,) = groups(load_runs([early, *done]))
     assert [run.name for run in group.runs] == ["galore-0", "full_rank-0", "fira-0"]
-    assert group.headline.startswith("GaLore ended lowest")
-    assert group.standfirst.endswith("Left out, being not finished: fira-0 (step 200 of 400).")
+    assert group.headline.startswith("GaLore has the lowest perplexity")
+    assert group.standfirst.endswith("Left out as unfinished: fira-0 (step 200 of 400).")
     assert "Fira" not in group.trade
     assert [row.title for row in group.standings.rows] == ["GaLore", "Full-rank"]
     places = {column.id: place for place, column in enumerate(group.columns)}
@@ -90,7 +90,7 @@ def test_runs_that_are_not_finished_do_not_stand_in_the_answer(make_run):
     # Where none is finished there is nothing else to go by.
     (alone,) = groups(load_runs([early]))
     assert alone.headline == "Fira reaches perplexity 20.1"
-    assert alone.standfirst.endswith("Not finished: fira-0 (step 200 of 400).")
+    assert alone.standfirst.endswith("Unfinished: fira-0 (step 200 of 400).")
     assert alone.cells[0][[column.id for column in alone.columns].index("validation_loss")].value == 3.0
     many = [make_run(f"apollo-{seed}", "apollo", seed, planned=400) for seed in range(6)]
     (group,) = groups(load_runs([*done, *many]))
@@ -190,7 +190,7 @@ def _lab(colour, vision):
 
 @pytest.mark.parametrize("tone", ["light", "dark"])
 @pytest.mark.parametrize("vision", VISION)
-def test_methods_are_told_apart_without_colour_vision(tone, vision):
+def test_methods_are_with_distinct_methods_without_colour_vision(tone, vision):
     chosen = looks(ALL)
     shapes = [(look.dash, look.marker) for look in chosen.values()]
     assert len(set(shapes)) == len(shapes)

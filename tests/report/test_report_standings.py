@@ -13,7 +13,7 @@ from hf_lowrank.claims.results import load_results
 from hf_lowrank.errors import UserError
 from hf_lowrank.report import terminal_table
 from hf_lowrank.report.answer import groups
-from hf_lowrank.report.members import told_apart
+from hf_lowrank.report.members import with_distinct_methods
 from hf_lowrank.report.standings import standings
 from hf_lowrank.runs.records import load_runs
 
@@ -147,10 +147,10 @@ def test_sizes_are_never_averaged(make_run):
 def test_other_settings_are_no_other_seed(make_run, tmp_path):
     runs = [make_run(f"runs/{name}-seed{seed}", "galore", seed, rate=rate)
             for name, rate in (("slow", 0.001), ("fast", 0.01)) for seed in range(2)]  # fmt: skip
-    assert [run.method for run in told_apart(load_runs(runs), tmp_path)] == ["slow", "slow", "fast", "fast"]
-    names = {run.method for run in told_apart(load_runs(runs))}
+    assert [run.method for run in with_distinct_methods(load_runs(runs), tmp_path)] == ["slow", "slow", "fast", "fast"]
+    names = {run.method for run in with_distinct_methods(load_runs(runs))}
     assert names == {"GaLore, learning rate 0.001", "GaLore, learning rate 0.01"}
-    assert {run.method for run in told_apart(load_runs(runs[:2]))} == {"galore"}
+    assert {run.method for run in with_distinct_methods(load_runs(runs[:2]))} == {"galore"}
 
 
 def test_the_sentence_says_what_is_lost_and_saved(make_run):
@@ -162,11 +162,11 @@ def test_the_sentence_says_what_is_lost_and_saved(make_run):
     ]
     (group,) = groups(load_runs(runs))
     assert group.trade.startswith(
-        "Beside full-rank training, GaLore ends at a perplexity 5.1\N{NO-BREAK SPACE}% higher"
+        "Compared with full-rank training, GaLore has a perplexity 5.1\N{NO-BREAK SPACE}% higher"
     )
     assert "with 50\N{NO-BREAK SPACE}% less memory" in group.trade
     (group,) = groups(load_runs([runs[0], runs[3]]))
-    assert group.trade.startswith("In these runs: beside")
+    assert group.trade.startswith("In these runs: compared with")
     assert "interval" not in group.trade
 
 
@@ -232,9 +232,9 @@ def test_a_study_may_have_another_baseline(make_run, tmp_path):
     ]
     (study / "study.yaml").write_text("baseline: theirs\n")
     page = write_report(runs, tmp_path / "report", study=study).read_text()
-    assert "Beside ReLoRA, CoLA ends at a perplexity 11 % higher" in page.replace("\N{NO-BREAK SPACE}", " ")
+    assert "Compared with ReLoRA, CoLA has a perplexity 11 % higher" in page.replace("\N{NO-BREAK SPACE}", " ")
     assert "Against ReLoRA" in page
-    assert "Beside full-rank" not in page
+    assert "Compared with full-rank" not in page
     table = groups(load_runs(runs), "relora")[0].standings
     besides = {row.method: row.standings[0].beside for row in table.rows}
     assert besides["relora"] == "baseline"

@@ -1,4 +1,4 @@
-/* Which picture stands in which figure, and what its controls do. */
+/* Which chart each figure shows, and what its controls do. */
 (() => {
   const {
     DATA,
@@ -302,7 +302,7 @@
     pick.addEventListener("change", () => refresh(figure));
   }
 
-  /* The study: predicted against seen, and the sweep. */
+  /* The study: predicted against actual scores, and the sweep. */
   const predictionFigure = document.getElementById("fig-prediction");
   if (predictionFigure) {
     add(predictionFigure, () => {
@@ -311,13 +311,13 @@
         predictionFigure.querySelector(".grid"),
         panels.map((p) => p.title),
         (title, host) => {
-          plotBox(host, `Predicted against seen: ${title}`);
+          plotBox(host, `Predicted and actual scores: ${title}`);
           return html("h4", {}, title);
         },
       );
       hosts.forEach((host, i) => scatter(host, panels[i].spec));
     });
-    csvButton(predictionFigure, "prediction.csv", "Predicted against seen", () => [
+    csvButton(predictionFigure, "prediction.csv", "Predicted and actual scores", () => [
       ["run", "step", "seen", "predicted_perplexity", "predicted_both"],
       ...(DATA.prediction
         ? DATA.prediction.seen.map((seen, i) => [

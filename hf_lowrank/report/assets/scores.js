@@ -1,4 +1,4 @@
-/* What the pictures of tasks, prediction and sweep show. */
+/* Specs of the charts of tasks, prediction and sweep. */
 (() => {
   const { DATA, state, number, shownRuns, byMethod, methodTitle, runTitle, finite } = LR;
 
@@ -92,7 +92,7 @@
         title,
         spec: {
           x: { label: "predicted above-chance score" },
-          y: { label: "seen" },
+          y: { label: "actual score" },
           series: [...series.values()].sort((a, b) => a.method - b.method),
           equal: true,
           height: 340,

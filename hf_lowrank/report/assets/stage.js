@@ -1,5 +1,5 @@
-/* The stage: figures draw when they come near the window, and again when what they show has changed; and what every
-   figure has beside its picture. */
+/* Figures are drawn when they come near the window, and again when what they show changes; and the controls that all
+   figures have. */
 (() => {
   const { listeners, html, number, saveChart, rowsOf, forgetWidths } = LR;
 
@@ -94,7 +94,7 @@
     host.setAttribute("aria-label", `${label}. Left and right arrow keys read the values.`);
     return host;
   }
-  /** The values behind a chart as a table, for whoever would rather read than look. */
+  /** The values of a chart as a table. */
   function valuesTable(spec, title) {
     const [head, ...rows] = rowsOf(spec);
     const write = (value) =>

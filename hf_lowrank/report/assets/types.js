@@ -148,7 +148,7 @@
  */
 
 /**
- * Downstream scores as seen and as predicted, with [run, step] of each.
+ * Actual and predicted downstream scores, with [run, step] of each.
  * @typedef {object} Prediction
  * @property {Array<number|null>} seen
  * @property {Array<number|null>} predicted_perplexity
@@ -166,7 +166,7 @@
  */
 
 /**
- * What is said about a metric.
+ * How a metric is described.
  * @typedef {object} MetricText
  * @property {string} title
  * @property {string} short
