@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "max_lr", "min_lr", "name"})
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+FULL_MOMENTS = adam_moments(whole=True)
 Declared = dict[str, StateTensor | int]
 
 
@@ -159,7 +160,7 @@ class TargetedAdamW(Optimizer):
                 )
             if isinstance(param, DTensor) and self._layerwise is not None:
                 raise UserError(f"layerwise must be off for sharded parameters such as {name}; leave it out")
-            layout, declared = None, Declared(adam_moments(whole=True))
+            layout, declared = None, Declared(FULL_MOMENTS)
             if self.is_target(group):
                 layout = self.make_layout(group, param, name)
                 self.matrix_count += layout.count
@@ -283,7 +284,9 @@ class TargetedAdamW(Optimizer):
             group = members[0].group
             dtype = own if alone is None else torch.promote_types(own, torch.float32)
             weights = [entry.weight.to(dtype) for entry in members]
-            moments = [[entry.read(key).to(dtype) for entry in members] for key in ("exp_avg", "exp_avg_sq")]
+            moments = [
+                [moment.read(entry.state, key).to(dtype) for entry in members] for key, moment in FULL_MOMENTS.items()
+            ]
             adamw_(
                 weights,
                 [entry.grad.to(dtype) for entry in members],
@@ -295,10 +298,10 @@ class TargetedAdamW(Optimizer):
                 weight_decay=group["weight_decay"],
                 variant=group["adam_variant"],
             )
-            for entry, weight, exp_avg, exp_avg_sq in zip(members, weights, *moments, strict=True):
-                entry.write("exp_avg", exp_avg)
-                entry.write("exp_avg_sq", exp_avg_sq)
-                entry.write_weight(weight)
+            if alone is not None:
+                for name, (updated,) in zip(FULL_MOMENTS, moments, strict=True):
+                    members[0].write(name, updated)
+                members[0].write_weight(weights[0])
 
     def step_inside_backward(self, group: int, position: int, param: Tensor, *, ends_step: bool) -> None:
         """With `layerwise`: steps one parameter, or keeps what it needs of the gradient, and frees the gradient.

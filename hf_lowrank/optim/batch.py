@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_lowrank.compat import foreach_add_, foreach_mul_
 from hf_lowrank.optim.adam import adam_direction, bias_gain, decay_factors
 from hf_lowrank.optim.entries import Entry
-from hf_lowrank.optim.layout import stored_in
+from hf_lowrank.optim.layout import Layout, stored_in
 
 
 class BatchLimits(NamedTuple):
@@ -70,8 +70,8 @@ class Batch:
         ]
         self._stored_grads = [view for entry in entries for view in entry.layout.stored(entry.grad)]
         self.weights = self._oriented(self._stored_weights)
-        self._read: dict[str, list[Tensor]] = {}  # by parameter
-        self._views: dict[str, list[Tensor]] = {}  # by matrix
+        self._views: dict[str, list[Tensor]] = {}
+        self._decoded: dict[str, list[Tensor]] = {}
 
     def _oriented(self, stored: list[Tensor]) -> list[Tensor]:
         return [matrix.mT for matrix in stored] if self._transposed else stored
@@ -84,22 +84,23 @@ class Batch:
     def state(self, key: str) -> list[Tensor]:
         """A declared state tensor of each matrix, to be updated in place; this process's part of it."""
         if key not in self._views:
-            self._read[key] = [entry.read(key) for entry in self.entries]
-            whole = self.entries[0].declared(key).shape is None
-            self._views[key] = [
-                view
-                for entry, tensor in zip(self.entries, self._read[key], strict=True)
-                for view in (entry.layout.matrices(tensor) if whole else entry.layout.parts(tensor))
-            ]
+            declared = self.entries[0].declared(key)
+            tensors = [declared.read(entry.state, key) for entry in self.entries]
+            if declared.quantized and self.group["state_dtype"] == "8bit":
+                self._decoded[key] = tensors
+            views = Layout.matrices if declared.shape is None else Layout.parts
+            pairs = zip(self.entries, tensors, strict=True)
+            self._views[key] = [view for entry, tensor in pairs for view in views(entry.layout, tensor)]
         return self._views[key]
 
     def finish(self) -> None:
         """Writes back the weights and states that were updated in copies."""
-        for key, tensors in self._read.items():
+        for key, tensors in self._decoded.items():
             for entry, tensor in zip(self.entries, tensors, strict=True):
                 entry.write(key, tensor)
-        for entry, weight in zip(self.entries, self._updated, strict=True):
-            entry.write_weight(weight)
+        if self._updated[0] is not self.entries[0].weight:
+            for entry, weight in zip(self.entries, self._updated, strict=True):
+                entry.write_weight(weight)
 
 
 class ProjectedBatch(Batch):

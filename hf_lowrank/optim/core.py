@@ -17,6 +17,7 @@ from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.layout import Layout, make_layout
 from hf_lowrank.optim.methods import SubspaceSettings
 from hf_lowrank.optim.refresh import basis_state, choose_bases
+from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.state import adam_moments
 from hf_lowrank.optim.subspaces import OF_GRADIENTS, captured_energy, gaussian_matrices, subspace_overlap
 
@@ -237,7 +238,7 @@ class ProjectedAdamW(TargetedAdamW):
                     part = layout.parts(moment)[number]
                     rotated = partition.for_lifting(part[None])[0].to(rotation.dtype) @ rotation.pow(power)
                     if left_before:
-                        new_left = layout.parts(entry.state["left_basis"])[number]
+                        new_left = _parts([entry], "left_basis")[number]
                         left_rotation = partition.sum(new_left.mT @ left_before[number])
                         rotated = left_rotation.to(rotation.dtype).pow(power) @ rotated
                     part.copy_(partition.own_low_rows(rotated))
@@ -287,7 +288,7 @@ class ProjectedAdamW(TargetedAdamW):
             return False
         layout = entry.layout
         dtype = entry.declared("exp_avg").dtype_for(entry.param, entry.group["state_dtype"])
-        lefts = layout.parts(entry.state["left_basis"]) if layout.both else [None] * layout.count
+        lefts = _parts([entry], "left_basis") if layout.both else [None] * layout.count
         products = map(project_matrix, layout.matrices(entry.grad), self._bases([entry]), lefts)
         lows, earlier = [low.to(dtype) for low in products], self._accumulated.get(entry.param)
         self._accumulated[entry.param] = lows if earlier is None else list(map(torch.add, lows, earlier))
@@ -306,7 +307,7 @@ class ProjectedAdamW(TargetedAdamW):
 
 
 def _parts(entries: Sequence[Entry], key: str) -> list[Tensor]:
-    return [part for entry in entries for part in entry.layout.parts(entry.state[key])]
+    return [part for entry in entries for part in entry.layout.parts(local_part(entry.state[key]))]
 
 
 def _drawn(entries: Sequence[Entry]) -> list[Tensor]:

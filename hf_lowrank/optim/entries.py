@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,7 +45,8 @@ class Entry:
 
     Attributes:
         weight, grad: this process's part of the parameter and of its gradient.
-        state: the optimizer's state of the parameter.
+        layout: that of a target; only targets may be asked for it.
+        state: the optimizer's state of the parameter, from when its gradient is known to be finite.
     """
 
     info: ParameterInfo
@@ -53,18 +54,14 @@ class Entry:
     param: Tensor
     weight: Tensor
     grad: Tensor
-    state: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def layout(self) -> Layout:
-        """The layout of a target."""
-        assert self.info.layout is not None
-        return self.info.layout
+    layout: Layout
+    state: dict[str, Any]
 
     @property
     def age(self) -> int:
         """Number of Adam steps since the moments were zero."""
-        return int(self.state["step"] - self.state.get("reset_at", 0))
+        age: int = self.state["step"] - self.state.get("reset_at", 0)
+        return age
 
     @property
     def rounds(self) -> bool:
@@ -115,13 +112,19 @@ class Entry:
         round_stochastically_(self.weight, updated, generator, rows)
 
 
+_UNKNOWN: dict[str, Any] = {}
+
+
 def entry_of(info: ParameterInfo, group: dict[str, Any], param: Tensor) -> Entry:
     """The entry of a parameter that has a gradient."""
     grad = param.grad
     assert grad is not None
-    if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
+    layout = cast(Layout, info.layout)
+    if not isinstance(param, DTensor):
+        return Entry(info, group, param, param, grad, layout, _UNKNOWN)
+    if isinstance(grad, DTensor) and grad.placements != param.placements:
         grad = grad.redistribute(param.device_mesh, param.placements)
-    return Entry(info, group, param, local_part(param), local_part(grad))
+    return Entry(info, group, param, local_part(param), local_part(grad), layout, _UNKNOWN)
 
 
 def entries_with(
@@ -136,13 +139,15 @@ def entries_with(
     for entry in entries:
         mesh = entry.param.device_mesh if isinstance(entry.param, DTensor) else None
         by_kind.setdefault((entry.grad.device, entry.grad.dtype, mesh), []).append(entry)
-    passed: set[Entry] = set()
+    failed: set[Entry] = set()
     for (*_, mesh), alike in by_kind.items():
         flags = test([entry.grad for entry in alike])
         if mesh is not None:
             flags = ~agree_all(~flags, mesh) if anywhere else agree_all(flags, mesh)
-        passed.update(entry for entry, flag in zip(alike, flags.tolist(), strict=True) if flag)
-    return [entry for entry in entries if entry in passed]
+        passed = flags.tolist()
+        if not all(passed):
+            failed.update(entry for entry, flag in zip(alike, passed, strict=True) if not flag)
+    return [entry for entry in entries if entry not in failed] if failed else list(entries)
 
 
 def nonzero(entries: Sequence[Entry]) -> list[Entry]:

@@ -93,10 +93,9 @@ class Layout:
         """The same views, oriented as they are stored."""
         return tensor.unbind(0) if self.stacked else (_as_matrix(tensor, self.channels_last),)
 
-    def parts(self, state_tensor: Tensor) -> list[Tensor]:
-        """This process's part of a state tensor of each matrix, as views."""
-        state_tensor = local_part(state_tensor)
-        return list(state_tensor.unbind(0)) if self.stacked else [state_tensor]
+    def parts(self, state_tensor: Tensor) -> Sequence[Tensor]:
+        """Views of each matrix's part of this process's part of a state tensor."""
+        return state_tensor.unbind(0) if self.stacked else (state_tensor,)
 
 
 def stored_in(layout: Layout, weight: Tensor, name: str) -> Sequence[Tensor]:

@@ -85,7 +85,7 @@ def _last(entry: Entry) -> Bases:
 def _choose_held(entry: Entry) -> Bases:
     """The bases of matrices that this process holds whole: of an unsharded parameter, or its part of a stack."""
     layout, indices, last = entry.layout, entry.layout.held_indices, _last(entry)
-    parts = {side: layout.parts(basis) for side, basis in last.items()}
+    parts = {side: layout.parts(local_part(basis)) for side, basis in last.items()}
     chosen = [
         _choose(entry, matrix, index, {side: of_side[number] for side, of_side in parts.items()})
         for number, (matrix, index) in enumerate(zip(layout.matrices(entry.grad), indices, strict=True))

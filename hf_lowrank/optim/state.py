@@ -72,15 +72,20 @@ class StateTensor:
         else:
             state[key] = tensor
 
+    def is_coded(self, tensor: Tensor) -> bool:
+        """Whether the tensor is stored as 8-bit codes."""
+        return self.quantized is not None and tensor.dtype == torch.uint8
+
     def read(self, state: Mapping[str, Any], key: str) -> Tensor:
-        """The tensor to compute with: what this process holds of it, itself, or the values of its 8-bit codes."""
-        if self.quantized and f"{key}_scale" in state:
-            return dequantize(state[key], state[f"{key}_scale"], signed=self.quantized == "signed")
-        return local_part(state[key])
+        """The tensor to compute with: this process's part of it, itself, or the values of its 8-bit codes."""
+        held: Tensor = state[key]
+        if self.is_coded(held):
+            return dequantize(held, state[f"{key}_scale"], signed=self.quantized == "signed")
+        return local_part(held)
 
     def write(self, state: dict[str, Any], key: str, value: Tensor) -> None:
-        """Stores what was computed from `read`'s tensor."""
-        if self.quantized and f"{key}_scale" in state:
+        """Stores what was computed from `read`'s tensor; not needed if that was changed in place and is not coded."""
+        if self.is_coded(state[key]):
             state[key], state[f"{key}_scale"] = quantize(value, signed=self.quantized == "signed")
             return
         held = local_part(state[key])
