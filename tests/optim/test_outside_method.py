@@ -140,6 +140,8 @@ def test_the_report_shows_it_with_its_own_colour(trained):
     folder, _ = trained
     page = next((folder / "page").glob("*.html")).read_text()
     assert "LDAdam from outside" in page
+    assert "#7a1f5c" in page
+    assert "#d98cc0" in page
 
 
 def test_a_wrong_setting_of_it_is_refused(trained, site):
