@@ -14,7 +14,7 @@ from hf_lowrank.claims.paired import Tested, holm, paired_test, tau_interval
 from hf_lowrank.claims.study import Common, Study, common, logged_losses, loss_entries, paired_differences
 from hf_lowrank.claims.words import listed, seeds_and_step
 from hf_lowrank.formats import p_text, pluralize, significant
-from hf_lowrank.runs.above_chance import above_chance, shared_tasks, usable_scores
+from hf_lowrank.runs.scores import above_chance, shared_tasks, usable_scores
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, kendall_tau
 
 # Above this the two orders are practically the same: at most two of 28 pairs of eight methods are reversed.

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.claims.claim import Claim, Detail, Verdict
-from hf_lowrank.claims.results import read_result
 from hf_lowrank.formats import finite_number, p_text, pluralize, significant
 from hf_lowrank.runs.layout import PREDICTION
+from hf_lowrank.runs.run_files import read_prediction
 
 TEST = (
     "Two ridge regressions on checkpoints, log-perplexity alone against log-perplexity and the metrics, judged on "
@@ -33,12 +33,10 @@ def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05
     common: dict[str, Any] = {
         "id": "prediction", "statement": statement, "unit": "R²", "test": TEST.format(alpha=alpha),
     }  # fmt: skip
-    file = None if path is None else Path(path)
-    file = file / PREDICTION if file is not None and file.is_dir() else file
-    if file is None or not file.is_file():
-        reason = "nothing was predicted" + ("" if file is None else f": no {file.name}")
+    content = None if path is None else read_prediction(Path(path))
+    if content is None:
+        reason = "nothing was predicted" + ("" if path is None else f": no {PREDICTION}")
         return Claim(**common, verdict="undecided", reason=reason, sentence=f"Not tested: {reason}.")
-    content = read_result(file)
     gain, low, high, p = (finite_number(content.get(key)) for key in ("gain", "gain_low", "gain_high", "p_value"))
     runs = content.get("runs")
     runs = runs if isinstance(runs, int) else 0

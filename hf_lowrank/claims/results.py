@@ -10,9 +10,7 @@ from typing import Any, TypeVar
 from hf_lowrank.claims.claim import Claim, parse_claim
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import finite_number
-from hf_lowrank.runs.layout import PREDICTION
-from hf_lowrank.storage.checksums import unsealed
-from hf_lowrank.storage.parsing import parse_json
+from hf_lowrank.runs.run_files import read_prediction, read_result
 from hf_lowrank.storage.tables import row_of
 
 CLAIMS, SWEEP, FAILURES = "claims.json", "sweep.json", "failures.json"
@@ -66,38 +64,18 @@ def load_results(folder: Path | None) -> StudyResults:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such study folder; give the folder that holds runs/ and {CLAIMS}")
     claims = read_result(folder / CLAIMS) or {}
-    prediction = read_result(folder / PREDICTION)
-    predicted = prediction and finite_number(prediction.get("gain")) is not None
+    prediction = read_prediction(folder) or {}
+    predicted = finite_number(prediction.get("gain")) is not None and isinstance(prediction.get("seen"), list)
     return StudyResults(
         folder=folder,
         claims=_entries(folder / CLAIMS, claims.get("claims", []), parse_claim),
         alpha=finite_number(claims.get("alpha")),
-        prediction=prediction if predicted and isinstance(prediction.get("seen"), list) else None,
+        prediction=prediction if predicted else None,
         sweep=_entries(folder / SWEEP, read_result(folder / SWEEP, list) or [], lambda entry: row_of(Trial, entry)),
         failures=_entries(
             folder / FAILURES, read_result(folder / FAILURES, list) or [], lambda entry: row_of(Failure, entry)
         ),
     )
-
-
-def read_result(path: Path, kind: type = dict) -> Any:
-    """The content of a result file, a JSON object or list; None where there is no file.
-
-    Raises:
-        UserError: it is not readable, or does not match its checksum.
-    """
-    if not path.is_file():
-        return None
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-        for entry in content if isinstance(content, list) else [content]:
-            unsealed(entry if isinstance(entry, dict) else {})
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not readable as JSON: {reason}; rerun that stage of the study") from None
-    if not isinstance(content, kind):
-        raise UserError(f"{path}: must hold a JSON {'object' if kind is dict else 'list'}; rerun that stage")
-    return content
 
 
 def _entries(path: Path, entries: Any, parse: Callable[[Any], Entry]) -> tuple[Entry, ...]:

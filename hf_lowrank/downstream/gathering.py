@@ -16,10 +16,9 @@ import numpy as np
 from hf_lowrank.downstream.prediction import FEWEST_RUNS, PERMUTATIONS, Prediction, Table, analyse
 from hf_lowrank.errors import UserError
 from hf_lowrank.metrics import METRICS
-from hf_lowrank.runs.above_chance import Grid, above_chance, usable_scores
 from hf_lowrank.runs.layout import MEASUREMENTS, PREDICTION, SCORES
 from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, read_measurements
-from hf_lowrank.runs.scores import Score, read_scores
+from hf_lowrank.runs.scores import Grid, Score, above_chance, read_scores, usable_scores
 from hf_lowrank.runs.selection import table_of
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import sealed

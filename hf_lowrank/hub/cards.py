@@ -24,10 +24,9 @@ from hf_lowrank.methods import METHODS
 from hf_lowrank.metrics import describe, metric_order
 from hf_lowrank.runs.layout import step_of
 from hf_lowrank.runs.measurements import Measurement
-from hf_lowrank.runs.recipe_file import read_recipe, section
 from hf_lowrank.runs.records import RunRecord, read_config_file, read_run
+from hf_lowrank.runs.run_files import TrainerState, read_recipe, read_trainer_state, section
 from hf_lowrank.runs.scores import Score
-from hf_lowrank.runs.trainer_state import TrainerState, read_trainer_state
 
 OWN_BEGIN = "<!-- Your own words: what stands from here … -->"
 OWN_END = "<!-- … to here is kept when the card is written anew. -->"

@@ -14,6 +14,7 @@ import yaml
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.privacy import holds_secret, secrets, without_private, without_private_parts
+from hf_lowrank.runs.checkpoints import weight_files
 from hf_lowrank.runs.layout import (
     CONFIG,
     EVALUATION_SET,
@@ -31,7 +32,6 @@ from hf_lowrank.runs.layout import (
     TOKENIZER_FILES,
     TRAINER_STATE,
 )
-from hf_lowrank.runs.weight_files import weight_files
 from hf_lowrank.storage.checksums import SEAL, seal_holds, sealed, sealed_text, unsealed
 from hf_lowrank.storage.parsing import dump_yaml, parse_json, parse_yaml
 

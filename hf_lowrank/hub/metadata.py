@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hf_lowrank.hub.markdown import CONTROL
 from hf_lowrank.hub.privacy import without_private
-from hf_lowrank.runs.recipe_file import section
+from hf_lowrank.runs.run_files import section
 from hf_lowrank.runs.scores import Score
 from hf_lowrank.storage.parsing import parse_plain_yaml
 

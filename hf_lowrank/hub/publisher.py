@@ -34,7 +34,7 @@ from hf_lowrank.hub.pictures import draw
 from hf_lowrank.hub.privacy import one_line, without_private
 from hf_lowrank.hub.repository import INCOMING, Repository, UnreachedError
 from hf_lowrank.runs.layout import CONFIG, OPTIMIZER, RECIPE
-from hf_lowrank.runs.trainer_state import read_trainer_state
+from hf_lowrank.runs.run_files import read_trainer_state
 from hf_lowrank.storage.parsing import parse_json
 
 Dense = Literal["beside", "instead"]

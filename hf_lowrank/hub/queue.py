@@ -14,8 +14,8 @@ from pathlib import Path
 
 from hf_lowrank.hub.contents import CHECKPOINT_FILES, STATE_FILES
 from hf_lowrank.hub.publisher import Job
+from hf_lowrank.runs.checkpoints import weight_files
 from hf_lowrank.runs.layout import checkpoint_folder
-from hf_lowrank.runs.weight_files import weight_files
 
 FOLDER = "push-queue"
 ENTRY = re.compile(r"checkpoint-(0|[1-9][0-9]*)")  # as `add` names them; \d would also match digits of other scripts

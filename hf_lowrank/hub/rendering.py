@@ -11,7 +11,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.hub.cards import model_card
 from hf_lowrank.hub.pictures import PICTURES, draw
 from hf_lowrank.runs.layout import RECIPE
-from hf_lowrank.runs.recipe_file import read_recipe, section
+from hf_lowrank.runs.run_files import read_recipe, section
 from hf_lowrank.storage.files import whole_file, write_text
 
 NAME = re.compile(r"\w[\w-]*", re.ASCII)

@@ -31,11 +31,18 @@ from hf_lowrank.processes.placement import DeviceMap, Placement, RowSharded
 from hf_lowrank.processes.progress import Progress
 from hf_lowrank.processes.work import SharedTables, run_units
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.runs.evaluation_text import resolve_evaluation_set
 from hf_lowrank.runs.layout import MEASUREMENTS
 from hf_lowrank.runs.measure_settings import MeasureSettings, resolve_settings
 from hf_lowrank.runs.measurements import Measurement, append_measurements, read_measurements
-from hf_lowrank.runs.selection import Run, check_rows_belong, check_separate_tables, open_run, open_runs, table_of
+from hf_lowrank.runs.selection import (
+    Run,
+    check_rows_belong,
+    check_separate_tables,
+    open_run,
+    open_runs,
+    resolve_evaluation_set,
+    table_of,
+)
 from hf_lowrank.storage.locks import all_locked
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from typing import Literal
 from hf_lowrank.claims.titles import method_order, titles
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import byte_size, loss_text, signed, significant
-from hf_lowrank.runs.above_chance import above_chance, shared_tasks, usable_scores
 from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord
+from hf_lowrank.runs.scores import above_chance, shared_tasks, usable_scores
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_difference, mean_interval
 
 BASELINE = "full_rank"

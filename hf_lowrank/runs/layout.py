@@ -65,6 +65,11 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1]) if match else 0
 
 
+def has_checksums(run: Path) -> bool:
+    """Whether the checkpoints of `run` end with checksums."""
+    return any(run.glob(f"checkpoint-*/{CHECKSUMS}"))
+
+
 def step_folders(run: Path) -> dict[int, Path]:
     """The folders in `run` that are named like checkpoints (`checkpoint-N`, `step-N`), in step order."""
     if not run.is_dir():

@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.formats import finite_number
 from hf_lowrank.runs.checkpoints import check_files, complete_checkpoints
 from hf_lowrank.runs.evaluation_set import recorded_fingerprint
-from hf_lowrank.runs.facts import read_facts
 from hf_lowrank.runs.layout import CONFIG, MEASUREMENTS, RECIPE, SCORES, step_folders
 from hf_lowrank.runs.measurements import Measurement, read_measurements
-from hf_lowrank.runs.recipe_file import method_of, read_recipe, section, seed_of
+from hf_lowrank.runs.run_files import (
+    TrainerState,
+    method_of,
+    read_facts,
+    read_recipe,
+    read_trainer_state,
+    section,
+    seed_of,
+)
 from hf_lowrank.runs.scores import Score, read_scores
-from hf_lowrank.runs.trainer_state import TrainerState, is_number, read_trainer_state
-from hf_lowrank.storage.parsing import parse_json
+from hf_lowrank.storage.checksums import read_object
 
 _SIZE_KEYS = (("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "num_layers"))
 
@@ -91,8 +98,7 @@ class RunRecord:
 
     def fact(self, key: str) -> float | None:
         """A fact, if it is a finite number."""
-        value = self.facts.get(key)
-        return float(value) if is_number(value) else None  # type: ignore[arg-type]
+        return finite_number(self.facts.get(key))
 
     @property
     def final_loss(self) -> float | None:
@@ -171,12 +177,9 @@ def read_config_file(checkpoint: Path) -> Mapping[str, Any]:
     file = checkpoint / CONFIG
     check_files(checkpoint, [file.name])
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable as JSON: {one_line(error)}") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{file}: must be a JSON object, got {type(content).__name__}")
-    return content
 
 
 def finished_or_all(runs: Sequence[RunRecord]) -> list[RunRecord]:

@@ -16,13 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import UserError, one_line
-from hf_lowrank.runs.checkpoints import check_files
+from hf_lowrank.runs.checkpoints import check_files, weight_files
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import CONFIG, EVALUATION_SET, RECIPE, TRAINER_STATE
-from hf_lowrank.runs.recipe_file import method_of, parse_recipe, seed_of
+from hf_lowrank.runs.run_files import method_of, parse_recipe, parse_trainer_state, seed_of
 from hf_lowrank.runs.sources import open_source
-from hf_lowrank.runs.trainer_state import parse_trainer_state
-from hf_lowrank.runs.weight_files import weight_files
 from hf_lowrank.runs.weights import check_checkpoint, quiet_transformers, read_config, skeleton
 from hf_lowrank.targets import target_modules, warn_about_stacks
 

@@ -22,9 +22,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.errors import LowRankWarning, UserError
-from hf_lowrank.runs.checkpoints import check_files
+from hf_lowrank.runs.checkpoints import check_files, weight_files
 from hf_lowrank.runs.layout import CONFIG
-from hf_lowrank.runs.weight_files import weight_files
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -58,14 +58,10 @@ def _written(folder: Path) -> dict[str, tuple[str, int]]:
         ValueError: checksums.json is unreadable.
     """
     try:
-        entries = _entries(folder)
+        entries = read_object(folder / FILE_NAME)
         return {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{FILE_NAME} is unreadable: {one_line(error, 200)}") from None
-
-
-def _entries(folder: Path) -> dict[str, Any]:
-    return unsealed(parse_json((folder / FILE_NAME).read_text(encoding="utf-8")))
 
 
 def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str | None:
@@ -107,7 +103,7 @@ def fingerprint(folder: Path, names: Iterable[str]) -> str | None:
     fingerprint.
     """
     try:
-        known = _entries(folder) if (folder / FILE_NAME).is_file() else {}
+        known = read_object(folder / FILE_NAME) if (folder / FILE_NAME).is_file() else {}
         marks = [(name, known.get(name, {}).get("samples") or _sampled(folder / name)) for name in sorted(names)]
     except (OSError, ValueError, AttributeError):
         return None  # whoever reads the files reports the fault
@@ -140,6 +136,18 @@ def unsealed(entry: Mapping[str, Any]) -> dict[str, Any]:
     if SEAL in entry and entry[SEAL] != _seal_of(json.dumps(content, sort_keys=True)):
         raise ValueError(DIFFERS)
     return content
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, without its seal.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is not a JSON object, or is not as it was written.
+    """
+    content = parse_json(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"must be a JSON object, got {type(content).__name__}")
+    return unsealed(content)
 
 
 def sealed_text(text: str) -> str:

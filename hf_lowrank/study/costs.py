@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hf_lowrank.memory import MemoryEstimate, estimate
-from hf_lowrank.runs.facts import read_facts
+from hf_lowrank.runs.run_files import read_facts
 from hf_lowrank.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hf_lowrank.runs.layout import CONFIG, EVALUATION_SET, RECIPE, TOKENIZER, checkpoint_folder
-from hf_lowrank.runs.recipe_file import write_recipe
+from hf_lowrank.runs.run_files import write_recipe
 from hf_lowrank.runs.selection import choose_steps
 from hf_lowrank.runs.sources import open_source
 from hf_lowrank.runs.trajectory import Trajectory

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from hf_lowrank.measuring.groups import GROUPS
 from hf_lowrank.metrics import METRICS
-from hf_lowrank.runs.facts import read_facts
 from hf_lowrank.runs.measure_settings import resolve_settings
+from hf_lowrank.runs.run_files import read_facts
 from hf_lowrank.runs.selection import choose_steps
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json

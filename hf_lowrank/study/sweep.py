@@ -11,7 +11,7 @@ from typing import Any
 from hf_lowrank.claims.results import SWEEP
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.checkpoints import last_resumable_checkpoint
-from hf_lowrank.runs.trainer_state import read_trainer_state
+from hf_lowrank.runs.run_files import read_trainer_state
 from hf_lowrank.storage.checksums import sealed, unsealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 from hf_lowrank.claims.results import CLAIMS
 from hf_lowrank.errors import DivergedError, UserError
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.runs.facts import read_facts, write_facts
 from hf_lowrank.runs.layout import MEASUREMENTS, PREDICTION, SCORES
+from hf_lowrank.runs.run_files import read_facts, write_facts
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import unsealed
 from hf_lowrank.storage.files import write_text
@@ -355,7 +355,7 @@ def read_stamps(directory: Path) -> dict[str, str]:
 def evaluation_of(given: str, trajectory: Trajectory) -> EvaluationSet:
     """The sequences in a safetensors file or folder, or cut from a text by the trajectory's tokenizer."""
     from hf_lowrank.downstream.sources import context_length
-    from hf_lowrank.runs.evaluation_text import SEQUENCE_LENGTH, evaluation_set_from_text
+    from hf_lowrank.runs.selection import SEQUENCE_LENGTH, evaluation_set_from_text
 
     path = Path(given)
     if path.is_dir() or path.suffix == ".safetensors":

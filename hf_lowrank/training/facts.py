@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.runs.facts import write_facts
+from hf_lowrank.runs.run_files import write_facts
 
 
 def peak_memory_bytes() -> int | None:

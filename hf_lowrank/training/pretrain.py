@@ -20,8 +20,8 @@ from hf_lowrank.errors import StoppedError, UserError
 from hf_lowrank.formats import is_first_process
 from hf_lowrank.optim.engines import refuse_engines
 from hf_lowrank.runs.checkpoints import is_sharded, last_resumable_checkpoint
-from hf_lowrank.runs.facts import read_facts
 from hf_lowrank.runs.layout import TOKENIZER, step_of
+from hf_lowrank.runs.run_files import read_facts
 from hf_lowrank.storage.files import refusal_of
 from hf_lowrank.storage.locks import locked
 from hf_lowrank.training.callbacks import Progress, StopOnNonFinite

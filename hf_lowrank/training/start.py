@@ -16,10 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.checkpoints import damage_of, last_resumable_checkpoint
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.runs.facts import read_facts, write_facts
 from hf_lowrank.runs.layout import EVALUATION_SET, RECIPE, TOKENIZER, checkpoint_folder
-from hf_lowrank.runs.recipe_file import read_recipe, write_recipe
-from hf_lowrank.runs.trainer_state import read_trainer_state
+from hf_lowrank.runs.run_files import read_facts, read_recipe, read_trainer_state, write_facts, write_recipe
 from hf_lowrank.storage.checksums import write_checksums
 from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
 from hf_lowrank.training.corpus import Corpus

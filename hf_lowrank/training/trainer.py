@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.checkpoints import weight_files
 from hf_lowrank.runs.layout import INDEX, WEIGHTS
-from hf_lowrank.runs.weight_files import weight_files
 from hf_lowrank.runs.weights import quiet_transformers
 from hf_lowrank.training.corpus import Corpus
 from hf_lowrank.training.recipe import Recipe

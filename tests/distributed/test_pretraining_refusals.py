@@ -9,8 +9,8 @@ import pytest
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim.engines import refuse_engines
 from hf_lowrank.runs.checkpoints import why_not_resumable
-from hf_lowrank.runs.facts import write_facts
 from hf_lowrank.runs.layout import SHARDED_STATE
+from hf_lowrank.runs.run_files import write_facts
 from hf_lowrank.training.pretrain import pretrain
 from hf_lowrank.training.recipe import load_recipe
 from tests.distributed.every_method import BATCH, write_recipe, write_texts

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub import push
-from hf_lowrank.runs.hub_revisions import step_of
+from hf_lowrank.runs.sources import step_of
 from hf_lowrank.runs.trajectory import Trajectory
 from tests.hub.runs import make_model, make_run
 

@@ -16,9 +16,9 @@ import yaml
 from hf_lowrank.cli import main
 from hf_lowrank.errors import UserError
 from hf_lowrank.report import write_report
-from hf_lowrank.runs.facts import read_facts
 from hf_lowrank.runs.measurements import read_measurements
 from hf_lowrank.runs.records import load_run
+from hf_lowrank.runs.run_files import read_facts
 from hf_lowrank.storage.checksums import sealed_text, unsealed
 from hf_lowrank.storage.parsing import dump_yaml
 from hf_lowrank.study import load_study, run_study

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure
 from hf_lowrank.runs.checkpoints import last_resumable_checkpoint, why_not_resumable
-from hf_lowrank.runs.facts import read_facts
 from hf_lowrank.runs.records import load_run
+from hf_lowrank.runs.run_files import read_facts
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import FILE_NAME, damage_by_checksums, fingerprint, unsealed, write_checksums
 from hf_lowrank.training import load_recipe, pretrain
