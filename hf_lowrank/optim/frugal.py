@@ -62,7 +62,8 @@ class FrugalAdamW(ProjectedAdamW):
         direction = batch.adam(low)
         batch.lift_and_add_(direction, -batch.lr * group["scale"])
         for weight, residual in zip(batch.weights, batch.residuals(), strict=True):
-            weight.add_(_state_free(group, residual), alpha=-batch.lr * group["state_free_lr_ratio"])
+            move = _state_free(group, residual, out=residual)
+            weight.add_(move, alpha=-batch.lr * group["state_free_lr_ratio"])
 
     # Blocks
 
@@ -127,9 +128,9 @@ def _split(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     return blocks, [entry for entry in entries if entry.group["subspace"] != BLOCKS] if blocks else list(entries)
 
 
-def _state_free(group: dict[str, Any], grad: Tensor) -> Tensor:
+def _state_free(group: dict[str, Any], grad: Tensor, out: Tensor | None = None) -> Tensor:
     """The direction of the rule without state."""
-    return grad.sign() if group["state_free_rule"] == "sign" else grad
+    return torch.sign(grad, out=out) if group["state_free_rule"] == "sign" else grad
 
 
 def _create_moments(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
