@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from statistics import fmean
 
-from hf_lowrank.claims.claim import Claim, Detail, Verdict
-from hf_lowrank.claims.paired import Tested, paired_test, slope
+from hf_lowrank.claims.claim import Claim, Detail
+from hf_lowrank.claims.paired import paired_test, slope
 from hf_lowrank.claims.study import Common, Study, common, kind_of, null_reasons, paired_differences
-from hf_lowrank.claims.verdicts import all_of, by_method, every_above, on_average, pooled_by_seed
+from hf_lowrank.claims.verdicts import every_above, on_average, pooled_by_seed
 from hf_lowrank.claims.words import (
+    Part,
+    claim_of_parts,
     detail,
-    fewest_seeds,
     interval,
     listed,
-    no_baseline,
+    listed_are,
     seeds_and_step,
+    too_few_seeds,
     undecided_reason,
+    untested,
 )
 from hf_lowrank.formats import p_text, pluralize, significant
 from hf_lowrank.runs.records import RunRecord
@@ -53,13 +57,9 @@ def activations(study: Study) -> Claim:
         "GaLore stays closest."
     )
     metric, distance, name = _measured(study)
-    test = TEST.format(name=name, alpha=study.alpha)
-    why_not = no_baseline(study)
-    if why_not:
-        return Claim(
-            id="activations", statement=statement, verdict="undecided", test=test, reason=why_not,
-            sentence=f"Not tested: {why_not}.",
-        )  # fmt: skip
+    about = {"id": "activations", "statement": statement, "test": TEST.format(name=name, alpha=study.alpha)}
+    if why_not := study.no_baseline:
+        return untested(why_not, **about)
     profiles = common(
         _entries(study, metric, distance),
         study.others,
@@ -70,20 +70,11 @@ def activations(study: Study) -> Claim:
         _over_training(study, profiles, metric, distance),
         _closest(study, profiles),
     ]
-    verdicts = [head.verdict or "undecided" for (head, _), _ in parts]
-    verdict = all_of(verdicts)
-    deciding = [head.reason or "" for (head, _), _ in parts if head.verdict == verdict]
     missing = "".join(f"; {study.title(method)}: {why}" for method, why in profiles.missing.items())
-    return Claim(
-        id="activations", statement=statement, verdict=verdict, unit=name,
-        n=min((len(values) for values in profiles.values.values()), default=0), test=test,
-        reason="; ".join(dict.fromkeys(deciding)) + (missing if profiles.values else ""),
-        sentence=" ".join(sentence for _, sentence in parts),
-        details=tuple(d for (head, rest), _ in parts for d in (head, *rest)),
+    return claim_of_parts(
+        parts, missing if profiles.values else "", **about, unit=name,
+        n=min((len(values) for values in profiles.values.values()), default=0),
     )  # fmt: skip
-
-
-Part = tuple[tuple[Detail, list[Detail]], str]
 
 
 def _measured(study: Study) -> tuple[str, Callable[[float], float], str]:
@@ -141,28 +132,30 @@ def _on_average(study: Study, part: str, slopes: Mapping[str, Mapping[int, float
     reason = f"{part}: " + (undecided_reason(decision, missing, study) if missing else "")
     if pooled is None:
         reason += "" if missing else "no seed that all methods have"
-        head = Detail(label=part, part=part, verdict="undecided", reason=reason)
-        return (head, []), f"{part.capitalize()}: not tested."
+        return _untested_part(part, reason, f"{part.capitalize()}: not tested.")
     against = listed([study.title(method) for method in decision.against])
     if decision.verdict == "contradicted":
         reason += "the distance falls"
     elif decision.verdict == "reproduced":
         reason += "the distance grows"
     elif pooled.n < SEEDS_FOR_A_VERDICT:
-        reason += f"too few seeds: {pooled.n}, at least {SEEDS_FOR_A_VERDICT} are needed"
+        reason += too_few_seeds(pooled.n)
     elif decision.against:
         reason += f"it grows on average, but falls for {against}"
     else:
         reason += "the interval of the mean over methods includes zero"
-    head = detail(part, pooled, "", part=part, reason=reason)
-    head = Detail(**{**head.__dict__, "verdict": decision.verdict})
+    head = replace(detail(part, pooled, "", part=part, reason=reason), verdict=decision.verdict)
     rest = [detail(f"{study.title(m)}, {part}", t, "", part=part) for m, t in decision.tested.items()]
     growing = sum(test.effect > 0 for test in decision.tested.values())
     sentence = (
         f"{part.capitalize()} the distance changes by {interval(pooled, significant, study.confidence)} on average, "
         f"{p_text(pooled.p_value)}, upwards for {growing} of {len(slopes)} methods; {seeds_and_step(pooled.n, step)}."
     )
-    return (head, rest), sentence
+    return Part(head, rest, sentence)
+
+
+def _untested_part(part: str, reason: str, sentence: str) -> Part:
+    return Part(Detail(label=part, part=part, verdict="undecided", reason=reason), [], sentence)
 
 
 def _over_layers(study: Study, profiles: Common[str, Profile]) -> Part:
@@ -175,12 +168,14 @@ def _over_layers(study: Study, profiles: Common[str, Profile]) -> Part:
         method: {seed: slope([i / (len(y) - 1) for i in range(len(y))], y) for seed, y in values.items()}
         for method, values in chosen.items()
     }
-    (head, rest), sentence = _on_average(study, LAYERS, slopes, "distances of layers", profiles.step)
     depth = min((len(y) for values in chosen.values() for y in values.values()), default=0)
-    for layer in range(depth):
-        pooled = pooled_by_seed({m: {s: y[layer] for s, y in values.items()} for m, values in chosen.items()})
-        rest += _level(study, f"mean distance at hidden_states.{layer}", pooled, LAYERS)
-    return (head, rest), sentence
+    levels = {
+        f"mean distance at hidden_states.{layer}": {
+            m: {s: y[layer] for s, y in values.items()} for m, values in chosen.items()
+        }
+        for layer in range(depth)
+    }
+    return _with_levels(study, _on_average(study, LAYERS, slopes, "distances of layers", profiles.step), levels)
 
 
 def _over_training(
@@ -205,19 +200,21 @@ def _over_training(
             for method, seeds in courses.items()
         }
     what = f"two steps after 0 that all runs have ({pluralize(len(steps), 'step')})"
-    (head, rest), sentence = _on_average(study, STEPS, slopes, what, profiles.step)
-    for step in steps if slopes else ():
-        pooled = pooled_by_seed({m: {s: c[step] for s, c in seeds.items()} for m, seeds in courses.items()})
-        rest += _level(study, f"mean distance at step {step}", pooled, STEPS)
-    return (head, rest), sentence
+    levels = {
+        f"mean distance at step {step}": {m: {s: c[step] for s, c in seeds.items()} for m, seeds in courses.items()}
+        for step in (steps if slopes else ())
+    }
+    return _with_levels(study, _on_average(study, STEPS, slopes, what, profiles.step), levels)
 
 
-def _level(study: Study, label: str, pooled: Mapping[int, float], part: str) -> list[Detail]:
-    """A mean with its interval; no test, since a distance is above zero anyway."""
-    if not pooled:
-        return []
-    test = paired_test(list(pooled.values()), confidence=study.confidence)
-    return [Detail(label=label, effect=test.effect, ci_low=test.low, ci_high=test.high, n=test.n, part=part)]
+def _with_levels(study: Study, part: Part, levels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Part:
+    """`part` with mean distances and their intervals; no test, since a distance is above zero anyway."""
+    found = []
+    for label, distances in levels.items():
+        if pooled := pooled_by_seed(distances):
+            test = paired_test(list(pooled.values()), confidence=study.confidence)
+            found.append(Detail(label=label, **test.estimate, n=test.n, part=part.head.part))
+    return part._replace(details=[*part.details, *found])
 
 
 def _close_method(study: Study) -> str | None:
@@ -233,39 +230,34 @@ def _closest(study: Study, profiles: Common[str, Profile]) -> Part:
     values = {method: {seed: value for seed, (value, _) in seeds.items()} for method, seeds in profiles.values.items()}
     if close is None or close not in values:
         why = "GaLore is not among the methods" if close is None else f"GaLore: {profiles.missing.get(close)}"
-        head = Detail(label=CLOSEST, part=CLOSEST, verdict="undecided", reason=f"{CLOSEST}: {why}")
-        return (head, []), f"{CLOSEST}: not tested, {why}."
+        return _untested_part(CLOSEST, f"{CLOSEST}: {why}", f"{CLOSEST}: not tested, {why}.")
     rivals = [method for method in values if method != close]
     decision = every_above(
-        by_method(lambda method: paired_differences(values[close], values[method]), rivals), alpha=study.alpha
+        {method: list(paired_differences(values[close], values[method]).values()) for method in rivals},
+        alpha=study.alpha,
     )
     missing = {m: profiles.missing.get(m, "no seed in common with GaLore") for m in study.others if m != close}
     missing = {method: why for method, why in missing.items() if method not in decision.tested}
-    verdict: Verdict = decision.verdict if decision.verdict == "contradicted" or not missing else "undecided"
+    verdict = decision.despite(missing)
     if not rivals and not missing:
         reason = "no method other than GaLore"
     elif verdict == "contradicted":
-        reason = f"{listed([study.title(m) for m in decision.against])} {_are(decision.against)} closer than GaLore"
+        reason = f"{listed_are([study.title(m) for m in decision.against])} closer than GaLore"
     elif verdict == "reproduced":
         reason = f"all {len(rivals)} others are further away than GaLore"
     else:
         reason = undecided_reason(decision, missing, study)
     rest = [detail(f"{study.title(m)} minus GaLore", t, "", part=CLOSEST) for m, t in decision.tested.items()]
-    deciding: Tested | None = None if decision.deciding is None else decision.tested[decision.deciding]
-    if deciding is None or decision.deciding is None:
-        head = Detail(label=CLOSEST, part=CLOSEST, verdict=verdict, reason=f"{CLOSEST}: {reason}")
-        return (head, rest), f"{CLOSEST}: not tested, {reason}."
-    shown = detail(CLOSEST, deciding, "", part=CLOSEST, reason=f"{CLOSEST}: {reason}")
-    head = Detail(**{**shown.__dict__, "verdict": verdict, "p_value": decision.p_value})
-    means = {method: math.fsum(v.values()) / len(v) for method, v in values.items()}
-    nearest = min(means, key=lambda method: means[method])
+    if decision.decisive is None or decision.deciding is None:
+        return _untested_part(CLOSEST, f"{CLOSEST}: {reason}", f"{CLOSEST}: not tested, {reason}.")
+    shown = detail(CLOSEST, decision.decisive, "", part=CLOSEST, reason=f"{CLOSEST}: {reason}")
+    head = replace(shown, verdict=verdict, p_value=decision.p_value)
+    means = {method: fmean(v.values()) for method, v in values.items()}
+    nearest = min(means, key=means.__getitem__)
+    difference = interval(decision.decisive, significant, study.confidence)
     sentence = (
         f"{study.title(nearest)} has the smallest mean distance, {significant(means[nearest])}; "
-        f"{study.title(decision.deciding)} minus GaLore is {interval(deciding, significant, study.confidence)}, "
-        f"{pluralize(fewest_seeds(decision), 'seed')}."
+        f"{study.title(decision.deciding)} minus GaLore is {difference}, "
+        f"{pluralize(decision.fewest_seeds, 'seed')}."
     )
-    return (head, rest), sentence
-
-
-def _are(names: Sequence[str]) -> str:
-    return "is" if len(names) == 1 else "are"
+    return Part(head, rest, sentence)

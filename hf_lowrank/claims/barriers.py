@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 
-from hf_lowrank.claims.claim import Claim, Detail
+from hf_lowrank.claims.claim import Claim
 from hf_lowrank.claims.paired import Tested, paired_test
-from hf_lowrank.claims.study import Study, common, kind_of, logged_losses, loss_entries, null_reasons
+from hf_lowrank.claims.study import (
+    Study,
+    common,
+    kind_of,
+    logged_losses,
+    loss_entries,
+    null_reasons,
+    paired_differences,
+)
 from hf_lowrank.claims.verdicts import every_above
-from hf_lowrank.claims.words import detail, fewest_seeds, interval, listed, nats, seeds_and_step, undecided_reason
+from hf_lowrank.claims.words import (
+    decided,
+    detail,
+    details_of,
+    interval,
+    listed,
+    nats,
+    seeds_and_step,
+    undecided_reason,
+)
 from hf_lowrank.formats import loss_text
 from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement
-from hf_lowrank.statistics import mean_interval
 
 # A perplexity 5 % higher: what no reader would call the same loss, and several times what seeds differ by.
 MARGIN = 0.05
@@ -57,14 +73,11 @@ def barriers(study: Study) -> Claim:
                 "no losses to compare the barrier with" if has else found.missing.get(pair, "not measured")
             )
     decision = every_above(rises, level=MARGIN, alpha=study.alpha)
-    verdict = decision.verdict if decision.verdict == "contradicted" or not missing else "undecided"
-    spread = _spread(study, losses)
-    details = [detail(label, tested, "nats") for label, tested in decision.tested.items()]
-    details += [Detail(label=label, unit="nats", reason=why) for label, why in {**missing, **listed_only}.items()]
-    if spread is not None:
-        details.append(
-            detail("largest difference of mean losses", spread[1], "nats", reason=f"{spread[0]}: not a test")
-        )
+    verdict = decision.despite(missing)
+    details = details_of(decision, {**missing, **listed_only}, "nats")
+    if (spread := _spread(study, losses)) is not None:
+        of_losses = detail("largest difference of mean losses", spread[1], "nats", reason=f"{spread[0]}: not a test")
+        details = (*details, of_losses)
     if not pairs:
         reason = "fewer than two methods"
     elif verdict == "contradicted":
@@ -78,22 +91,18 @@ def barriers(study: Study) -> Claim:
         known = f"{len(rises)} of {len(rises) + len(missing)} pairs were measured; " if missing and rises else ""
         reason = known + undecided_reason(decision, missing, study, inside=below, title=str)
     sentence = f"Not tested: {reason}."
-    deciding = None if decision.deciding is None else decision.tested[decision.deciding]
-    if deciding is not None:
+    if decision.decisive is not None:
         higher = sum(tested.effect > MARGIN for tested in decision.tested.values())
         sentence = (
             f"Between {higher} of {len(rises)} pairs the loss rises by more than {MARGIN:g} nats above the worse end; "
-            f"least so between {decision.deciding}, by {interval(deciding, nats, study.confidence)}; "
-            f"{seeds_and_step(fewest_seeds(decision), found.step)}."
+            f"least so between {decision.deciding}, by {interval(decision.decisive, nats, study.confidence)}; "
+            f"{seeds_and_step(decision.fewest_seeds, found.step)}."
         )
         if spread is not None:
             sentence += f" The methods' mean losses lie within {loss_text(spread[1].effect)} nats."
-    return Claim(
-        id="barriers", statement=statement, verdict=verdict,
-        effect=deciding.effect if deciding else None,
-        ci_low=deciding.low if deciding else None, ci_high=deciding.high if deciding else None,
-        unit="nats", p_value=decision.p_value, n=fewest_seeds(decision), test=test, reason=reason, sentence=sentence,
-        details=tuple(details),
+    return decided(
+        decision, verdict, id="barriers", statement=statement, unit="nats", test=test, reason=reason,
+        sentence=sentence, details=details,
     )  # fmt: skip
 
 
@@ -116,7 +125,7 @@ def _entries(study: Study) -> Iterable[tuple[Pair, int, int, str, float]]:
             first, second = sorted((method, partners[0]), key=order.index)
             heights.setdefault(((first, second), seed, row.step, kind_of(row.settings)), []).append(row.value)
     for (pair, seed, step, kind), values in heights.items():
-        yield pair, seed, step, kind, math.fsum(values) / len(values)
+        yield pair, seed, step, kind, fmean(values)
 
 
 def _without_dense_weights(study: Study) -> dict[str, str]:
@@ -145,12 +154,10 @@ def _spread(study: Study, losses: Mapping[tuple[str, int], float]) -> tuple[str,
         by_method.setdefault(method, {})[seed] = value
     if len(by_method) < 2:
         return None
-    means = {method: mean_interval(list(values.values())).value for method, values in by_method.items()}
-    low, high = min(means, key=lambda m: means[m]), max(means, key=lambda m: means[m])
-    shared = sorted(set(by_method[low]) & set(by_method[high]))
-    if not shared:
+    means = {method: fmean(values.values()) for method, values in by_method.items()}
+    low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    found = paired_differences(by_method[low], by_method[high])
+    if not found:
         return None
-    tested = paired_test(
-        [by_method[high][seed] - by_method[low][seed] for seed in shared], confidence=study.confidence
-    )
+    tested = paired_test(list(found.values()), confidence=study.confidence)
     return f"{study.title(high)} over {study.title(low)}", tested

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 
-from hf_lowrank.claims.claim import Claim, Detail, Verdict
+from hf_lowrank.claims.claim import Claim, Verdict
 from hf_lowrank.claims.paired import Tested, holm, paired_test, tau_interval
 from hf_lowrank.claims.study import Common, Study, common, logged_losses, loss_entries, paired_differences
-from hf_lowrank.claims.words import listed, seeds_and_step
+from hf_lowrank.claims.words import detail, listed, seeds_and_step, too_few_seeds, untested
 from hf_lowrank.formats import p_text, pluralize, significant
 from hf_lowrank.runs.scores import above_chance, shared_tasks, usable_scores
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, kendall_tau
@@ -73,7 +75,7 @@ def compare_orders(losses: Values, scores: Values, *, alpha: float = 0.05) -> Or
         if len(seeds) >= SEEDS_FOR_A_VERDICT:
             reverse = loss.effect * score.effect > 0  # higher loss and higher score
             p_values[first, second] = max(loss.p_value or 0.0, score.p_value or 0.0) if reverse else 1.0
-    adjusted = _holm(p_values)
+    adjusted = holm(p_values)
     turned = tuple(pair for pair, p in adjusted.items() if p < alpha)
     shared = set.intersection(*(set(losses[m]) & set(scores[m]) for m in methods)) if methods else set()
     tau, low, high = math.nan, math.nan, math.nan
@@ -92,43 +94,35 @@ def compare_orders(losses: Values, scores: Values, *, alpha: float = 0.05) -> Or
     return Orders(verdict, tau, low, high, pairs, p_values, adjusted, turned, len(shared))
 
 
-def _holm(p_values: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
-    keys = {str(number): pair for number, pair in enumerate(p_values)}
-    return {keys[number]: p for number, p in holm({k: p_values[pair] for k, pair in keys.items()}).items()}
-
-
 def downstream_order(study: Study) -> Claim:
     """Effect: Kendall's τ between the two orders."""
-    statement = "The order of the methods by perplexity is not their order downstream."
-    test = TEST.format(alpha=study.alpha, same=SAME_ORDER)
+    about: dict[str, Any] = {
+        "id": "downstream_order",
+        "statement": "The order of the methods by perplexity is not their order downstream.",
+        "unit": "Kendall's τ",
+        "test": TEST.format(alpha=study.alpha, same=SAME_ORDER),
+    }
     scores, tasks, problem = scores_above_chance(study)
     found = _both(study, scores)
     if problem or len(found.values) < 2:
-        reason = problem or _why_missing(study, found)
-        return Claim(
-            id="downstream_order", statement=statement, verdict="undecided", unit="Kendall's τ", test=test,
-            reason=reason, sentence=f"Not tested: {reason}.",
-        )  # fmt: skip
+        return untested(problem or _why_missing(study, found), **about)
     losses, downstream = (
         {m: {seed: value[side] for seed, value in seeds.items()} for m, seeds in found.values.items()}
         for side in (0, 1)
     )
     orders = compare_orders(losses, downstream, alpha=study.alpha)
     names = {pair: f"{study.title(pair[0])} – {study.title(pair[1])}" for pair in orders.pairs}
-    details = [
-        Detail(
-            label=f"{names[pair]}, {what}", effect=t.effect, ci_low=t.low, ci_high=t.high, p_value=t.p_value,
-            p_sign_flip=t.p_sign_flip, n=t.n, unit=unit, part=what,
-            reason="reversed" if pair in orders.reversed else None,
-        )
+    details = tuple(
+        replace(detail(f"{names[pair]}, {what}", test, unit, part=what),
+                reason="reversed" if pair in orders.reversed else None)
         for pair, tests in orders.pairs.items()
-        for what, unit, t in zip(("loss", "score"), ("nats", "above chance"), tests, strict=True)
-    ]  # fmt: skip
+        for what, unit, test in zip(("loss", "score"), ("nats", "above chance"), tests, strict=True)
+    )  # fmt: skip
     left = "".join(f"; {study.title(m)}: {why}" for m, why in found.missing.items())
     number = None if math.isnan(orders.tau) else orders.tau
     bounds = [None if math.isnan(bound) else bound for bound in (orders.low, orders.high)]
-    best_loss = min(losses, key=lambda m: _mean(losses[m]))
-    best_score = max(downstream, key=lambda m: _mean(downstream[m]))
+    best_loss = min(losses, key=lambda m: fmean(losses[m].values()))
+    best_score = max(downstream, key=lambda m: fmean(downstream[m].values()))
     tau = "undefined" if number is None else significant(number)
     if number is not None and not math.isnan(orders.low):
         tau += f" ({100 * study.confidence:g} % interval {significant(orders.low)} to {significant(orders.high)})"
@@ -140,14 +134,10 @@ def downstream_order(study: Study) -> Claim:
         f"{pluralize(len(tasks), 'task')}, {seeds_and_step(orders.seeds, found.step)})."
     )
     return Claim(
-        id="downstream_order", statement=statement, verdict=orders.verdict, effect=number, ci_low=bounds[0],
-        ci_high=bounds[1], unit="Kendall's τ", p_value=min(orders.adjusted.values(), default=None), n=orders.seeds,
-        test=test, reason=_reason(orders, names) + left, sentence=sentence, details=tuple(details),
+        **about, verdict=orders.verdict, effect=number, ci_low=bounds[0], ci_high=bounds[1],
+        p_value=min(orders.adjusted.values(), default=None), n=orders.seeds, reason=_reason(orders, names) + left,
+        sentence=sentence, details=details,
     )  # fmt: skip
-
-
-def _mean(values: Mapping[int, float]) -> float:
-    return math.fsum(values.values()) / len(values)
 
 
 def _reason(orders: Orders, names: Mapping[tuple[str, str], str]) -> str:
@@ -157,7 +147,7 @@ def _reason(orders: Orders, names: Mapping[tuple[str, str], str]) -> str:
     if orders.verdict == "contradicted":
         return f"no pair is reversed and the interval of τ lies above {SAME_ORDER:g}"
     if orders.seeds < SEEDS_FOR_A_VERDICT:
-        return f"too few seeds that all methods have: {orders.seeds}, at least {SEEDS_FOR_A_VERDICT} are needed"
+        return too_few_seeds(orders.seeds, " that all methods have")
     if math.isnan(orders.tau):
         return "all methods have the same mean loss or score"
     return f"no pair is significantly reversed, and the interval of τ reaches below {SAME_ORDER:g}"

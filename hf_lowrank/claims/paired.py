@@ -10,12 +10,15 @@ that they are as likely above as below, is reported as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from hf_lowrank.statistics import Array, kendall_tau, mean_interval, student_t_p_value, student_t_quantile
+
+Name = TypeVar("Name", bound=Hashable)
 
 # Up to this many seeds all sign flips are enumerated; beyond, this many random ones.
 EXACT_SEEDS = 14
@@ -48,6 +51,11 @@ class Tested:
         """Two-sided."""
         return None if self.p_above is None or self.p_below is None else min(self.p_above, self.p_below)
 
+    @property
+    def estimate(self) -> dict[str, Any]:
+        """The effect and its interval, as fields of a claim or a detail."""
+        return {"effect": self.effect, "ci_low": self.low, "ci_high": self.high}
+
 
 def paired_test(differences: Sequence[float], *, level: float = 0.0, confidence: float = 0.95) -> Tested:
     """Tests the mean of at least one difference against `level`.
@@ -74,18 +82,18 @@ def sign_flip_p_value(differences: Sequence[float]) -> float:
     """Share of sign flips, the observed signs among them, whose mean is as far from 0; exact up to 14 differences."""
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)
-    if n <= EXACT_SEEDS:
+    exact = n <= EXACT_SEEDS
+    if exact:
         signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        means = np.abs(signs @ values)
-        return float((means >= abs(values.sum()) - 1e-12 * np.abs(values).sum()).mean())
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(FLIPS, n))
-    means = np.abs(signs @ values)
-    return float((1 + (means >= abs(values.sum()) - 1e-12 * np.abs(values).sum()).sum()) / (1 + FLIPS))
+    else:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(FLIPS, n))
+    as_far = np.abs(signs @ values) >= abs(values.sum()) - 1e-12 * np.abs(values).sum()
+    return float(as_far.mean() if exact else (1 + as_far.sum()) / (1 + FLIPS))
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     """Holm's adjusted p-values: comparing them with α bounds the chance of any false one among them by α."""
-    adjusted: dict[str, float] = {}
+    adjusted: dict[Name, float] = {}
     largest = 0.0
     for position, name in enumerate(sorted(p_values, key=lambda key: p_values[key])):
         largest = max(largest, min(1.0, (len(p_values) - position) * p_values[name]))

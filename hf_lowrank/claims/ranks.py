@@ -7,8 +7,17 @@ import math
 from hf_lowrank.claims.claim import Claim, Detail
 from hf_lowrank.claims.study import Study, model_values, paired_differences
 from hf_lowrank.claims.verdicts import all_of, differences
-from hf_lowrank.claims.words import LN_RATIO, detail, listed, no_baseline, percent
-from hf_lowrank.formats import pluralize
+from hf_lowrank.claims.words import (
+    LN_RATIO,
+    Part,
+    claim_of_parts,
+    detail,
+    listed,
+    percent,
+    seeds_and_step,
+    too_few_seeds,
+    untested,
+)
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 # One percent: smaller differences barely show in tables of three digits.
@@ -30,28 +39,20 @@ TEST = (
 
 def rank_structure(study: Study) -> Claim:
     """Two parts, each with a verdict among the details; the claim itself has no one effect."""
-    statement = (
-        f"Rank structure differs from {study.title(study.baseline)}'s with every method, of weights and of updates."
-    )
-    test = TEST.format(alpha=study.alpha)
-    why_not = no_baseline(study)
-    if why_not:
-        return Claim(
-            id="rank_structure", statement=statement, verdict="undecided", unit=LN_RATIO, test=test, reason=why_not,
-            sentence=f"Not tested: {why_not}.",
-        )  # fmt: skip
+    baseline = study.title(study.baseline)
+    about = {
+        "id": "rank_structure",
+        "statement": f"Rank structure differs from {baseline}'s with every method, of weights and of updates.",
+        "unit": LN_RATIO,
+        "test": TEST.format(alpha=study.alpha),
+    }
+    if why_not := study.no_baseline:
+        return untested(why_not, **about)
     parts = [_part(study, part, metrics) for part, metrics in PARTS.items()]
-    verdict = all_of([details[0].verdict or "undecided" for details, _, _ in parts])
-    reasons = [details[0].reason or "" for details, _, _ in parts if details[0].verdict == verdict]
-    return Claim(
-        id="rank_structure", statement=statement, verdict=verdict, unit=LN_RATIO, n=min(n for _, _, n in parts),
-        test=test, reason="; ".join(reasons), sentence=" ".join(sentence for _, sentence, _ in parts),
-        details=tuple(entry for details, _, _ in parts for entry in details),
-    )  # fmt: skip
+    return claim_of_parts(parts, **about, n=min(part.head.n for part in parts))
 
 
-def _part(study: Study, part: str, metrics: tuple[str, str]) -> tuple[list[Detail], str, int]:
-    """The part's details, its own verdict first; its sentence; and the fewest seeds."""
+def _part(study: Study, part: str, metrics: tuple[str, str]) -> Part:
     samples: dict[str, dict[str, list[float]]] = {}
     missing: dict[tuple[str, str], str] = {}
     steps = set()
@@ -81,12 +82,13 @@ def _part(study: Study, part: str, metrics: tuple[str, str]) -> tuple[list[Detai
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         reason = f"{metric} of {study.title(method)}: {why}{more}"
     elif fewest < SEEDS_FOR_A_VERDICT:
-        reason = f"too few seeds: {fewest}, at least {SEEDS_FOR_A_VERDICT} are needed"
+        reason = too_few_seeds(fewest)
     else:
         reason = (
             f"{listed([study.title(m) for m in open_])} are neither shown to differ from the baseline nor to equal it"
         )
-    details = [Detail(label=part, n=fewest, unit=LN_RATIO, part=part, verdict=verdict, reason=f"{part}: {reason}")]
+    head = Detail(label=part, n=fewest, unit=LN_RATIO, part=part, verdict=verdict, reason=f"{part}: {reason}")
+    details = []
     for method in study.others:
         for metric in metrics:
             label = f"{study.title(method)}, {metric.replace('_', ' ')}"
@@ -96,7 +98,7 @@ def _part(study: Study, part: str, metrics: tuple[str, str]) -> tuple[list[Detai
                 details.append(detail(label, answer.tested[metric], LN_RATIO, part=part, reason=remark))
             else:
                 details.append(Detail(label=label, unit=LN_RATIO, part=part, reason=missing[method, metric]))
-    return details, _sentence(study, part, answers, differ, fewest, max(steps)), fewest
+    return Part(head, details, _sentence(study, part, answers, differ, fewest, max(steps)))
 
 
 def _surrogate(study: Study, method: str, metric: str) -> str | None:
@@ -121,5 +123,5 @@ def _sentence(study: Study, part: str, answers: dict, differ: list[str], seeds: 
     return (
         f"{part.capitalize()}: {len(differ)} of {len(study.others)} methods are shown to differ from "
         f"{study.title(study.baseline)} by more than 1 %; the largest difference is {study.title(method)}'s {name}, "
-        f"{percent(effect)}; {pluralize(seeds, 'seed')}, step {step}."
+        f"{percent(effect)}; {seeds_and_step(seeds, step)}."
     )

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
-from hf_lowrank.claims.claim import Claim, Detail
+from hf_lowrank.claims.claim import Claim
 from hf_lowrank.claims.study import Study, model_values, paired_differences
-from hf_lowrank.claims.verdicts import by_method, every_above
+from hf_lowrank.claims.verdicts import every_above
 from hf_lowrank.claims.words import (
     LN_RATIO,
-    detail,
-    fewest_seeds,
+    decided,
+    details_of,
     interval,
-    listed,
+    listed_are,
     nats,
-    no_baseline,
     seeds_and_step,
     times,
     undecided_reason,
+    untested,
 )
 
 TEST = (
@@ -56,41 +55,33 @@ def _sharper(study: Study, metric: str, statement: str, where: str, *, baseline_
         method: {seed: math.log(value) if logs else value for seed, value in values.items()}
         for method, values in found.values.items()
     }
-    base: Mapping[int, float] = plain_values.get(study.baseline, {})
-    why_not = no_baseline(study) or (
-        f"{study.title(study.baseline)}: {found.missing[study.baseline]}" if study.baseline in found.missing else None
+    base_title, base = study.title(study.baseline), plain_values.get(study.baseline, {})
+    why_not = study.no_baseline or (
+        f"{base_title}: {found.missing[study.baseline]}" if study.baseline in found.missing else None
     )
     if why_not:
-        return Claim(
-            id=metric, statement=statement, verdict="undecided", unit=unit, test=test, reason=why_not,
-            sentence=f"Not tested: {why_not}.",
-        )  # fmt: skip
-
-    def differences(method: str) -> dict[int, float]:
-        ours = plain_values.get(method, {})
-        return paired_differences(ours, base) if baseline_sharper else paired_differences(base, ours)
-
-    decision = every_above(by_method(differences, study.others), alpha=study.alpha)
+        return untested(why_not, id=metric, statement=statement, unit=unit, test=test)
+    sides = {method: (plain_values.get(method, {}), base) for method in study.others}
+    samples = {
+        method: list(paired_differences(*(pair if baseline_sharper else pair[::-1])).values())
+        for method, pair in sides.items()
+    }
+    decision = every_above(samples, alpha=study.alpha)
     missing = {
         method: found.missing.get(method, "no seed in common with the baseline")
         for method in study.others
         if method not in decision.tested
     }
-    verdict = decision.verdict if decision.verdict == "contradicted" or not missing else "undecided"
-    details = [detail(study.title(method), test_, unit) for method, test_ in decision.tested.items()]
-    details += [Detail(label=study.title(method), unit=unit, reason=why) for method, why in missing.items()]
-    deciding = None if decision.deciding is None else decision.tested[decision.deciding]
-    base_title = study.title(study.baseline)
+    verdict = decision.despite(missing)
     if verdict == "contradicted":
-        names = listed([study.title(method) for method in decision.against])
-        less = f"sharper than {base_title}" if baseline_sharper else f"less sharp than {base_title}"
-        reason = f"{names} {'is' if len(decision.against) == 1 else 'are'} {less}"
+        names = listed_are([study.title(method) for method in decision.against])
+        reason = f"{names} {'sharper' if baseline_sharper else 'less sharp'} than {base_title}"
     elif verdict == "reproduced":
         reason = f"the interval of every method lies on the claimed side ({len(decision.tested)} methods)"
     else:
         reason = undecided_reason(decision, missing, study)
     sentence = f"Not tested: {reason}."
-    if deciding is not None and decision.deciding is not None:
+    if decision.decisive is not None and decision.deciding is not None:
         claimed = sum(test_.effect > 0 for test_ in decision.tested.values())
         title = study.title(decision.deciding)
         sharp, other = (base_title, title) if baseline_sharper else (title, base_title)
@@ -99,17 +90,14 @@ def _sharper(study: Study, metric: str, statement: str, where: str, *, baseline_
             if baseline_sharper
             else f"{claimed} of {len(decision.tested)} methods are on average sharper than {base_title}"
         )
-        number = interval(deciding, times if logs else nats, study.confidence)
+        number = interval(decision.decisive, times if logs else nats, study.confidence)
         weakest = "most against it" if verdict == "contradicted" else "weakest for it"
         sentence = (
             f"{where[0].upper()}{where[1:]} {found_in}; {weakest}, {sharp} {'has' if logs else 'less'} "
             f"{f'{number} the sharpness of {other}' if logs else f'{other} is {number}'}; "
-            f"{seeds_and_step(fewest_seeds(decision), found.step)}."
+            f"{seeds_and_step(decision.fewest_seeds, found.step)}."
         )
-    return Claim(
-        id=metric, statement=statement, verdict=verdict,
-        effect=deciding.effect if deciding else None,
-        ci_low=deciding.low if deciding else None, ci_high=deciding.high if deciding else None,
-        unit=unit, p_value=decision.p_value, n=fewest_seeds(decision), test=test, reason=reason, sentence=sentence,
-        details=tuple(details),
+    return decided(
+        decision, verdict, id=metric, statement=statement, unit=unit, test=test, reason=reason, sentence=sentence,
+        details=details_of(decision, missing, unit, study.title),
     )  # fmt: skip

@@ -53,6 +53,15 @@ class Study:
         """The names of the baseline's runs in rows that compare with it."""
         return frozenset(run.path.resolve().name for (m, _), run in self.runs.items() if m == self.baseline)
 
+    @property
+    def no_baseline(self) -> str | None:
+        """Why nothing can be compared with the baseline; None where it can."""
+        if self.baseline not in self.titles:
+            return f"no run of the baseline {self.baseline}"
+        if self.baseline not in {method for method, _ in self.runs}:
+            return f"no run of the baseline {self.baseline} has a seed for pairing"
+        return None if self.others else "no method other than the baseline"
+
     def title(self, method: str) -> str:
         return self.titles.get(method, method)
 

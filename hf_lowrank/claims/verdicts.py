@@ -9,9 +9,9 @@ of each seed.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 from hf_lowrank.claims.claim import Verdict
 from hf_lowrank.claims.paired import Tested, holm, paired_test
@@ -41,6 +41,19 @@ class Decision:
     against: tuple[str, ...] = ()
     unsure: tuple[str, ...] = ()
     few: tuple[str, ...] = ()
+
+    @property
+    def decisive(self) -> Tested | None:
+        """The test of the deciding comparison."""
+        return None if self.deciding is None else self.tested[self.deciding]
+
+    @property
+    def fewest_seeds(self) -> int:
+        return min((test.n for test in self.tested.values()), default=0)
+
+    def despite(self, missing: Mapping[str, str]) -> Verdict:
+        """The verdict where comparisons may be missing: only a contradiction holds without them."""
+        return self.verdict if self.verdict == "contradicted" or not missing else "undecided"
 
 
 def every_above(samples: Samples, *, level: float = 0.0, alpha: float = 0.05) -> Decision:
@@ -73,7 +86,7 @@ def on_average(samples: Mapping[str, Mapping[int, float]], *, alpha: float = 0.0
     each = every_above({name: list(values.values()) for name, values in samples.items()}, alpha=alpha)
     pooled = pooled_by_seed(samples)
     if not pooled:
-        return Decision("undecided", each.tested, None, None, each.against, each.unsure, each.few), None
+        return replace(each, verdict="undecided", deciding=None, p_value=None), None
     test = paired_test(list(pooled.values()), confidence=1 - alpha)
     verdict: Verdict = "undecided"
     if test.n >= SEEDS_FOR_A_VERDICT:
@@ -81,7 +94,7 @@ def on_average(samples: Mapping[str, Mapping[int, float]], *, alpha: float = 0.0
             verdict = "contradicted"
         elif _known(test.p_above) < alpha and not each.against:
             verdict = "reproduced"
-    return Decision(verdict, each.tested, None, test.p_value, each.against, each.unsure, each.few), test
+    return replace(each, verdict=verdict, deciding=None, p_value=test.p_value), test
 
 
 def pooled_by_seed(samples: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
@@ -89,7 +102,7 @@ def pooled_by_seed(samples: Mapping[str, Mapping[int, float]]) -> dict[int, floa
     if not samples:
         return {}
     seeds = set.intersection(*(set(values) for values in samples.values()))
-    return {seed: math.fsum(values[seed] for values in samples.values()) / len(samples) for seed in sorted(seeds)}
+    return {seed: fmean(values[seed] for values in samples.values()) for seed in sorted(seeds)}
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ def differences(
         for method, found in samples.items()
     }
     p_values = {
-        f"{method}/{name}": p
+        (method, name): p
         for method, found in samples.items()
         for name, values in found.items()
         if len(values) >= SEEDS_FOR_A_VERDICT and (p := p_outside(values, margin)) is not None
@@ -129,7 +142,7 @@ def differences(
     adjusted = holm(p_values)
     result = {}
     for method, found in samples.items():
-        outside = tuple(name for name in found if adjusted.get(f"{method}/{name}", 1.0) < alpha)
+        outside = tuple(name for name in found if adjusted.get((method, name), 1.0) < alpha)
         whole = len(found) == measures and all(len(values) >= SEEDS_FOR_A_VERDICT for values in found.values())
         inside = whole and all(_inside(values, margin, alpha / len(samples)) for values in found.values())
         verdict: Verdict = "reproduced" if outside else "contradicted" if inside else "undecided"
@@ -155,12 +168,6 @@ def all_of(verdicts: Sequence[Verdict]) -> Verdict:
     if "contradicted" in verdicts:
         return "contradicted"
     return "reproduced" if verdicts and set(verdicts) == {"reproduced"} else "undecided"
-
-
-def by_method(paired: Callable[[str], Mapping[int, float]], methods: Sequence[str]) -> dict[str, list[float]]:
-    """Differences of each method as a list, methods without any left out."""
-    found = {method: list(paired(method).values()) for method in methods}
-    return {method: values for method, values in found.items() if values}
 
 
 def _known(p_value: float | None) -> float:

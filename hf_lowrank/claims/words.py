@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from hf_lowrank.claims.claim import Detail
+from hf_lowrank.claims.claim import Claim, Detail, Verdict
 from hf_lowrank.claims.paired import Tested
 from hf_lowrank.claims.study import Study
-from hf_lowrank.claims.verdicts import Decision
+from hf_lowrank.claims.verdicts import Decision, all_of
 from hf_lowrank.formats import join_words, pluralize, significant
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
@@ -50,6 +51,15 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more"
 
 
+def listed_are(names: Sequence[str]) -> str:
+    """`GaLore is`, `GaLore and Fira are`."""
+    return f"{listed(names)} {'is' if len(names) == 1 else 'are'}"
+
+
+def too_few_seeds(n: int, whose: str = "") -> str:
+    return f"too few seeds{whose}: {n}, at least {SEEDS_FOR_A_VERDICT} are needed"
+
+
 def undecided_reason(
     decision: Decision,
     missing: Mapping[str, str],
@@ -72,7 +82,7 @@ def undecided_reason(
     if decision.few:
         fewest = min(decision.tested[name].n for name in decision.few)
         whose = "" if len(decision.few) == len(decision.tested) else f" of {listed([spell(n) for n in decision.few])}"
-        parts.append(f"too few seeds{whose}: {fewest}, at least {SEEDS_FOR_A_VERDICT} are needed")
+        parts.append(too_few_seeds(fewest, whose))
     tested = {name: decision.tested[name] for name in decision.unsure}
     flat = [name for name, test in tested.items() if test.low is None]
     other_way = [n for n, t in tested.items() if n not in flat and t.p_below is not None and t.p_below < study.alpha]
@@ -95,23 +105,47 @@ def detail(label: str, test: Tested, unit: str, *, part: str = "", reason: str |
     if test.n > 1 and test.low is None and reason is None:
         reason = "all seeds give the same number"
     return Detail(
-        label=label, effect=test.effect, ci_low=test.low, ci_high=test.high, p_value=test.p_value,
-        p_sign_flip=test.p_sign_flip, n=test.n, unit=unit, part=part, reason=reason,
+        label=label, **test.estimate, p_value=test.p_value, p_sign_flip=test.p_sign_flip, n=test.n, unit=unit,
+        part=part, reason=reason,
+    )  # fmt: skip
+
+
+def details_of(
+    decision: Decision, missing: Mapping[str, str], unit: str, title: Callable[[str], str] = str
+) -> tuple[Detail, ...]:
+    """The comparisons that were tested, then the missing ones with the reason."""
+    tested = [detail(title(name), test, unit) for name, test in decision.tested.items()]
+    return (*tested, *(Detail(label=title(name), unit=unit, reason=why) for name, why in missing.items()))
+
+
+def untested(reason: str, **about: Any) -> Claim:
+    """A claim for which nothing could be compared; `about`: its other fields."""
+    return Claim(verdict="undecided", reason=reason, sentence=f"Not tested: {reason}.", **about)
+
+
+def decided(decision: Decision, verdict: Verdict, **about: Any) -> Claim:
+    """A claim that one of several comparisons decides; `about`: its other fields."""
+    effect = decision.decisive.estimate if decision.decisive else {}
+    return Claim(verdict=verdict, **effect, p_value=decision.p_value, n=decision.fewest_seeds, **about)
+
+
+class Part(NamedTuple):
+    """A part of a claim: its verdict with the reason, its comparisons, and what was found."""
+
+    head: Detail
+    details: Sequence[Detail]
+    sentence: str
+
+
+def claim_of_parts(parts: Sequence[Part], remark: str = "", **about: Any) -> Claim:
+    """A claim that holds if all its parts do; the reason is that of the deciding parts, then `remark`."""
+    verdict = all_of([part.head.verdict or "undecided" for part in parts])
+    reasons = dict.fromkeys(part.head.reason or "" for part in parts if part.head.verdict == verdict)
+    return Claim(
+        verdict=verdict, reason="; ".join(reasons) + remark, sentence=" ".join(part.sentence for part in parts),
+        details=tuple(detail for part in parts for detail in (part.head, *part.details)), **about,
     )  # fmt: skip
 
 
 def seeds_and_step(n: int, step: int) -> str:
     return f"{pluralize(n, 'seed')}, step {step}"
-
-
-def fewest_seeds(decision: Decision) -> int:
-    return min((test.n for test in decision.tested.values()), default=0)
-
-
-def no_baseline(study: Study) -> str | None:
-    """Why nothing can be compared with the baseline; None where it can."""
-    if study.baseline not in study.titles:
-        return f"no run of the baseline {study.baseline}"
-    if study.baseline not in {method for method, _ in study.runs}:
-        return f"no run of the baseline {study.baseline} has a seed for pairing"
-    return None if study.others else "no method other than the baseline"
