@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.metrics import CURVES
 from hf_lowrank.runs.records import RunRecord, read_run
 
 
@@ -33,27 +34,27 @@ class Picture:
 PICTURES = {
     "losses": Picture("Loss during training", "Training batches in a pale colour, held-out sequences with marks."),
     "landscape": Picture(
-        "Loss along random directions",
+        CURVES["random_curve"].title,
         "The mean over random directions and its 95 % interval; zero is this model.",
         "line_curves",
         {"rise": False},
     ),
     "pca_line": Picture(
-        "Loss along the top PCA direction",
+        CURVES["pca1_curve"].title,
         "A move in the strongest singular direction of every matrix at once; zero is this model.",
         "line_curves",
         {"metric": "pca1_curve"},
     ),
     "plane": Picture("Loss on a plane", "Two random directions; the cross is this model.", "landscapes"),
     "step_path": Picture(
-        "Path from the previous checkpoint",
+        CURVES["step_path"].title,
         "The straight line from the previous checkpoint's weights (0) to these (1), above the mean of both ends: a "
         "hill is a barrier.",
         "interpolation_paths",
         {"metric": "step_path"},
     ),
     "baseline_path": Picture(
-        "Path to the baseline",
+        CURVES["method_path"].title,
         "The straight line from these weights (0) to the baseline's (1), above the mean of both ends: a hill means "
         "two basins.",
         "interpolation_paths",

@@ -17,7 +17,7 @@ from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END, own_words
 from hf_lowrank.hub.markdown import Markdown, render
 from hf_lowrank.hub.pictures import Picture, png
 from hf_lowrank.hub.privacy import without_private
-from hf_lowrank.metrics import POINTWISE
+from hf_lowrank.metrics import CURVES, POINTWISE
 from hf_lowrank.report import write_report
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.colours import looks
@@ -40,12 +40,12 @@ PICTURES = {
     ),
     "losses": Picture("Loss during training", "Held-out loss, mean over seeds with its 95 % interval.", "loss_curves"),
     "random-directions": Picture(
-        "Loss along random directions",
+        CURVES["random_curve"].title,
         "The rise above the trained model: a steeper curve is a sharper minimum.",
         "line_curves",
     ),
     "pca-direction": Picture(
-        "Loss along the top PCA direction",
+        CURVES["pca1_curve"].title,
         "The same along the strongest singular direction of every matrix at once.",
         "line_curves",
         {"metric": "pca1_curve"},

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from typing import TypeVar
 
-from hf_lowrank.report.schema import (
-    Curve,
-    Layers,
-    Line,
-    Mean,
-    MethodMeans,
-    Numbers,
-    Run,
-    Trend,
-    short,
-    shorts,
-)
+from hf_lowrank.report.schema import Curve, Layers, Line, Mean, MethodMeans, Numbers, Run, Trend, short, shorts
 from hf_lowrank.statistics import mean_interval
 
 DIGITS = 7
+Entry = TypeVar("Entry")
 
 
 def method_means(runs: Sequence[Run]) -> list[MethodMeans]:
@@ -32,8 +22,7 @@ def method_means(runs: Sequence[Run]) -> list[MethodMeans]:
 
 
 def _means(runs: Sequence[Run]) -> MethodMeans:
-    finals = {key: [run["final"].get(key) for run in runs] for run in runs for key in run["final"]}
-    tasks = {key: [run["tasks"][key] for run in runs if key in run["tasks"]] for run in runs for key in run["tasks"]}
+    finals = _by_key(run["final"] for run in runs)
     return {
         "method": runs[0]["method"],
         "group": runs[0]["group"],
@@ -42,16 +31,18 @@ def _means(runs: Sequence[Run]) -> MethodMeans:
             "eval": _mean_line([run["loss"]["eval"] for run in runs]),
             "train": _mean_line([run["loss"]["train"] for run in runs]),
         },
-        "metrics": {
-            metric: _mean_trend([run["metrics"][metric] for run in runs if metric in run["metrics"]])
-            for metric in dict.fromkeys(metric for run in runs for metric in run["metrics"])
-        },
-        "curves": {
-            metric: _mean_curves([run["curves"][metric] for run in runs if metric in run["curves"]])
-            for metric in dict.fromkeys(metric for run in runs for metric in run["curves"])
-        },
-        "tasks": {key: _mean_score(rows) for key, rows in tasks.items()},
+        "metrics": {key: _mean_trend(found) for key, found in _by_key(run["metrics"] for run in runs).items()},
+        "curves": {key: _mean_curves(found) for key, found in _by_key(run["curves"] for run in runs).items()},
+        "tasks": {key: _mean_score(found) for key, found in _by_key(run["tasks"] for run in runs).items()},
     }
+
+
+def _by_key(tables: Iterable[Mapping[str, Entry]]) -> dict[str, list[Entry]]:
+    found: dict[str, list[Entry]] = defaultdict(list)
+    for table in tables:
+        for key, entry in table.items():
+            found[key].append(entry)
+    return found
 
 
 def _mean(values: Iterable[float | None]) -> Mean | None:
@@ -77,30 +68,20 @@ def _mean_line(lines: Sequence[Line]) -> Line:
     if len(drawn) == 1:
         line = drawn[0]
         return {key: line[key] for key in ("x", "y", "lo", "hi") if key in line}  # type: ignore[return-value]
-    found = _means_at([dict(zip(line["x"], line["y"], strict=True)) for line in drawn])
-    return {"x": list(found), **_columns(found.values())}
+    return _mean_points([dict(zip(line["x"], line["y"], strict=True)) for line in drawn])
 
 
-def _means_at(lines: Sequence[Mapping[float | None, float | None]]) -> dict[float, Mean]:
-    common = set.intersection(*({x for x, y in line.items() if y is not None} for line in lines)) if lines else set()
+def _mean_points(lines: Sequence[Mapping[float | None, float | None]]) -> Line:
+    """Means with their intervals at the positions where all lines have values."""
+    known = [{x for x, y in line.items() if x is not None and y is not None} for line in lines]
+    xs = sorted(set.intersection(*known)) if known else []
+    found = [mean for x in xs if (mean := _mean(line[x] for line in lines)) is not None]
     return {
-        x: mean
-        for x in sorted(x for x in common if x is not None)
-        if (mean := _mean(line[x] for line in lines)) is not None
+        "x": [*xs],
+        "y": [mean["mean"] for mean in found],
+        "lo": [mean["lo"] for mean in found],
+        "hi": [mean["hi"] for mean in found],
     }
-
-
-class Columns(TypedDict):
-    """Means with their intervals, in columns."""
-
-    y: Numbers
-    lo: Numbers
-    hi: Numbers
-
-
-def _columns(means: Iterable[Mean]) -> Columns:
-    found = list(means)
-    return {"y": [m["mean"] for m in found], "lo": [m["lo"] for m in found], "hi": [m["hi"] for m in found]}
 
 
 def _mean_trend(trends: Sequence[Trend]) -> Trend:
@@ -147,11 +128,13 @@ def _mean_curve(curves: Sequence[Curve]) -> Curve:
         {t: None if y is None else y - center for t, y in line.items()}
         for line, center in zip(lines, centers, strict=True)
     ]
-    found, rise = _means_at(lines), _columns(_means_at(rises).values())
+    points, rise = _mean_points(lines), _mean_points(rises)
     mean: Curve = {
         "step": curves[0]["step"],
-        "t": list(found),
-        **_columns(found.values()),
+        "t": points["x"],
+        "y": points["y"],
+        "lo": points["lo"],
+        "hi": points["hi"],
         "center": short(sum(centers) / len(centers), 9),
         "rise_lo": rise["lo"],
         "rise_hi": rise["hi"],

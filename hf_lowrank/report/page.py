@@ -6,6 +6,7 @@ import base64
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
@@ -78,13 +79,13 @@ def render(runs: Sequence[RunRecord], study: StudyResults) -> str:
     script = "\n".join(_asset(name) for name in SCRIPTS)
     metrics = data["metrics"]
     several_scales = len({group.size for group in compared}) > 1
-    several_sets = len({group.fingerprint for group in compared}) > 1
+    sets = len({group.fingerprint for group in compared})
     page = _environment().get_template("page.html.j2")
     return page.render(
-        groups=[{"group": group, **methods_view(group), **_of_group(group)} for group in compared],
-        group_choice=_group_choice(compared, several_sets, several_scales),
+        groups=[{"group": group, **methods_view(group), "dimensions": _dimensions(group)} for group in compared],
+        group_choice=_group_choice(compared, sets > 1, several_scales),
         several_scales=several_scales,
-        sets=len({group.fingerprint for group in compared}),
+        sets=sets,
         metric_choice=_metric_choice(metrics),
         looks=chosen,
         shown_methods=[name for name in chosen if any(run.method == name for run in runs)],
@@ -134,9 +135,9 @@ def _environment() -> Environment:
     )
 
 
-def _of_group(group: Group) -> dict[str, Any]:
+def _dimensions(group: Group) -> dict[str, str]:
     present = {column.group for column in group.columns}
-    return {"dimensions": {key: SECTIONS[key] for key in SECTIONS if key in present}}
+    return {key: title for key, title in SECTIONS.items() if key in present}
 
 
 def _group_choice(compared: Sequence[Group], sets: bool, scales: bool) -> tuple[str, list[tuple[int, str]]]:
@@ -152,15 +153,10 @@ def _group_choice(compared: Sequence[Group], sets: bool, scales: bool) -> tuple[
 
 def _metric_choice(metrics: Mapping[str, MetricText]) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Dimensions with their metrics, for the filter by metric."""
-    return [
-        (
-            dimension,
-            title,
-            [(id_, about["title"]) for id_, about in metrics.items() if about["dimension"] == dimension],
-        )
-        for dimension, title in SECTIONS.items()
-        if dimension == "training" or any(about["dimension"] == dimension for about in metrics.values())
-    ]
+    found: dict[str, list[tuple[str, str]]] = {dimension: [] for dimension in SECTIONS}
+    for id_, about in metrics.items():
+        found[about["dimension"]].append((id_, about["title"]))
+    return [(key, title, found[key]) for key, title in SECTIONS.items() if key == "training" or found[key]]
 
 
 def _asset(name: str) -> str:
@@ -208,44 +204,35 @@ def _pictures(runs: Sequence[RunRecord]) -> dict[str, list[tuple[str, ...]]]:
 
 def _summary(runs: Sequence[RunRecord]) -> list[str]:
     """What was compared, in short phrases."""
-    seeds = {run.seed for run in runs if run.seed is not None}
     parts = [pluralize(len(runs), "run"), pluralize(len({run.method for run in runs}), "method")]
-    if seeds:
+    if seeds := {run.seed for run in runs if run.seed is not None}:
         parts.append(pluralize(len(seeds), "seed"))
-    sizes = sorted({run.fact("parameters") for run in runs} - {None})  # type: ignore[type-var]
-    if sizes:
-        ends = [big_count(size) for size in (sizes[0], sizes[-1]) if size is not None]
-        parts.append(f"{ends[0]} parameters" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} parameters")
-    rows = sum(len(run.rows) for run in runs)
-    if rows:
+    if sizes := [size for run in runs if (size := run.fact("parameters")) is not None]:
+        parts.append(" to ".join(dict.fromkeys((big_count(min(sizes)), big_count(max(sizes))))) + " parameters")
+    if rows := sum(len(run.rows) for run in runs):
         parts.append(pluralize(rows, "measurement"))
-    scores = sum(len(run.scores) for run in runs)
-    if scores:
+    if scores := sum(len(run.scores) for run in runs):
         parts.append(pluralize(scores, "downstream score"))
     return parts
 
 
 def _made(run: RunRecord) -> dict[str, Any]:
     """How a run came about, as text."""
-    settings = {
-        row.metric: {key: value for key, value in row.settings.items() if not isinstance(value, dict | list)}
-        for row in run.rows
-        if row.settings
-    }
+    settings = {row.metric: _scalars(row.settings) for row in run.rows if row.settings}
+    versions = run.facts.get("versions")
     return {
         "run": run,
         "method": looks([run.method])[run.method].title,
         "recipe": yaml.safe_dump(_plain(run.recipe), sort_keys=False, allow_unicode=True) if run.recipe else "",
-        "facts": {key: value for key, value in run.facts.items() if not isinstance(value, dict | list)},
-        "versions": _recorded_versions(run),
+        "facts": _scalars(run.facts),
+        "versions": versions if isinstance(versions, dict) else {},
         "settings": yaml.safe_dump(_plain(settings), sort_keys=True, allow_unicode=True) if settings else "",
         "steps": join_words([str(step) for step in run.steps]),
     }
 
 
-def _recorded_versions(run: RunRecord) -> dict[str, str]:
-    recorded = run.facts.get("versions")
-    return {str(key): str(value) for key, value in recorded.items()} if isinstance(recorded, dict) else {}
+def _scalars(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if not isinstance(value, dict | list)}
 
 
 def _plain(value: Any) -> Any:
@@ -260,8 +247,6 @@ def _plain(value: Any) -> Any:
 def _versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from hf_lowrank.claims.results import StudyResults
@@ -42,9 +43,7 @@ def thinned(points: Sequence[tuple[int, float]], limit: int = POINTS_PER_LINE) -
         return list(points)
     size = math.ceil(len(points) / (limit - 1))
     blocks = [points[start : start + size] for start in range(0, len(points), size)]
-    means = [
-        (math.fsum(x for x, _ in block) / len(block), math.fsum(y for _, y in block) / len(block)) for block in blocks
-    ]
+    means = [(fmean(x for x, _ in block), fmean(y for _, y in block)) for block in blocks]
     return [*means[:-1], points[-1]]
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.metrics import CURVES, describe, metric_order
-from hf_lowrank.report.colours import LIGHT_GROUND, TitledLook, looks
+from hf_lowrank.report.colours import LIGHT_GROUND, looks
 from hf_lowrank.report.curves import Plane, center, curves, last_barriers, plane
-from hf_lowrank.runs.measurements import finite
+from hf_lowrank.runs.measurements import Measurement, finite
 from hf_lowrank.runs.records import RunRecord, finished_or_all, load_runs
 from hf_lowrank.statistics import mean_interval
 
@@ -37,7 +37,7 @@ SOLUTIONS = ("random_sharpness", "weight_effective_rank", "update_norm", "activa
 
 def loss_curves(runs: Iterable[Any], *, train: bool = False) -> Figure:
     """Validation loss (or the training loss) in nats per token by step."""
-    records = _one_evaluation_set(load_runs(runs))
+    records = _comparable(runs)
     key = "loss" if train else "eval_loss"
     lines = {run.name: {float(step): loss for step, loss in run.logged(key)} for run in records}
     figure, (axes,) = _figure(1)
@@ -65,18 +65,15 @@ def line_curves(
     """
     if metric not in CURVES:
         raise UserError(f"metric must be a curve, got {metric!r}; {nearest(metric, CURVES)}")
-    records = _one_evaluation_set(load_runs(runs))
+    records = _comparable(runs)
     lines: dict[str, Points] = {}
     bands: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = {}
     along = CURVES[metric].axis
     for run in records:
-        found = [curve for curve in curves(run, metric) if step is None or curve.step == step]
-        found = [curve for curve in found if baseline is None or curve.baseline == baseline]
-        if not found:
-            continue
-        curve = found[-1]
-        known = {t: value for t, value in zip(curve.t, curve.mean, strict=True) if value is not None}
-        if not known:
+        found = [c for c in curves(run, metric) if step in (None, c.step) and baseline in (None, c.baseline)]
+        curve = found[-1] if found else None
+        known = {t: v for t, v in zip(curve.t, curve.mean, strict=True) if v is not None} if curve else {}
+        if curve is None or not known:
             continue
         shift = (center(metric, curve.t, curve.mean) or 0.0) if rise else 0.0
         lines[run.name] = {t: value - shift for t, value in known.items()}
@@ -100,7 +97,7 @@ def interpolation_paths(
 
 def landscapes(runs: Iterable[Any], *, step: int | None = None) -> Figure:
     """The loss on a plane of two directions, one picture for each method (its best run), all on one scale."""
-    records = _one_evaluation_set(load_runs(runs))
+    records = _comparable(runs)
     best: dict[str, tuple[RunRecord, Plane]] = {}
     for run in sorted(records, key=lambda run: (run.final_loss is None, run.final_loss or 0.0), reverse=True):
         if (one := plane(run, step)) is not None:
@@ -124,7 +121,7 @@ def landscapes(runs: Iterable[Any], *, step: int | None = None) -> Figure:
 
 def trends(runs: Iterable[Any], metrics: Sequence[str] | None = None) -> Figure:
     """Metrics of the whole model over steps, in small multiples; None for the spectral ones that were measured."""
-    records = _one_evaluation_set(load_runs(runs))
+    records = _comparable(runs)
     measured = {row.metric for run in records for row in run.rows if row.scope == "model" and row.has_value}
     chosen = [m for m in sorted(measured, key=metric_order) if describe(m).section == "spectra"]
     if metrics is not None:
@@ -153,7 +150,7 @@ def layer_profiles(runs: Iterable[Any], metric: str = "weight_effective_rank", *
     """A spectral metric of every kind of matrix over the depth of the network, at one step (None: each run's last)."""
     from matplotlib.ticker import MaxNLocator
 
-    records = _one_evaluation_set(load_runs(runs))
+    records = _comparable(runs)
     profiles: dict[str, dict[str, dict[float, float]]] = {}
     for run in records:
         for (kind, block), value in _layers(run, metric, step).items():
@@ -172,17 +169,14 @@ def layer_profiles(runs: Iterable[Any], metric: str = "weight_effective_rank", *
 
 def layer_step_map(runs: Iterable[Any], metric: str = "activation_cka") -> Figure:
     """Layer × step heat maps of a metric, one for each method (mean over its runs), all on one scale."""
-    records = _one_evaluation_set(load_runs(runs))
+    records = _comparable(runs)
     tables: dict[str, dict[tuple[str, int], list[float]]] = {}
     for run in records:
-        for row in run.rows:
-            if row.metric == metric and row.scope != "model" and row.has_value:
-                tables.setdefault(run.method, {}).setdefault((row.scope, row.step), []).append(row.value)
+        for row in _layer_rows(run, metric):
+            tables.setdefault(run.method, {}).setdefault((row.scope, row.step), []).append(row.value)
     if not tables:
         raise UserError(f"metric {metric!r} has no layers in these runs; measure it first")
-    means = {
-        method: {key: float(np.mean(values)) for key, values in table.items()} for method, table in tables.items()
-    }
+    means = {m: {key: float(np.mean(values)) for key, values in table.items()} for m, table in tables.items()}
     everything = [value for table in means.values() for value in table.values()]
     chosen = {method: look for method, look in looks(run.method for run in records).items() if method in means}
     figure, axes = _figure(len(chosen), size=(2.6, 2.4))
@@ -202,7 +196,7 @@ def layer_step_map(runs: Iterable[Any], metric: str = "activation_cka") -> Figur
 
 def barrier_matrix(runs: Iterable[Any], *, step: int | None = None, metric: str = "method_barrier") -> Figure:
     """The barrier in nats between every two methods that were measured against each other, mean over runs."""
-    records = _one_evaluation_set(load_runs(runs))
+    records = _comparable(runs)
     by_name = {run.name: run for run in records}
     pairs: dict[tuple[str, str], list[float]] = {}
     for run in records:
@@ -235,7 +229,7 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
     A mark is a method's mean over its runs, a cross its 95 % intervals; equal perplexity, different height: different
     solutions. Metrics that no run has are left out, and unfinished runs of a method that has finished ones.
     """
-    records = [run for run in _one_evaluation_set(load_runs(runs)) if run.perplexity is not None]
+    records = [run for run in _comparable(runs) if run.perplexity is not None]
     heights = {
         metric: {run.name: finite(row.value) for run in records if (row := run.last(metric)) is not None}
         for metric in metrics
@@ -268,7 +262,9 @@ PLOTS: dict[str, Callable[..., Figure]] = {
 }  # fmt: skip
 
 
-def _one_evaluation_set(records: list[RunRecord]) -> list[RunRecord]:
+def _comparable(runs: Iterable[Any]) -> list[RunRecord]:
+    """The records of runs, which must share one evaluation set."""
+    records = load_runs(runs)
     marks = sorted({run.fingerprint[:12] if run.fingerprint else "none" for run in records})
     if len(marks) > 1:
         raise UserError(f"runs must share one evaluation set to be drawn together, got {', '.join(marks)}")
@@ -281,12 +277,14 @@ def _title(run: RunRecord, records: Sequence[RunRecord]) -> str:
     return title if len(twins) == 1 else f"{title}, {run.name if run.seed is None else f'seed {run.seed}'}"
 
 
+def _layer_rows(run: RunRecord, metric: str) -> list[Measurement]:
+    return [row for row in run.rows if row.metric == metric and row.scope != "model" and row.has_value]
+
+
 def _layers(run: RunRecord, metric: str, step: int | None) -> dict[tuple[str, int], float]:
     """Values by (kind of layer, block) at `step` or the last step that has any."""
-    rows = [row for row in run.rows if row.metric == metric and row.scope != "model" and row.has_value]
-    if not rows:
-        return {}
-    at = max(row.step for row in rows) if step is None else step
+    rows = _layer_rows(run, metric)
+    at = max((row.step for row in rows), default=0) if step is None else step
     found = {}
     for row in rows:
         parts = row.scope.split(".")
@@ -332,8 +330,11 @@ def _by_method(
         drawn = True
         common = sorted(set.intersection(*(set(lines[name]) for name in members)))
         estimates = [mean_interval([lines[name][x] for name in members]) for x in common]
-        style = _style(look, marks and len(common) <= _MOST_MARKS)
-        axes.plot(common, [estimate.value for estimate in estimates], label=look.title, **style)
+        axes.plot(
+            common, [estimate.value for estimate in estimates], label=look.title, color=look.light, linewidth=1.6,
+            linestyle=(0, look.dash) if look.dash else "-",
+            marker=_MARKERS[look.marker] if marks and len(common) <= _MOST_MARKS else None, markersize=4,
+        )  # fmt: skip
         if len(members) > 1:
             low, high = zip(*((e.low, e.high) for e in estimates), strict=True)
             axes.fill_between(common, low, high, color=look.light, alpha=0.16, linewidth=0)
@@ -341,16 +342,6 @@ def _by_method(
             axes.fill_between(*bands[members[0]], color=look.light, alpha=0.16, linewidth=0)
     if not drawn and empty:
         raise UserError(f"{empty} in these runs; measure them first")
-
-
-def _style(look: TitledLook, marks: bool) -> dict[str, Any]:
-    return {
-        "color": look.light,
-        "linewidth": 1.6,
-        "linestyle": (0, look.dash) if look.dash else "-",
-        "marker": _MARKERS[look.marker] if marks else None,
-        "markersize": 4,
-    }
 
 
 def _finished(figure: Figure, records: Sequence[RunRecord]) -> Figure:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal
 
 from hf_lowrank.claims.titles import method_order, titles
 from hf_lowrank.errors import UserError
-from hf_lowrank.formats import byte_size, loss_text, signed, significant
+from hf_lowrank.formats import byte_size, finite_number, loss_text, signed, significant
 from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.runs.scores import above_chance, shared_tasks, usable_scores
@@ -94,14 +95,12 @@ def by_seed(runs: Sequence[RunRecord], values: Mapping[str, float]) -> Values:
         if run.name in values:
             seed = run.seed if run.seed is not None else -1 - position
             found.setdefault(run.method, {}).setdefault(seed, []).append(values[run.name])
-    return {
-        method: {seed: math.fsum(several) / len(several) for seed, several in seeds.items()}
-        for method, seeds in found.items()
-    }
+    return {method: {seed: fmean(several) for seed, several in seeds.items()} for method, seeds in found.items()}
 
 
-def read(runs: Sequence[RunRecord], reader: Callable[[RunRecord], float | None]) -> dict[str, float]:
-    return {run.name: value for run in runs if (value := reader(run)) is not None}
+def final_losses(runs: Sequence[RunRecord]) -> dict[str, float]:
+    """The final loss of each run that has one."""
+    return {run.name: loss for run in runs if (loss := run.final_loss) is not None}
 
 
 def downstream(runs: Sequence[RunRecord]) -> tuple[dict[str, dict[int, float]], list[str]]:
@@ -119,7 +118,7 @@ def downstream(runs: Sequence[RunRecord]) -> tuple[dict[str, dict[int, float]], 
 
 def _downstream(runs: Sequence[RunRecord], notes: list[str]) -> Criterion:
     means, said = downstream(runs)
-    notes.extend(said)
+    notes += said
     last = {name: steps[max(steps)] for name, steps in means.items() if steps}
     if len({max(steps) for steps in means.values() if steps}) > 1:
         notes.append("Downstream: the runs were last scored at different steps.")
@@ -142,65 +141,49 @@ _MEMORY_KINDS = {
 
 def _memory(runs: Sequence[RunRecord]) -> Criterion:
     """One kind for all rows: the most informative that every run has."""
-
-    def itemised(kind: str) -> Callable[[RunRecord], float | None]:
-        def reader(run: RunRecord) -> float | None:
-            items = run.facts.get("memory")
-            value = items.get(kind) if isinstance(items, Mapping) else None
-            return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-        return reader
-
+    recorded = {run.name: found for run in runs if isinstance(found := run.facts.get("memory"), Mapping)}
     for kind, help_ in _MEMORY_KINDS.items():
-        values = read(runs, itemised(kind))
+        values = {name: v for name, found in recorded.items() if (v := finite_number(found.get(kind))) is not None}
         if values and len(values) == len(runs):
-            unit = "measured" if kind == "measured_peak" else "estimated"
+            unit = kind.removesuffix("_peak")
             return Criterion("memory", "Memory", unit, help_ + " Lower is better.", "lower", values, byte_size)
-
-    def parts(run: RunRecord) -> float | None:
-        state, parameters = run.fact("optimizer_state_bytes"), run.fact("parameters")
-        return None if state is None or parameters is None else state + 4 * parameters
-
     help_ = "Weights, at four bytes each, and optimizer state; gradients and activations come on top. Lower is better."
-    return Criterion("memory", "Memory", "weights + state", help_, "lower", read(runs, parts), byte_size)
+    values = {
+        run.name: state + 4 * parameters
+        for run in runs
+        if (state := run.fact("optimizer_state_bytes")) is not None
+        and (parameters := run.fact("parameters")) is not None
+    }
+    return Criterion("memory", "Memory", "weights + state", help_, "lower", values, byte_size)
 
 
 def _speed(runs: Sequence[RunRecord]) -> Criterion:
-    def per(key: str) -> Callable[[RunRecord], float | None]:
-        def reader(run: RunRecord) -> float | None:
-            tokens, seconds = run.fact("tokens_seen"), run.fact(key)
-            return tokens / seconds if tokens and seconds else None
+    def tokens_per(key: str) -> dict[str, float]:
+        found = {run.name: (run.fact("tokens_seen"), run.fact(key)) for run in runs}
+        return {name: tokens / seconds for name, (tokens, seconds) in found.items() if tokens and seconds}
 
-        return reader
-
-    cpu = read(runs, per("cpu_seconds"))
-    if len(cpu) == len(runs) and all(run.facts.get("device") == "cpu" for run in runs):
+    values = tokens_per("cpu_seconds")
+    if len(values) == len(runs) and all(run.facts.get("device") == "cpu" for run in runs):
+        unit = "tokens / CPU s"
         help_ = "Training tokens per second of processor time, which other work on the machine hardly changes."
-        return Criterion("speed", "Speed", "tokens / CPU s", help_ + " Higher is better.", "higher", cpu, _plain)
-    help_ = "Training tokens per second of the optimizer steps, on the machine that each run had. Higher is better."
-    values = read(runs, per("training_seconds"))
-    return Criterion("speed", "Speed", "tokens / s", help_, "higher", values, _plain)
+    else:
+        unit, values = "tokens / s", tokens_per("training_seconds")
+        help_ = "Training tokens per second of the optimizer steps, on the machine that each run had."
+    return Criterion("speed", "Speed", unit, help_ + " Higher is better.", "higher", values, significant)
 
 
 def _distance(runs: Sequence[RunRecord]) -> tuple[Criterion, dict[str, float]]:
-    def last(metric: str) -> Callable[[RunRecord], float | None]:
-        def reader(run: RunRecord) -> float | None:
-            row = run.last(metric)
-            return finite(row.value) if row else None
-
-        return reader
+    def last(metric: str) -> dict[str, float]:
+        rows = {run.name: row for run in runs if (row := run.last(metric)) is not None}
+        return {name: value for name, row in rows.items() if (value := finite(row.value)) is not None}
 
     help_ = (
         "Distance of the hidden states from the baseline's on the same tokens, relative to the baseline's norm, mean "
         "over layers, at the last checkpoint. Lower is closer, not better in itself."
     )
-    cka = {name: 1 - value for name, value in read(runs, last("activation_cka")).items()}
-    values = read(runs, last("activation_l2"))
-    return Criterion("distance", "Distance", "from baseline", help_, "lower", values, _plain, "none"), cka
-
-
-def _plain(value: float) -> str:
-    return significant(value)
+    cka = {name: 1 - value for name, value in last("activation_cka").items()}
+    values = last("activation_l2")
+    return Criterion("distance", "Distance", "from baseline", help_, "lower", values, significant, "none"), cka
 
 
 def standings(runs: Sequence[RunRecord], baseline: str = BASELINE) -> Standings:
@@ -209,11 +192,11 @@ def standings(runs: Sequence[RunRecord], baseline: str = BASELINE) -> Standings:
     `baseline` names the method that the others are compared with.
     """
     notes: list[str] = []
-    losses = read(runs, lambda run: run.final_loss)
+    losses = final_losses(runs)
     distance, cka = _distance(runs)
     perplexity = Criterion(
         "perplexity", "Perplexity", "", "The exponential of the mean validation loss over seeds. Lower is better.",
-        "lower", losses, _plain, "log", _exp,
+        "lower", losses, significant, "log", perplexity_of,
     )  # fmt: skip
     loss = Criterion(
         "loss", "Loss", "nats", "Final validation loss per token, mean over seeds. Lower is better.",
@@ -227,8 +210,7 @@ def standings(runs: Sequence[RunRecord], baseline: str = BASELINE) -> Standings:
     cells = {criterion.id: _column(criterion, runs, title, baseline) for criterion in criteria}
     if "distance" in cells:
         _with_cka(cells["distance"], runs, cka)
-    order = {name: found.value for name, values in by_seed(runs, losses).items()
-             for found in (mean_interval(list(values.values())),)}  # fmt: skip
+    order = {name: fmean(values.values()) for name, values in by_seed(runs, losses).items()}
     names = sorted(title, key=lambda name: (name not in order, order.get(name, 0.0), method_order(name)))
     rows = tuple(
         MethodRow(name, title[name], seeds[name], tuple(cells[criterion.id][name] for criterion in criteria))
@@ -237,8 +219,8 @@ def standings(runs: Sequence[RunRecord], baseline: str = BASELINE) -> Standings:
     return Standings(criteria, rows, tuple(notes), baseline)
 
 
-def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))
+def perplexity_of(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
 def _column(
@@ -299,11 +281,9 @@ def _beside(standing: Standing, criterion: Criterion, values: Values, name: str,
     if found is None:
         return standing
     write = signed_share if criterion.against != "difference" else lambda v: signed(v, criterion.text)
-    interval = ""
-    if found.has_interval:
-        interval = (
-            f"{write(found.low)} to {write(found.high)}" if found.high - found.low > 1e-9 else "equal for all seeds"
-        )
+    interval = f"{write(found.low)} to {write(found.high)}" if found.has_interval else ""
+    if found.has_interval and not found.high - found.low > 1e-9:
+        interval = "equal for all seeds"
     return replace(standing, beside=write(found.value), beside_interval=interval)
 
 
@@ -322,15 +302,11 @@ def versus(
     found = mean_difference(base, ours, confidence)
     if found is None:
         common = sorted(set(ours) & set(base))
-        pairs = [(ours[s], base[s]) for s in common] or [(_mean(ours), _mean(base))]
-        found = Estimate(math.fsum(a - b for a, b in pairs) / len(pairs), math.nan, math.nan, 1)
+        pairs = [(ours[s], base[s]) for s in common] or [(fmean(ours.values()), fmean(base.values()))]
+        found = Estimate(fmean(a - b for a, b in pairs), math.nan, math.nan, 1)
     if criterion.against == "difference":
         return found
     return Estimate(math.expm1(found.value), math.expm1(found.low), math.expm1(found.high), found.n)
-
-
-def _mean(values: Mapping[int, float]) -> float:
-    return math.fsum(values.values()) / len(values)
 
 
 def signed_share(value: float) -> str:
@@ -341,6 +317,5 @@ def signed_share(value: float) -> str:
 def _with_cka(cells: dict[str, Standing], runs: Sequence[RunRecord], cka: Mapping[str, float]) -> None:
     for name, values in by_seed(runs, cka).items():
         if name in cells and cells[name].value is not None:
-            mean = mean_interval(list(values.values())).value
-            said = f"1 − CKA {significant(mean)}"
+            said = f"1 − CKA {significant(fmean(values.values()))}"
             cells[name] = replace(cells[name], note=", ".join(filter(None, [said, cells[name].note])))

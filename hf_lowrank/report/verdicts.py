@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from hf_lowrank.claims.titles import method_order, titles
 from hf_lowrank.formats import join_words, loss_text, pluralize, significant
-from hf_lowrank.report.standings import Standings, beaten, by_seed, read, versus
+from hf_lowrank.report.standings import Standings, beaten, by_seed, final_losses, perplexity_of, versus
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_interval
 
@@ -17,13 +16,7 @@ SAME = 0.02
 
 def losses_by_method(runs: Sequence[RunRecord]) -> dict[str, dict[int, float]]:
     """Final loss by method and seed; a run without a seed counts as a seed of its own (negative)."""
-    return by_seed(runs, read(runs, lambda run: run.final_loss))
-
-
-def by_method(runs: Sequence[RunRecord]) -> list[tuple[str, Estimate]]:
-    """Mean final loss per method over its seeds, best first."""
-    means = [(name, mean_interval(list(losses.values()))) for name, losses in losses_by_method(runs).items()]
-    return sorted(means, key=lambda pair: (pair[1].value, method_order(pair[0])))
+    return by_seed(runs, final_losses(runs))
 
 
 def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
@@ -32,8 +25,9 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
     A method is called better only when both have at least three seeds and the interval of their difference, widened
     for the number of rivals (Bonferroni), leaves out zero.
     """
-    ranked = by_method(runs)
     losses = losses_by_method(runs)
+    means = [(name, mean_interval(list(values.values()))) for name, values in losses.items()]
+    ranked = sorted(means, key=lambda pair: (pair[1].value, method_order(pair[0])))
     title = titles(losses)
     if not ranked:
         return "No loss was recorded", "These runs carry no validation loss; what was measured on them follows below."
@@ -69,7 +63,7 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
 
 
 def _perplexity(loss: float) -> str:
-    return significant(math.exp(min(loss, 700.0)))
+    return significant(perplexity_of(loss))
 
 
 def _interval_words(estimate: Estimate) -> str:
