@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 import hf_lowrank.adapters  # noqa: F401  (registers adapted models with the Auto classes)
 from hf_lowrank.downstream.batches import consecutive_batches, generation_batches, likelihood_batches
 from hf_lowrank.downstream.sharpness import DirectionRequest, sharpness_along
-from hf_lowrank.downstream.sources import Checkpoint, find_checkpoint, tokenizer_folder
+from hf_lowrank.downstream.sources import tokenizer_folder
 from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import ProcessGroup
 from hf_lowrank.geometry.process_group import map_over
 from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.selection import Checkpoint, find_checkpoint
 from hf_lowrank.runs.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)

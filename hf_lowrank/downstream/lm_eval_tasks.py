@@ -12,8 +12,8 @@ from typing import Any
 from hf_lowrank.downstream.items import items_for, load_items
 from hf_lowrank.downstream.lm_eval_registry import register_models
 from hf_lowrank.downstream.sharpness import DirectionRequest, Sharpness, direction_requests
-from hf_lowrank.downstream.sources import find_checkpoint
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.selection import find_checkpoint
 from hf_lowrank.runs.trajectory import Trajectory
 
 # For lm-eval's own command line, which loads a task from its file.

@@ -1,61 +1,15 @@
-"""The checkpoints that `pretrained=` may name, with their tokenizer and context length."""
+"""The tokenizer and the context length of a checkpoint."""
 
 from __future__ import annotations
 
-import os
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.checkpoints import check_files
-from hf_lowrank.runs.layout import CONFIG, RECIPE, TOKENIZER, TOKENIZER_FILES
+from hf_lowrank.runs.layout import TOKENIZER, TOKENIZER_FILES
 from hf_lowrank.runs.trajectory import Trajectory
-
-AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+|last)")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One checkpoint as lm-eval's `pretrained` and `revision` name it.
-
-    Attributes:
-        path: a folder with the weights, or a repository on the Hub.
-        revision: of a repository; None for a folder.
-        run: the run directory of the folder; None if it is not in one.
-    """
-
-    path: str
-    revision: str | None = None
-    run: Path | None = None
-
-
-def find_checkpoint(pretrained: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
-    """The checkpoint that `pretrained` names: `RUN/checkpoint-N`, `RUN@N`, `RUN@last`, `RUN` (its last one), an
-    exported folder, or `user/repo` with a `revision` such as `step-N`.
-
-    Raises:
-        UserError: a local run has no such checkpoint.
-    """
-    text = os.fspath(pretrained)
-    local = Path(text)
-    match = None if local.is_dir() else AT_STEP.fullmatch(text)
-    if match and Path(match["run"]).is_dir():
-        trajectory = Trajectory(match["run"])
-        step = trajectory.steps[-1] if match["step"] == "last" else int(match["step"])
-        return Checkpoint(trajectory.where(step), None, Path(match["run"]))
-    if local.is_dir():
-        if (local / CONFIG).is_file():
-            folder = local.resolve().parent
-            return Checkpoint(text, None, folder if (folder / RECIPE).is_file() else None)
-        trajectory = Trajectory(text)
-        return Checkpoint(trajectory.where(trajectory.steps[-1]), None, local)
-    if os.sep in text and (text.startswith((".", "/", "~")) or text.count("/") > 1):
-        raise UserError(f"{text}: no such folder; give RUN/checkpoint-N, RUN@N, an exported folder or user/repo")
-    repository, _, named = text.partition("@")
-    return Checkpoint(repository, named or revision)
 
 
 def tokenizer_folder(trajectory: Trajectory, step: int) -> str:

@@ -6,6 +6,7 @@ Metadata is written by huggingface_hub's `ModelCardData`, never by a template; e
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,19 +16,22 @@ from urllib.parse import quote
 import yaml
 from huggingface_hub import ModelCardData, SpaceCardData
 
+from hf_lowrank.errors import UserError
 from hf_lowrank.formats import big_count, byte_size, duration, significant
 from hf_lowrank.hub.markdown import Markdown, fenced, render
 from hf_lowrank.hub.metadata import name_of, read_card, tag_of, written_metadata
-from hf_lowrank.hub.pictures import PICTURES
+from hf_lowrank.hub.pictures import PICTURES, draw, write_pictures
 from hf_lowrank.hub.privacy import without_private, without_private_parts
 from hf_lowrank.methods import METHODS
 from hf_lowrank.metrics import describe, metric_order
-from hf_lowrank.runs.layout import step_of
+from hf_lowrank.runs.layout import RECIPE, step_of
 from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord, read_config_file, read_run
 from hf_lowrank.runs.run_files import TrainerState, read_recipe, read_trainer_state, section
 from hf_lowrank.runs.scores import Score
+from hf_lowrank.storage.files import write_text
 
+NAME = re.compile(r"\w[\w-]*", re.ASCII)
 OWN_BEGIN = "<!-- Your own words: what stands from here … -->"
 OWN_END = "<!-- … to here is kept when the card is written anew. -->"
 LIMITS = (
@@ -309,3 +313,55 @@ def _costs(record: RunRecord) -> list[dict[str, str]]:
     if rows and isinstance(record.facts.get("device"), str):
         rows.append({"title": "Device", "value": str(record.facts["device"])})
     return rows
+
+
+def render_cards(
+    runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str], *, license: str | None = None
+) -> list[Path]:
+    """Writes `folder/METHOD.md` for each run, and its pictures into `folder/METHOD/`; returns the pages in order.
+
+    Where several runs share a method, pages are named after the runs' folders. Existing pages are rewritten; the text
+    between the two marks is kept.
+
+    Args:
+        runs: run directories.
+        folder: created if it does not exist.
+        license: of the weights, a Hub identifier; None: that of the existing page, else "unknown".
+
+    Raises:
+        UserError: `runs` is empty, or one is not a run directory or is named twice; nothing is written.
+    """
+    folders = [Path(run) for run in runs]
+    if not folders:
+        raise UserError("runs must name at least one run directory, got none")
+    names = _names(folders)
+    pictures = {run: draw(run) for run in folders}
+    pages = []
+    for run, name in zip(folders, names, strict=True):
+        page = Path(folder) / f"{name}.md"
+        write_pictures(Path(folder) / name, pictures[run], PICTURES)
+        previous = page.read_text(encoding="utf-8") if page.is_file() else None
+        card = model_card(
+            run, None, previous=previous, license=license, pictures=tuple(pictures[run]), picture_folder=name
+        )
+        write_text(page, card)
+        pages.append(page)
+    return pages
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """A file name for each run: its method, or its folder where the method is not unique."""
+    methods = []
+    for run in runs:
+        recipe = read_recipe(run)
+        if recipe is None:
+            raise UserError(f"{run}: must be a run directory, there is no {RECIPE} in it")
+        methods.append(str(section(recipe, "method").get("name") or run.resolve().name))
+    names = [
+        method if methods.count(method) == 1 and NAME.fullmatch(method) else run.resolve().name
+        for run, method in zip(runs, methods, strict=True)
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"runs must be of different methods or folder names, got {name} twice; name each run once")
+    return names

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.metrics import CURVES
 from hf_lowrank.runs.records import RunRecord, read_run
+from hf_lowrank.storage.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,35 @@ def draw(run: Path) -> dict[str, bytes]:
     Raises:
         UserError: a file of the run is damaged.
     """
-    from hf_lowrank.report.plots import PLOTS
-
     record = read_run(run)
     pictures = {}
     losses = {title: record.logged(key) for title, key in (("training", "loss"), ("held out", "eval_loss"))}
     if any(losses.values()):
         pictures["losses"] = _loss_picture(losses, record.method)
-    for name, picture in PICTURES.items():
+    to_baseline = replace(PICTURES["baseline_path"], options={"baseline": most_compared(record)})
+    return pictures | draw_plots({**PICTURES, "baseline_path": to_baseline}, [run], dpi=100)
+
+
+def draw_plots(pictures: Mapping[str, Picture], runs: Sequence[Path], dpi: float) -> dict[str, bytes]:
+    """Those of `pictures` that plots of the report draw, if something of them was measured."""
+    from hf_lowrank.report.plots import PLOTS
+
+    drawn = {}
+    for name, picture in pictures.items():
         if picture.plot:
-            compared = {"baseline": most_compared(record)} if name == "baseline_path" else {}
-            try:
-                pictures[name] = png(PLOTS[picture.plot]([run], **picture.options, **compared), dpi=100)
-            except UserError:  # nothing of it was measured
-                continue
-    return pictures
+            with suppress(UserError):  # nothing of it was measured
+                drawn[name] = png(PLOTS[picture.plot](runs, **picture.options), dpi=dpi)
+    return drawn
+
+
+def write_pictures(folder: Path, pictures: Mapping[str, bytes], names: Iterable[str]) -> None:
+    """Writes pictures into `folder`, which is created if needed, and removes those of `names` that are outdated."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for outdated in set(names) - pictures.keys():
+        (folder / f"{outdated}.png").unlink(missing_ok=True)
+    for name, data in pictures.items():
+        with whole_file(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(data)
 
 
 def most_compared(record: RunRecord) -> str | None:
@@ -108,29 +124,24 @@ def most_compared(record: RunRecord) -> str | None:
 
 
 def _loss_picture(losses: Mapping[str, Sequence[tuple[int, float]]], method: str) -> bytes:
+    # The object interface: no global state and no window, whatever backend the caller uses.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     from hf_lowrank.report.colours import looks
 
-    figure, axes = _axes("optimizer steps", "loss, nats per token")
+    figure = Figure(figsize=(6.4, 3.6), dpi=130, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlabel="optimizer steps", ylabel="loss, nats per token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, lw=0.6)
     colour = looks([method])[method].light
     for (title, points), alpha, marker in zip(losses.items(), (0.45, 1.0), ("", "o"), strict=True):
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, label=title, alpha=alpha, marker=marker, ms=4)
     axes.legend(frameon=False)
     return png(figure)
-
-
-def _axes(x: str, y: str) -> tuple[Any, Any]:
-    # The object interface: no global state and no window, whatever backend the caller uses.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.6), dpi=130, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set(xlabel=x, ylabel=y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, lw=0.6)
-    return figure, axes
 
 
 def png(figure: Any, dpi: float | None = None) -> bytes:

@@ -12,13 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from huggingface_hub.utils import validate_repo_id
-
 from hf_lowrank.errors import UserError
-from hf_lowrank.hub.privacy import one_line
+from hf_lowrank.hub.callback import Queue
 from hf_lowrank.hub.publisher import MAIN, Dense, Job, Publisher
-from hf_lowrank.hub.queue import Queue
-from hf_lowrank.hub.repository import Repository, UnreachedError, understood
+from hf_lowrank.hub.repository import Repository, UnreachedError, check_repo_id, understood
 from hf_lowrank.runs.layout import CONFIG, RECIPE
 from hf_lowrank.runs.sources import open_source
 from hf_lowrank.runs.weights import check_weights
@@ -164,17 +161,6 @@ def _run_of(folder: Path) -> Path | None:
         return folder
     parent = folder.resolve().parent
     return parent if (parent / RECIPE).is_file() else None
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raises a `UserError` unless `repo_id` is `user/name` as the Hub allows it."""
-    try:
-        validate_repo_id(repo_id)
-    except ValueError as error:
-        shown = one_line(repr(repo_id), limit=100)
-        raise UserError(f"{shown}: not a repository id; it must be user/name: {one_line(error)}") from None
-    if repo_id.count("/") != 1:
-        raise UserError(f"{repo_id!r}: not a repository id; it must be user/name, e.g. somebody/llama-60m-galore")
 
 
 class _Tries:

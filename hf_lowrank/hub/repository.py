@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.contents import MANIFEST, Files, PushFile, is_ours
@@ -49,6 +50,17 @@ class RemoteFile:
         if self.size != file.size:
             return False
         return self.sha256 == file.sha256 if self.sha256 is not None else self.git_oid == file.git_oid
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises a `UserError` unless `repo_id` is `user/name` as the Hub allows it."""
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        shown = one_line(repr(repo_id), limit=100)
+        raise UserError(f"{shown}: not a repository id; it must be user/name: {one_line(error)}") from None
+    if repo_id.count("/") != 1:
+        raise UserError(f"{repo_id!r}: not a repository id; it must be user/name, e.g. somebody/llama-60m-galore")
 
 
 def understood(error: Exception, repo_id: str) -> Exception:

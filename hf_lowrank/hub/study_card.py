@@ -12,20 +12,20 @@ from typing import Any
 
 from hf_lowrank.claims.results import load_results
 from hf_lowrank.errors import UserError
-from hf_lowrank.formats import duration, pluralize
+from hf_lowrank.formats import duration, finite_number, pluralize
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END, own_words
 from hf_lowrank.hub.markdown import Markdown, render
-from hf_lowrank.hub.pictures import Picture, png
+from hf_lowrank.hub.pictures import Picture, draw_plots, write_pictures
 from hf_lowrank.hub.privacy import without_private
 from hf_lowrank.metrics import CURVES, POINTWISE
 from hf_lowrank.report import write_report
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.colours import looks
 from hf_lowrank.report.members import baseline_of, with_distinct_methods
-from hf_lowrank.report.plots import PLOTS
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
-from hf_lowrank.runs.measurements import finite
+from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord, load_runs
+from hf_lowrank.runs.scores import Score
 from hf_lowrank.storage.files import whole_file, write_text
 
 CARD = "README.md"
@@ -66,33 +66,11 @@ PICTURES = {
         "layer_step_map",
     ),
 }
-MEASUREMENT_COLUMNS = (
-    "run",
-    "method",
-    "seed",
-    "step",
-    "metric",
-    "value",
-    "ci_low",
-    "ci_high",
-    "n",
-    "baseline",
-    "reason",
-)
-SCORE_COLUMNS = (
-    "run",
-    "method",
-    "seed",
-    "step",
-    "task",
-    "metric",
-    "value",
-    "stderr",
-    "ci_low",
-    "ci_high",
-    "n",
-    "chance",
-)
+# Columns of tables that a card leaves out: settings of the measurement, and what identifies checkpoints and items.
+MEASUREMENT_COLUMNS = [
+    name for name in Measurement.__dataclass_fields__ if name not in ("scope", "settings") and "checkpoint" not in name
+]
+SCORE_COLUMNS = list(Score.__dataclass_fields__)[: list(Score.__dataclass_fields__).index("chance") + 1]
 
 
 def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[str], *, command: str = "") -> Path:
@@ -119,7 +97,7 @@ def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[s
     compared = groups(runs, baseline_of(runs, source))
     if len(compared) != 1:
         raise UserError(f"{source}: its runs have {len(compared)} sizes or evaluation sets; a card is for one")
-    pictures = _pictures(places)
+    pictures = draw_plots(PICTURES, places, dpi=90)
     card = target / CARD
     known = looks([*(run.method for run in runs), *(rate.member for rate in results.sweep)])
     text = render(
@@ -139,12 +117,7 @@ def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[s
         made=_made(runs),
         files=[name for name in RESULTS if (source / name).is_file()],
     )
-    (target / "pictures").mkdir(parents=True, exist_ok=True)
-    for outdated in (target / "pictures").glob("*.png"):
-        outdated.unlink()
-    for name, data in pictures.items():
-        with whole_file(target / "pictures" / f"{name}.png") as temporary:
-            temporary.write_bytes(data)
+    write_pictures(target / "pictures", pictures, [path.stem for path in (target / "pictures").glob("*.png")])
     for name in RESULTS:
         if (source / name).is_file():
             with whole_file(target / name) as temporary:
@@ -157,16 +130,6 @@ def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[s
     write_report(places, target, study=source)
     write_text(card, without_private(text))
     return card
-
-
-def _pictures(runs: Sequence[Path]) -> dict[str, bytes]:
-    found = {}
-    for name, picture in PICTURES.items():
-        try:
-            found[name] = png(PLOTS[picture.plot](runs, **picture.options), dpi=90)
-        except UserError:  # nothing of it was measured
-            continue
-    return found
 
 
 def _answer(group: Group) -> str:
@@ -187,7 +150,7 @@ def _answer(group: Group) -> str:
 def _measurements(run: RunRecord) -> Iterable[Mapping[str, Any]]:
     for row in run.rows:
         if row.scope == "model" and row.metric not in POINTWISE:
-            numbers = {key: finite(getattr(row, key)) for key in ("value", "ci_low", "ci_high")}
+            numbers = {key: finite_number(getattr(row, key)) for key in ("value", "ci_low", "ci_high")}
             yield {**vars(row), **numbers, "run": run.name, "method": run.method, "seed": run.seed}
 
 

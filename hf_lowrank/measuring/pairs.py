@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.metrics import METRICS
-from hf_lowrank.runs.layout import checkpoint_folder
+from hf_lowrank.runs.selection import find_checkpoint
 from hf_lowrank.runs.trajectory import Trajectory
 
 
@@ -19,17 +19,13 @@ def checkpoint_of(text: str) -> tuple[Trajectory, int]:
 
     The trajectory has the run's other checkpoints as well, so that changes since the previous one can be measured.
     """
-    one = Trajectory(text)
+    found = find_checkpoint(text)
+    one = Trajectory(text if Path(text).is_dir() else found.path, revisions=found.revision)
     if len(one.steps) != 1:
         raise UserError(f"{text}: must name one checkpoint, holds {len(one.steps)}; add checkpoint-N or @step-N")
-    repository, separator, revision = text.partition("@")
-    path = Path(text)
-    if path.is_dir():
-        run: str | Path | None = (
-            path.resolve().parent if path.resolve().name == checkpoint_folder(path, one.steps[0]).name else None
-        )
-    else:
-        run = repository if not separator or revision.startswith("step") else None
+    run: str | Path | None = found.run
+    if run is None and not Path(found.path).is_dir() and (found.revision or "step").startswith("step"):
+        run = found.path
     return one if run is None else Trajectory(run), one.steps[0]
 
 

@@ -10,32 +10,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_lowrank.adapters.modeling import LowRankForCausalLM
 from hf_lowrank.errors import UserError, one_line
-from hf_lowrank.runs.layout import CONFIG, TOKENIZER, TOKENIZER_FILES, step_folders
+from hf_lowrank.runs.layout import CONFIG, TOKENIZER, TOKENIZER_FILES
+from hf_lowrank.runs.selection import find_checkpoint
 from hf_lowrank.runs.weights import check_checkpoint, quiet_transformers
 
 MAKING = ".making"
-
-
-def named_checkpoint(checkpoint: str | os.PathLike[str]) -> Path:
-    """The folder that `RUN@STEP`, or the path of a checkpoint itself, names.
-
-    Raises:
-        UserError: the run, the step (the message lists the run's steps) or config.json does not exist.
-    """
-    text = os.fspath(checkpoint)
-    folder = Path(text)
-    if not folder.is_dir() and "@" in text:
-        run, _, step = text.rpartition("@")
-        if not Path(run).is_dir():
-            raise UserError(f"{run}: no such run directory")
-        folders = {str(number): path for number, path in step_folders(Path(run)).items()}
-        step = step.removeprefix("step-")
-        if step not in folders:
-            raise UserError(f"{run}: no checkpoint of step {step}; there are: {', '.join(folders) or 'none'}")
-        folder = folders[step]
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: not a checkpoint ({CONFIG} is missing); give RUN@STEP or a folder")
-    return folder
 
 
 def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
@@ -51,7 +30,9 @@ def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -
     Raises:
         UserError: the checkpoint is missing or damaged, has no dense equivalent (CoLA), or the folder is not empty.
     """
-    folder = named_checkpoint(checkpoint)
+    folder = Path(find_checkpoint(checkpoint).path)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: not a checkpoint ({CONFIG} is missing); give RUN@STEP or a folder")
     target = Path(output)
     making = target / MAKING if target.is_dir() else target.with_name(f".{target.name}{MAKING}")
     if target.exists() and (not target.is_dir() or set(target.iterdir()) - {making}):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import torch
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.runs.checkpoints import check_files
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.runs.layout import CONFIG, TOKENIZER
+from hf_lowrank.runs.layout import CONFIG, RECIPE, STEP_FOLDER, TOKENIZER
 from hf_lowrank.runs.trajectory import Trajectory
 
 Run = str | os.PathLike[str] | Trajectory
+AT_STEP = re.compile(r"(?P<run>.+)@(?:step-)?(?P<step>\d+|last)")
 # Tokens of the sequences that a text file is packed into.
 SEQUENCE_LENGTH = 256
 
@@ -74,6 +77,45 @@ def steps_of(trajectory: Trajectory, wanted: str | int | Iterable[int] | None, c
         return choose_steps(trajectory.steps, wanted, count)
     except UserError as error:
         raise UserError(f"{trajectory.path}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint by its name.
+
+    Attributes:
+        path: a folder with the weights, or a repository on the Hub.
+        revision: of a repository; None for a folder or the repository's default.
+        run: the run directory, or folder of checkpoints, that holds the folder; None if there is none.
+    """
+
+    path: str
+    revision: str | None = None
+    run: Path | None = None
+
+
+def find_checkpoint(named: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """The checkpoint that `named` means: `RUN/checkpoint-N`, `RUN@N`, `RUN@last`, `RUN` (its last one), an exported
+    folder, or `user/repo` with a `revision` such as `step-N`, also written `user/repo@step-N`.
+
+    Raises:
+        UserError: a local run has no such checkpoint.
+    """
+    text, local = os.fspath(named), Path(named)
+    if local.is_dir() and (local / CONFIG).is_file():
+        folder = local.resolve()
+        in_run = STEP_FOLDER.fullmatch(folder.name) or (folder.parent / RECIPE).is_file()
+        return Checkpoint(text, None, folder.parent if in_run else None)
+    match = None if local.is_dir() else AT_STEP.fullmatch(text)
+    run = Path(match["run"]) if match else local
+    if run.is_dir():
+        trajectory = Trajectory(run)
+        (step,) = steps_of(trajectory, match["step"] if match else "last")
+        return Checkpoint(trajectory.where(step), None, run)
+    if os.sep in text and (text.startswith((".", "/", "~")) or text.count("/") > 1):
+        raise UserError(f"{run}: no such folder; give RUN/checkpoint-N, RUN@N, an exported folder or user/repo")
+    repository, _, at = text.partition("@")
+    return Checkpoint(repository, at or revision)
 
 
 def table_of(trajectory: Trajectory, output: str | os.PathLike[str] | None, file_name: str) -> Path:

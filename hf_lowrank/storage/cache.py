@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -13,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.storage.parsing import parse_json
+from hf_lowrank.storage.checksums import FILE_NAME, damage_by_checksums, write_checksums
 
 logger = logging.getLogger(__name__)
 
-INDEX = "index.json"
 VARIABLE = "HF_LOWRANK_CACHE"
 STALE_SECONDS = 24 * 3600
 
@@ -54,7 +52,7 @@ def cached_folder(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         ) from None
     try:
         make(fresh)
-        _write_index(fresh)
+        write_checksums(fresh)
         # Only if still damaged: another process may have rebuilt it in the meantime, and be reading it.
         if folder.exists() and _damage(folder) is not None:
             os.replace(folder, fresh.with_name(fresh.name + "-damaged"))
@@ -70,28 +68,9 @@ def cached_folder(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _write_index(folder: Path) -> None:
-    files = {file.name: [file.stat().st_size, _digest(file)] for file in sorted(folder.iterdir())}
-    (folder / INDEX).write_text(json.dumps(files, indent=1), encoding="utf-8")
-
-
 def _damage(folder: Path) -> str | None:
     """What is wrong with the folder's content; None if it is as it was written."""
-    try:
-        files = parse_json((folder / INDEX).read_text(encoding="utf-8"))
-        for name, (size, digest) in files.items():
-            if (folder / name).stat().st_size != size:
-                return f"{name} has the wrong length"
-            if _digest(folder / name) != digest:
-                return f"{name} has the wrong content"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return damage_by_checksums(folder) if (folder / FILE_NAME).is_file() else f"{FILE_NAME} is missing"
 
 
 def _sweep(root: Path) -> None:

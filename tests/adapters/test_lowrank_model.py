@@ -389,8 +389,8 @@ def test_export_says_what_is_wrong(llama_config, adapted, tmp_path):
     adapted(llama_config, "cola").save_pretrained(run / "checkpoint-7")
     cases = {
         f"{run}@8": r"run: no checkpoint of step 8; there are: 7",
-        f"{tmp_path}/none@8": r"none: no such run directory",
-        f"{tmp_path}/none": r"none: not a checkpoint \(config\.json is missing\)",
+        f"{tmp_path}/none@8": r"none: no such folder",
+        f"{tmp_path}/none": r"none: no such folder",
         f"{run}@7": r"q_proj: CoLA has no dense equivalent",
     }
     for source, message in cases.items():

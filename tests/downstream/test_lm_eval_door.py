@@ -19,10 +19,10 @@ from hf_lowrank.downstream.lm_eval_model import LowRankLM
 from hf_lowrank.downstream.lm_eval_registry import register_models
 from hf_lowrank.downstream.lm_eval_tasks import sharpness_results
 from hf_lowrank.downstream.sharpness import direction_requests
-from hf_lowrank.downstream.sources import find_checkpoint
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure
 from hf_lowrank.processes.placement import Replicated
+from hf_lowrank.runs.selection import find_checkpoint
 from hf_lowrank.runs.trajectory import Trajectory
 from tests.distributed.pairs import in_two
 

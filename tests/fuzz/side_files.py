@@ -182,18 +182,19 @@ def read_items(folder, content):
 
 # -- caches
 
-CACHED = {"a.npy": [3, hashlib.sha256(b"abc").hexdigest()]}
+CACHED = {"a.npy": {"sha256": hashlib.sha256(b"abc").hexdigest(), "bytes": 3}}
 
 
 def read_cache(folder, content):
     """A cached folder whose index is wrong is rebuilt."""
-    from hf_lowrank.storage.cache import INDEX, cached_folder
+    from hf_lowrank.storage.cache import cached_folder
+    from hf_lowrank.storage.checksums import FILE_NAME
 
     def make(place):
         (place / "a.npy").write_bytes(b"abc")
 
     found = cached_folder("tokens", "key", make)
-    (found / INDEX).write_bytes(content)
+    (found / FILE_NAME).write_bytes(content)
     assert (cached_folder("tokens", "key", make) / "a.npy").read_bytes() == b"abc"
 
 
@@ -287,7 +288,7 @@ QUEUED = ["checkpoint-100", "checkpoint-7", "refused-3", ".scrap-0"]
 
 def read_queue(folder, content):
     """What stands in the queue's folder, by name."""
-    from hf_lowrank.hub.queue import Queue
+    from hf_lowrank.hub.callback import Queue
 
     queue = Queue(folder, "user/repo")
     queue.folder.mkdir(parents=True)

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub import PushRevisionsCallback, push
-from hf_lowrank.hub.queue import Queue
+from hf_lowrank.hub.callback import Queue
 from tests.hub.faults import FaultPlan
 from tests.hub.runs import VOCABULARY, make_model, make_tokenizer
 

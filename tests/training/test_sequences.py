@@ -168,7 +168,7 @@ def test_the_cache_is_used_and_rebuilt_when_damaged(cache, caplog):
     assert len(made) == 2
     for damage in (b"01234567", b"0123456780", None):
         if damage is None:
-            (folder / "index.json").write_text("{")
+            (folder / "checksums.json").write_text("{")
         else:
             (folder / "content").write_bytes(damage)
         with caplog.at_level(logging.WARNING):
