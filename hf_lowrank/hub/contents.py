@@ -14,36 +14,21 @@ import yaml
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.privacy import holds_secret, secrets, without_private, without_private_parts
+from hf_lowrank.runs import layout
 from hf_lowrank.runs.checkpoints import weight_files
-from hf_lowrank.runs.layout import (
-    CONFIG,
-    EVALUATION_SET,
-    FACTS,
-    GENERATION_CONFIG,
-    INDEX,
-    MEASUREMENTS,
-    OPTIMIZER,
-    RANDOM_STATES,
-    RECIPE,
-    SCALER,
-    SCHEDULER,
-    SCORES,
-    TOKENIZER,
-    TOKENIZER_FILES,
-    TRAINER_STATE,
-)
 from hf_lowrank.storage.checksums import SEAL, seal_holds, sealed, sealed_text, unsealed
 from hf_lowrank.storage.parsing import dump_yaml, parse_json, parse_yaml
 
 # Of a checkpoint, next to its weights; of its run; of the run, growing after training; for resuming.
-CHECKPOINT_FILES = (INDEX, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, TRAINER_STATE)
-RUN_FILES = (RECIPE, EVALUATION_SET)
-TABLES = (MEASUREMENTS, SCORES, FACTS)
-STATE_FILES = (OPTIMIZER, SCHEDULER, SCALER, RANDOM_STATES)
+CONFIGS = (layout.CONFIG, layout.GENERATION_CONFIG)
+CHECKPOINT_FILES = (layout.INDEX, *CONFIGS, *layout.TOKENIZER_FILES, layout.TRAINER_STATE)
+RUN_FILES = (layout.RECIPE, layout.EVALUATION_SET)
+TABLES = (layout.MEASUREMENTS, layout.SCORES, layout.FACTS)
+STATE_FILES = (layout.OPTIMIZER, layout.SCHEDULER, layout.SCALER, layout.RANDOM_STATES)
 # Free text may be in these: paths and tokens are removed. Vocabularies and weights are pushed unchanged.
-CLEANED = (CONFIG, GENERATION_CONFIG, "tokenizer_config.json", TRAINER_STATE, RECIPE, *TABLES)
+CLEANED = (*CONFIGS, "tokenizer_config.json", layout.TRAINER_STATE, layout.RECIPE, *TABLES)
 # A file of these names that a revision no longer has is deleted with the commit.
-OURS = ("model*.safetensors", INDEX, "pictures/*.png", *STATE_FILES)
+OURS = ("model*.safetensors", layout.INDEX, "pictures/*.png", *STATE_FILES)
 MANIFEST = "revision.json"
 
 
@@ -100,8 +85,8 @@ def checkpoint_files(folder: Path, run: Path | None) -> Files:
     paths = {path.name: path for path in set(weight_files(folder).values())}
     wanted = [folder / name for name in CHECKPOINT_FILES]
     if run is not None:
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-            wanted += [run / TOKENIZER / name for name in TOKENIZER_FILES]
+        if not any((folder / name).is_file() for name in layout.TOKENIZER_FILES):
+            wanted += [run / layout.TOKENIZER / name for name in layout.TOKENIZER_FILES]
         wanted += [run / name for name in RUN_FILES]
     paths.update({path.name: path for path in wanted if path.is_file()})
     return files_of(push_file(name, path) for name, path in sorted(paths.items()))
@@ -109,7 +94,7 @@ def checkpoint_files(folder: Path, run: Path | None) -> Files:
 
 def state_files(folder: Path) -> Files:
     """Optimizer, scheduler and random states: what training resumes from, apart from the weights."""
-    found = {path.name: path for pattern in (*STATE_FILES, TRAINER_STATE) for path in folder.glob(pattern)}
+    found = {path.name: path for pattern in (*STATE_FILES, layout.TRAINER_STATE) for path in folder.glob(pattern)}
     return files_of(push_file(name, path) for name, path in sorted(found.items()))
 
 
@@ -119,11 +104,7 @@ def run_files(run: Path) -> Files:
 
 
 def push_file(name: str, path: Path) -> PushFile:
-    """A file under its name in the repository, cleaned if its name is in CLEANED.
-
-    Raises:
-        UserError: it is damaged, or contains a secret.
-    """
+    """A file under its name in the repository, cleaned if its name is in CLEANED."""
     if name in CLEANED:
         data = path.read_bytes()
         if name.endswith(".jsonl"):
@@ -137,7 +118,7 @@ def push_file(name: str, path: Path) -> PushFile:
     else:
         file = PushFile(name, path)
     # A cleaned file may still contain a secret, e.g. as a number.
-    if name in (*CLEANED, *TOKENIZER_FILES) and holds_secret(file.read()):
+    if name in (*CLEANED, *layout.TOKENIZER_FILES) and holds_secret(file.read()):
         raise UserError(f"{path}: contains an access token or another secret of this machine; it is not pushed")
     return file
 

@@ -80,11 +80,7 @@ PICTURES = {
 
 
 def draw(run: Path) -> dict[str, bytes]:
-    """The run's pictures by their name in PICTURES, those for which something was measured.
-
-    Raises:
-        UserError: a file of the run is damaged.
-    """
+    """The run's pictures by their name in PICTURES, those for which something was measured."""
     record = read_run(run)
     pictures = {}
     losses = {title: record.logged(key) for title, key in (("training", "loss"), ("held out", "eval_loss"))}

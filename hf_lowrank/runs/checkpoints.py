@@ -23,20 +23,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from hf_lowrank.errors import UserError, one_line
-from hf_lowrank.runs.layout import (
-    CHECKSUMS,
-    CONFIG,
-    INDEX,
-    OPTIMIZER,
-    RANDOM_STATES,
-    SCHEDULER,
-    SHARDED_STATE,
-    TRAINER_STATE,
-    WEIGHTS,
-    has_checksums,
-    step_folders,
-    step_of,
-)
+from hf_lowrank.runs import layout
 from hf_lowrank.runs.run_files import read_trainer_state
 from hf_lowrank.storage.checksums import damage_by_checksums
 from hf_lowrank.storage.parsing import parse_json
@@ -51,16 +38,18 @@ def why_incomplete(checkpoint: Path, *, weights: bool) -> str | None:
         checkpoint: its folder.
         weights: whether weights must be there.
     """
-    if (checkpoint / CHECKSUMS).is_file():
+    if (checkpoint / layout.CHECKSUMS).is_file():
         return None
-    if not (checkpoint / CONFIG).is_file():
-        return f"{CONFIG} is missing"
-    if weights and not any((checkpoint / name).is_file() for name in (WEIGHTS, INDEX, "pytorch_model.bin")):
-        return f"{WEIGHTS} is missing"
-    if checkpoint.name.startswith("checkpoint-") and has_checksums(checkpoint.parent):
-        return f"{CHECKSUMS} is missing"
+    if not (checkpoint / layout.CONFIG).is_file():
+        return f"{layout.CONFIG} is missing"
+    if weights and not any(
+        (checkpoint / name).is_file() for name in (layout.WEIGHTS, layout.INDEX, "pytorch_model.bin")
+    ):
+        return f"{layout.WEIGHTS} is missing"
+    if checkpoint.name.startswith("checkpoint-") and layout.has_checksums(checkpoint.parent):
+        return f"{layout.CHECKSUMS} is missing"
     # Trainer writes trainer_state.json after the weights: with it, damaged weights are damage.
-    if weights and not (checkpoint / TRAINER_STATE).is_file() and (checkpoint / OPTIMIZER).is_file():
+    if weights and not (checkpoint / layout.TRAINER_STATE).is_file() and (checkpoint / layout.OPTIMIZER).is_file():
         try:
             weight_files(checkpoint)
         except UserError as error:
@@ -71,7 +60,9 @@ def why_incomplete(checkpoint: Path, *, weights: bool) -> str | None:
 def complete_checkpoints(run: Path) -> dict[int, Path]:
     """The complete checkpoints of `run`, with or without weights, in step order."""
     return {
-        step: folder for step, folder in step_folders(run).items() if why_incomplete(folder, weights=False) is None
+        step: folder
+        for step, folder in layout.step_folders(run).items()
+        if why_incomplete(folder, weights=False) is None
     }
 
 
@@ -82,18 +73,14 @@ def damage_of(folder: Path, names: Iterable[str] | None = None) -> str | None:
         folder: a checkpoint, or a run's tokenizer.
         names: only these files; None: all that were written.
     """
-    if (folder / CHECKSUMS).is_file():
+    if (folder / layout.CHECKSUMS).is_file():
         return damage_by_checksums(folder, names)
-    expected = folder.name.startswith("checkpoint-") and has_checksums(folder.parent)
-    return f"{CHECKSUMS} is missing" if expected else None
+    expected = folder.name.startswith("checkpoint-") and layout.has_checksums(folder.parent)
+    return f"{layout.CHECKSUMS} is missing" if expected else None
 
 
 def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
-    """As `damage_of`.
-
-    Raises:
-        UserError: a file is not as it was written.
-    """
+    """Raises a `UserError` for what `damage_of` finds."""
     damage = damage_of(folder, names)
     if damage is not None:
         raise UserError(f"{folder}: damaged: {damage}")
@@ -103,7 +90,7 @@ def last_resumable_checkpoint(run: Path) -> Path | None:
     """The latest checkpoint of `run` that Trainer can continue from; others are skipped with a warning."""
     # checkpoint-0 holds the initial weights and no state: training starts from the seed.
     found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[1-9]\d*", path.name)]
-    for checkpoint in sorted((path for path in found if path.is_dir()), key=step_of, reverse=True):
+    for checkpoint in sorted((path for path in found if path.is_dir()), key=layout.step_of, reverse=True):
         reason = why_not_resumable(checkpoint)
         if reason is None:
             return checkpoint
@@ -113,26 +100,25 @@ def last_resumable_checkpoint(run: Path) -> Path | None:
 
 def why_not_resumable(checkpoint: Path) -> str | None:
     """Why Trainer cannot continue from `checkpoint`, None where it can."""
-    if (checkpoint / CHECKSUMS).is_file():
-        damage = damage_by_checksums(checkpoint)
-        if damage is not None:
-            return damage
+    damage = damage_by_checksums(checkpoint)
+    if damage is not None:
+        return damage
     try:
         state = read_trainer_state(checkpoint)
-        if state is None or state.step != step_of(checkpoint):
-            return f"{TRAINER_STATE} " + ("is missing" if state is None else f"says step {state.step}")
-        _check_json(checkpoint / CONFIG)
+        if state is None or state.step != layout.step_of(checkpoint):
+            return f"{layout.TRAINER_STATE} " + ("is missing" if state is None else f"says step {state.step}")
+        _check_json(checkpoint / layout.CONFIG)
         weight_files(checkpoint)
-        random_states = sorted(checkpoint.glob(RANDOM_STATES))
+        random_states = sorted(checkpoint.glob(layout.RANDOM_STATES))
         if not random_states:
             return "rng_state.pth is missing"
         if is_sharded(checkpoint):
-            states = [checkpoint / SCHEDULER]
-            for name in SHARDED_STATE:
+            states = [checkpoint / layout.SCHEDULER]
+            for name in layout.SHARDED_STATE:
                 if not (checkpoint / name / ".metadata").is_file():
                     return f"{name} is incomplete"
         else:
-            states = [checkpoint / OPTIMIZER, checkpoint / SCHEDULER]
+            states = [checkpoint / layout.OPTIMIZER, checkpoint / layout.SCHEDULER]
         for file in [*states, *random_states]:
             _check_archive(file)
         return damage_of(checkpoint)
@@ -144,7 +130,7 @@ def why_not_resumable(checkpoint: Path) -> str | None:
 
 def is_sharded(checkpoint: Path) -> bool:
     """Whether a checkpoint was written under FSDP2, which alone can continue from it."""
-    return any((checkpoint / name).is_dir() for name in SHARDED_STATE)
+    return any((checkpoint / name).is_dir() for name in layout.SHARDED_STATE)
 
 
 def _check_json(file: Path) -> None:
@@ -170,13 +156,13 @@ def weight_files(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: there are no safetensors weights, one is damaged, or a file that the index names is missing.
     """
-    index = folder / INDEX
-    if (folder / WEIGHTS).is_file():
-        return dict.fromkeys(tensor_names(folder / WEIGHTS), folder / WEIGHTS)
+    index = folder / layout.INDEX
+    if (folder / layout.WEIGHTS).is_file():
+        return dict.fromkeys(tensor_names(folder / layout.WEIGHTS), folder / layout.WEIGHTS)
     if not index.is_file():
         pickles = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
         hint = f" ({pickles[0]} is a pickle, which is not read)" if pickles else ""
-        raise UserError(f"{folder}: {WEIGHTS} is missing{hint}; convert the checkpoint to safetensors")
+        raise UserError(f"{folder}: {layout.WEIGHTS} is missing{hint}; convert the checkpoint to safetensors")
     try:
         names = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): folder / str(file) for name, file in names.items()}
@@ -192,11 +178,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def tensor_names(file: Path) -> list[str]:
-    """The tensor names in a safetensors file.
-
-    Raises:
-        UserError: the file is truncated or damaged.
-    """
+    """The tensor names in a safetensors file."""
     try:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())

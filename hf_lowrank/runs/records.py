@@ -138,11 +138,7 @@ def read_run(path: Path, checkpoint: Path | None = None) -> RunRecord:
 
     Args:
         path: a run directory.
-        checkpoint: the checkpoint to take configuration and log from; None: the last one.
-
-    Raises:
-        UserError: a file is damaged.
-    """
+        checkpoint: the checkpoint to take configuration and log from; None: the last one."""
     checkpoints = complete_checkpoints(path)
     recipe, facts, rows = read_recipe(path) or {}, read_facts(path), tuple(read_measurements(path))
     last = checkpoint or (checkpoints[max(checkpoints)] if checkpoints else None)
@@ -169,11 +165,7 @@ def read_run(path: Path, checkpoint: Path | None = None) -> RunRecord:
 
 
 def read_config_file(checkpoint: Path) -> Mapping[str, Any]:
-    """config.json of a checkpoint as plain data, without building anything from it.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """config.json of a checkpoint as plain data, without building anything from it."""
     file = checkpoint / CONFIG
     check_files(checkpoint, [file.name])
     try:

@@ -1,5 +1,8 @@
 """The small files of a run as plain data: `recipe.yaml`, `facts.json`, `trainer_state.json` of a checkpoint, and the
-results that a study writes next to its runs, such as `prediction.json`."""
+results that a study writes next to its runs, such as `prediction.json`.
+
+Every reader raises a `UserError` that names the file where it is damaged.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.formats import finite_number
 from hf_lowrank.runs.layout import FACTS, PREDICTION, RECIPE, TRAINER_STATE, has_checksums
 from hf_lowrank.storage.checksums import (
-    checked_names,
     damage_by_checksums,
     read_object,
     read_sealed_text,
@@ -28,21 +30,13 @@ from hf_lowrank.storage.parsing import dump_yaml, parse_json, parse_yaml
 
 
 def read_recipe(run: Path) -> dict[str, Any] | None:
-    """The recipe in a run directory, None without one.
-
-    Raises:
-        UserError: it is damaged, or is not a mapping.
-    """
+    """The recipe in a run directory, None without one."""
     file = run / RECIPE
     return parse_recipe(file) if file.is_file() else None
 
 
 def parse_recipe(file: Path) -> dict[str, Any]:
-    """The recipe in a file, wherever it came from.
-
-    Raises:
-        UserError: it is damaged, or is not a mapping.
-    """
+    """The recipe in a file, wherever it came from."""
     try:
         recipe = parse_yaml(read_sealed_text(file, required=has_checksums(file.parent)))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -80,11 +74,7 @@ def seed_of(recipe: Mapping[str, Any]) -> int | None:
 
 
 def read_facts(run: Path) -> dict[str, Any]:
-    """`facts.json`, what training records about the run and its cost; empty where nothing was recorded.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """`facts.json`, what training records about the run and its cost; empty where nothing was recorded."""
     try:
         return read_object(run / FACTS) if (run / FACTS).is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
@@ -133,24 +123,16 @@ class TrainerState:
 
 
 def read_trainer_state(checkpoint: Path) -> TrainerState | None:
-    """The state in a checkpoint's folder; None where Trainer left none.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The state in a checkpoint's folder; None where Trainer left none."""
     file = checkpoint / TRAINER_STATE
-    damage = damage_by_checksums(checkpoint, [file.name]) if file.name in checked_names(checkpoint) else None
+    damage = damage_by_checksums(checkpoint, [file.name], only_listed=True)
     if damage is not None:
         raise UserError(f"{checkpoint}: damaged: {damage}")
     return parse_trainer_state(file) if file.is_file() else None
 
 
 def parse_trainer_state(file: Path) -> TrainerState:
-    """The state in a file of that name.
-
-    Raises:
-        UserError: it is not readable.
-    """
+    """The state in a file of that name."""
     try:
         content = read_object(file)
     except (OSError, ValueError) as error:
@@ -163,11 +145,7 @@ def parse_trainer_state(file: Path) -> TrainerState:
 
 
 def read_result(path: Path, kind: type = dict) -> Any:
-    """The content of a file that a stage of a study wrote, a JSON object or list; None where there is no file.
-
-    Raises:
-        UserError: it is not readable, or does not match its checksum.
-    """
+    """The content of a file that a stage of a study wrote, a JSON object or list; None where there is no file."""
     if not path.is_file():
         return None
     try:
@@ -182,9 +160,5 @@ def read_result(path: Path, kind: type = dict) -> Any:
 
 
 def read_prediction(path: Path) -> dict[str, Any] | None:
-    """A `prediction.json`, or that of a folder, as `hf-lowrank predict` writes it; None without one.
-
-    Raises:
-        UserError: as `read_result`.
-    """
+    """A `prediction.json`, or that of a folder, as `hf-lowrank predict` writes it; None without one."""
     return read_result(path / PREDICTION if path.is_dir() else path)

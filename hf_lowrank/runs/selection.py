@@ -16,7 +16,7 @@ import torch
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.runs.checkpoints import check_files
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.runs.layout import CONFIG, RECIPE, STEP_FOLDER, TOKENIZER
+from hf_lowrank.runs.layout import CONFIG, RECIPE, STEP_FOLDER, TOKENIZER, step_folders
 from hf_lowrank.runs.trajectory import Trajectory
 
 Run = str | os.PathLike[str] | Trajectory
@@ -102,7 +102,7 @@ def find_checkpoint(named: str | os.PathLike[str], revision: str | None = None) 
         UserError: a local run has no such checkpoint.
     """
     text, local = os.fspath(named), Path(named)
-    if local.is_dir() and (local / CONFIG).is_file():
+    if local.is_dir() and ((local / CONFIG).is_file() or not step_folders(local)):
         folder = local.resolve()
         in_run = STEP_FOLDER.fullmatch(folder.name) or (folder.parent / RECIPE).is_file()
         return Checkpoint(text, None, folder.parent if in_run else None)

@@ -16,17 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_lowrank.errors import LowRankWarning, UserError, one_line
+from hf_lowrank.runs import layout
 from hf_lowrank.runs.checkpoints import weight_files, why_incomplete
-from hf_lowrank.runs.layout import (
-    CONFIG,
-    GENERATION_CONFIG,
-    INDEX,
-    SHARDS,
-    STEP_FOLDER,
-    TRAINER_STATE,
-    WEIGHTS,
-    step_folders,
-)
 from hf_lowrank.runs.run_files import read_trainer_state
 from hf_lowrank.storage.checksums import fingerprint
 from hf_lowrank.storage.files import whole_file
@@ -49,8 +40,8 @@ class FolderSource:
         self.name = path.resolve().name
         self._folders = _complete_folders(path)
         self._extras = path
-        if not self._folders and (path / CONFIG).is_file():
-            match = STEP_FOLDER.fullmatch(path.resolve().name)
+        if not self._folders and (path / layout.CONFIG).is_file():
+            match = layout.STEP_FOLDER.fullmatch(path.resolve().name)
             self._folders = {int(match[1]) if match else _recorded_step(path): path}
             if match:
                 self._extras = path.resolve().parent
@@ -92,7 +83,7 @@ class FolderSource:
 
 def _complete_folders(path: Path) -> dict[int, Path]:
     found: dict[int, Path] = {}
-    for step, folder in step_folders(path).items():
+    for step, folder in layout.step_folders(path).items():
         fault = why_incomplete(folder, weights=True)
         if fault is None:
             found[step] = folder
@@ -105,7 +96,7 @@ def _recorded_step(folder: Path) -> int:
     """The step of a checkpoint whose folder's name does not say it; 0 where nothing does."""
     state = read_trainer_state(folder)
     if state is not None and state.step is None:
-        raise UserError(f"{folder / TRAINER_STATE}: has no readable global_step")
+        raise UserError(f"{folder / layout.TRAINER_STATE}: has no readable global_step")
     return state.step or 0 if state is not None else 0
 
 
@@ -147,7 +138,9 @@ class HubSource:
     def folder(self, step: int, *, weights: bool) -> Path:
         from huggingface_hub import snapshot_download
 
-        patterns = [CONFIG, GENERATION_CONFIG] + ([WEIGHTS, INDEX, SHARDS] if weights else [])
+        patterns = [layout.CONFIG, layout.GENERATION_CONFIG] + (
+            [layout.WEIGHTS, layout.INDEX, layout.SHARDS] if weights else []
+        )
         try:
             folder = snapshot_download(self.repository, revision=self._revisions[step], allow_patterns=patterns)
         except (OSError, ValueError, RuntimeError) as error:
@@ -178,7 +171,7 @@ class HubSource:
             from huggingface_hub import try_to_load_from_cache
 
             revision = self._revisions[step]
-            if isinstance(try_to_load_from_cache(self.repository, WEIGHTS, revision=revision), str):
+            if isinstance(try_to_load_from_cache(self.repository, layout.WEIGHTS, revision=revision), str):
                 return None
             if _cached_commit(self.repository, revision) is None:
                 self.folder(step, weights=False)
@@ -252,7 +245,7 @@ class RemoteTensors:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        url = hf_hub_url(self.repository, WEIGHTS, revision=self.commit)
+        url = hf_hub_url(self.repository, layout.WEIGHTS, revision=self.commit)
         headers = {**build_hf_headers(library_name="hf_lowrank"), "Range": f"bytes={begin}-{end - 1}"}
         response = get_session().get(url, headers=headers, timeout=60)
         hf_raise_for_status(response)

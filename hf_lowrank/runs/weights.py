@@ -1,4 +1,7 @@
-"""A checkpoint's configuration, and whether its weights match it, from headers alone."""
+"""A checkpoint's configuration, and whether its weights match it, from headers alone.
+
+Faults are a `UserError` that names the file, and the tensor that is missing, of another shape, or left over.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,7 @@ MOST_LAYERS = 4096
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The configuration in a checkpoint's folder.
-
-    Raises:
-        UserError: config.json is missing or unreadable, or describes no model that could be built.
-    """
+    """The configuration in a checkpoint's folder."""
     import hf_lowrank.adapters  # noqa: F401  AutoConfig learns this package's own model type
 
     file = folder / CONFIG
@@ -52,11 +51,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel | None:
-    """The architecture of a checkpoint on the meta device; None for an architecture that is not installed.
-
-    Raises:
-        UserError: the configuration's values are inconsistent.
-    """
+    """The architecture of a checkpoint on the meta device; None for an architecture that is not installed."""
     known = [getattr(transformers, name, None) for name in config.architectures or ()]
     classes = [cls for cls in known if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
     if not classes and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -84,11 +79,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Compares a checkpoint's weights with its configuration, and both with their checksums.
-
-    Raises:
-        UserError: they are damaged; names the file.
-    """
+    """Compares a checkpoint's weights with its configuration, and both with their checksums."""
     check_weights(folder, exact=False)
     check_files(folder, [CONFIG, *{file.name for file in weight_files(folder).values()}])
 
@@ -98,11 +89,7 @@ def check_weights(folder: Path, *, exact: bool = True) -> None:
 
     Args:
         folder: a checkpoint.
-        exact: whether surplus tensors are a fault too; older versions of transformers stored buffers.
-
-    Raises:
-        UserError: a file is damaged or missing, or a tensor is missing, of another shape, or left over.
-    """
+        exact: whether surplus tensors are a fault too; older versions of transformers stored buffers."""
     stored = _stored(folder)
     model = skeleton(folder, read_config(folder))
     if model is None:

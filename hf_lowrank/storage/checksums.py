@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.errors import one_line
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
 
@@ -39,45 +39,25 @@ def write_checksums(folder: Path) -> None:
     write_text(folder / FILE_NAME, json.dumps(sealed(entries), indent=1) + "\n")
 
 
-def checked_names(folder: Path) -> frozenset[str]:
-    """The files that `checksums.json` lists; empty without one.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        return frozenset(_written(folder)) if (folder / FILE_NAME).is_file() else frozenset()
-    except ValueError as error:
-        raise UserError(f"{folder}: damaged: {error}") from None
-
-
-def _written(folder: Path) -> dict[str, tuple[str, int]]:
-    """SHA-256 and size of each file in `folder` when it was written.
-
-    Raises:
-        ValueError: checksums.json is unreadable.
-    """
-    try:
-        entries = read_object(folder / FILE_NAME)
-        return {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{FILE_NAME} is unreadable: {one_line(error, 200)}") from None
-
-
-def damage_by_checksums(folder: Path, names: Iterable[str] | None = None) -> str | None:
+def damage_by_checksums(folder: Path, names: Iterable[str] | None = None, *, only_listed: bool = False) -> str | None:
     """What differs from `checksums.json`; None where nothing does, or without that file.
 
     Args:
         folder: holds `checksums.json`.
         names: only these files; None: all that it lists.
+        only_listed: ignore those of `names` that it does not list.
     """
     if not (folder / FILE_NAME).is_file():
         return None
     try:
-        written = _written(folder)
-    except ValueError as error:
-        return str(error)
-    for name in sorted(written) if names is None else sorted(set(names)):
+        written = {
+            str(name): (str(entry["sha256"]), int(entry["bytes"]))
+            for name, entry in read_object(folder / FILE_NAME).items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        return f"{FILE_NAME} is unreadable: {one_line(error, 200)}"
+    wanted = written if names is None else set(names)
+    for name in sorted(written.keys() & wanted if only_listed else wanted):
         if name not in written or ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             return f"{name[:200]} is not in {FILE_NAME}"
         digest, size = written[name]

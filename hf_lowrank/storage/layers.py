@@ -13,7 +13,7 @@ from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.storage.parsing import parse_yaml
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel, ValidationError
+    from pydantic import BaseModel
 
     Model = TypeVar("Model", bound=BaseModel)
 
@@ -102,43 +102,33 @@ def validated(
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise _as_user_error(error, model, layers, section, data, also_allowed) from None
-
-
-def _as_user_error(
-    error: ValidationError,
-    model: type[BaseModel],
-    layers: Layers,
-    section: str,
-    data: Any,
-    also_allowed: Iterable[str],
-) -> UserError:
-    """The first of pydantic's errors, in terms of the keys that the user wrote."""
-    first = error.errors(include_url=False)[0]
-    path, block = [], model
+        first = error.errors(include_url=False)[0]
+    path: list[str] = []
+    block: type[BaseModel] = model
+    value: Any = data
     # pydantic's location goes on with union branches and list indices.
     for part in first["loc"]:
-        if not isinstance(data, dict) or part not in data:
+        if not isinstance(value, dict) or part not in value:
             break
         path.append(str(part))
         if first["type"] != "extra_forbidden" or len(path) < len(first["loc"]):
             block = _block(_types(block).get(path[-1])) or block
-        data = data[part]
+        value = value[part]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         path.append(str(first["loc"][-1]))
-        return UserError(f"{layers.path}: {'.'.join([section, *path]).strip('.')} is missing")
+        raise UserError(f"{layers.path}: {'.'.join([section, *path]).strip('.')} is missing")
     if not path:  # an error about several keys starts with the one to change
-        return UserError(f"{layers.origin(message.split()[0])}: {message}")
+        raise UserError(f"{layers.origin(message.split()[0])}: {message}")
     key = ".".join([section, *path]).strip(".")
     where = layers.origin(key)
     if first["type"] == "extra_forbidden":
-        return UserError(f"{where}: unknown key {key!r}; {nearest(path[-1], {*_types(block), *also_allowed})}")
+        raise UserError(f"{where}: unknown key {key!r}; {nearest(path[-1], {*_types(block), *also_allowed})}")
     if first["type"] != "value_error":
         message = message[:1].lower() + message[1:]
     if "got " not in message and not isinstance(first["input"], dict):
         message += f", got {first['input']!r}"
-    return UserError(f"{where}: {key}{' ' if message.startswith('must') else ': '}{message}")
+    raise UserError(f"{where}: {key}{' ' if message.startswith('must') else ': '}{message}")
 
 
 def _types(block: type[BaseModel]) -> dict[str, Any]:

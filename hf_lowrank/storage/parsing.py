@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
@@ -41,23 +40,6 @@ def parse_json(text: str | bytes) -> Any:
         raise json.JSONDecodeError(TOO_LONG, "", 0) from None
 
 
-def parse_plain_yaml(text: str) -> Any:
-    """`yaml.safe_load`, except that values which cannot be constructed are a `yaml.YAMLError` too."""
-    with as_yaml_error():
-        return yaml.safe_load(text)
-
-
-@contextmanager
-def as_yaml_error() -> Iterator[None]:
-    """Turns other errors of PyYAML's constructors, e.g. for `2001-99-99`, into a `yaml.YAMLError`."""
-    try:
-        yield
-    except RecursionError:
-        raise yaml.YAMLError(TOO_DEEP) from None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
-        raise yaml.YAMLError(f"a value cannot be read: {one_line(error, 200)}") from None
-
-
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-3 is a number, as in YAML 1.2, and a duplicate key is an error."""
 
@@ -78,10 +60,23 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str) -> Any:
-    """`text` as plain data; raises yaml.YAMLError."""
-    with as_yaml_error():
-        return yaml.load(text, Loader=_Loader)
+def parse_yaml(text: str, loader: type[yaml.SafeLoader] = _Loader) -> Any:
+    """`text` as plain data.
+
+    Raises:
+        yaml.YAMLError: invalid YAML, or a value that cannot be constructed, e.g. 2001-99-99.
+    """
+    try:
+        return yaml.load(text, Loader=loader)
+    except RecursionError:
+        raise yaml.YAMLError(TOO_DEEP) from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise yaml.YAMLError(f"a value cannot be read: {one_line(error, 200)}") from None
+
+
+def parse_plain_yaml(text: str) -> Any:
+    """`parse_yaml` as other programs read it: 1e-3 is a string, and the last of duplicate keys counts."""
+    return parse_yaml(text, yaml.SafeLoader)
 
 
 def dump_yaml(data: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
 from functools import cache
 from pathlib import Path
@@ -25,37 +25,6 @@ BLOCK = 65536
 RowType = TypeVar("RowType")
 
 
-def read_rows(file: Path, parse: Callable[[Any], RowType], what: str, command: str) -> Iterator[RowType]:
-    """Parses the lines of `file`, each as JSON and then with `parse`; a torn last line, as a killed writer leaves it,
-    is skipped.
-
-    Args:
-        file: a table of JSON lines.
-        parse: raises ValueError, TypeError, KeyError or AttributeError for an invalid row.
-        what, command: for messages: what a row is, and the command that writes it ("measurement", "measure").
-
-    Raises:
-        UserError: the file cannot be read, a complete line is not a row, or the rest after the last one is not the
-            beginning of one; names the line.
-    """
-    try:
-        *lines, rest = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
-    for number, line in enumerate([*lines, rest], start=1):
-        try:
-            if number > len(lines) and not _is_row(line):
-                _check_torn(line)
-            elif line.strip():
-                yield parse(parse_json(line))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            fault = one_line(error) + (" is missing" if isinstance(error, KeyError) else "")
-            raise UserError(
-                f"{file}: line {number} is not a valid {what}: {fault}; remove it and the lines after it, and rerun "
-                f"`hf-lowrank {command}`"
-            ) from None
-
-
 def read_table(
     path: str | os.PathLike[str],
     name: str,
@@ -64,25 +33,44 @@ def read_table(
     what: str,
     command: str,
 ) -> list[RowType]:
-    """The rows of a table, the last one of each key, in file order; none without a file.
+    """The rows of a table of JSON lines, the last one of each key, in file order; none without a file.
+
+    A torn last line, as a killed writer leaves it, is skipped.
 
     Args:
         path: the table, or the folder with it.
         name: the table's name in a folder.
-        parse, what, command: as for `read_rows`.
+        parse: makes a row from a parsed line; raises ValueError, TypeError, KeyError or AttributeError.
         key: of a row.
+        what, command: for messages: what a row is, and the command that writes it ("measurement", "measure").
 
     Raises:
-        UserError: as `read_rows`.
+        UserError: the file cannot be read, a complete line is not a row, or the rest after the last one is not the
+            beginning of one; names the line.
     """
     file = Path(path)
     file = file / name if file.is_dir() else file
     if not file.exists():
         return []
+    try:
+        *lines, rest = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
     rows: dict[Any, RowType] = {}
-    for row in read_rows(file, parse, what, command):
-        rows.pop(key(row), None)
-        rows[key(row)] = row
+    for number, line in enumerate([*lines, rest], start=1):
+        try:
+            if number > len(lines) and not _is_row(line):
+                _check_torn(line)
+            elif line.strip():
+                row = parse(parse_json(line))
+                rows.pop(key(row), None)
+                rows[key(row)] = row
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            fault = one_line(error) + (" is missing" if isinstance(error, KeyError) else "")
+            raise UserError(
+                f"{file}: line {number} is not a valid {what}: {fault}; remove it and the lines after it, and rerun "
+                f"`hf-lowrank {command}`"
+            ) from None
     return list(rows.values())
 
 
@@ -90,41 +78,33 @@ def append_rows(path: str | os.PathLike[str], rows: Iterable[DataclassInstance],
     """Appends rows in one synced write; removes a torn last line, left by a killed process, first.
 
     Raises:
-        UserError: the file cannot be written (no space, no permission), or its end is damaged.
+        UserError: the file cannot be written (no space, no permission) and is unchanged, or its end is damaged.
     """
-    try:
-        append_lines(Path(path), map(line_of, rows))
-    except OSError as error:
-        raise UserError(f"{path}: {what} cannot be written: {error.strerror or error}") from None
-
-
-def append_lines(file: Path, lines: Iterable[str]) -> None:
-    """Appends lines, each with its newline, in one synced write; removes a torn last line first.
-
-    Raises:
-        OSError: the file cannot be written; its content is unchanged.
-        UserError: its end is damaged.
-    """
-    data = "".join(lines).encode()
+    file, data = Path(path), "".join(map(line_of, rows)).encode()
     if not data:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "ab+", buffering=0) as handle:
-        end = _end_of_whole_lines(handle)
-        handle.seek(end)
-        rest = handle.readall()
-        try:
-            if _is_row(rest):  # only its newline is missing, e.g. removed by an editor
-                data, end = b"\n" + data, end + len(rest)
-            else:
-                _check_torn(rest)
-        except ValueError as error:
-            raise UserError(f"{file}: its end is damaged: {error}; remove the damaged part and try again") from None
-        handle.truncate(end)
-        if handle.write(data) != len(data):
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab+", buffering=0) as handle:
+            end = _end_of_whole_lines(handle)
+            handle.seek(end)
+            rest = handle.readall()
+            try:
+                if _is_row(rest):  # only its newline is missing, e.g. removed by an editor
+                    data, end = b"\n" + data, end + len(rest)
+                else:
+                    _check_torn(rest)
+            except ValueError as error:
+                raise UserError(
+                    f"{file}: its end is damaged: {error}; remove the damaged part and try again"
+                ) from None
             handle.truncate(end)
-            raise OSError("short write; is the disk full?")
-        os.fsync(handle.fileno())
+            if handle.write(data) != len(data):
+                handle.truncate(end)
+                raise OSError("short write; is the disk full?")
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: {what} cannot be written: {error.strerror or error}") from None
 
 
 def _is_row(rest: bytes) -> bool:

@@ -10,7 +10,7 @@ import yaml
 
 from hf_lowrank.downstream.items import held_out_sources, items_for, load_items
 from hf_lowrank.downstream.items.build import FEWEST, make_items
-from hf_lowrank.downstream.items.syntax import KINDS
+from hf_lowrank.downstream.items.code import KINDS
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.training.sources import python_library

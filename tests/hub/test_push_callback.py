@@ -142,7 +142,7 @@ def test_every_second_save_and_wrong_arguments(hub, run):
 
 
 def test_an_entry_in_the_making_is_no_leftover(hub, run, monkeypatch):
-    from hf_lowrank.hub import queue as queue_module
+    from hf_lowrank.hub import callback as queue_module
 
     link = queue_module._link
 

@@ -11,14 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_lowrank.downstream.items.cloze import make_cloze
-from hf_lowrank.downstream.items.draws import Draws
-from hf_lowrank.downstream.items.encoding import Encoder
+from hf_lowrank.downstream.items.choices import Draws, Encoder, Item
+from hf_lowrank.downstream.items.code import make_copy, make_syntax
 from hf_lowrank.downstream.items.held_out import Source, held_out_sources
-from hf_lowrank.downstream.items.names import make_copy
-from hf_lowrank.downstream.items.pairing import Item
-from hf_lowrank.downstream.items.passages import make_passages
-from hf_lowrank.downstream.items.syntax import make_syntax
+from hf_lowrank.downstream.items.prose import make_cloze, make_passages
 from hf_lowrank.downstream.sources import context_length, load_tokenizer
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.runs.trajectory import Trajectory
@@ -57,10 +53,9 @@ def items_for(trajectory: Trajectory, task: str) -> Path:
     length = context_length(trajectory)
     recipe = trajectory.run.recipe
     sources = _sources(json.dumps((recipe or {}).get("data"), sort_keys=True), name)
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(f"{source.name}\0{source.text}\0".encode())
-    key = f"{task} {VERSION} {SEED} {digest.hexdigest()} {tokenizer_fingerprint(tokenizer)} {length}"
+    text = "".join(f"{source.name}\0{source.text}\0" for source in sources)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    key = f"{task} {VERSION} {SEED} {digest} {tokenizer_fingerprint(tokenizer)} {length}"
 
     def make(folder: Path) -> None:
         items = make_items(task, sources, tokenizer, length)

@@ -1,17 +1,15 @@
-"""`pylib_cloze`: the last word of a sentence of documentation among the last words of three other sentences."""
+"""Tasks from prose and whole passages: `pylib_cloze`, the last word of a sentence of documentation among those of three
+other sentences, and `pylib_bits_per_byte`, passages from all of the held-out text."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from hf_lowrank.downstream.items.chunks import parsed
-from hf_lowrank.downstream.items.draws import Draws
-from hf_lowrank.downstream.items.encoding import Encoder
-from hf_lowrank.downstream.items.held_out import Source
-from hf_lowrank.downstream.items.pairing import Item
+from hf_lowrank.downstream.items.choices import Draws, Encoder, Item
+from hf_lowrank.downstream.items.held_out import Source, parsed
 
 CHOICES = 4
 SENTENCES_A_WORD = 12
@@ -19,6 +17,8 @@ SENTENCE = re.compile(r"[A-Z][^.!?:;]*\s[a-z]{3,}(?=[.!?:;](?:\s|$))")
 FEWEST_WORDS, MOST_WORDS = 4, 60
 MOST_TOKENS = 3
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+LINES = 40
+PASSAGES_A_DOCUMENT = 32
 
 
 def make_cloze(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: int) -> list[Item]:
@@ -94,3 +94,36 @@ def _comments(source: Source) -> Iterator[tuple[int, str, str]]:
         elif block:
             yield number - len(block), "# ", "\n".join(block)
             block = []
+
+
+def make_passages(sources: Sequence[Source], encoder: Encoder, draws: Draws, count: int) -> list[Item]:
+    """`count` passages of whole lines that do not overlap, at most 32 per document."""
+    starts: list[tuple[Source, list[str], int]] = []
+    for source in sources:
+        lines = source.text.split("\n")
+        starts.extend((source, lines, line) for line in range(0, len(lines), LINES))
+    items: list[Item] = []
+    used: Counter[str] = Counter()
+    for source, lines, start in draws.shuffled(starts):
+        if len(items) == count:
+            break
+        if used[source.name] == PASSAGES_A_DOCUMENT:
+            continue
+        text = _fitting(lines[start : start + LINES], encoder)
+        if text is not None:
+            used[source.name] += 1
+            items.append({"kind": "passage", "source": source.name, "line": start + 1, "text": text})
+    return items
+
+
+def _fitting(lines: list[str], encoder: Encoder) -> str | None:
+    """The longest prefix of `lines` that fits; None if the first line does not fit or the prefix is blank."""
+    low, high = 0, len(lines)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(encoder.tokens("\n".join(lines[:middle]))) <= encoder.room:
+            low = middle
+        else:
+            high = middle - 1
+    text = "\n".join(lines[:low])
+    return text if text.strip() else None
