@@ -3,9 +3,7 @@
 Everything that is said about a metric is said here: commands, tables, pictures, the report and the cards read it.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +24,7 @@ SECTIONS: dict[Section, str] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Metric:
     """One quantity.
 
@@ -47,8 +45,8 @@ class Metric:
     dimension: Dimension
     group: str
     title: str
+    short: str
     summary: str
-    short: str = ""
     better: Literal["higher", "lower"] | None = None
     unit: str = ""
     needs_baseline: bool = False
@@ -71,49 +69,34 @@ class Metric:
         return "extras" if self.extra else self.dimension
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sweep:
     """A curve that is measured along with a metric, one row for each offset; never requested by itself.
 
     Attributes:
         dimension, title: as for a metric.
-        summary: one sentence on how to read the curve.
         axis: the label of its x axis.
         metrics: the metrics that summarize it; the first is the one it is measured with.
+        summary: one sentence on how to read the curve.
     """
 
     dimension: Literal["landscape", "interpolation"]
     title: str
-    summary: str
     axis: str
     metrics: tuple[str, ...]
+    summary: str
 
 
-class MetricTable(Mapping[str, Metric]):
+class MetricTable(dict[str, Metric]):
     """Metrics by id, in the order of their numbers; an unknown id is a `UserError` with the nearest spellings."""
 
-    def __init__(self, metrics: Sequence[Metric]) -> None:
-        self._metrics = {metric.id: metric for metric in metrics}
-
-    def __getitem__(self, name: str) -> Metric:
-        try:
-            return self._metrics[name]
-        except KeyError:
-            raise UserError(f"unknown metric {name!r}; {nearest(name, self._metrics)}") from None
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._metrics
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._metrics)
-
-    def __len__(self) -> int:
-        return len(self._metrics)
+    def __missing__(self, name: str) -> Metric:
+        raise UserError(f"unknown metric {name!r}; {nearest(name, self)}")
 
     @property
     def sixteen(self) -> list[str]:
         """Ids of the sixteen, in order."""
-        return [metric.id for metric in self._metrics.values() if not metric.extra]
+        return [metric.id for metric in self.values() if not metric.extra]
 
     def select(self, names: str | Iterable[str] | None) -> list[str]:
         """Ids for None (loss, perplexity and the sixteen), "all", or a list of ids, dimensions and groups.
@@ -127,16 +110,12 @@ class MetricTable(Mapping[str, Metric]):
         chosen: set[str] = set()
         for name in wanted:
             if name == "all":
-                chosen.update(self._metrics)
+                chosen.update(self)
                 continue
-            members = [m.id for m in self._metrics.values() if name in (m.dimension, m.group) and not m.extra]
-            members = members or [m.id for m in self._metrics.values() if name in (m.dimension, m.group)]
-            chosen.update({name} if name in self._metrics else members or {self[name].id})
-        return [name for name in self._metrics if name in chosen]
-
-
-def _metric(name: str, dimension: Dimension, group: str, title: str, short: str, summary: str, **rest: Any) -> Metric:
-    return Metric(id=name, dimension=dimension, group=group, title=title, short=short, summary=summary, **rest)
+            members = [metric for metric in self.values() if name in (metric.dimension, metric.group)]
+            members = [metric for metric in members if not metric.extra] or members
+            chosen.update([self[name].id] if name in self or not members else [metric.id for metric in members])
+        return [name for name in self if name in chosen]
 
 
 _NATS: dict[str, Any] = {"better": "lower", "unit": "nats"}
@@ -144,96 +123,95 @@ _SHARE: dict[str, Any] = {"unit": "share"}
 _BASED: dict[str, Any] = {"needs_baseline": True}
 _EXTRA: dict[str, Any] = {"extra": True}
 
-METRICS = MetricTable(
-    [
-        _metric("random_sharpness", "landscape", "random", "Random sharpness", "",
-                "Mean rise of the loss when all weights take a random step; higher means a narrower valley.", **_NATS),
-        _metric("random_variance", "landscape", "random", "Random variance", "",
-                "Variance of the loss over random directions; near zero, all directions are alike.",
-                better="lower", unit="nats²"),
-        _metric("pca1_sharpness", "landscape", "pca", "PCA-1 sharpness", "",
-                "Mean rise of the loss along the top singular direction of every weight matrix at once.", **_NATS),
-        _metric("pcak_sharpness", "landscape", "pca", "PCA-K sharpness", "",
-                "Mean rise of the loss along the top K singular directions of the weights, averaged over them.",
-                **_NATS),
-        _metric("step_barrier", "interpolation", "step", "Step barrier", "",
-                "Highest loss on the straight line from the previous checkpoint to this one, above the mean of both "
-                "ends; at or below zero there is no hill.", **_NATS),
-        _metric("method_barrier", "interpolation", "method", "Method barrier", "",
-                "Highest loss on the straight line between this run's and the baseline's dense weights at the same "
-                "step, above the mean of both ends; a high one means another basin.", **_BASED, **_NATS),
-        _metric("weight_effective_rank", "spectra", "weight", "Weight effective rank", "Eff. rank W",
-                "exp of the entropy of a weight's normalised singular values, over min(m, n): 1 is a flat spectrum, "
-                "near 0 one direction.", **_SHARE),
-        _metric("weight_stable_rank", "spectra", "weight", "Weight stable rank", "Stable rank W",
-                "Squared Frobenius norm of a weight over its squared largest singular value; small where one "
-                "direction dominates."),
-        _metric("weight_spectral_gap", "spectra", "weight", "Weight spectral gap", "Spectral gap W",
-                "How far a weight's largest singular value exceeds the second: (σ₁ − σ₂)/σ₁.", **_SHARE),
-        _metric("weight_sv_fraction", "spectra", "weight", "Singular values above 0.1", "σ > 0.1",
-                "Share of a weight's singular values above 0.1.", **_SHARE),
-        _metric("update_norm", "spectra", "update", "Update norm", "",
-                "Frobenius norm of the change since the previous checkpoint, relative to that of the weight.",
-                **_SHARE),
-        _metric("update_effective_rank", "spectra", "update", "Update effective rank", "Eff. rank ΔW",
-                "Effective rank of the change since the previous checkpoint, over min(m, n).", **_SHARE),
-        _metric("update_stable_rank", "spectra", "update", "Update stable rank", "Stable rank ΔW",
-                "Stable rank of the change since the previous checkpoint; small where one direction dominates."),
-        _metric("activation_l2", "activations", "activations", "Activation distance", "Activation L2",
-                "Distance of the hidden states from the baseline's on the same tokens, relative to the baseline's "
-                "mean norm.", **_BASED, **_SHARE),
-        _metric("activation_cosine", "activations", "activations", "Activation cosine", "Cosine",
-                "Mean cosine between the hidden states and the baseline's on the same tokens; 1 is the same "
-                "direction.", **_BASED),
-        _metric("activation_cka", "activations", "activations", "Activation CKA", "CKA",
-                "Linear centred kernel alignment of the hidden states with the baseline's; 1 is the same up to "
-                "rotation and scale.", **_BASED),
-        _metric("loss", "loss", "loss", "Validation loss", "Val. loss",
-                "Mean negative log-likelihood per held-out token; lower is better.", **_EXTRA, **_NATS),
-        _metric("perplexity", "loss", "loss", "Perplexity", "",
-                "The exponential of the validation loss; lower is better.", **_EXTRA, better="lower"),
-        _metric("step_barrier_interpolated", "interpolation", "step", "Step barrier (interpolated)", "",
-                "As the step barrier, above the line between the losses of both ends.", **_EXTRA, **_NATS),
-        _metric("method_barrier_interpolated", "interpolation", "method", "Method barrier (interpolated)", "",
-                "As the method barrier, above the line between the losses of both ends.",
-                **_EXTRA, **_BASED, **_NATS),
-        _metric("aligned_method_barrier", "interpolation", "aligned", "Aligned method barrier", "",
-                "As the method barrier, after permuting the baseline's hidden units to match.",
-                **_EXTRA, **_BASED, **_NATS),
-        _metric("weight_tail_exponent", "spectra", "weight", "Weight tail exponent", "",
-                "Exponent of the power law of a weight's largest squared singular values; lower is a heavier tail.",
-                **_EXTRA),
-        _metric("weight_overlap", "spectra", "overlap", "Weight subspace overlap", "",
-                "Overlap of a weight's top singular subspaces with the baseline's; 1 is the same subspace.",
-                **_EXTRA, **_BASED, **_SHARE),
-        _metric("update_overlap", "spectra", "overlap", "Update subspace overlap", "",
-                "Overlap of the change's top singular subspaces with the baseline's; 1 is the same subspace.",
-                **_EXTRA, **_BASED, **_SHARE),
-        _metric("total_update_norm", "spectra", "total", "Total update norm", "",
-                "As the update norm, since the first checkpoint.", **_EXTRA, **_SHARE),
-        _metric("total_update_effective_rank", "spectra", "total", "Total update effective rank", "",
-                "As the update effective rank, since the first checkpoint.", **_EXTRA, **_SHARE),
-        _metric("total_update_stable_rank", "spectra", "total", "Total update stable rank", "",
-                "As the update stable rank, since the first checkpoint.", **_EXTRA),
-        _metric("activation_cka_debiased", "activations", "activations", "Debiased CKA", "",
-                "As activation CKA, by the estimator that few positions do not push towards 1.", **_EXTRA, **_BASED),
-        _metric("hessian_top", "landscape", "hessian", "Hessian top eigenvalue", "",
-                "Largest eigenvalue of the loss's Hessian, by Lanczos: the sharpest curvature in any direction.",
-                **_EXTRA, **_NATS),
-        _metric("hessian_trace", "landscape", "hessian", "Hessian trace", "",
-                "Trace of the loss's Hessian, by Hutchinson's estimator: the sum of its curvatures.",
-                **_EXTRA, **_NATS),
-        _metric("critical_sharpness", "landscape", "critical", "Critical sharpness", "",
-                "2 over the smallest step along the gradient that no longer lowers the loss.",
-                **_EXTRA, better="lower"),
-        _metric("random_plane", "landscape", "plane", "Loss landscape", "",
-                "Loss on the plane of two filter-normalised directions, one row for each point.",
-                **_EXTRA, unit="nats"),
-    ]
+_ENTRIES = (
+    Metric("random_sharpness", "landscape", "random", "Random sharpness", "",
+           "Mean rise of the loss when all weights take a random step; higher means a narrower valley.", **_NATS),
+    Metric("random_variance", "landscape", "random", "Random variance", "",
+           "Variance of the loss over random directions; near zero, all directions are alike.",
+           better="lower", unit="nats²"),
+    Metric("pca1_sharpness", "landscape", "pca", "PCA-1 sharpness", "",
+           "Mean rise of the loss along the top singular direction of every weight matrix at once.", **_NATS),
+    Metric("pcak_sharpness", "landscape", "pca", "PCA-K sharpness", "",
+           "Mean rise of the loss along the top K singular directions of the weights, averaged over them.",
+           **_NATS),
+    Metric("step_barrier", "interpolation", "step", "Step barrier", "",
+           "Highest loss on the straight line from the previous checkpoint to this one, above the mean of both "
+           "ends; at or below zero there is no hill.", **_NATS),
+    Metric("method_barrier", "interpolation", "method", "Method barrier", "",
+           "Highest loss on the straight line between this run's and the baseline's dense weights at the same "
+           "step, above the mean of both ends; a high one means another basin.", **_BASED, **_NATS),
+    Metric("weight_effective_rank", "spectra", "weight", "Weight effective rank", "Eff. rank W",
+           "exp of the entropy of a weight's normalised singular values, over min(m, n): 1 is a flat spectrum, "
+           "near 0 one direction.", **_SHARE),
+    Metric("weight_stable_rank", "spectra", "weight", "Weight stable rank", "Stable rank W",
+           "Squared Frobenius norm of a weight over its squared largest singular value; small where one "
+           "direction dominates."),
+    Metric("weight_spectral_gap", "spectra", "weight", "Weight spectral gap", "Spectral gap W",
+           "How far a weight's largest singular value exceeds the second: (σ₁ − σ₂)/σ₁.", **_SHARE),
+    Metric("weight_sv_fraction", "spectra", "weight", "Singular values above 0.1", "σ > 0.1",
+           "Share of a weight's singular values above 0.1.", **_SHARE),
+    Metric("update_norm", "spectra", "update", "Update norm", "",
+           "Frobenius norm of the change since the previous checkpoint, relative to that of the weight.",
+           **_SHARE),
+    Metric("update_effective_rank", "spectra", "update", "Update effective rank", "Eff. rank ΔW",
+           "Effective rank of the change since the previous checkpoint, over min(m, n).", **_SHARE),
+    Metric("update_stable_rank", "spectra", "update", "Update stable rank", "Stable rank ΔW",
+           "Stable rank of the change since the previous checkpoint; small where one direction dominates."),
+    Metric("activation_l2", "activations", "activations", "Activation distance", "Activation L2",
+           "Distance of the hidden states from the baseline's on the same tokens, relative to the baseline's "
+           "mean norm.", **_BASED, **_SHARE),
+    Metric("activation_cosine", "activations", "activations", "Activation cosine", "Cosine",
+           "Mean cosine between the hidden states and the baseline's on the same tokens; 1 is the same "
+           "direction.", **_BASED),
+    Metric("activation_cka", "activations", "activations", "Activation CKA", "CKA",
+           "Linear centred kernel alignment of the hidden states with the baseline's; 1 is the same up to "
+           "rotation and scale.", **_BASED),
+    Metric("loss", "loss", "loss", "Validation loss", "Val. loss",
+           "Mean negative log-likelihood per held-out token; lower is better.", **_EXTRA, **_NATS),
+    Metric("perplexity", "loss", "loss", "Perplexity", "",
+           "The exponential of the validation loss; lower is better.", **_EXTRA, better="lower"),
+    Metric("step_barrier_interpolated", "interpolation", "step", "Step barrier (interpolated)", "",
+           "As the step barrier, above the line between the losses of both ends.", **_EXTRA, **_NATS),
+    Metric("method_barrier_interpolated", "interpolation", "method", "Method barrier (interpolated)", "",
+           "As the method barrier, above the line between the losses of both ends.",
+           **_EXTRA, **_BASED, **_NATS),
+    Metric("aligned_method_barrier", "interpolation", "aligned", "Aligned method barrier", "",
+           "As the method barrier, after permuting the baseline's hidden units to match.",
+           **_EXTRA, **_BASED, **_NATS),
+    Metric("weight_tail_exponent", "spectra", "weight", "Weight tail exponent", "",
+           "Exponent of the power law of a weight's largest squared singular values; lower is a heavier tail.",
+           **_EXTRA),
+    Metric("weight_overlap", "spectra", "overlap", "Weight subspace overlap", "",
+           "Overlap of a weight's top singular subspaces with the baseline's; 1 is the same subspace.",
+           **_EXTRA, **_BASED, **_SHARE),
+    Metric("update_overlap", "spectra", "overlap", "Update subspace overlap", "",
+           "Overlap of the change's top singular subspaces with the baseline's; 1 is the same subspace.",
+           **_EXTRA, **_BASED, **_SHARE),
+    Metric("total_update_norm", "spectra", "total", "Total update norm", "",
+           "As the update norm, since the first checkpoint.", **_EXTRA, **_SHARE),
+    Metric("total_update_effective_rank", "spectra", "total", "Total update effective rank", "",
+           "As the update effective rank, since the first checkpoint.", **_EXTRA, **_SHARE),
+    Metric("total_update_stable_rank", "spectra", "total", "Total update stable rank", "",
+           "As the update stable rank, since the first checkpoint.", **_EXTRA),
+    Metric("activation_cka_debiased", "activations", "activations", "Debiased CKA", "",
+           "As activation CKA, by the estimator that few positions do not push towards 1.", **_EXTRA, **_BASED),
+    Metric("hessian_top", "landscape", "hessian", "Hessian top eigenvalue", "",
+           "Largest eigenvalue of the loss's Hessian, by Lanczos: the sharpest curvature in any direction.",
+           **_EXTRA, **_NATS),
+    Metric("hessian_trace", "landscape", "hessian", "Hessian trace", "",
+           "Trace of the loss's Hessian, by Hutchinson's estimator: the sum of its curvatures.",
+           **_EXTRA, **_NATS),
+    Metric("critical_sharpness", "landscape", "critical", "Critical sharpness", "",
+           "2 over the smallest step along the gradient that no longer lowers the loss.",
+           **_EXTRA, better="lower"),
+    Metric("random_plane", "landscape", "plane", "Loss landscape", "",
+           "Loss on the plane of two filter-normalised directions, one row for each point.",
+           **_EXTRA, unit="nats"),
 )  # fmt: skip
+METRICS = MetricTable({metric.id: metric for metric in _ENTRIES})
 
 # Not measured on weights: computed from the table of downstream scores.
-DOWNSTREAM = _metric(
+DOWNSTREAM = Metric(
     "downstream", "downstream", "downstream", "Mean above-chance score", "Above chance",
     "Mean above-chance score over the tasks that all scored runs have: 0 is guessing, 1 is every item right; higher "
     "is better.", better="higher",
@@ -241,35 +219,30 @@ DOWNSTREAM = _metric(
 
 CURVES = {
     "random_curve": Sweep(
-        dimension="landscape", title="Loss along random directions", axis="distance",
-        summary="Mean over random directions with its 95 % interval; zero is the trained model.",
-        metrics=("random_sharpness", "random_variance"),
+        "landscape", "Loss along random directions", "distance", ("random_sharpness", "random_variance"),
+        "Mean over random directions with its 95 % interval; zero is the trained model.",
     ),
     "pca1_curve": Sweep(
-        dimension="landscape", title="Loss along the top PCA direction", axis="distance",
-        summary="A step along the top singular direction of every matrix at once; zero is the trained model.",
-        metrics=("pca1_sharpness",),
+        "landscape", "Loss along the top PCA direction", "distance", ("pca1_sharpness",),
+        "A step along the top singular direction of every matrix at once; zero is the trained model.",
     ),
     "pcak_curve": Sweep(
-        dimension="landscape", title="Loss along the top K PCA directions", axis="distance",
-        summary="Mean over the top K singular directions with its 95 % interval; zero is the trained model.",
-        metrics=("pcak_sharpness",),
+        "landscape", "Loss along the top K PCA directions", "distance", ("pcak_sharpness",),
+        "Mean over the top K singular directions with its 95 % interval; zero is the trained model.",
     ),
     "step_path": Sweep(
-        dimension="interpolation", title="Path from the previous checkpoint", axis="position on the path",
-        summary="The straight line from the weights of the previous checkpoint (0) to those of this one (1).",
-        metrics=("step_barrier",),
+        "interpolation", "Path from the previous checkpoint", "position on the path", ("step_barrier",),
+        "The straight line from the weights of the previous checkpoint (0) to those of this one (1).",
     ),
     "method_path": Sweep(
-        dimension="interpolation", title="Path to the baseline", axis="position on the path",
-        summary="The straight line from a run's weights (0) to the baseline's (1); both ends are trained models.",
-        metrics=("method_barrier",),
+        "interpolation", "Path to the baseline", "position on the path", ("method_barrier",),
+        "The straight line from a run's weights (0) to the baseline's (1); both ends are trained models.",
     ),
     "aligned_method_path": Sweep(
-        dimension="interpolation", title="Path to the baseline, hidden units aligned", axis="position on the path",
-        summary="The same with the baseline's hidden units permuted to match: a hill that stays is not just a "
+        "interpolation", "Path to the baseline, hidden units aligned", "position on the path",
+        ("aligned_method_barrier",),
+        "The same with the baseline's hidden units permuted to match: a hill that stays is not just a "
         "renaming of units.",
-        metrics=("aligned_method_barrier",),
     ),
 }  # fmt: skip
 PLANE = "random_plane"
@@ -284,7 +257,7 @@ def describe(name: str) -> Metric:
     if name == DOWNSTREAM.id:
         return DOWNSTREAM
     title = name.replace("_", " ").capitalize()
-    return _metric(name, "landscape", "", title, "", "An extra beyond the sixteen.", **_EXTRA)
+    return Metric(name, "landscape", "", title, "", "An extra beyond the sixteen.", **_EXTRA)
 
 
 def metric_order(name: str) -> tuple[int, int, str]:
