@@ -3,8 +3,6 @@
 What the commands need is imported inside them, so that help and errors in the arguments come at once.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -15,6 +13,7 @@ from textwrap import fill
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from typer import Argument, Option
 
 from hf_lowrank.compat import silence_torchao
 from hf_lowrank.errors import STOPPED_STATUS, StoppedError, UserError
@@ -47,80 +46,68 @@ app = typer.Typer(
 # Checks that need nothing but the argument; the functions behind a command make them, too, but load more for it.
 
 
-def _file(kind: str) -> Callable[[Any], Any]:
-    """A check that a path, or each of several, is a file."""
+def _each(fault: Callable[[Any], str | None]) -> Callable[[Any], Any]:
+    """A check of an argument, or of each of its values: `fault` says what is wrong with one, or None."""
 
-    def check(value: Any) -> Any:
-        for path in value if isinstance(value, list) else [value]:
-            if path is not None and not path.is_file():
-                raise UserError(f"{path}: no such {kind} file")
-        return value
+    def check(given: Any) -> Any:
+        for value in given if isinstance(given, list) else [given]:
+            message = None if value is None else fault(value)
+            if message is not None:
+                raise UserError(message)
+        return given
 
     return check
 
 
-def _check_runs(runs: list[str]) -> list[str]:
-    for run in runs:
-        is_repository = run.count("/") == 1 and not run.startswith((".", "/", "~"))
-        if not os.path.isdir(run) and not is_repository:
-            raise UserError(f"{run}: no such folder; give a run directory, a folder of checkpoints, or user/repo")
-    return runs
+def _file(kind: str) -> Callable[[Any], Any]:
+    return _each(lambda path: None if path.is_file() else f"{path}: no such {kind} file")
 
 
-def _check_local_run(run: str) -> str:
-    if not os.path.isdir(run):
-        raise UserError(f"{run}: no such run directory")
-    return run
+def _folder(kind: str) -> Callable[[Any], Any]:
+    return _each(lambda path: None if os.path.isdir(path) else f"{path}: no such {kind}")
 
 
-def _check_local_runs(runs: list[str]) -> list[str]:
-    return [_check_local_run(run) for run in runs]
+@_each
+def _check_runs(run: str) -> str | None:
+    if os.path.isdir(run) or (run.count("/") == 1 and not run.startswith((".", "/", "~"))):
+        return None
+    return f"{run}: no such folder; give a run directory, a folder of checkpoints, or user/repo"
 
 
-def _check_study(folder: Path | None) -> Path | None:
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"{folder}: no such study folder")
-    return folder
+@_each
+def _check_steps(steps: str) -> str | None:
+    valid = re.fullmatch(r"all|last|\s*\d+\s*(,\s*\d+\s*)*", steps)
+    return None if valid else f"steps must be all, last or numbers such as 100,200, got {steps!r}"
 
 
-def _check_steps(steps: str | None) -> str | None:
-    if steps is not None and not re.fullmatch(r"all|last|\s*\d+\s*(,\s*\d+\s*)*", steps):
-        raise UserError(f"steps must be all, last or numbers such as 100,200, got {steps!r}")
-    return steps
+@_each
+def _check_metrics(names: str) -> None:
+    from hf_lowrank.metrics import METRICS
+
+    METRICS.select(names)
 
 
-def _check_metrics(names: str | None) -> str | None:
-    if names is not None:
-        from hf_lowrank.metrics import METRICS
-
-        METRICS.select(names)
-    return names
-
-
-def _check_stages(names: str | None) -> str | None:
+@_each
+def _check_stages(names: str) -> str | None:
     wrong = [name for name in names.split(",") if name.strip() not in STAGES] if names else []
-    if wrong:
-        raise UserError(f"stages must be some of {','.join(STAGES)}, got {wrong[0]!r}")
-    return names
+    return f"stages must be some of {','.join(STAGES)}, got {wrong[0]!r}" if wrong else None
 
 
-Recipe = typer.Argument(metavar="RECIPE", callback=_file("recipe"), help="A recipe, e.g. recipes/nano/galore.yaml.")
+Recipe = Argument(metavar="RECIPE", callback=_file("recipe"), help="A recipe, e.g. recipes/nano/galore.yaml.")
 Runs = Annotated[
     list[str],
-    typer.Argument(
+    Argument(
         metavar="RUN...",
         callback=_check_runs,
         help="Run directories, folders of checkpoints, or Hub repositories (user/repo@step-N).",
     ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe key; repeatable.")
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override one recipe key; repeatable.")
 ]
-Revisions = Annotated[
-    str | None, typer.Option(metavar="PATTERN", help="Which revisions are checkpoints, e.g. 'step*'.")
-]
+Revisions = Annotated[str | None, Option(metavar="PATTERN", help="Which revisions are checkpoints, e.g. 'step*'.")]
 Steps = Annotated[
-    str | None, typer.Option(callback=_check_steps, help="all, last, or numbers such as 100,200; default: all.")
+    str | None, Option(callback=_check_steps, help="all, last, or numbers such as 100,200; default: all.")
 ]
 
 
@@ -143,8 +130,8 @@ def prepare() -> None:
 def train(
     recipe: Annotated[Path, Recipe],
     overrides: Overrides = None,
-    seed: Annotated[int | None, typer.Option(help="Override the recipe's seed.")] = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
+    seed: Annotated[int | None, Option(help="Override the recipe's seed.")] = None,
+    output: Annotated[Path | None, Option(metavar="DIR", help="The run directory.")] = None,
 ) -> None:
     """Train a recipe. An interrupted run resumes from its last complete checkpoint."""
     from hf_lowrank.memory import memory_recorder
@@ -160,56 +147,39 @@ def measure(
     runs: Runs,
     metrics: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="IDS",
             callback=_check_metrics,
             help="Metric ids or dimensions, comma-separated, or all; default: the sixteen.",
         ),
     ] = None,
-    steps: Annotated[
-        str | None, typer.Option(callback=_check_steps, help="all, last, or numbers such as 100,200.")
-    ] = None,
+    steps: Annotated[str | None, Option(callback=_check_steps, help="all, last, or numbers such as 100,200.")] = None,
     baseline: Annotated[
-        str | None, typer.Option(metavar="RUN", help="The run to compare with; default: the full-rank one among RUN.")
+        str | None, Option(metavar="RUN", help="The run to compare with; default: the full-rank one among RUN.")
     ] = None,
-    preset: Annotated[Literal["fast", "paper"], typer.Option(help="Settings of the metrics.")] = "fast",
+    preset: Annotated[Literal["fast", "paper"], Option(help="Settings of the metrics.")] = "fast",
     settings: Annotated[
-        Path | None,
-        typer.Option(metavar="YAML", callback=_file("settings"), help="Settings that override the preset's."),
+        Path | None, Option(metavar="YAML", callback=_file("settings"), help="Settings that override the preset's.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Device of the models; auto spreads each over all accelerators.")
+        str | None, Option(help="Device of the models; auto spreads each over all accelerators.")
     ] = None,
     sharded: Annotated[
-        bool,
-        typer.Option("--sharded", help="Under accelerate launch, shard each model over all processes (FSDP2)."),
+        bool, Option("--sharded", help="Under accelerate launch, shard each model over all processes (FSDP2).")
     ] = False,
     evaluation_set: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Held-out sequences or a text file; default: each run's own."),
+        Path | None, Option(metavar="FILE", help="Held-out sequences or a text file; default: each run's own.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for the measurements; default: each run's directory.")
+        Path | None, Option(metavar="DIR", help="Folder for the measurements; default: each run's directory.")
     ] = None,
     revisions: Revisions = None,
 ) -> None:
     """Measure checkpoints and add rows to measurements.jsonl. Skips finished measurements."""
+    options = dict(locals())
     from hf_lowrank.measuring import measure as measure_runs
 
-    rows = measure_runs(
-        runs,
-        metrics=metrics,
-        steps=steps,
-        baseline=baseline,
-        preset=preset,
-        settings=settings,
-        device=device,
-        evaluation_set=evaluation_set,
-        output=output,
-        revisions=revisions,
-        sharded=sharded,
-        progress=sys.stderr.isatty(),
-    )
+    rows = measure_runs(**options, progress=sys.stderr.isatty())
     undefined = sum(row.value != row.value for row in rows)
     rest = f", {undefined} without a value" if undefined else ""
     echo(f"{pluralize(len(rows), 'measurement')} of {pluralize(len(runs), 'run')}{rest}")
@@ -217,12 +187,14 @@ def measure(
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", callback=_check_local_runs, help="Run directories.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the page.")],
+    runs: Annotated[list[str], Argument(metavar="RUN...", callback=_folder("run directory"), help="Run directories.")],
+    output: Annotated[Path, Option(metavar="DIR", help="Folder for the page.")],
     study: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", callback=_check_study, help="A study's directory, to show its claims and prediction."
+        Option(
+            metavar="DIR",
+            callback=_folder("study folder"),
+            help="A study's directory, to show its claims and prediction.",
         ),
     ] = None,
 ) -> None:
@@ -238,15 +210,14 @@ def report(
 def evaluate(
     runs: Runs,
     tasks: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="lm-eval tasks or groups, comma-separated; default: offline tasks."),
+        str | None, Option(metavar="NAMES", help="lm-eval tasks or groups, comma-separated; default: offline tasks.")
     ] = None,
     steps: Steps = None,
-    limit: Annotated[int | None, typer.Option(help="Items per task, for a quick try.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Requests per batch.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device of the models.")] = None,
+    limit: Annotated[int | None, Option(help="Items per task, for a quick try.")] = None,
+    batch_size: Annotated[int | None, Option(help="Requests per batch.")] = None,
+    device: Annotated[str | None, Option(help="Device of the models.")] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for the scores; default: each run's directory.")
+        Path | None, Option(metavar="DIR", help="Folder for the scores; default: each run's directory.")
     ] = None,
     revisions: Revisions = None,
 ) -> None:
@@ -258,18 +229,16 @@ def evaluate(
     from hf_lowrank.runs.trajectory import Trajectory
 
     trajectories = [Trajectory(run, revisions=revisions) for run in runs]
+    wanted: dict[str, Any] = {"tasks": tasks, "steps": steps, "limit": limit, "output": output}
     evaluate_runs(
         trajectories,
-        tasks=tasks,
-        steps=steps,
-        limit=limit,
+        **wanted,
         batch_size=batch_size,
         device=device,
-        output=output,
         warn=lambda line: typer.echo(f"hf-lowrank: {line}", err=True),
         progress=sys.stderr.isatty(),
     )
-    asked, missing = requested_scores(trajectories, output=output, tasks=tasks, steps=steps, limit=limit)
+    asked, missing = requested_scores(trajectories, **wanted)
     if asked:
         console().print(score_table(asked))
     if missing:
@@ -282,15 +251,14 @@ def evaluate(
 @app.command()
 def predict(
     runs: Runs,
-    tasks: Annotated[str | None, typer.Option(metavar="NAMES", help="Tasks whose mean score to predict.")] = None,
+    tasks: Annotated[str | None, Option(metavar="NAMES", help="Tasks whose mean score to predict.")] = None,
     metrics: Annotated[
-        str | None,
-        typer.Option(metavar="IDS", callback=_check_metrics, help="Metrics to predict from; default: all."),
+        str | None, Option(metavar="IDS", callback=_check_metrics, help="Metrics to predict from; default: all.")
     ] = None,
-    permutations: Annotated[int, typer.Option(help="Permutations of the permutation test.")] = 199,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and the permutations.")] = 0,
+    permutations: Annotated[int, Option(help="Permutations of the permutation test.")] = 199,
+    seed: Annotated[int, Option(help="Seed of the bootstrap and the permutations.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for prediction.json and prediction.png.")
+        Path | None, Option(metavar="DIR", help="Folder for prediction.json and prediction.png.")
     ] = None,
 ) -> None:
     """Test by leave-one-run-out whether geometry adds to perplexity in predicting downstream scores."""
@@ -319,35 +287,25 @@ def lm_eval(context: typer.Context) -> None:
 
 @app.command()
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", callback=_check_local_run, help="A run directory.")],
-    repo_id: Annotated[str, typer.Argument(metavar="USER/REPO", help="The Hub repository; created if missing.")],
-    steps: Annotated[str | None, typer.Option(help="Only these checkpoints, e.g. 100,200.")] = None,
-    every: Annotated[int | None, typer.Option(help="Every k-th checkpoint and the last.")] = None,
-    log_spaced: Annotated[int | None, typer.Option(help="This many checkpoints, evenly spaced in log(step).")] = None,
+    run: Annotated[str, Argument(metavar="RUN", callback=_folder("run directory"), help="A run directory.")],
+    repo_id: Annotated[str, Argument(metavar="USER/REPO", help="The Hub repository; created if missing.")],
+    steps: Annotated[str | None, Option(help="Only these checkpoints, e.g. 100,200.")] = None,
+    every: Annotated[int | None, Option(help="Every k-th checkpoint and the last.")] = None,
+    log_spaced: Annotated[int | None, Option(help="This many checkpoints, evenly spaced in log(step).")] = None,
     dense: Annotated[
-        Literal["beside", "instead"] | None, typer.Option(help="Also push the dense export, or only that.")
+        Literal["beside", "instead"] | None, Option(help="Also push the dense export, or only that.")
     ] = None,
     optimizer: Annotated[
-        bool, typer.Option("--optimizer", help="Also push optimizer states, to their own branches.")
+        bool, Option("--optimizer", help="Also push optimizer states, to their own branches.")
     ] = False,
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
-    license_: Annotated[str | None, typer.Option("--license", help="The card's license, as a Hub identifier.")] = None,
+    public: Annotated[bool, Option("--public", help="Make a new repository public.")] = False,
+    license_: Annotated[str | None, Option("--license", help="The card's license, as a Hub identifier.")] = None,
 ) -> None:
     """Publish a run's checkpoints as revisions step-N. Skips revisions that are already complete."""
-    numbers = _numbers(steps)
+    options = {**locals(), "steps": _numbers(steps)}
     from hf_lowrank.hub import push as push_run
 
-    pushed = push_run(
-        run,
-        repo_id,
-        steps=numbers,
-        every=every,
-        log_spaced=log_spaced,
-        dense=dense,
-        optimizer=optimizer,
-        public=public,
-        license=license_,
-    )
+    pushed = push_run(license=options.pop("license_"), **options)
     typer.echo(f"{len(pushed)} revisions of {repo_id} are complete")
 
 
@@ -362,8 +320,8 @@ def _numbers(text: str | None) -> list[int] | None:
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(metavar="RUN@STEP", help="A run's checkpoint, or its folder.")],
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    checkpoint: Annotated[str, Argument(metavar="RUN@STEP", help="A run's checkpoint, or its folder.")],
+    output: Annotated[Path, Argument(metavar="DIR", help="A new folder.")],
 ) -> None:
     """Write a checkpoint as the plain dense architecture, which loads without this package."""
     from hf_lowrank.runs.export import export as export_dense
@@ -373,33 +331,26 @@ def export(
 
 @app.command()
 def study(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="STUDY", callback=_file("study"), help="A study file, e.g. recipes/studies/nano.yaml."),
+    path: Annotated[
+        Path, Argument(metavar="STUDY", callback=_file("study"), help="A study file, e.g. recipes/studies/nano.yaml.")
     ],
-    output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The study's directory; default: runs/NAME.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the planned work and its cost.")] = False,
+    output: Annotated[Path | None, Option(metavar="DIR", help="The study's directory; default: runs/NAME.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show the planned work and its cost.")] = False,
     stages: Annotated[
-        str | None, typer.Option(metavar="NAMES", callback=_check_stages, help=f"Some of {','.join(STAGES)}.")
+        str | None, Option(metavar="NAMES", callback=_check_stages, help=f"Some of {','.join(STAGES)}.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Parallel units of work; default: the study's.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads per unit; default: the study's.")] = None,
+    jobs: Annotated[int | None, Option(help="Parallel units of work; default: the study's.")] = None,
+    threads: Annotated[int | None, Option(help="CPU threads per unit; default: the study's.")] = None,
 ) -> None:
     """Train, measure, evaluate and report the runs of a study file. Skips finished work and resumes where it stopped.
     Exits with status 1 if a unit failed."""
+    options = dict(locals())
     from hf_lowrank.study import run_study
     from hf_lowrank.study.show import print_plan, print_result
 
     out = console()
     result = run_study(
-        file,
-        output=output,
-        stages=stages,
-        dry_run=dry_run,
-        jobs=jobs,
-        threads=threads,
+        **options,
         say=lambda line: typer.echo(line, err=True),
         show_plan=lambda plan: print_plan(plan, out),
         stream=sys.stderr if sys.stderr.isatty() else None,
@@ -414,25 +365,20 @@ def study(
 def memory(
     recipes: Annotated[
         list[Path],
-        typer.Argument(metavar="RECIPE...", callback=_file("recipe"), help="Recipes, e.g. recipes/nano/galore.yaml."),
+        Argument(metavar="RECIPE...", callback=_file("recipe"), help="Recipes, e.g. recipes/nano/galore.yaml."),
     ],
     all_methods: Annotated[
-        bool, typer.Option("--all-methods", help="Also the other methods' recipes in RECIPE's folder.")
+        bool, Option("--all-methods", help="Also the other methods' recipes in RECIPE's folder.")
     ] = False,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per device; default: the recipe's.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence; default: the recipe's.")] = None,
+    batch_size: Annotated[int | None, Option(help="Sequences per device; default: the recipe's.")] = None,
+    sequence_length: Annotated[int | None, Option(help="Tokens per sequence; default: the recipe's.")] = None,
     checkpointing: Annotated[
-        bool | None,
-        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Default: the recipe's."),
+        bool | None, Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Default: the recipe's.")
     ] = None,
-    world_size: Annotated[int, typer.Option(help="Number of devices.")] = 1,
-    sharding: Annotated[
-        Literal["ddp", "fsdp2"] | None, typer.Option(help="Default with several devices: ddp.")
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type of the weights.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the one of this machine.")] = None,
+    world_size: Annotated[int, Option(help="Number of devices.")] = 1,
+    sharding: Annotated[Literal["ddp", "fsdp2"] | None, Option(help="Default with several devices: ddp.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Option(help="Type of the weights.")] = None,
+    device: Annotated[str | None, Option(help="cpu or cuda; default: the one of this machine.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Estimate the training memory of recipes, item by item and compared with full-rank training. Trains nothing."""
