@@ -2,61 +2,28 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hf_lowrank.compat import lazy_names, register_lazily
+from hf_lowrank.compat import lazy_imports, register_lazily
 
 if TYPE_CHECKING:
-    from hf_lowrank.adapters import (
-        CoLAConfig,
-        LowRankConfig,
-        LowRankForCausalLM,
-        ReLoraCallback,
-        ReLoraScheduler,
-        SLTrainConfig,
-    )
-    from hf_lowrank.methods import METHODS
-    from hf_lowrank.metrics import METRICS
-    from hf_lowrank.optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, param_groups
-    from hf_lowrank.runs.trajectory import Trajectory
+    from hf_lowrank.adapters import CoLAConfig as CoLAConfig
+    from hf_lowrank.adapters import LowRankConfig as LowRankConfig
+    from hf_lowrank.adapters import LowRankForCausalLM as LowRankForCausalLM
+    from hf_lowrank.adapters import ReLoraCallback as ReLoraCallback
+    from hf_lowrank.adapters import ReLoraScheduler as ReLoraScheduler
+    from hf_lowrank.adapters import SLTrainConfig as SLTrainConfig
+    from hf_lowrank.methods import METHODS as METHODS
+    from hf_lowrank.metrics import METRICS as METRICS
+    from hf_lowrank.optim import ApolloAdamW as ApolloAdamW
+    from hf_lowrank.optim import FiraAdamW as FiraAdamW
+    from hf_lowrank.optim import FrugalAdamW as FrugalAdamW
+    from hf_lowrank.optim import GaLoreAdamW as GaLoreAdamW
+    from hf_lowrank.optim import param_groups as param_groups
+    from hf_lowrank.runs.trajectory import Trajectory as Trajectory
 
     __version__: str
 
-__all__ = [
-    "METHODS",
-    "METRICS",
-    "ApolloAdamW",
-    "CoLAConfig",
-    "FiraAdamW",
-    "FrugalAdamW",
-    "GaLoreAdamW",
-    "LowRankConfig",
-    "LowRankForCausalLM",
-    "ReLoraCallback",
-    "ReLoraScheduler",
-    "SLTrainConfig",
-    "Trajectory",
-    "__version__",
-    "param_groups",
-]
-
-_load, __dir__ = lazy_names(
-    __name__,
-    {
-        "METHODS": "hf_lowrank.methods",
-        "METRICS": "hf_lowrank.metrics",
-        "ApolloAdamW": "hf_lowrank.optim",
-        "CoLAConfig": "hf_lowrank.adapters",
-        "FiraAdamW": "hf_lowrank.optim",
-        "FrugalAdamW": "hf_lowrank.optim",
-        "GaLoreAdamW": "hf_lowrank.optim",
-        "LowRankConfig": "hf_lowrank.adapters",
-        "LowRankForCausalLM": "hf_lowrank.adapters",
-        "ReLoraCallback": "hf_lowrank.adapters",
-        "ReLoraScheduler": "hf_lowrank.adapters",
-        "SLTrainConfig": "hf_lowrank.adapters",
-        "Trajectory": "hf_lowrank.runs.trajectory",
-        "param_groups": "hf_lowrank.optim",
-    },
-)
+_load, __dir__, __all__ = lazy_imports(__name__)
+__all__ += ["__version__"]
 
 
 def __getattr__(name: str) -> Any:

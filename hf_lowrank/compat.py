@@ -7,20 +7,19 @@ function needs it.
 
 from __future__ import annotations
 
+import ast
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib import import_module
-from pkgutil import resolve_name
+from pkgutil import get_data, resolve_name
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
-    from peft import PeftConfig
-    from peft.tuners._buffer_dict import BufferDict
-    from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import PeftType
     from torch import nn
     from transformers import PreTrainedConfig
@@ -29,12 +28,20 @@ if TYPE_CHECKING:
 # Lazy loading
 
 
-def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's `__getattr__` and `__dir__`, which import its public names when they are first used.
+def lazy_imports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """A package's `__getattr__`, `__dir__` and `__all__`, for the imports under `if TYPE_CHECKING:` in its source.
 
-    Args:
-        modules: each name's module.
+    Type checkers read these imports; at run time each name is imported when it is first used.
     """
+    tree = ast.parse(get_data(package, "__init__.py") or b"")
+    blocks = (node.body for node in tree.body if isinstance(node, ast.If))
+    modules = {
+        alias.name: str(node.module)
+        for block in blocks
+        for node in block
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
 
     def load(name: str) -> Any:
         if name not in modules:
@@ -43,7 +50,7 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
         setattr(sys.modules[package], name, value)
         return value
 
-    return load, lambda: sorted({*vars(sys.modules[package]), *modules})
+    return load, lambda: sorted({*vars(sys.modules[package]), *modules}), sorted(modules)
 
 
 class LazyObject:
@@ -123,7 +130,7 @@ def _register_with_peft(mapping: Any) -> None:
     for name, title in (("cola", "CoLA"), ("sltrain", "SLTrain")):
         peft_type = peft_type_of(name)
         if peft_type not in mapping.PEFT_TYPE_TO_TUNER_MAPPING:
-            _register_tuner(
+            register_with_peft(
                 name,
                 LazyObject(f"hf_lowrank.adapters.tuners:{title}Config"),
                 LazyObject(f"hf_lowrank.adapters.tuners:{title}Model"),
@@ -156,8 +163,7 @@ def peft_type_of(name: str) -> PeftType:
     key = name.upper()
     if key not in PeftType.__members__:
         member = str.__new__(PeftType, key)
-        member._name_ = key
-        member._value_ = key
+        member._name_ = member._value_ = key
         member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
         PeftType._member_names_.append(key)
         PeftType._member_map_[key] = member
@@ -166,12 +172,8 @@ def peft_type_of(name: str) -> PeftType:
     return PeftType(key)
 
 
-def register_with_peft(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
-    """Registers a tuner with PEFT, in place of its lazy entry."""
-    _register_tuner(name, config_cls, model_cls)
-
-
-def _register_tuner(name: str, config_cls: Any, model_cls: Any) -> None:
+def register_with_peft(name: str, config_cls: Any, model_cls: Any) -> None:
+    """Registers a tuner's classes with PEFT, or stand-ins that load them."""
     from peft import mapping
 
     peft_type = peft_type_of(name)
@@ -181,13 +183,6 @@ def _register_tuner(name: str, config_cls: Any, model_cls: Any) -> None:
 
 
 # Private interfaces of transformers, peft and accelerate
-
-
-def buffer_dict() -> BufferDict:
-    """A new module that keeps buffers by name, saved with the state dict."""
-    from peft.tuners._buffer_dict import BufferDict
-
-    return BufferDict(persistent=True)
 
 
 def is_initialized(config: PreTrainedConfig) -> bool:
@@ -214,9 +209,10 @@ def offload_hook(module: nn.Module) -> Any:
     return getattr(module, "_hf_hook", None)
 
 
-# Private interfaces of torch, which other modules import from here by these names; each as `module:name`, with
-# alternatives where versions differ.
-_TORCH = {
+# Private interfaces of torch and peft, which other modules import from here by these names; each as `module:name`,
+# with alternatives where versions differ.
+_PRIVATE = {
+    "BufferDict": ("peft.tuners._buffer_dict:BufferDict",),
     "FakeTensor": ("torch._subclasses.fake_tensor:FakeTensor",),
     "adjust_lr": ("torch.optim._muon:_adjust_lr",),
     "all_gather_into_tensor": ("torch.distributed:all_gather_single", "torch.distributed:all_gather_into_tensor"),
@@ -233,9 +229,7 @@ _TORCH = {
 
 
 def __getattr__(name: str) -> Any:
-    for path in _TORCH.get(name, ()):
-        try:
+    for path in _PRIVATE.get(name, ()):
+        with suppress(AttributeError):
             return resolve_name(path)
-        except AttributeError:
-            continue
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,5 @@
 """Errors that a user can fix: one line that names what is wrong, where, and what is allowed."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

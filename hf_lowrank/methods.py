@@ -55,9 +55,10 @@ TARGET_MODULES = (
 SEED = "seed of the method's own random draws; None for the run's seed"
 
 
-def explained(description: str, **choices: str) -> Any:
-    """A pydantic field description, with the meaning of each choice of a `Literal` that needs one."""
-    return Field(description=description, json_schema_extra={"choices": dict(choices)} if choices else None)
+def explained(description: str, default: Any = ..., **choices: str) -> Any:
+    """A pydantic field with its description, and the meaning of each choice of a `Literal` that needs one."""
+    extra: Any = {"choices": choices} if choices else None
+    return Field(default, description=description, json_schema_extra=extra)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +85,20 @@ def settings_of(settings: type[MethodSettings]) -> dict[str, Setting]:
 
 
 def _setting(name: str, field: FieldInfo) -> Setting:
-    extra = field.json_schema_extra
-    meanings = extra.get("choices", {}) if isinstance(extra, dict) else {}
+    meanings: Any = {}
+    if isinstance(field.json_schema_extra, dict):
+        meanings = field.json_schema_extra.get("choices", {})
     words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     return Setting(
         name=name,
         description=field.description or "",
         default=field.get_default(call_default_factory=True),
-        choices={word: str(meanings.get(word, "")) if isinstance(meanings, dict) else "" for word in words},
+        choices={word: meanings.get(word, "") for word in words},
         allowed=_allowed(field.annotation, field.metadata),
     )
 
 
+TYPE_WORDS = {NoneType: "None", bool: "True or False", str: "a string", int: "an integer", float: "a number"}
 BOUND_WORDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
 
 
@@ -109,11 +112,8 @@ def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"a list of {'strings' if args == (str,) else 'values'}"
     if origin is dict:
         return "a mapping of names to values"
-    if annotation is NoneType:
-        return "None"
-    plain = {bool: "True or False", str: "a string", int: "an integer", float: "a number"}
-    kind = plain.get(annotation, getattr(annotation, "__name__", str(annotation)))
-    bounds = {key: getattr(item, key) for item in metadata for key in ("ge", "gt", "le", "lt") if hasattr(item, key)}
+    kind = TYPE_WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    bounds = {key: getattr(item, key) for item in metadata for key in BOUND_WORDS if hasattr(item, key)}
     if annotation not in (int, float) or not bounds:
         return kind
     if len(bounds) == 2:
@@ -199,10 +199,6 @@ def dense_model(config: PreTrainedConfig, settings: Any, seed: int) -> PreTraine
     return AutoModelForCausalLM.from_config(config)
 
 
-def no_callbacks(settings: Any, args: TrainingArguments) -> Sequence[TrainerCallback]:
-    return ()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One way of pre-training.
@@ -233,7 +229,7 @@ class Method:
     build_model: Callable[[PreTrainedConfig, Any, int], PreTrainedModel] = dense_model
     build_optimizer: Callable[[nn.Module, Any, TrainingArguments], Optimizer] | None = None
     build_scheduler: Callable[[Optimizer, Any, TrainingArguments, int], LRScheduler] | None = None
-    callbacks: Callable[[Any, TrainingArguments], Sequence[TrainerCallback]] = no_callbacks
+    callbacks: Callable[[Any, TrainingArguments], Sequence[TrainerCallback]] = lambda settings, args: ()
 
     def __post_init__(self) -> None:
         if self.look is None:
@@ -329,12 +325,7 @@ def _added(cls: type[MethodSettings], shared: Collection[type[MethodSettings]]) 
 
 
 def _difference(setting: Setting, inherited: Setting) -> Setting:
-    return replace(
-        setting,
-        description="; ".join(
-            text
-            for text, known in ((setting.description, inherited.description), (setting.allowed, inherited.allowed))
-            if text != known
-        ),
-        choices={word: setting.choices[word] for word in setting.choices if word not in inherited.choices},
-    )
+    pairs = (setting.description, inherited.description), (setting.allowed, inherited.allowed)
+    new = [text for text, known in pairs if text != known]
+    choices = {word: meaning for word, meaning in setting.choices.items() if word not in inherited.choices}
+    return replace(setting, description="; ".join(new), choices=choices)

@@ -3,8 +3,6 @@
 scipy is imported where it is used: whoever only needs `Estimate` does not load it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache

@@ -1,4 +1,4 @@
-"""Which modules a low-rank method targets.
+"""Which modules a low-rank method targets, and what Trainer would pass to an optimizer.
 
 The optimizers' groups, the adapters and the metrics all use these rules, so that a run is measured on the same
 matrices that it was trained on.
@@ -9,13 +9,19 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import LowRankWarning, UserError
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 LINEAR_TYPES = (nn.Linear, Conv1D)
+# Trainer's own exemptions from weight decay (`Trainer.get_decay_parameter_names`): biases and norms.
+NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -115,6 +121,26 @@ def target_parameters(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Pa
             )
         chosen.update(matches)
     return chosen
+
+
+def decayed_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that Trainer would decay."""
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    return set(get_parameter_names(model, [nn.LayerNorm], list(NO_DECAY_PATTERNS)))
+
+
+def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The keyword arguments of an optimizer that `TrainingArguments` hold: lr, betas, eps and weight_decay.
+
+    For `Trainer(optimizer_cls_and_kwargs=(GaLoreAdamW, {"model": model, "rank": 128, **adam_arguments(args)}))`.
+    """
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:

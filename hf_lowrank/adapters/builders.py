@@ -1,7 +1,5 @@
 """How the methods with adapter layers build models, optimizers, schedules and callbacks from their settings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import nn
@@ -11,9 +9,8 @@ from transformers import PreTrainedConfig, TrainerCallback, TrainingArguments
 from hf_lowrank.adapters.configuration import LowRankConfig
 from hf_lowrank.adapters.methods import AdapterSettings, ReLoraSettings
 from hf_lowrank.adapters.modeling import LowRankForCausalLM
-from hf_lowrank.adapters.relora import ReLoraScheduler, dense_weights, reinitialise
-from hf_lowrank.adapters.relora_callback import ReLoraCallback
-from hf_lowrank.optim.groups import adam_arguments, decayed_names
+from hf_lowrank.adapters.relora import ReLoraCallback, ReLoraScheduler, dense_weights, reinitialise
+from hf_lowrank.targets import adam_arguments, decayed_names
 
 
 def build_adapted(config: PreTrainedConfig, settings: AdapterSettings, seed: int) -> LowRankForCausalLM:
@@ -54,21 +51,12 @@ def build_relora_scheduler(
     return ReLoraScheduler(
         optimizer,
         num_training_steps=num_training_steps,
-        restart_every=settings.restart_every,
         warmup_steps=args.get_warmup_steps(num_training_steps),
-        restart_warmup_steps=settings.restart_warmup_steps,
-        min_lr_ratio=settings.min_lr_ratio,
         first_restart=settings.warm_start_steps or None,
+        **settings.model_dump(include={"restart_every", "restart_warmup_steps", "min_lr_ratio"}),
     )
 
 
 def relora_callbacks(settings: ReLoraSettings, args: TrainingArguments) -> Sequence[TrainerCallback]:
-    return [
-        ReLoraCallback(
-            restart_every=settings.restart_every,
-            pruning=settings.pruning,
-            prune_ratio=settings.prune_ratio,
-            seed=settings.seed_or(args.seed),
-            warm_start_steps=settings.warm_start_steps,
-        )
-    ]
+    own = settings.model_dump(include={"restart_every", "pruning", "prune_ratio", "warm_start_steps"})
+    return [ReLoraCallback(**own, seed=settings.seed_or(args.seed))]

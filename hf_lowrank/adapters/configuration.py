@@ -1,7 +1,5 @@
 """The config of a model whose linear layers are adapters: the base architecture's config, and the adapter's."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, ClassVar
 
@@ -28,9 +26,7 @@ def adapter_to_dict(config: PeftConfig | dict[str, Any]) -> dict[str, Any]:
     """
     if isinstance(config, dict):
         config = adapter_from_dict(config)
-    peft_type = str(getattr(config.peft_type, "value", config.peft_type))
-    if peft_type not in ADAPTERS:
-        raise UserError(f"adapter_config: peft_type must be one of {', '.join(ADAPTERS)}, got {peft_type!r}")
+    peft_type = _supported(getattr(config.peft_type, "value", config.peft_type))
     default = type(config)()
     kept: dict[str, Any] = {"peft_type": peft_type}
     for field in dataclasses.fields(config):
@@ -47,9 +43,7 @@ def adapter_from_dict(entries: dict[str, Any]) -> PeftConfig:
         UserError: an unknown type or key, or a value that is not allowed.
     """
     entries = dict(entries)
-    peft_type = str(entries.pop("peft_type", None)).upper()[:40]
-    if peft_type not in ADAPTERS:
-        raise UserError(f"adapter_config: peft_type must be one of {', '.join(ADAPTERS)}, got {peft_type!r}")
+    peft_type = _supported(str(entries.pop("peft_type", None)).upper())
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
     unknown = sorted(set(entries) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
@@ -58,6 +52,13 @@ def adapter_from_dict(entries: dict[str, Any]) -> PeftConfig:
         return cls(**entries)
     except (TypeError, AttributeError, KeyError) as error:  # PEFT's own configs do not check types
         raise UserError(f"adapter_config: {' '.join(str(error).split())}") from None
+
+
+def _supported(peft_type: object) -> str:
+    name = str(peft_type)[:40]
+    if name not in ADAPTERS:
+        raise UserError(f"adapter_config: peft_type must be one of {', '.join(ADAPTERS)}, got {name!r}")
+    return name
 
 
 class LowRankConfig(PreTrainedConfig):

@@ -1,7 +1,5 @@
 """Dense weights of adapted layers: from a layer, or from the tensors of a checkpoint without building the model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -56,12 +54,8 @@ def low_rank_factors_from_tensors(
         UserError: a tensor of the module is missing.
     """
     kind = adapter_config["peft_type"]
-    names = {
-        "COLA": ("cola_A.{}", "cola_B.{}"),
-        "SLTRAIN": ("sltrain_A.{}", "sltrain_B.{}"),
-        "LORA": ("lora_A.{}.weight", "lora_B.{}.weight"),
-    }[kind]
-    A, B = (_read(module, name.format(ADAPTER), get_tensor, kind) for name in names)
+    ending = f"{ADAPTER}.weight" if kind == "LORA" else ADAPTER
+    A, B = (_read(module, f"{kind.lower()}_{factor}.{ending}", get_tensor, kind) for factor in "AB")
     return B, A, _scaling(module, A.shape[0], adapter_config)
 
 

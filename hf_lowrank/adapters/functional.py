@@ -7,8 +7,6 @@ checkpointing can distinguish them from other products, and `torch.compile`, for
 their recomputation by a saved dense weight.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

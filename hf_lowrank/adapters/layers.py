@@ -4,9 +4,8 @@ Each is a PEFT tuner layer whose `base_layer` is a shell with the shape, bias, d
 but without its weight. Factors are always A (r, in) and B (out, r), also if the replaced layer is a `Conv1D`.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,14 +13,84 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.functional import bottleneck, compute_dtype, sltrain_linear, sltrain_weight, truncated_svd
-from hf_lowrank.adapters.linears import WeightlessLinear, check_rank, dense_linear, onloaded
 from hf_lowrank.adapters.seeding import draw_support, fill, kaiming_uniform, keyed_generator, uniform
-from hf_lowrank.compat import buffer_dict
+from hf_lowrank.compat import BufferDict, offload_hook
 from hf_lowrank.errors import UserError
 
 INT32_LIMIT = 2**31
+
+
+def linear_shape(layer: Any) -> tuple[int, int]:
+    """(out, in) of an `nn.Linear` or `Conv1D`."""
+    rows, columns = layer.weight.shape
+    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+
+
+def check_rank(name: str, r: int, out_features: int, in_features: int) -> None:
+    """Raises UserError if `r` is not between 1 and the smaller side of the layer's weight."""
+    largest = min(out_features, in_features)
+    if not 1 <= r <= largest:
+        raise UserError(
+            f"{name}: rank r must be at most {largest}, the smaller side of its {out_features} × {in_features} "
+            f"weight, got {r}"
+        )
+
+
+def dense_linear(weight: Tensor, bias: nn.Parameter | None, as_conv1d: bool) -> nn.Module:
+    """An `nn.Linear` or `Conv1D` that holds `weight` (out, in) and `bias` without copies."""
+    out_features, in_features = weight.shape
+    layer: Any
+    with torch.device("meta"):
+        layer = (
+            Conv1D(out_features, in_features)
+            if as_conv1d
+            else nn.Linear(in_features, out_features, bias=bias is not None)
+        )
+    layer.weight = nn.Parameter(weight.T.contiguous() if as_conv1d else weight)
+    layer.bias = bias
+    return layer
+
+
+class WeightlessLinear(nn.Module):
+    """The shape, bias, device and dtype of a linear layer, without its weight."""
+
+    placement: Tensor
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear_shape(layer)
+        self.was_conv1d = isinstance(layer, Conv1D)
+        self.register_parameter("weight", None)
+        # Registering it would move the bias to the meta device while PEFT builds there.
+        self._parameters["bias"] = layer.bias
+        # Follows .to() and is not in checkpoints: factors are created with its device and dtype.
+        self.register_buffer("placement", layer.weight.detach().new_empty(0), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, weight=None"
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise UserError("this layer has no dense weight and cannot compute without its adapter")
+
+
+def onloaded(layer: nn.Module) -> AbstractContextManager[Any]:
+    """Loads offloaded factors while `layer` computes; accelerate itself does so only for modules that are called."""
+    offloaded = [module for module in layer.children() if offload_hook(module) is not None]
+    return _onloaded(offloaded) if offloaded else nullcontext()
+
+
+@contextmanager
+def _onloaded(modules: list[nn.Module]) -> Iterator[None]:
+    for module in modules:
+        offload_hook(module).pre_forward(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            offload_hook(module).post_forward(module, None)
 
 
 class ReplacedLinear(nn.Module, BaseTunerLayer):
@@ -29,10 +98,12 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
 
     Attributes:
         layer_name: dotted name in the dense model, used as the key of the random draws and in errors.
+        adapter_layer_names: containers of each adapter's parameters by adapter, first those of A and B.
+        tensor_names: these, and the containers of its buffers.
     """
 
     title: ClassVar[str]
-    factor_names: ClassVar[tuple[str, str]]
+    tensor_names: ClassVar[tuple[str, ...]]
 
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         nn.Module.__init__(self)
@@ -67,29 +138,24 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         if init == "svd" and weight is None:
             raise UserError(f"{self.layer_name}: init='svd' needs the dense weight, which an earlier adapter replaced")
         self.r[adapter_name] = r
-        self._create(adapter_name, r, options)
-        if self._on_meta(adapter_name):
-            pass
-        elif init == "svd":
-            self._init_from(adapter_name, weight, seed)
-        else:
-            self._draw(adapter_name, seed)
+        self._set_options(adapter_name, options)
+        name_A, name_B, *_ = self.adapter_layer_names
+        getattr(self, name_A)[adapter_name] = self._empty(r, self.in_features)
+        getattr(self, name_B)[adapter_name] = self._empty(self.out_features, r)
+        if not getattr(self, name_A)[adapter_name].is_meta:
+            self._initialise(adapter_name, seed, weight if init == "svd" else None)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
 
-    def _create(self, adapter_name: str, r: int, options: dict[str, Any]) -> None:
+    def _set_options(self, adapter_name: str, options: dict[str, Any]) -> None:
+        """Keeps the options of a new adapter and creates what it has besides its factors."""
         raise NotImplementedError
 
-    def _draw(self, adapter_name: str, seed: int) -> None:
-        raise NotImplementedError
-
-    def _init_from(self, adapter_name: str, weight: Any, seed: int) -> None:
+    def _initialise(self, adapter_name: str, seed: int, weight: Tensor | None) -> None:
+        """Fills a new adapter's tensors from the SVD of the dense weight, or by random draws without one."""
         raise NotImplementedError
 
     def _empty(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(self.base_layer.placement.new_empty(shape))
-
-    def _on_meta(self, adapter_name: str) -> bool:
-        return getattr(self, self.factor_names[0])[adapter_name].is_meta
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
@@ -105,10 +171,6 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for name, trainable in kept.items():
             getattr(self, name)[adapter_name].requires_grad_(trainable)
-
-    def tensor_names(self) -> tuple[str, ...]:
-        """Names of the containers that hold each adapter's tensors."""
-        return self.adapter_layer_names
 
     @property
     def adapter(self) -> str:
@@ -140,7 +202,7 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The active adapter's parameters A (r, in) and B (out, r)."""
-        name_A, name_B = self.factor_names
+        name_A, name_B, *_ = self.adapter_layer_names
         return getattr(self, name_A)[self.adapter], getattr(self, name_B)[self.adapter]
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
@@ -159,6 +221,14 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         B, A, scaling = self.low_rank_factors()
         return (B * scaling) @ A
 
+    def check_mergeable(self) -> None:
+        """Raises UserError if the layer has no dense equivalent."""
+        if self.dense_weight_kind != "exact":
+            raise UserError(
+                f"{self.layer_name}: {self.title} cannot be merged: its non-linearity between the factors has no "
+                "dense equivalent; save the adapter or the LowRankForCausalLM instead"
+            )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Builds the dense weight and uses it until `unmerge`.
 
@@ -168,11 +238,7 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         names = check_adapters_to_merge(self, adapter_names)
         if not names:
             return
-        if self.dense_weight_kind != "exact":
-            raise UserError(
-                f"{self.layer_name}: {self.title} cannot be merged: its non-linearity between the factors has no "
-                "dense equivalent; save the adapter or the LowRankForCausalLM instead"
-            )
+        self.check_mergeable()
         if names != [self.adapter]:
             raise UserError(
                 f"{self.layer_name}: only the active adapter {self.adapter!r} can be merged, got {', '.join(names)}"
@@ -206,13 +272,15 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
     def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        return f"{self.title.lower()}.{super().__repr__()}"
+
 
 class CoLALinear(ReplacedLinear):
     """y = B · σ(A x) + bias (arXiv 2502.10940)."""
 
     title = "CoLA"
-    factor_names = ("cola_A", "cola_B")
-    adapter_layer_names = ("cola_A", "cola_B")
+    adapter_layer_names = tensor_names = ("cola_A", "cola_B")
     other_param_names = ("r", "bottleneck_act", "keep_bottleneck")
     cola_A: nn.ParameterDict
     cola_B: nn.ParameterDict
@@ -223,23 +291,21 @@ class CoLALinear(ReplacedLinear):
         self.keep_bottleneck: dict[str, bool] = {}
         self._act: dict[str, Callable[[Tensor], Tensor]] = {}
 
-    def _create(self, adapter_name: str, r: int, options: dict[str, Any]) -> None:
+    def _set_options(self, adapter_name: str, options: dict[str, Any]) -> None:
         self.bottleneck_act[adapter_name] = options["bottleneck_act"]
         self.keep_bottleneck[adapter_name] = options["keep_bottleneck"]
         self._act[adapter_name] = ACT2FN[options["bottleneck_act"]]
-        self.cola_A[adapter_name] = self._empty(r, self.in_features)
-        self.cola_B[adapter_name] = self._empty(self.out_features, r)
 
-    def _draw(self, adapter_name: str, seed: int) -> None:
-        std = (self.r[adapter_name] * (self.in_features + self.out_features)) ** -0.25
-        generator = keyed_generator(seed, self.layer_name)
-        for factor in (self.cola_A[adapter_name], self.cola_B[adapter_name]):
-            fill(factor, torch.empty(factor.shape).normal_(0, std, generator=generator))
-
-    def _init_from(self, adapter_name: str, weight: Tensor, seed: int) -> None:
-        B, A = truncated_svd(weight, self.r[adapter_name])
-        fill(self.cola_A[adapter_name], A)
-        fill(self.cola_B[adapter_name], B)
+    def _initialise(self, adapter_name: str, seed: int, weight: Tensor | None) -> None:
+        factors = self.cola_A[adapter_name], self.cola_B[adapter_name]
+        if weight is None:
+            std = (self.r[adapter_name] * (self.in_features + self.out_features)) ** -0.25
+            generator = keyed_generator(seed, self.layer_name)
+            A, B = (torch.empty(factor.shape).normal_(0, std, generator=generator) for factor in factors)
+        else:
+            B, A = truncated_svd(weight, self.r[adapter_name])
+        for factor, start in zip(factors, (A, B), strict=True):
+            fill(factor, start)
 
     @property
     def dense_weight_kind(self) -> Literal["exact", "surrogate"]:
@@ -254,16 +320,13 @@ class CoLALinear(ReplacedLinear):
             low = linear(x.to(dtype), A.to(dtype))
         return linear(self._act[self.adapter](low), B, bias if bias is None else bias.to(B.dtype))
 
-    def __repr__(self) -> str:
-        return "cola." + super().__repr__()
-
 
 class SLTrainLinear(ReplacedLinear):
     """y = x ((α/r) B A + S)ᵀ + bias (arXiv 2406.02214)."""
 
     title = "SLTrain"
-    factor_names = ("sltrain_A", "sltrain_B")
     adapter_layer_names = ("sltrain_A", "sltrain_B", "sltrain_values")
+    tensor_names = (*adapter_layer_names, "sltrain_support")
     other_param_names = ("r", "scaling", "sltrain_support")
     sltrain_A: nn.ParameterDict
     sltrain_B: nn.ParameterDict
@@ -272,12 +335,9 @@ class SLTrainLinear(ReplacedLinear):
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         super().__init__(base_layer, layer_name)
         self.scaling: dict[str, float] = {}
-        self.sltrain_support = buffer_dict()
+        self.sltrain_support = BufferDict(persistent=True)
 
-    def tensor_names(self) -> tuple[str, ...]:
-        return (*self.adapter_layer_names, "sltrain_support")
-
-    def _create(self, adapter_name: str, r: int, options: dict[str, Any]) -> None:
+    def _set_options(self, adapter_name: str, options: dict[str, Any]) -> None:
         entries = self.in_features * self.out_features
         if entries >= INT32_LIMIT:
             raise UserError(
@@ -291,33 +351,26 @@ class SLTrainLinear(ReplacedLinear):
                 "it must keep at least one and drop at least one"
             )
         self.scaling[adapter_name] = options["scaling"]
-        self.sltrain_A[adapter_name] = self._empty(r, self.in_features)
-        self.sltrain_B[adapter_name] = self._empty(self.out_features, r)
         self.sltrain_values[adapter_name] = self._empty(count)
         device = self.sltrain_values[adapter_name].device
         self.sltrain_support[adapter_name] = torch.empty(count, dtype=torch.int32, device=device)
 
-    def _draw_support(self, adapter_name: str, seed: int) -> None:
+    def _initialise(self, adapter_name: str, seed: int, weight: Tensor | None) -> None:
         support = self.sltrain_support[adapter_name]
         generator = keyed_generator(seed, self.layer_name, "support")
         fill(support, draw_support(self.out_features, self.in_features, support.numel(), generator))
-
-    def _draw(self, adapter_name: str, seed: int) -> None:
-        A, B, values = self.sltrain_A[adapter_name], self.sltrain_B[adapter_name], self.sltrain_values[adapter_name]
-        self._draw_support(adapter_name, seed)
-        generator = keyed_generator(seed, self.layer_name)
-        fill(A, kaiming_uniform(A.shape[0], A.shape[1], generator))
-        fill(B, torch.zeros(B.shape))
-        fill(values, uniform(tuple(values.shape), self.in_features**-0.5, generator))
-
-    def _init_from(self, adapter_name: str, weight: Tensor, seed: int) -> None:
-        self._draw_support(adapter_name, seed)
-        B, A = truncated_svd(weight, self.r[adapter_name])
-        support = self.sltrain_support[adapter_name].to(weight.device)
-        residual = (weight.float() - B @ A).reshape(-1)
+        if weight is None:
+            generator = keyed_generator(seed, self.layer_name)
+            A = kaiming_uniform(self.r[adapter_name], self.in_features, generator)
+            B = torch.zeros(self.out_features, self.r[adapter_name])
+            values = uniform((support.numel(),), self.in_features**-0.5, generator)
+        else:
+            B, A = truncated_svd(weight, self.r[adapter_name])
+            values = (weight.float() - B @ A).reshape(-1)[support.to(weight.device).long()]
+            B = B / self.scaling[adapter_name]
         fill(self.sltrain_A[adapter_name], A)
-        fill(self.sltrain_B[adapter_name], B / self.scaling[adapter_name])
-        fill(self.sltrain_values[adapter_name], residual[support.long()])
+        fill(self.sltrain_B[adapter_name], B)
+        fill(self.sltrain_values[adapter_name], values)
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
         B, A, _ = super().low_rank_factors()
@@ -334,6 +387,3 @@ class SLTrainLinear(ReplacedLinear):
         A, B = self.factors()
         values, support = self.sltrain_values[name], self.sltrain_support[name]
         return sltrain_linear(x, A, B, values, support, self.scaling[name], bias)
-
-    def __repr__(self) -> str:
-        return "sltrain." + super().__repr__()

@@ -3,8 +3,6 @@
 Imports neither torch, transformers nor peft.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -23,8 +21,6 @@ from hf_lowrank.methods import (
 )
 
 LoraAlpha = Annotated[float, Field(gt=0, description="α: the product of the factors is scaled by α / r")]
-
-
 Pruning = Literal["random", "magnitude", "zero"]
 
 
@@ -34,9 +30,9 @@ class AdapterSettings(MethodSettings):
     peft_type: ClassVar[str]
     fixed: ClassVar[dict[str, Any]] = {}
 
-    r: Annotated[int, Field(ge=1, description="rank of the factors")] = 128
-    target_modules: Annotated[str | list[str], Field(description=TARGET_MODULES)] = "auto"
-    seed: Annotated[int | None, Field(description=SEED)] = None
+    r: int = Field(128, ge=1, description="rank of the factors")
+    target_modules: str | list[str] = Field("auto", description=TARGET_MODULES)
+    seed: int | None = Field(None, description=SEED)
 
     def adapter_config(self, seed: int) -> dict[str, Any]:
         """The adapter's entries in `LowRankConfig`."""
@@ -55,7 +51,7 @@ class AdapterSettings(MethodSettings):
 class ReplacingSettings(AdapterSettings):
     """Settings that the methods share which replace the dense layer."""
 
-    exclude_modules: Annotated[str | list[str] | None, Field(description="targets to leave dense")] = None
+    exclude_modules: str | list[str] | None = Field(None, description="targets to leave dense")
     rank_pattern: dict[str, int] = Field({}, description="other ranks, by name ending or pattern")
 
     def adapter_config(self, seed: int) -> dict[str, Any]:
@@ -65,7 +61,7 @@ class ReplacingSettings(AdapterSettings):
 class CoLASettings(ReplacingSettings):
     peft_type = "COLA"
 
-    bottleneck_act: Annotated[str, Field(description="the non-linearity between the factors")] = "silu"
+    bottleneck_act: str = Field("silu", description="the non-linearity between the factors")
     checkpoint_activations: Annotated[
         bool,
         Field(description="CoLA-M: store only the r-wide activations and recompute the rest in the backward pass"),
@@ -83,31 +79,27 @@ class SLTrainSettings(ReplacingSettings):
     peft_type = "SLTRAIN"
 
     lora_alpha: LoraAlpha = 32
-    sparsity: Annotated[float, Field(gt=0, lt=1, description="share of entries that the sparse part keeps")] = 0.03
+    sparsity: float = Field(0.03, gt=0, lt=1, description="share of entries that the sparse part keeps")
 
 
 class ReLoraSettings(AdapterSettings):
     peft_type = "LORA"
 
     lora_alpha: LoraAlpha = 32
-    restart_every: Annotated[int, Field(ge=1, description="optimizer steps between restarts")] = 1000
-    restart_warmup_steps: Annotated[
-        int, Field(ge=0, description="steps of linear warm-up from 0 back to the cosine after a restart")
-    ] = 100
-    pruning: Annotated[
-        Pruning,
-        explained(
-            "which entries of the factors' moments a restart sets to zero",
-            random="a random share",
-            magnitude="the smallest",
-            zero="all",
-        ),
-    ] = "random"
-    prune_ratio: Annotated[float, Field(ge=0, le=1, description="share of entries that pruning sets to zero")] = 0.99
-    min_lr_ratio: Annotated[
-        float, Field(ge=0, le=1, description="final learning rate of the cosine, relative to its peak")
-    ] = 0.1
-    warm_start_steps: Annotated[int, Field(ge=0, description="steps of full-rank training before the factors")] = 0
+    restart_every: int = Field(1000, ge=1, description="optimizer steps between restarts")
+    restart_warmup_steps: int = Field(
+        100, ge=0, description="steps of linear warm-up from 0 back to the cosine after a restart"
+    )
+    pruning: Pruning = explained(
+        "which entries of the factors' moments a restart sets to zero",
+        "random",
+        random="a random share",
+        magnitude="the smallest",
+        zero="all",
+    )
+    prune_ratio: float = Field(0.99, ge=0, le=1, description="share of entries that pruning sets to zero")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate of the cosine, relative to its peak")
+    warm_start_steps: int = Field(0, ge=0, description="steps of full-rank training before the factors")
 
     def adapter_fields(self) -> set[str]:
         return {"r", "target_modules", "lora_alpha"}

@@ -17,14 +17,22 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.configuration import LowRankConfig
 from hf_lowrank.adapters.dense import PREFIX, lora_dense_weight
-from hf_lowrank.adapters.layers import ReplacedLinear
-from hf_lowrank.adapters.linears import check_rank, dense_linear, linear_shape
+from hf_lowrank.adapters.layers import ReplacedLinear, check_rank, dense_linear, linear_shape
 from hf_lowrank.adapters.relora import reinitialise
 from hf_lowrank.compat import exclude_from_ddp
 from hf_lowrank.errors import LowRankWarning, UserError
 from hf_lowrank.targets import target_modules, warn_about_stacks
 
 PASSED_BY_NAME = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
+
+
+def _of_base_model(name: str) -> Any:
+    """A method that calls the base model's method `name`."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.lm, name)(*args, **kwargs)
+
+    return call
 
 
 class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
@@ -84,36 +92,22 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm.generation_config = self.generation_config
         return self.lm.generate(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.lm.prepare_inputs_for_generation(*args, **kwargs)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.lm.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.lm.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm.set_output_embeddings(new_embeddings)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's own resizing, which also updates its copies of the vocabulary size."""
-        return self.lm.resize_token_embeddings(*args, **kwargs)
-
-    def get_decoder(self) -> nn.Module:
-        return self.lm.get_decoder()
+    prepare_inputs_for_generation = _of_base_model("prepare_inputs_for_generation")
+    get_input_embeddings = _of_base_model("get_input_embeddings")
+    set_input_embeddings = _of_base_model("set_input_embeddings")
+    get_output_embeddings = _of_base_model("get_output_embeddings")
+    set_output_embeddings = _of_base_model("set_output_embeddings")
+    resize_token_embeddings = _of_base_model("resize_token_embeddings")  # updates copies of the vocabulary size
+    get_decoder = _of_base_model("get_decoder")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but a missing or unexpected tensor or one of the wrong shape is an error."""
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("ignore_mismatched_sizes", True)  # reported below, by name
+        source = pretrained_model_name_or_path
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LowRankWarning)  # they were given when it was trained
-            source = pretrained_model_name_or_path
             loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         _check_complete(source, model, info)
@@ -172,10 +166,10 @@ def inject(lm: nn.Module, adapter: PeftConfig) -> None:
 
     Does not advance torch's global generator.
     """
-    devices: list[int] = []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=()):
         if isinstance(adapter, LoraConfig):
-            patterns = _patterns(adapter.target_modules)
+            wanted = adapter.target_modules
+            patterns = "auto" if wanted is None else wanted if isinstance(wanted, str) else sorted(wanted)
             layers = target_modules(lm, patterns)
             if patterns == "auto":
                 warn_about_stacks(lm, "remain dense")
@@ -189,12 +183,6 @@ def inject(lm: nn.Module, adapter: PeftConfig) -> None:
     for parameter in lm.parameters():
         parameter.requires_grad_(True)
     freeze_dense_weights(lm)
-
-
-def _patterns(targets: Any) -> Any:
-    if targets is None:
-        return "auto"
-    return targets if isinstance(targets, str) else sorted(targets)
 
 
 def freeze_dense_weights(lm: nn.Module) -> None:

@@ -1,7 +1,5 @@
 """Random draws that depend on their purpose, never on the order in which they are made."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 

@@ -1,24 +1,146 @@
-"""CoLA and SLTrain as PEFT tuners: the layers they replace and the operations they support."""
+"""CoLA and SLTrain as PEFT tuners: their configs, the layers they replace and the operations they support."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import re
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.adapters.configs import CoLAConfig, ReplacingConfig, SLTrainConfig
 from hf_lowrank.adapters.functional import SAVED_BY_COLA_M
 from hf_lowrank.adapters.layers import CoLALinear, ReplacedLinear, SLTrainLinear
+from hf_lowrank.adapters.methods import CoLASettings, ReplacingSettings, SLTrainSettings
 from hf_lowrank.compat import enable_checkpointing, register_with_peft
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.methods import check_options
 from hf_lowrank.targets import LINEAR_TYPES, target_modules, warn_about_stacks
+
+
+@dataclass(kw_only=True)
+class ReplacingConfig(PeftConfig):
+    """Fields that CoLA and SLTrain share: the linear layers to replace, the rank and the initialisation.
+
+    Raises:
+        UserError: a value is not allowed; the message names the field and what is allowed.
+    """
+
+    method_name: ClassVar[str]
+    settings: ClassVar[type[ReplacingSettings]]
+
+    r: int = field(default=128, metadata={"help": "Rank of the factors; at most the smaller side of each target."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names or name endings, a regular expression for the whole name, 'all-linear', or 'auto' (the "
+            "default): every linear layer inside the model's repeated blocks."
+        },
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names, name endings, or a regular expression: layers to leave dense."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train and save with the adapter."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other ranks for the layers that a name ending or expression matches."}
+    )
+    bias: str = field(default="none", metadata={"help": "Biases to train and save: 'none', 'all' or '<method>_only'."})
+    init: Literal["random", "svd"] = field(
+        default="random",
+        metadata={"help": "'random' draws as the paper does; 'svd' starts from the dense weight's truncated SVD."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the random draws of each layer."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(self.method_name.upper())
+        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+            names = getattr(self, key)
+            listed = isinstance(names, list | set | tuple) and all(isinstance(name, str) for name in names)
+            self._check(key, names is None or isinstance(names, str) or listed, "be a name or a list of names")
+        self._check("rank_pattern", isinstance(self.rank_pattern or {}, dict), "map names to ranks")
+        self._check("seed", isinstance(self.seed, int) and not isinstance(self.seed, bool), "be an integer")
+        self._check("init", self.init in ("random", "svd"), "be 'random' or 'svd'")
+        only = f"{self.method_name}_only"
+        self._check("bias", self.bias in ("none", "all", only), f"be 'none', 'all' or {only!r}")
+        for key in ("target_modules", "exclude_modules"):
+            names = getattr(self, key)
+            if isinstance(names, list):
+                setattr(self, key, set(names))
+            elif isinstance(names, str):
+                try:
+                    re.compile(names)
+                except re.error as error:
+                    self._check(key, False, "be a regular expression", f": {error}")
+        method = type(self).__name__
+        check_options(self.settings, {"r": self.r}, method)
+        for name, rank in (self.rank_pattern or {}).items():
+            check_options(self.settings, {"r": rank}, f"{method} for {name!r}")
+
+    def _check(self, key: str, valid: bool, rule: str, reason: str = "") -> None:
+        if not valid:
+            value = getattr(self, key)
+            raise UserError(f"{type(self).__name__}: {key} must {rule}, got {value!r:.80}{reason}")
+
+    def options(self, r: int) -> dict[str, Any]:
+        """The other options of a layer of rank `r`."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class CoLAConfig(ReplacingConfig):
+    """y = B · σ(A x) in place of a linear layer (arXiv 2502.10940).
+
+    The layer replaces the dense weight instead of adding to it, so it cannot be merged or disabled. With
+    `bottleneck_act="linear"` it is the plain low-rank W = B A, which can be merged.
+    """
+
+    method_name = "cola"
+    settings = CoLASettings
+
+    bottleneck_act: str = field(
+        default="silu", metadata={"help": "σ, by its name in transformers; 'linear' omits it (low-rank W = B A)."}
+    )
+    checkpoint_activations: bool = field(
+        default=False,
+        metadata={"help": "CoLA-M: store only the r-wide activations of each block, recompute the rest."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("bottleneck_act", isinstance(self.bottleneck_act, str), "be a name")
+        if self.bottleneck_act not in ACT2FN:
+            raise UserError(
+                f"CoLAConfig: unknown bottleneck_act {self.bottleneck_act!r}; {nearest(self.bottleneck_act, ACT2FN)}"
+            )
+
+    def options(self, r: int) -> dict[str, Any]:
+        return {"bottleneck_act": self.bottleneck_act, "keep_bottleneck": self.checkpoint_activations}
+
+
+@dataclass(kw_only=True)
+class SLTrainConfig(ReplacingConfig):
+    """W = (lora_alpha / r) · B A + S with a fixed random support, in place of a linear layer (arXiv 2406.02214)."""
+
+    method_name = "sltrain"
+    settings = SLTrainSettings
+
+    lora_alpha: float = field(default=32, metadata={"help": "α; the product of the factors is scaled by α / r."})
+    sparsity: float = field(default=0.03, metadata={"help": "Kept share of S, between 0 and 1: δ · out · in values."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self.settings, {"sparsity": self.sparsity, "lora_alpha": self.lora_alpha}, "SLTrainConfig")
+
+    def options(self, r: int) -> dict[str, Any]:
+        return {"scaling": self.lora_alpha / r, "sparsity": self.sparsity}
 
 
 class ReplacingTuner(BaseTuner):
@@ -36,13 +158,15 @@ class ReplacingTuner(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        if peft_config.target_modules is None or peft_config.target_modules == "auto":
-            inside = tuple(name + "." for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
-            replaced = {name.removesuffix(".") for name in inside}
-            fresh = {name for name in _auto(model, bool(inside)) if not (name + ".").startswith(inside)}
-            peft_config.target_modules = fresh | replaced
-        elif peft_config.target_modules != "all-linear":
-            _check_each_matches(peft_config, model)
+        wanted = peft_config.target_modules
+        replaced = {name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+        if wanted is None or wanted == "auto":
+            peft_config.target_modules = replaced | _dense_targets(model, replaced)
+        elif not wanted:
+            raise UserError("target_modules must name at least one module, got an empty list")
+        elif wanted != "all-linear" and not replaced:
+            # Each name must match a module: a misspelt one would silently leave its layers dense.
+            target_modules(model, wanted if isinstance(wanted, str) else sorted(wanted))
 
     def _create_and_replace(
         self,
@@ -89,7 +213,7 @@ class ReplacingTuner(BaseTuner):
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for name, layer in model.named_modules():
             if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
-                for part in layer.tensor_names():
+                for part in layer.tensor_names:
                     if f"{name}.{part}.{adapter_name}" not in result:
                         raise UserError(
                             f"{layer.layer_name}: the {cls.title} adapter lacks the tensor {name}.{part}; "
@@ -116,33 +240,21 @@ class ReplacingTuner(BaseTuner):
         super()._check_merge_allowed()
         # All layers are checked before the first one changes, so that an error leaves the model unchanged.
         for layer in self.model.modules():
-            if isinstance(layer, ReplacedLinear) and layer.dense_weight_kind != "exact":
-                raise UserError(
-                    f"{layer.layer_name}: {layer.title} cannot be merged: its non-linearity between the factors has "
-                    "no dense equivalent; save the adapter or the LowRankForCausalLM instead"
-                )
+            if isinstance(layer, ReplacedLinear):
+                layer.check_mergeable()
 
 
-def _auto(model: nn.Module, adapted: bool) -> Sequence[str]:
-    try:
-        found = list(target_modules(model))
-        if not adapted:
-            warn_about_stacks(model, "remain dense")
+def _dense_targets(model: nn.Module, replaced: set[str]) -> set[str]:
+    """The automatic targets that no adapter has replaced; may be empty if some are."""
+    if not replaced:
+        found = set(target_modules(model))
+        warn_about_stacks(model, "remain dense")
         return found
+    inside = tuple(name + "." for name in replaced)
+    try:
+        return {name for name in target_modules(model) if not (name + ".").startswith(inside)}
     except UserError:
-        if adapted:
-            return []
-        raise
-
-
-def _check_each_matches(config: ReplacingConfig, model: nn.Module) -> None:
-    """Each name must match a module: a misspelt one would silently leave its layers dense."""
-    wanted = config.target_modules
-    if not wanted:
-        raise UserError("target_modules must name at least one module, got an empty list")
-    inside = tuple(name + "." for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
-    if not inside:
-        target_modules(model, wanted if isinstance(wanted, str) else sorted(wanted))
+        return set()
 
 
 class CoLAModel(ReplacingTuner):

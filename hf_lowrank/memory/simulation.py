@@ -27,8 +27,8 @@ from transformers.utils import import_utils
 from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.errors import UserError
 from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, WORKSPACE, Ledger, Peak, StandIns
-from hf_lowrank.optim.groups import decayed_names
 from hf_lowrank.optim.state import quantization_levels
+from hf_lowrank.targets import decayed_names
 from hf_lowrank.training.recipe import Recipe, first_line
 from hf_lowrank.training.trainer import drop_logits
 
@@ -332,8 +332,8 @@ def _weigh(model: PreTrainedModel, ledger: Ledger) -> Weights:
     kinds: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, ReplacedLinear):
-            for name in module.tensor_names():
-                kind = "factors" if name in module.factor_names else "sparse"
+            for name in module.tensor_names:
+                kind = "factors" if name in module.adapter_layer_names[:2] else "sparse"
                 kinds.update((id(tensor), kind) for tensor in getattr(module, name).values())
         elif isinstance(module, LoraLayer):
             for part in (module.lora_A, module.lora_B):

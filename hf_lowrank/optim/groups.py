@@ -1,4 +1,4 @@
-"""Parameter groups: which parameters are targets, which decay, and what `TrainingArguments` say about them."""
+"""Parameter groups: which parameters are targets, and which decay."""
 
 from __future__ import annotations
 
@@ -7,23 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import TrainingArguments
-from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim.engines import refuse_flattened_model
 from hf_lowrank.optim.layout import check_rank
+from hf_lowrank.targets import decayed_names, warn_about_stacks
 from hf_lowrank.targets import target_modules as select_target_modules
 from hf_lowrank.targets import target_parameters as select_target_parameters
-from hf_lowrank.targets import warn_about_stacks
-
-# Trainer's own exemptions from weight decay (`Trainer.get_decay_parameter_names`): biases and norms.
-NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
-
-
-def decayed_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that Trainer would decay."""
-    return set(get_parameter_names(model, [nn.LayerNorm], list(NO_DECAY_PATTERNS)))
 
 
 def param_groups(
@@ -108,19 +98,6 @@ def check_coverage(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> Non
     twice = [name for name, param in trainable if seen[id(param)] > 1]
     if twice:
         raise UserError(f"a parameter must be in one group, {len(twice)} are in several: {', '.join(twice[:3])}")
-
-
-def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The keyword arguments of an optimizer that `TrainingArguments` hold: lr, betas, eps and weight_decay.
-
-    For `Trainer(optimizer_cls_and_kwargs=(GaLoreAdamW, {"model": model, "rank": 128, **adam_arguments(args)}))`.
-    """
-    return {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.weight_decay,
-    }
 
 
 def parameter_table(title: str, rows: Iterable[tuple[str, Tensor, str]]) -> str:

@@ -61,21 +61,19 @@ class FullRankSettings(MethodSettings):
 class OptimizerSettings(MethodSettings):
     """Settings that all optimizer methods share."""
 
-    target_modules: Annotated[str | list[str], Field(description=TARGET_MODULES)] = "auto"
-    state_dtype: Annotated[
-        Literal["parameter", "float32", "8bit"],
-        explained(
-            "storage of optimizer state",
-            **{"parameter": "the type of the parameter", "8bit": "quantised blocks, needs torchao"},
-        ),
-    ] = "parameter"
-    stochastic_rounding: Annotated[
-        bool, Field(description="round updates of bfloat16 weights stochastically, so that small ones are not lost")
-    ] = False
-    layerwise: Annotated[
-        bool, Field(description="update each parameter inside the backward pass and free its gradient at once")
-    ] = False
-    seed: Annotated[int | None, Field(description=SEED)] = None
+    target_modules: str | list[str] = Field("auto", description=TARGET_MODULES)
+    state_dtype: Literal["parameter", "float32", "8bit"] = explained(
+        "storage of optimizer state",
+        "parameter",
+        **{"parameter": "the type of the parameter", "8bit": "quantised blocks, needs torchao"},
+    )
+    stochastic_rounding: bool = Field(
+        False, description="round updates of bfloat16 weights stochastically, so that small ones are not lost"
+    )
+    layerwise: bool = Field(
+        False, description="update each parameter inside the backward pass and free its gradient at once"
+    )
+    seed: int | None = Field(None, description=SEED)
 
 
 class SubspaceSettings(OptimizerSettings):
@@ -87,23 +85,21 @@ class SubspaceSettings(OptimizerSettings):
         description="further target parameters, by name or name ending, e.g. `experts.down_proj` for the stacked "
         "experts of a mixture",
     )
-    update_proj_gap: Annotated[int, Field(ge=1, description="optimizer steps between refreshes of the subspace")] = 200
+    update_proj_gap: int = Field(200, ge=1, description="optimizer steps between refreshes of the subspace")
     scale: Scale = 1.0
     proj_type: Annotated[Literal["std", "reverse_std", "right", "left", "full"], SIDE] = "std"
     subspace: Annotated[Literal["svd", "randomized", "random", "columns", "gaussian"], SUBSPACE] = "randomized"
-    stagger: Annotated[bool, Field(description="spread the refreshes of different matrices over the steps")] = False
-    adam_variant: Annotated[
-        Literal["official", "torch"],
-        explained(
-            "Adam's formula",
-            official="that of the methods' own packages: ε before the bias correction, decay of the updated weight",
-            torch="that of `torch.optim.AdamW`",
-        ),
-    ] = "official"
+    stagger: bool = Field(False, description="spread the refreshes of different matrices over the steps")
+    adam_variant: Literal["official", "torch"] = explained(
+        "Adam's formula",
+        "official",
+        official="that of the methods' own packages: ε before the bias correction, decay of the updated weight",
+        torch="that of `torch.optim.AdamW`",
+    )
     moments: Annotated[Literal["keep", "rotate", "reset"], MOMENTS] = "keep"
-    diagnostics: Annotated[
-        bool, Field(description="log the captured gradient energy and the overlap of successive bases")
-    ] = False
+    diagnostics: bool = Field(
+        False, description="log the captured gradient energy and the overlap of successive bases"
+    )
 
 
 class GaLoreSettings(SubspaceSettings):
@@ -114,14 +110,12 @@ class FiraSettings(SubspaceSettings):
     scale: Scale = 0.25
     proj_type: Annotated[Literal["std", "reverse_std", "right", "left"], SIDE] = "std"
     subspace: Annotated[Literal["svd", "randomized", "random", "columns"], SUBSPACE] = "randomized"
-    residual: Annotated[
-        Literal["official", "paper"],
-        explained(
-            "what is left outside the subspace",
-            official="G − scale · P PᵀG, as in the published package and its results",
-            paper="G − P PᵀG, as in the paper's formula",
-        ),
-    ] = "official"
+    residual: Literal["official", "paper"] = explained(
+        "what is left outside the subspace",
+        "official",
+        official="G − scale · P PᵀG, as in the published package and its results",
+        paper="G − P PᵀG, as in the paper's formula",
+    )
     norm_growth_limit: NormGrowthLimit = 1.01
 
 
@@ -142,35 +136,28 @@ class ApolloMiniSettings(ApolloSettings):
 class FrugalSettings(SubspaceSettings):
     subspace: FrugalSubspace = "columns"  # type: ignore[assignment]
     moments: Annotated[Literal["keep", "rotate", "reset"], MOMENTS] = "reset"
-    state_free_rule: Annotated[
-        Literal["sign", "sgd"],
-        explained("update outside the subspace", sign="signSGD", sgd="plain SGD"),
-    ] = "sign"
-    state_free_lr_ratio: Annotated[
-        float, Field(ge=0, description="learning rate outside the subspace, relative to Adam's")
-    ] = 1.0
+    state_free_rule: Literal["sign", "sgd"] = explained(
+        "update outside the subspace", "sign", sign="signSGD", sgd="plain SGD"
+    )
+    state_free_lr_ratio: float = Field(1.0, ge=0, description="learning rate outside the subspace, relative to Adam's")
 
 
 class MuonSettings(OptimizerSettings):
-    momentum: Annotated[float, Field(ge=0, lt=1, description="decay of the running mean of gradients")] = 0.95
-    nesterov: Annotated[bool, Field(description="use Nesterov momentum")] = True
-    ns_steps: Annotated[int, Field(ge=1, description="Newton–Schulz iterations")] = 5
-    ns_dtype: Annotated[
-        Literal["bfloat16", "float32"],
-        explained(
-            "precision of Newton–Schulz",
-            bfloat16="torch's own",
-            float32="keeps runs on different numbers of processes together",
-        ),
-    ] = "bfloat16"
-    adjust_lr_fn: Annotated[
-        Literal["original", "match_rms_adamw"],
-        explained(
-            "how the learning rate depends on the shape of a matrix",
-            original="by its aspect ratio",
-            match_rms_adamw="so that updates have the RMS of AdamW's and both can share a learning rate",
-        ),
-    ] = "match_rms_adamw"
+    momentum: float = Field(0.95, ge=0, lt=1, description="decay of the running mean of gradients")
+    nesterov: bool = Field(True, description="use Nesterov momentum")
+    ns_steps: int = Field(5, ge=1, description="Newton–Schulz iterations")
+    ns_dtype: Literal["bfloat16", "float32"] = explained(
+        "precision of Newton–Schulz",
+        "bfloat16",
+        bfloat16="torch's own",
+        float32="keeps runs on different numbers of processes together",
+    )
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = explained(
+        "how the learning rate depends on the shape of a matrix",
+        "match_rms_adamw",
+        original="by its aspect ratio",
+        match_rms_adamw="so that updates have the RMS of AdamW's and both can share a learning rate",
+    )
 
 
 def build_optimizer(optimizer: str) -> Callable[[nn.Module, Any, TrainingArguments], Optimizer]:
@@ -185,8 +172,8 @@ def build_optimizer(optimizer: str) -> Callable[[nn.Module, Any, TrainingArgumen
     """
 
     def build(model: nn.Module, settings: OptimizerSettings, args: TrainingArguments) -> Optimizer:
-        from hf_lowrank.optim.groups import adam_arguments
         from hf_lowrank.optim.layerwise import check_layerwise
+        from hf_lowrank.targets import adam_arguments
 
         if settings.layerwise:
             check_layerwise(max_grad_norm=args.max_grad_norm, fp16=args.fp16)

@@ -1,17 +1,17 @@
 """`import hf_lowrank` makes transformers and PEFT know this package's types, whichever is imported first."""
 
+import importlib
 import pickle
 import subprocess
 import sys
 
 import pytest
-import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_lowrank import CoLAConfig, LowRankConfig, LowRankForCausalLM, SLTrainConfig
-from hf_lowrank.compat import LazyObject, lazy_names
+from hf_lowrank.compat import LazyObject
 
 LOAD_MODEL = """
 config = AutoConfig.from_pretrained(sys.argv[1])
@@ -66,7 +66,7 @@ def test_the_entry_is_the_class_itself_once_it_is_loaded():
 
 
 def test_a_lazy_object_is_used_like_the_object():
-    lazy = LazyObject("hf_lowrank.adapters.configs:CoLAConfig")
+    lazy = LazyObject("hf_lowrank.adapters.tuners:CoLAConfig")
     assert lazy.__name__ == "CoLAConfig"
     assert lazy(r=3) == CoLAConfig(r=3)
     assert pickle.loads(pickle.dumps(lazy)).path == lazy.path
@@ -74,10 +74,22 @@ def test_a_lazy_object_is_used_like_the_object():
         lazy.no_such_attribute  # noqa: B018
 
 
-def test_lazy_names():
-    load, names = lazy_names("torch", {"LazyObject": "hf_lowrank.compat"})
-    with pytest.raises(AttributeError, match="module 'torch' has no attribute 'nothing'"):
-        load("nothing")
-    assert load("LazyObject") is LazyObject
-    assert {"LazyObject", "nn"} <= set(names())
-    del torch.LazyObject
+def test_lazy_imports(tmp_path, monkeypatch):
+    (tmp_path / "lazy_package").mkdir()
+    (tmp_path / "lazy_package" / "__init__.py").write_text(
+        "from typing import TYPE_CHECKING\n"
+        "from hf_lowrank.compat import lazy_imports\n"
+        "if TYPE_CHECKING:\n"
+        "    from hf_lowrank.compat import LazyObject as LazyObject\n"
+        "own = 1\n"
+        "__getattr__, __dir__, __all__ = lazy_imports(__name__)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module("lazy_package")
+    with pytest.raises(AttributeError, match="module 'lazy_package' has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+    assert "LazyObject" not in vars(package)
+    assert package.LazyObject is LazyObject
+    assert package.__all__ == ["LazyObject"]
+    assert {"LazyObject", "own"} <= set(dir(package))
+    assert vars(package)["LazyObject"] is LazyObject
