@@ -128,13 +128,9 @@ def _register_with_transformers(configuration_auto: Any) -> None:
 
 def _register_with_peft(mapping: Any) -> None:
     for name, title in (("cola", "CoLA"), ("sltrain", "SLTrain")):
-        peft_type = peft_type_of(name)
-        if peft_type not in mapping.PEFT_TYPE_TO_TUNER_MAPPING:
-            register_with_peft(
-                name,
-                LazyObject(f"hf_lowrank.adapters.tuners:{title}Config"),
-                LazyObject(f"hf_lowrank.adapters.tuners:{title}Model"),
-            )
+        if peft_type_of(name) not in mapping.PEFT_TYPE_TO_TUNER_MAPPING:
+            config, model = (LazyObject(f"hf_lowrank.adapters.tuners:{title}{kind}") for kind in ("Config", "Model"))
+            register_with_peft(name, config, model)
 
 
 _REGISTRIES: dict[str, Callable[[Any], None]] = {

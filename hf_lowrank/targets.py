@@ -29,6 +29,14 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
 
 
+def compiled(pattern: str, option: str = "target_modules") -> re.Pattern[str]:
+    """`pattern` as a regular expression; raises UserError, naming `option`, if it is not valid."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{option} must be a regular expression, got {pattern!r}: {error}") from None
+
+
 def target_modules(model: nn.Module, patterns: str | Sequence[str] = "auto") -> dict[str, nn.Module]:
     """The linear modules of `model` that `patterns` selects, by dotted name, in module order.
 
@@ -50,7 +58,7 @@ def target_modules(model: nn.Module, patterns: str | Sequence[str] = "auto") -> 
             blocks = _blocks(model)
             chosen = {name: module for name, module in linears.items() if name.startswith(blocks)}
         else:
-            expression = _compiled(patterns)
+            expression = compiled(patterns)
             chosen = {name: module for name, module in linears.items() if expression.fullmatch(name)}
         if not chosen:
             raise UserError(_matches_nothing(patterns, model, linears))
@@ -146,13 +154,6 @@ def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
 def _blocks(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the names inside repeated blocks."""
     return tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"target_modules must be a regular expression, got {pattern!r}: {error}") from None
 
 
 def _matches_nothing(pattern: str, model: nn.Module, linears: dict[str, nn.Module]) -> str:

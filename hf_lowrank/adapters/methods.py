@@ -105,8 +105,6 @@ class ReLoraSettings(AdapterSettings):
         return {"r", "target_modules", "lora_alpha"}
 
 
-BUILDERS = "hf_lowrank.adapters.builders"
-
 ENTRIES = (
     Method(
         name="low_rank",
@@ -115,7 +113,7 @@ ENTRIES = (
         kind="control",
         settings=LowRankSettings,
         look=Look("#7b766d", "#a39e94", DOTTED, "plus"),
-        build_model=LazyObject(f"{BUILDERS}:build_adapted"),
+        build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
     ),
     Method(
         name="cola",
@@ -125,7 +123,7 @@ ENTRIES = (
         settings=CoLASettings,
         source="arXiv 2502.10940",
         look=Look("#b5307f", "#f08bc6", DASHED, "up"),
-        build_model=LazyObject(f"{BUILDERS}:build_adapted"),
+        build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
     ),
     Method(
         name="sltrain",
@@ -135,7 +133,7 @@ ENTRIES = (
         settings=SLTrainSettings,
         source="arXiv 2406.02214",
         look=Look("#1b8fa3", "#62d0e3", DASHED, "square"),
-        build_model=LazyObject(f"{BUILDERS}:build_adapted"),
+        build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
     ),
     Method(
         name="relora",
@@ -145,9 +143,9 @@ ENTRIES = (
         settings=ReLoraSettings,
         source="arXiv 2307.05695",
         look=Look("#a37800", "#ecc033", DASH_DOTTED, "diamond"),
-        build_model=LazyObject(f"{BUILDERS}:build_relora"),
-        build_optimizer=LazyObject(f"{BUILDERS}:build_relora_optimizer"),
-        build_scheduler=LazyObject(f"{BUILDERS}:build_relora_scheduler"),
-        callbacks=LazyObject(f"{BUILDERS}:relora_callbacks"),
+        build_model=LazyObject("hf_lowrank.adapters.modeling:build_relora"),
+        build_optimizer=LazyObject("hf_lowrank.adapters.relora:build_relora_optimizer"),
+        build_scheduler=LazyObject("hf_lowrank.adapters.relora:build_relora_scheduler"),
+        callbacks=LazyObject("hf_lowrank.adapters.relora:relora_callbacks"),
     ),
 )

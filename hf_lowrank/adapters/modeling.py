@@ -12,13 +12,14 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.configuration import LowRankConfig
 from hf_lowrank.adapters.dense import PREFIX, lora_dense_weight
 from hf_lowrank.adapters.layers import ReplacedLinear, check_rank, dense_linear, linear_shape
-from hf_lowrank.adapters.relora import reinitialise
+from hf_lowrank.adapters.methods import AdapterSettings, ReLoraSettings
+from hf_lowrank.adapters.relora import dense_weights, reinitialise
 from hf_lowrank.compat import exclude_from_ddp
 from hf_lowrank.errors import LowRankWarning, UserError
 from hf_lowrank.targets import target_modules, warn_about_stacks
@@ -226,6 +227,25 @@ def _check_complete(source: Any, model: LowRankForCausalLM, info: dict[str, Any]
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise UserError(f"{prefix}{name} has shape {tuple(found)}, the config requires {tuple(expected)}")
+
+
+def build_adapted(config: PreTrainedConfig, settings: AdapterSettings, seed: int) -> LowRankForCausalLM:
+    """The adapted model, from scratch. Whatever is not a target starts as in the dense model of the same seed.
+
+    Raises:
+        UserError: the targets match nothing, or the rank does not fit one of them.
+    """
+    return LowRankForCausalLM(LowRankConfig(base_config=config, adapter_config=settings.adapter_config(seed)))
+
+
+def build_relora(config: PreTrainedConfig, settings: ReLoraSettings, seed: int) -> LowRankForCausalLM:
+    """`build_adapted` with LoRA's factors drawn from the seed; the dense weights train during a warm start."""
+    model = build_adapted(config, settings, seed)
+    reinitialise(model, seed=settings.seed_or(seed), step=0)
+    if settings.warm_start_steps:
+        for weight in dense_weights(model):
+            weight.requires_grad_(True)
+    return model
 
 
 AutoModelForCausalLM.register(LowRankConfig, LowRankForCausalLM)

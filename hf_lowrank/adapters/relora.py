@@ -5,15 +5,16 @@ The parts of a restart are functions; `ReLoraCallback` calls them under Trainer.
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.dense import ADAPTER, lora_dense_weight
@@ -21,7 +22,7 @@ from hf_lowrank.adapters.methods import Pruning, ReLoraSettings
 from hf_lowrank.adapters.seeding import fill, kaiming_uniform, keyed_generator, placed_like
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import check_options
-from hf_lowrank.targets import LINEAR_TYPES
+from hf_lowrank.targets import LINEAR_TYPES, adam_arguments, decayed_names
 
 logger = logging.getLogger(__name__)
 
@@ -218,12 +219,7 @@ class ReLoraCallback(TrainerCallback):
     are accumulated and dropped before the optimizer step. This also works under DDP, where parameters must not leave
     the graph.
 
-    Args:
-        restart_every: optimizer steps between restarts.
-        pruning: which moments of the factors to prune: "random", "magnitude" or "zero".
-        prune_ratio: share of entries that "random" and "magnitude" set to zero.
-        seed: seed of all draws, together with step and layer.
-        warm_start_steps: optimizer steps of full-rank training before the factors.
+    The arguments are settings of the method, see `ReLoraSettings`; draws depend on the seed, the step and the layer.
 
     Raises:
         UserError: a value is not allowed, the model has no LoRA layers, or a warm start is requested under FSDP2.
@@ -313,3 +309,33 @@ class ReLoraCallback(TrainerCallback):
 
 def _inner(optimizer: Any) -> Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def build_relora_optimizer(model: nn.Module, settings: ReLoraSettings, args: TrainingArguments) -> Optimizer:
+    """AdamW on all trainable parameters, split for weight decay as Trainer does."""
+    adam = adam_arguments(args)
+    weight_decay, decayed = adam.pop("weight_decay"), decayed_names(model)
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in trainable if (name in decayed) is decays], "weight_decay": weight_decay * decays}
+        for decays in (True, False)
+    ]
+    return AdamW([group for group in groups if group["params"]], **adam, fused=True)
+
+
+def build_relora_scheduler(
+    optimizer: Optimizer, settings: ReLoraSettings, args: TrainingArguments, num_training_steps: int
+) -> ReLoraScheduler:
+    """ReLoRA's schedule, with the warm-up of `args`; after a warm start the factors warm up as after a restart."""
+    return ReLoraScheduler(
+        optimizer,
+        num_training_steps=num_training_steps,
+        warmup_steps=args.get_warmup_steps(num_training_steps),
+        first_restart=settings.warm_start_steps or None,
+        **settings.model_dump(include={"restart_every", "restart_warmup_steps", "min_lr_ratio"}),
+    )
+
+
+def relora_callbacks(settings: ReLoraSettings, args: TrainingArguments) -> Sequence[TrainerCallback]:
+    own = settings.model_dump(include={"restart_every", "pruning", "prune_ratio", "warm_start_steps"})
+    return [ReLoraCallback(**own, seed=settings.seed_or(args.seed))]

@@ -1,6 +1,5 @@
 """CoLA and SLTrain as PEFT tuners: their configs, the layers they replace and the operations they support."""
 
-import re
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
@@ -20,7 +19,7 @@ from hf_lowrank.adapters.methods import CoLASettings, ReplacingSettings, SLTrain
 from hf_lowrank.compat import enable_checkpointing, register_with_peft
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.methods import check_options
-from hf_lowrank.targets import LINEAR_TYPES, target_modules, warn_about_stacks
+from hf_lowrank.targets import LINEAR_TYPES, compiled, target_modules, warn_about_stacks
 
 
 @dataclass(kw_only=True)
@@ -60,6 +59,7 @@ class ReplacingConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        method = type(self).__name__
         self.peft_type = PeftType(self.method_name.upper())
         for key in ("target_modules", "exclude_modules", "modules_to_save"):
             names = getattr(self, key)
@@ -75,19 +75,14 @@ class ReplacingConfig(PeftConfig):
             if isinstance(names, list):
                 setattr(self, key, set(names))
             elif isinstance(names, str):
-                try:
-                    re.compile(names)
-                except re.error as error:
-                    self._check(key, False, "be a regular expression", f": {error}")
-        method = type(self).__name__
+                compiled(names, f"{method}: {key}")
         check_options(self.settings, {"r": self.r}, method)
         for name, rank in (self.rank_pattern or {}).items():
             check_options(self.settings, {"r": rank}, f"{method} for {name!r}")
 
-    def _check(self, key: str, valid: bool, rule: str, reason: str = "") -> None:
+    def _check(self, key: str, valid: bool, rule: str) -> None:
         if not valid:
-            value = getattr(self, key)
-            raise UserError(f"{type(self).__name__}: {key} must {rule}, got {value!r:.80}{reason}")
+            raise UserError(f"{type(self).__name__}: {key} must {rule}, got {getattr(self, key)!r:.80}")
 
     def options(self, r: int) -> dict[str, Any]:
         """The other options of a layer of rank `r`."""

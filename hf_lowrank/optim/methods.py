@@ -7,6 +7,7 @@ in its own file checks its options against the settings class.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -193,6 +194,8 @@ def subspace_callbacks(settings: SubspaceSettings, args: TrainingArguments) -> S
     return [SubspaceLogCallback()]
 
 
+_subspace_method = partial(Method, kind="optimizer", callbacks=subspace_callbacks)
+
 ENTRIES = (
     Method(
         name="full_rank",
@@ -202,60 +205,50 @@ ENTRIES = (
         settings=FullRankSettings,
         look=Look("#1f1d1a", "#f3f0e8", SOLID, "circle"),
     ),
-    Method(
+    _subspace_method(
         name="galore",
         title="GaLore",
         summary="Adam inside the leading subspace of each gradient, lifted back to the dense weight.",
-        kind="optimizer",
         settings=GaLoreSettings,
         source="arXiv 2403.03507",
         look=Look("#0a6fb5", "#5fb0ee", SOLID, "square"),
         build_optimizer=build_optimizer("hf_lowrank.optim.galore:GaLoreAdamW"),
-        callbacks=subspace_callbacks,
     ),
-    Method(
+    _subspace_method(
         name="fira",
         title="Fira",
         summary="GaLore plus the gradient outside the subspace, scaled by Adam's effect inside.",
-        kind="optimizer",
         settings=FiraSettings,
         source="arXiv 2410.01623",
         look=Look("#cf4a0c", "#ff9159", SOLID, "up"),
         build_optimizer=build_optimizer("hf_lowrank.optim.fira:FiraAdamW"),
-        callbacks=subspace_callbacks,
     ),
-    Method(
+    _subspace_method(
         name="apollo",
         title="APOLLO",
         summary="The gradient, with each channel scaled by Adam's effect on a random projection of it.",
-        kind="optimizer",
         settings=ApolloSettings,
         source="arXiv 2412.05270",
         look=Look("#11803f", "#35c79b", SOLID, "diamond"),
         build_optimizer=build_optimizer("hf_lowrank.optim.apollo:ApolloAdamW"),
-        callbacks=subspace_callbacks,
     ),
-    Method(
+    _subspace_method(
         name="apollo_mini",
         title="APOLLO-Mini",
         summary="APOLLO with rank 1 and one scale per matrix.",
-        kind="optimizer",
         settings=ApolloMiniSettings,
         source="arXiv 2412.05270",
         look=Look("#4d9a2a", "#9bd85e", SOLID, "down"),
         build_optimizer=build_optimizer("hf_lowrank.optim.apollo:ApolloAdamW"),
-        callbacks=subspace_callbacks,
     ),
-    Method(
+    _subspace_method(
         name="frugal",
         title="FRUGAL",
         summary="Adam inside a subspace, signSGD outside.",
-        kind="optimizer",
         settings=FrugalSettings,
         source="arXiv 2411.07837",
         look=Look("#6d4bb8", "#b79cf2", SOLID, "hexagon"),
         build_optimizer=build_optimizer("hf_lowrank.optim.frugal:FrugalAdamW"),
-        callbacks=subspace_callbacks,
     ),
     Method(
         name="muon",
