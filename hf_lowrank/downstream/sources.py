@@ -23,9 +23,8 @@ def tokenizer_folder(trajectory: Trajectory, step: int) -> str:
         return where
     candidates = [Path(where), trajectory.extra(TOKENIZER)]
     for folder in candidates:
-        files = [] if folder is None else [name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
-        if files:
-            check_files(Path(folder), files)
+        if folder is not None and (files := [name for name in TOKENIZER_FILES if (folder / name).is_file()]):
+            check_files(folder, files)
             return str(folder)
     raise UserError(
         f"{where}: has no tokenizer, which downstream tasks need, nor has its run; save one there with save_pretrained"

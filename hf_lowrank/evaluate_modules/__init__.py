@@ -1,7 +1,5 @@
 """Modules for the `evaluate` library, each in a folder with its card; `path` gives the folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

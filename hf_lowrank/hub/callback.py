@@ -44,13 +44,7 @@ class PushRevisionsCallback(TrainerCallback):
     Args:
         repo_id: `user/name`; created if it does not exist.
         every: every k-th save.
-        dense: also push adapted models in their base architecture, to `dense-step-N` ("beside"), or as `step-N`
-            ("instead").
-        optimizer: also push optimizer state, to `optimizer-step-N`.
-        public: visible to everyone, if the repository is created now; private otherwise.
-        license: of the card, a Hub identifier.
-        token: None: that of the login.
-        endpoint: a Hub other than huggingface_hub's default.
+        dense, optimizer, public, license, token, endpoint: as for `push`.
         wait_at_end: how many seconds the end of training waits for pending uploads.
         first_pause: seconds before the first retry; each further pause is twice as long.
 
@@ -121,12 +115,7 @@ class PushRevisionsCallback(TrainerCallback):
 
 
 class Queue:
-    """The push queue of one run and one repository.
-
-    Args:
-        run: the run directory.
-        repo_id: `user/name`.
-    """
+    """The push queue of one run directory and one repository."""
 
     def __init__(self, run: Path, repo_id: str) -> None:
         self.folder = run / FOLDER / repo_id.replace("/", "--")
@@ -223,7 +212,11 @@ class QueueWorker:
         while True:
             ending = self._ending.is_set()
             self._wake.clear()
-            known = self._attempt()
+            try:
+                self._drain()
+                known = None
+            except Exception as error:  # any error at all: only this thread may fail, not training
+                known = understood(error, self.repo_id)
             if known is None:
                 failures = 0
             elif failures == 0 or not isinstance(known, UnreachedError):
@@ -238,20 +231,11 @@ class QueueWorker:
             pause = min(self.first_pause * 2 ** (failures - 1), LONGEST_PAUSE) if again else None
             self._wake.wait(pause)
 
-    def _attempt(self) -> Exception | None:
-        """Publishes the waiting checkpoints; returns the error, if any."""
-        try:
-            self._drain()
-        except Exception as error:
-            # Any error at all: only this thread may fail, not training.
-            return understood(error, self.repo_id)
-        return None
-
     def _drain(self) -> None:
         """Publishes the queue, oldest first, and then `main`."""
         while waiting := [job for job in self.queue.jobs() if self._sound(job)]:
             job = waiting[0]
-            self.publisher.publish_checked(job)
+            self.publisher.publish(job)
             if len(waiting) == 1:
                 self.publisher.settle(job)
                 self._settled = True

@@ -3,8 +3,6 @@
 Metadata is written by huggingface_hub's `ModelCardData`, never by a template; every value in the text is escaped.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

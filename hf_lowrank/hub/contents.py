@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.hub.privacy import holds_secret, secrets, without_private, without_private_parts
+from hf_lowrank.hub.privacy import secrets, without_private, without_private_parts
 from hf_lowrank.runs import layout
 from hf_lowrank.runs.checkpoints import weight_files
 from hf_lowrank.storage.checksums import SEAL, seal_holds, sealed, sealed_text, unsealed
@@ -53,13 +54,8 @@ class PushFile:
         return self._digest(hashlib.sha1(b"blob %d\0" % self.size))
 
     def _digest(self, digest: hashlib._Hash) -> str:
-        if isinstance(self.source, bytes):
-            digest.update(self.source)
-        else:
-            with open(self.source, "rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-        return digest.hexdigest()
+        with io.BytesIO(self.source) if isinstance(self.source, bytes) else open(self.source, "rb") as file:
+            return hashlib.file_digest(file, lambda: digest).hexdigest()
 
     def read(self) -> bytes:
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
@@ -110,16 +106,17 @@ def push_file(name: str, path: Path) -> PushFile:
         if name.endswith(".jsonl"):
             data = data[: data.rfind(b"\n") + 1]  # a line without its end is still being written
         try:
-            cleaned = _cleaned(name, data.decode("utf-8")).encode()
+            # By content, not by path: the file may grow while it is pushed.
+            file = PushFile(name, _cleaned(name, data.decode("utf-8")).encode())
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: damaged: not UTF-8 text: {error}") from None
-        # By content, not by path: the file may grow while it is pushed.
-        file = PushFile(name, cleaned)
     else:
         file = PushFile(name, path)
     # A cleaned file may still contain a secret, e.g. as a number.
-    if name in (*CLEANED, *layout.TOKENIZER_FILES) and holds_secret(file.read()):
-        raise UserError(f"{path}: contains an access token or another secret of this machine; it is not pushed")
+    if name in (*CLEANED, *layout.TOKENIZER_FILES):
+        content = file.read()
+        if any(secret.encode() in content for secret in secrets()):
+            raise UserError(f"{path}: contains an access token or another secret of this machine; it is not pushed")
     return file
 
 
@@ -160,14 +157,3 @@ def _cleaned_json(text: str, known: tuple[str, ...], indent: int | None = None) 
         return json.dumps(cleaned, indent=indent, ensure_ascii=False) + ("" if indent is None else "\n")
     except (ValueError, RecursionError):
         return plain  # as above; a wrong checksum stays wrong
-
-
-def manifest(run: str, identity: str, step: int, files: Mapping[str, PushFile]) -> PushFile:
-    """The manifest of a revision: run, step, and the SHA-256 of every file."""
-    content = {
-        "run": without_private(run),
-        "identity": identity,
-        "step": step,
-        "files": {path: file.sha256 for path, file in sorted(files.items())},
-    }
-    return PushFile(MANIFEST, (json.dumps(content, indent=1) + "\n").encode())

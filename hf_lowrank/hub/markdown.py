@@ -4,8 +4,6 @@ HTML's autoescape does not cover Markdown's own characters. Here each character 
 becomes a character reference, which Markdown displays and never reads as structure.
 """
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from pathlib import Path
@@ -39,18 +37,20 @@ def escape(value: object) -> str:
 def fenced(text: str, language: str = "") -> Markdown:
     """A code block whose fence is longer than any run of backticks in it."""
     text = CONTROL.sub("", without_private(text).replace("\r", ""))
-    longest = max((len(row) for row in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = _fence(text, 3)
     return Markdown(f"{fence}{language}\n{text.rstrip()}\n{fence}")
 
 
 def inline_code(text: object) -> Markdown:
     """Inline code, with a fence longer than any run of backticks in it."""
     content = " ".join(CONTROL.sub("", without_private(str(text))).split()).replace("|", "¦") or " "
-    longest = max((len(row) for row in re.findall(r"`+", content)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if longest else ""
+    fence = _fence(content, 1)
+    pad = " " if "`" in content else ""
     return Markdown(f"{fence}{pad}{content}{pad}{fence}")
+
+
+def _fence(text: str, shortest: int) -> str:
+    return "`" * max(shortest, 1 + max((len(row) for row in re.findall(r"`+", text)), default=0))
 
 
 @cache

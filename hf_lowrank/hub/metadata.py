@@ -1,7 +1,5 @@
 """The metadata of a card, which the Hub reads: ours, and what others wrote into an existing card."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,19 +40,11 @@ def written_metadata(
     losses: Mapping[str, tuple[int, float]],
     scores: Sequence[Score],
 ) -> str:
-    """The metadata of a model card, as YAML.
-
-    Args:
-        recipe: of the run, without private parts.
-        config: of the checkpoint.
-        before: the metadata of the existing card.
-        license: a Hub identifier; None: the one in `before`, else "unknown".
-        name: of the model.
-        losses: step and value by metric.
-        scores: downstream scores.
-    """
+    """The metadata of a model card, as YAML, from the public part of the recipe, the checkpoint's configuration, the
+    metadata of the existing card, and the results; `losses` has step and value by metric."""
     data = section(recipe, "data")
-    dataset = data.get("dataset") if data.get("source") == "hub" else None
+    named = data.get("dataset") if data.get("source") == "hub" else None
+    dataset = named if isinstance(named, str) and HUB_ID.fullmatch(named) else None
     kept = before.get("license")
     tags = ["hf_lowrank", "low-rank", "pre-training", tag_of(section(recipe, "method").get("name"))]
     if config.get("model_type") == "lowrank":
@@ -63,14 +53,14 @@ def written_metadata(
     if isinstance(earlier, list):
         tags.extend(tag for tag in earlier if isinstance(tag, str))
     base = config.get("_name_or_path")
-    results = [*_loss_results(losses, dataset), *map(_score_result, scores)]
+    results = _results(losses, dataset, scores)
     ours: dict[str, Any] = {
         "license": license or (kept if isinstance(kept, str) and kept else "unknown"),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(tag for tag in tags if tag)),
     }
-    if isinstance(dataset, str) and HUB_ID.fullmatch(dataset):
+    if dataset is not None:
         ours["datasets"] = [dataset]
     if isinstance(base, str) and "/" in base and HUB_ID.fullmatch(base):
         ours["base_model"] = base
@@ -90,29 +80,32 @@ def tag_of(value: object) -> str:
     return TAG.sub("-", str(value)).strip("-")[:60] if value else ""
 
 
-def _loss_results(losses: Mapping[str, tuple[int, float]], dataset: object) -> list[EvalResult]:
-    known = isinstance(dataset, str) and HUB_ID.fullmatch(dataset) is not None
-    return [
+def _results(
+    losses: Mapping[str, tuple[int, float]], dataset: str | None, scores: Sequence[Score]
+) -> list[EvalResult]:
+    """Loss and perplexity on the held-out part of `dataset`, if that is on the Hub, and downstream scores."""
+    results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=str(dataset) if known else "held-out",
-            dataset_name=f"held-out part of {dataset}" if known else "held-out sequences of this run",
+            dataset_type=dataset or "held-out",
+            dataset_name=f"held-out part of {dataset}" if dataset else "held-out sequences of this run",
             metric_type=metric,
             metric_name=f"{metric} at step {step}",
             metric_value=value,
         )
         for metric, (step, value) in losses.items()
     ]
-
-
-def _score_result(row: Score) -> EvalResult:
-    task = name_of(row.task)
-    return EvalResult(
-        task_type="text-generation",
-        task_name=task,
-        dataset_type=tag_of(task) or "task",
-        dataset_name=task,
-        metric_type=tag_of(row.metric) or "score",
-        metric_name=name_of(row.metric),
-        metric_value=row.value,
-    )
+    for row in scores:
+        task = name_of(row.task)
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name=task,
+                dataset_type=tag_of(task) or "task",
+                dataset_name=task,
+                metric_type=tag_of(row.metric) or "score",
+                metric_name=name_of(row.metric),
+                metric_value=row.value,
+            )
+        )
+    return results

@@ -1,7 +1,5 @@
 """The pictures of a card, as PNG bytes that are the same for the same data."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Keeps tokens, home paths and secrets of the environment out of logs and of everything that is pushed."""
 
-from __future__ import annotations
-
 import os
 import re
 import tempfile
@@ -18,11 +16,11 @@ ANY_HOME = re.compile(r"(?<![\w./:~*%-])/(?:home|Users)/[\w.-]+")
 SIGNED_QUERY = re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]+")
 
 
-def secrets(token: str | None = None) -> tuple[str, ...]:
+def secrets() -> tuple[str, ...]:
     """The tokens of the login, and the values of environment variables with names like TOKEN or PASSWORD."""
     from huggingface_hub import get_token
 
-    known = {token, get_token()}
+    known = {get_token()}
     known.update(value for name, value in os.environ.items() if SECRET_NAME.search(name))
     return tuple(sorted((value for value in known if value and len(value) >= 8), key=len, reverse=True))
 
@@ -33,12 +31,22 @@ def _homes(home: str) -> tuple[str, ...]:
     return tuple(sorted((path for path in paths if len(path) > 1), key=len, reverse=True))
 
 
-def without_private(text: str, *, token: str | None = None, known: tuple[str, ...] | None = None) -> str:
+def without_private(text: str, *, known: tuple[str, ...] | None = None) -> str:
     """`text` without tokens, secrets of the environment, signed queries and the folders of this machine.
 
     Of an absolute path only the last part is kept; relative paths and URLs are kept.
     """
-    return _without(text, secrets(token) if known is None else known)
+    for secret in secrets() if known is None else known:
+        text = text.replace(secret, REMOVED)
+    text = TOKEN.sub(REMOVED, text)
+    if "/" not in text:
+        return text
+    text = SIGNED_QUERY.sub(r"\1", text)
+    for home in (*_homes(str(Path.home())), *_homes(tempfile.gettempdir())):
+        text = re.sub(r"(?<![\w.-])" + re.escape(home) + r"(?![\w.-])", "/~", text)
+    text = ANY_HOME.sub("/~", text)
+    text = ABSOLUTE_PATH.sub(lambda match: match[1] or "~", text)
+    return text.replace("/~", "~")
 
 
 def without_private_parts(data: Any, known: tuple[str, ...] | None = None) -> Any:
@@ -56,7 +64,7 @@ def without_private_parts(data: Any, known: tuple[str, ...] | None = None) -> An
     """
     known = secrets() if known is None else known
     if isinstance(data, str):
-        return _without(data, known)
+        return without_private(data, known=known)
     if isinstance(data, dict):
         clean = {without_private_parts(k, known): without_private_parts(value, known) for k, value in data.items()}
         if len(clean) < len(data):
@@ -67,26 +75,7 @@ def without_private_parts(data: Any, known: tuple[str, ...] | None = None) -> An
     return data
 
 
-def _without(text: str, known: tuple[str, ...]) -> str:
-    for secret in known:
-        text = text.replace(secret, REMOVED)
-    text = TOKEN.sub(REMOVED, text)
-    if "/" not in text:
-        return text
-    text = SIGNED_QUERY.sub(r"\1", text)
-    for home in (*_homes(str(Path.home())), *_homes(tempfile.gettempdir())):
-        text = re.sub(r"(?<![\w.-])" + re.escape(home) + r"(?![\w.-])", "/~", text)
-    text = ANY_HOME.sub("/~", text)
-    text = ABSOLUTE_PATH.sub(lambda match: match[1] or "~", text)
-    return text.replace("/~", "~")
-
-
-def holds_secret(data: bytes, *, token: str | None = None) -> bool:
-    """Whether `data` contains one of the known secrets."""
-    return any(secret.encode() in data for secret in secrets(token))
-
-
-def one_line(error: object, *, token: str | None = None, limit: int = 300) -> str:
+def one_line(error: object, *, limit: int = 300) -> str:
     """An error as one line without private parts."""
-    text = " ".join(without_private(str(error), token=token).split())
+    text = " ".join(without_private(str(error)).split())
     return text[:limit] or type(error).__name__

@@ -5,13 +5,10 @@ commit: the Hub cannot move a branch to another commit, but a commit advances it
 one out of order, go through a temporary branch `incoming-…` instead.
 """
 
-from __future__ import annotations
-
 import hashlib
+import json
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +23,6 @@ from hf_lowrank.hub.contents import (
     PushFile,
     checkpoint_files,
     files_of,
-    manifest,
     run_files,
     state_files,
 )
@@ -39,6 +35,7 @@ from hf_lowrank.storage.parsing import parse_json
 
 Dense = Literal["beside", "instead"]
 STEP = re.compile(r"step-(\d+)")
+WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
 LATEST, MAIN, README = "latest", "main", "README.md"
 # Files that a repository may have before its first push and still count as empty.
 BLANK = (".gitattributes", README, "LICENSE", "LICENSE.md", "LICENSE.txt")
@@ -68,10 +65,7 @@ class Publisher:
         repository: the repository.
         run: the run directory; None for a checkpoint without one.
         private: visibility, if the repository is created now.
-        dense: also push the base architecture, to `dense-step-N` ("beside"), or instead of the adapted model
-            ("instead").
-        optimizer: also push optimizer state, to `optimizer-step-N`.
-        license: of the card, a Hub identifier; None: that of the existing card, else "unknown".
+        dense, optimizer, license: as for `push`.
     """
 
     def __init__(
@@ -138,14 +132,11 @@ class Publisher:
         if job.step in self._contents:
             return self._contents[job.step]
         trained = checkpoint_files(job.folder, self.run)
-        branches: dict[str, Files] = {}
-        with self._dense_files(job, trained) as dense:
-            if self.dense == "instead" and dense is not None:
-                branches[job.branch] = self._finished(job, job.branch, dense)
-            else:
-                branches[job.branch] = self._finished(job, job.branch, trained)
-                if dense is not None:
-                    branches[f"dense-{job.branch}"] = self._finished(job, f"dense-{job.branch}", dense)
+        dense = self._dense_files(job, trained)
+        models = {job.branch: dense if dense and self.dense == "instead" else trained}
+        if dense and self.dense != "instead":
+            models[f"dense-{job.branch}"] = dense
+        branches = {branch: self._finished(job, branch, files) for branch, files in models.items()}
         if self.optimizer:
             state = state_files(job.folder)
             if OPTIMIZER in state:
@@ -162,15 +153,19 @@ class Publisher:
         return {**files, README: PushFile(README, card.encode()), MANIFEST: self._manifest(job, files)}
 
     def _manifest(self, job: Job, files: Files) -> PushFile:
-        return manifest(self.name, self.identity(job), job.step, files)
+        """The manifest of a revision: run, step, and the SHA-256 of every file."""
+        content = {
+            "run": without_private(self.name),
+            "identity": self.identity(job),
+            "step": job.step,
+            "files": {path: file.sha256 for path, file in sorted(files.items())},
+        }
+        return PushFile(MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
-    @contextmanager
-    def _dense_files(self, job: Job, trained: Files) -> Iterator[Files | None]:
-        """The files with the model exported to its base architecture; None if it is not adapted."""
-        model_type = parse_json(trained[CONFIG].read()).get("model_type")
-        if self.dense is None or model_type != "lowrank":
-            yield None
-            return
+    def _dense_files(self, job: Job, trained: Files) -> Files | None:
+        """The files with the model exported to its base architecture; None if that is not asked for or not needed."""
+        if self.dense is None or parse_json(trained[CONFIG].read()).get("model_type") != "lowrank":
+            return None
         from hf_lowrank.runs.export import export
 
         if not hasattr(self, "_scratch"):
@@ -179,7 +174,8 @@ class Publisher:
         if not folder.exists():
             export(job.folder, folder)
         exported = checkpoint_files(folder, self.run)
-        yield {path: file for path, file in {**trained, **exported}.items() if path in exported or not _weights(path)}
+        kept = {path: file for path, file in trained.items() if not WEIGHTS.fullmatch(path)}
+        return {**kept, **exported}
 
     def recipe(self) -> dict[str, Any]:
         """The run's recipe without private parts; empty without one."""
@@ -188,7 +184,11 @@ class Publisher:
     # -- publishing
 
     def publish(self, job: Job) -> None:
-        """Completes the checkpoint's branches and advances `latest` if it is the newest."""
+        """Completes the checkpoint's branches, advances `latest` if it is the newest, and checks both on the Hub.
+
+        Raises:
+            UnreachedError: the Hub does not show what was sent.
+        """
         self.prepare(job)
         title, description = self._message(job)
         contents = self.contents(job)
@@ -217,14 +217,6 @@ class Publisher:
         for branch in contents:
             if INCOMING + branch in branches:
                 self.repository.remove(INCOMING + branch)
-
-    def publish_checked(self, job: Job) -> None:
-        """`publish`, and a check of the result on the Hub.
-
-        Raises:
-            UnreachedError: the Hub does not show what was sent.
-        """
-        self.publish(job)
         faults = self.faults(job)
         if faults:
             raise UnreachedError(f"the Hub does not show what was sent: {'; '.join(faults)}")
@@ -233,8 +225,20 @@ class Publisher:
         """Updates the card on `main`, and its weights to those of `job`, unless `main` holds a later checkpoint."""
         head = self.repository.branches()[MAIN]
         there = self.repository.manifest(head).get("step")
-        card, pictures = self._card(head, job)
-        files = {**(run_files(self.run) if self.run is not None else {}), **pictures, README: card}
+        before = self.repository.read(README, head)
+        pictures = draw(self.run) if self.run is not None else {}
+        card = cards.model_card(
+            self.run,
+            self.repository.repo_id,
+            checkpoint=job.folder if job is not None else None,
+            previous=None if before is None else before.decode("utf-8", errors="replace"),
+            license=self.license,
+            pictures=tuple(pictures),
+            name=self.name,
+        )
+        files = run_files(self.run) if self.run is not None else {}
+        files |= files_of(PushFile(f"pictures/{name}.png", data) for name, data in pictures.items())
+        files[README] = PushFile(README, card.encode())
         if job is not None and not (isinstance(there, int) and there > job.step):
             files = {**self.contents(job)[job.branch], **files}
             self.repository.bring(MAIN, head, files, *self._message(job))
@@ -262,22 +266,6 @@ class Publisher:
             if INCOMING + branch in branches:
                 found.append(f"{INCOMING + branch} is left over")
         return found
-
-    def _card(self, head: str, job: Job | None) -> tuple[PushFile, Files]:
-        before = self.repository.read(README, head)
-        folder = job.folder if job is not None else None
-        pictures = draw(self.run) if self.run is not None else {}
-        text = cards.model_card(
-            self.run,
-            self.repository.repo_id,
-            checkpoint=folder,
-            previous=None if before is None else before.decode("utf-8", errors="replace"),
-            license=self.license,
-            pictures=tuple(pictures),
-            name=self.name,
-        )
-        files = files_of(PushFile(f"pictures/{name}.png", data) for name, data in pictures.items())
-        return PushFile(README, text.encode()), files
 
     def _step_of_latest(self, branches: dict[str, str]) -> int | None:
         """The step of `latest`; None without that branch."""
@@ -312,7 +300,3 @@ class Publisher:
         recipe = self.recipe()
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else ""
         return f"{title}: {name}", without_private(text)
-
-
-def _weights(path: str) -> bool:
-    return path.endswith((".safetensors", ".safetensors.index.json")) and path.startswith("model")

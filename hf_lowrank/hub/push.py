@@ -1,7 +1,5 @@
 """Pushing a run's checkpoints: everything is checked before anything is sent, and every step can be repeated."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -94,16 +92,11 @@ def push(
         check_weights(job.folder)
     repository = Repository(repo_id, token=token, endpoint=endpoint)
     publisher = Publisher(
-        repository,
-        _run_of(folder),
-        private=not public,
-        dense=dense,
-        optimizer=optimizer,
-        license=license,
+        repository, _run_of(folder), private=not public, dense=dense, optimizer=optimizer, license=license
     )
     for job in jobs:
         publisher.contents(job)
-    _Tries(repository, pauses)(lambda: publisher.prepare(jobs[-1]))
+    _retry(lambda: publisher.prepare(jobs[-1]), repo_id, pauses)
     states, failed = _publish_all(publisher, jobs, pauses)
     if failed:
         complete = len(jobs) - len(failed.keys() - {MAIN})
@@ -120,39 +113,38 @@ def push(
 def _publish_all(
     publisher: Publisher, jobs: list[Job], pauses: Sequence[float]
 ) -> tuple[dict[int, State], dict[str, str]]:
-    """Publishes each checkpoint, then `main`; returns the state of each by step, and the failures by branch."""
+    """Publishes the checkpoints that the Hub lacks, then `main`; returns states by step, and failures by branch."""
+    repo_id = publisher.repository.repo_id
+
+    def publish(job: Job) -> State:
+        if not publisher.faults(job):
+            return "there"
+        publisher.publish(job)
+        return "sent"
+
     states: dict[int, State] = {}
     failed: dict[str, str] = {}
-    tries = _Tries(publisher.repository, pauses)
     refused = False
     for job in jobs:
         if refused:
             failed[job.branch] = "not tried"
             continue
         try:
-            states[job.step] = tries(partial(_publish, publisher, job))
-            logger.info("%s: %s is complete", publisher.repository.repo_id, job.branch)
+            states[job.step] = _retry(partial(publish, job), repo_id, pauses)
+            logger.info("%s: %s is complete", repo_id, job.branch)
         except UnreachedError as error:
             failed[job.branch] = str(error)
-            tries = _Tries(publisher.repository, ())  # one try each for the remaining ones
+            pauses = ()  # one try each for the remaining ones
         except UserError as error:
             failed[job.branch] = str(error)
             refused = True
     published = [job for job in jobs if job.branch not in failed]
     if published and not refused:
         try:
-            tries(lambda: publisher.settle(published[-1]))
+            _retry(lambda: publisher.settle(published[-1]), repo_id, pauses)
         except (UnreachedError, UserError) as error:
             failed[MAIN] = str(error)
     return states, failed
-
-
-def _publish(publisher: Publisher, job: Job) -> State:
-    """Publishes a checkpoint unless the Hub has it already, and checks the result on the Hub."""
-    if not publisher.faults(job):
-        return "there"
-    publisher.publish_checked(job)
-    return "sent"
 
 
 def _run_of(folder: Path) -> Path | None:
@@ -163,26 +155,17 @@ def _run_of(folder: Path) -> Path | None:
     return parent if (parent / RECIPE).is_file() else None
 
 
-class _Tries:
-    """Retries transient failures with growing pauses; any other failure is raised as a `UserError` at once."""
-
-    def __init__(self, repository: Repository, pauses: Sequence[float]) -> None:
-        self.repository, self.pauses = repository, tuple(pauses)
-
-    def __call__(self, action: Callable[[], T]) -> T:
-        for pause in self.pauses:
-            try:
-                return action()
-            except Exception as error:
-                known = understood(error, self.repository.repo_id)
-                if not isinstance(known, UnreachedError):
-                    raise known from None
-                logger.warning("%s: %s; next try in %g s", self.repository.repo_id, known, pause)
-            time.sleep(pause)
-        try:
-            return action()
-        except Exception as error:
-            raise understood(error, self.repository.repo_id) from None
+def _retry(action: Callable[[], T], repo_id: str, pauses: Sequence[float]) -> T:
+    """Retries transient failures after each of `pauses`; any other failure is raised as a `UserError` at once."""
+    try:
+        return action()
+    except Exception as error:
+        known = understood(error, repo_id)
+    if not pauses or not isinstance(known, UnreachedError):
+        raise known
+    logger.warning("%s: %s; next try in %g s", repo_id, known, pauses[0])
+    time.sleep(pauses[0])
+    return _retry(action, repo_id, pauses[1:])
 
 
 def _jobs(folder: Path, queue: Queue) -> list[Job]:

@@ -4,8 +4,6 @@ A revision's files go into one commit, and its branch is created at that commit.
 sent again. Every method is idempotent: it checks the current state and does the rest.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass

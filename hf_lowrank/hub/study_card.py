@@ -1,7 +1,5 @@
 """A study's results as a folder to keep next to code: a card, pictures, tables and the page, without weights."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os
@@ -15,6 +13,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.formats import duration, finite_number, pluralize
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END, own_words
 from hf_lowrank.hub.markdown import Markdown, render
+from hf_lowrank.hub.pictures import PICTURES as RUN_PICTURES
 from hf_lowrank.hub.pictures import Picture, draw_plots, write_pictures
 from hf_lowrank.hub.privacy import without_private
 from hf_lowrank.metrics import CURVES, POINTWISE
@@ -60,11 +59,7 @@ PICTURES = {
     "effective-rank": Picture(
         "Effective rank of the weights by depth", "Each kind of matrix by block, at the end.", "layer_profiles"
     ),
-    "activations": Picture(
-        "Similarity to the baseline's activations",
-        "Linear CKA of each layer at each step: 1 means equal up to rotation and scale.",
-        "layer_step_map",
-    ),
+    "activations": RUN_PICTURES["activations"],
 }
 # Columns of tables that a card leaves out: settings of the measurement, and what identifies checkpoints and items.
 MEASUREMENT_COLUMNS = [

@@ -10,8 +10,6 @@ without it, in a run whose other checkpoints have it, is incomplete. In runs of 
 checksums, a checkpoint is complete with its configuration, and its weights where they are asked for.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """Exporting a checkpoint to its base architecture, which loads without this package."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

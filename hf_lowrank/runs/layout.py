@@ -11,8 +11,6 @@ RUN/
   downstream/step-N/TASK.jsonl   the scores of single items
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The settings that define measurements: sequences, grids and draws, from a preset and the user's overrides."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from copy import deepcopy

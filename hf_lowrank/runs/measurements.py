@@ -4,8 +4,6 @@ Of several rows of the same measurement the last one counts, and a failure after
 dropped. Whoever reads the table gets it so.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

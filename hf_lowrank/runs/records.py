@@ -1,7 +1,5 @@
 """Everything that a run directory holds apart from weights, read once: for reports, claims and cards."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence

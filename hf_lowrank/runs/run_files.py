@@ -4,8 +4,6 @@ results that a study writes next to its runs, such as `prediction.json`.
 Every reader raises a `UserError` that names the file where it is damaged.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`downstream.jsonl` of a run, one row per checkpoint, task and metric, and the scores of single items."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -119,9 +117,8 @@ def usable_scores(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[
     for row in scores:
         if row.group is not None or row.limit is not None or row.metric not in PRIMARY:
             continue
-        if row.chance is None or not row.chance < 1 or not math.isfinite(row.value):
-            continue
-        if wanted is not None and row.task not in wanted:
+        usable = row.chance is not None and row.chance < 1 and math.isfinite(row.value)
+        if not usable or (wanted is not None and row.task not in wanted):
             continue
         known = best.get((row.step, row.task))
         if known is None or PRIMARY.index(row.metric) < PRIMARY.index(known.metric):

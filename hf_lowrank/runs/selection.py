@@ -1,8 +1,6 @@
 """The runs, checkpoints, tables and evaluation sets that the arguments of a command name, and whether rows belong to
 the runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Models sharded across processes as they are loaded: each process reads only its rows of every tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

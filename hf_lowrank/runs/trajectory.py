@@ -1,7 +1,5 @@
 """Trajectories: a run's checkpoints in step order, as models and as dense weights, from disk or from the Hub."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -66,6 +64,8 @@ class Trajectory:
         self.path = os.fspath(path)
         self._source = open_source(self.path, revisions)
         self.steps: list[int] = list(self._source.steps)
+        self._fingerprints: dict[int, str | None] = {}
+        self._weight_files: dict[int, dict[str, Path]] = {}
 
     def __repr__(self) -> str:
         return f"Trajectory({self.path!r}, steps={self.steps})"
@@ -96,30 +96,26 @@ class Trajectory:
     def fingerprint(self, step: int) -> str | None:
         """Distinguishes the checkpoint from that of another run with the same name, by its weights (on the Hub, by its
         address): 16 hex digits, None where its files cannot be read."""
-        known: dict[int, str | None] = self.__dict__.setdefault("_fingerprints", {})
-        if step not in known:
-            known[step] = self._source.fingerprint(self._known(step))
-        return known[step]
+        if step not in self._fingerprints:
+            self._fingerprints[step] = self._source.fingerprint(self._known(step))
+        return self._fingerprints[step]
 
     @property
     def tokenizer_source(self) -> str:
         """What `AutoTokenizer.from_pretrained` takes where the run has no tokenizer folder."""
         return self.path.partition("@")[0] if not os.path.isdir(self.path) else self.where(self.steps[-1])
 
-    def extra(self, file: str) -> Any:
+    def extra(self, file: str) -> Path | None:
         """The path of a file of the whole run, or None."""
         return self._source.extra(file)
 
     def model(self, step: int, *, device_map: str | dict[str, Any] | None = None) -> PreTrainedModel:
         """The model in float32 and eval mode, on the CPU.
 
-        Args:
-            step: one of `steps`.
-            device_map: places the model on accelerators instead of the CPU, as in transformers ("auto").
+        `device_map` places it on accelerators instead, as in transformers ("auto").
 
         Raises:
-            UserError: no such step, its files are damaged (the message names the file), or the accelerators are too
-                small for `device_map`.
+            UserError: no such step, damaged files, or accelerators that are too small for `device_map`.
         """
         folder = self.checked_folder(step)
         try:
@@ -145,11 +141,7 @@ class Trajectory:
         return model.eval()
 
     def checked_folder(self, step: int) -> Path:
-        """The checkpoint's folder, once its weights match its configuration and checksums.
-
-        Raises:
-            UserError: no such step, or its files are damaged; names the file.
-        """
+        """The checkpoint's folder, once its weights are known to match its configuration and checksums."""
         folder = self._source.folder(self._known(step), weights=True)
         check_checkpoint(folder)
         return folder
@@ -204,12 +196,7 @@ class Trajectory:
         return list(self._files(step)) if remote is None else remote.names()
 
     def tensor(self, step: int, name: str, *, rows: tuple[int, int] | None = None) -> Tensor:
-        """One tensor as stored, read without the others.
-
-        Args:
-            step: one of `steps`.
-            name: one of `tensor_names(step)`.
-            rows: (start, stop), to read only these rows.
+        """One tensor as stored, read without the others; only its `rows` (start, stop) where they are given.
 
         Raises:
             UserError: the checkpoint has no such tensor, or the file is damaged.
@@ -301,11 +288,10 @@ class Trajectory:
             raise UserError(f"{self.path}: has no checkpoint of step {step}; there are: {self.steps}")
         return step
 
-    def _files(self, step: int) -> dict[str, Any]:
-        cache = self.__dict__.setdefault("_file_cache", {})
-        if step not in cache:
+    def _files(self, step: int) -> dict[str, Path]:
+        if step not in self._weight_files:
             folder = self._source.folder(self._known(step), weights=True)
             files = weight_files(folder)
             check_files(folder, {file.name for file in files.values()})
-            cache[step] = files
-        return cache[step]
+            self._weight_files[step] = files
+        return self._weight_files[step]

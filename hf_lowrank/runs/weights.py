@@ -3,8 +3,6 @@
 Faults are a `UserError` that names the file, and the tensor that is missing, of another shape, or left over.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings

@@ -1,7 +1,5 @@
 """A cache of folders by content: written completely or not at all, checked on reading, rebuilt when damaged."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -5,8 +5,6 @@ A folder whose files never change has a `checksums.json`. Whatever grows or chan
 checksum, e.g. a file of another program, is not checked.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

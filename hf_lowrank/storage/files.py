@@ -1,7 +1,5 @@
 """Atomic writes: a file is written under a temporary name in the same folder, then renamed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import tempfile

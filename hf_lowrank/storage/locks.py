@@ -1,7 +1,5 @@
 """Advisory locks on folders, released when the process that holds them ends."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -1,7 +1,5 @@
 """JSON and YAML as plain data: any invalid input raises the format's own error."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Hashable

@@ -1,7 +1,5 @@
 """Items as JSON lines in the cache, made once per corpus, tokenizer and context length."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

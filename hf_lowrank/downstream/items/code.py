@@ -7,8 +7,6 @@ the right choice just as often. In `pylib_copy` x has followed the text before i
 right choice (induction, arXiv 2209.11895).
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import tokenize

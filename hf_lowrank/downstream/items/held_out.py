@@ -1,8 +1,6 @@
 """The held-out text of a run, as its recipe splits it off, and its functions and other statements as chunks that are
 tokenised and parsed by themselves."""
 
-from __future__ import annotations
-
 import ast
 import io
 import keyword

@@ -1,7 +1,5 @@
-"""Tasks from prose and whole passages: `pylib_cloze`, the last word of a sentence of documentation among those of three
-other sentences, and `pylib_bits_per_byte`, passages from all of the held-out text."""
-
-from __future__ import annotations
+"""Tasks from prose and whole passages: `pylib_cloze`, the last word of a sentence of documentation among those of
+three other sentences, and `pylib_bits_per_byte`, passages from all of the held-out text."""
 
 import ast
 import re
