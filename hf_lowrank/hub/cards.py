@@ -160,13 +160,8 @@ def metric_card(
 ) -> str:
     """The card of an `evaluate` module, as a Space wants it.
 
-    Args:
-        title, summary: its name, and what it measures in a sentence or two.
-        usage: Python that calls it.
-        metrics: entries with `id`, `summary`, `better` and `unit`, as those of `hf_lowrank.metrics.METRICS`.
-        limits: sentences.
-        citation: BibTeX, or nothing.
-        tags, sdk: metadata of the Space.
+    `metrics` are entries with `id`, `summary`, `better` and `unit`, as those of `hf_lowrank.metrics.METRICS`; `usage`
+    is Python, `limits` sentences, `citation` BibTeX.
     """
     data = SpaceCardData(title=name_of(title), sdk=sdk, app_file="app.py", tags=["evaluate", "metric", *tags])
     body = render(
@@ -174,8 +169,8 @@ def metric_card(
         title=name_of(title),
         summary=summary,
         usage=usage,
-        metrics=list(metrics),
-        limits=list(limits),
+        metrics=metrics,
+        limits=limits,
         citation=citation,
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"

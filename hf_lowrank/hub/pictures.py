@@ -16,14 +16,8 @@ from hf_lowrank.storage.files import whole_file
 
 @dataclass(frozen=True)
 class Picture:
-    """How a card describes a picture.
-
-    Attributes:
-        title: its heading and alternative text.
-        meaning: a sentence on how to read it.
-        plot: the function of `hf_lowrank.report.plots` that draws it; "" for a picture drawn here.
-        options: keywords of that function.
-    """
+    """How a card describes a picture: its heading and a sentence on how to read it; and the function of
+    `hf_lowrank.report.plots` that draws it, with options, or "" for a picture drawn here."""
 
     title: str
     meaning: str

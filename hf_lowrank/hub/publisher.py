@@ -43,12 +43,7 @@ BLANK = (".gitattributes", README, "LICENSE", "LICENSE.md", "LICENSE.txt")
 
 @dataclass(frozen=True)
 class Job:
-    """A checkpoint to publish.
-
-    Attributes:
-        step: its optimizer steps.
-        folder: the folder with its files.
-    """
+    """A checkpoint to publish: its optimizer steps, and the folder with its files."""
 
     step: int
     folder: Path
@@ -59,14 +54,7 @@ class Job:
 
 
 class Publisher:
-    """Publishes checkpoints of a run.
-
-    Args:
-        repository: the repository.
-        run: the run directory; None for a checkpoint without one.
-        private: visibility, if the repository is created now.
-        dense, optimizer, license: as for `push`.
-    """
+    """Publishes checkpoints of a run, or a checkpoint without one; the options are those of `push`."""
 
     def __init__(
         self,

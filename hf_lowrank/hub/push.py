@@ -27,13 +27,7 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 @dataclass(frozen=True)
 class PushedRevision:
-    """The outcome for one checkpoint.
-
-    Attributes:
-        step: its optimizer steps.
-        revision: its branch, `step-N`.
-        state: "sent" now, or already "there" with the same content.
-    """
+    """The outcome for one checkpoint: its branch `step-N` was "sent" now, or was "there" with the same content."""
 
     step: int
     revision: str

@@ -93,13 +93,7 @@ def understood(error: Exception, repo_id: str) -> Exception:
 
 
 class Repository:
-    """One model repository on the Hub.
-
-    Args:
-        repo_id: `user/name`.
-        token: for this repository; None: that of the login.
-        endpoint: of the Hub; None: `HF_ENDPOINT` or the public one.
-    """
+    """One model repository on the Hub; token and endpoint are by default those of the login and of `HF_ENDPOINT`."""
 
     def __init__(self, repo_id: str, *, token: str | None = None, endpoint: str | None = None) -> None:
         self.repo_id = repo_id
@@ -187,8 +181,7 @@ class Repository:
         """Commits `files` to `branch`, creating it only once it is complete; returns its commit.
 
         Args:
-            branch: its name.
-            files: everything that the branch must have.
+            branch, files: its name, and everything that it must have.
             title, description: of the commit.
             branches: as returned by `branches()`.
             base: the commit that a new branch starts from; unchanged files are not sent.

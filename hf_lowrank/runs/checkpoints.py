@@ -30,12 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def why_incomplete(checkpoint: Path, *, weights: bool) -> str | None:
-    """What is missing in a checkpoint that was not written to its end; None for a complete one.
-
-    Args:
-        checkpoint: its folder.
-        weights: whether weights must be there.
-    """
+    """What is missing in a checkpoint that was not written to its end, with or without weights; None if complete."""
     if (checkpoint / layout.CHECKSUMS).is_file():
         return None
     if not (checkpoint / layout.CONFIG).is_file():
@@ -65,12 +60,8 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def damage_of(folder: Path, names: Iterable[str] | None = None) -> str | None:
-    """What differs from the folder's `checksums.json`, or that it is missing; None for an intact or a foreign folder.
-
-    Args:
-        folder: a checkpoint, or a run's tokenizer.
-        names: only these files; None: all that were written.
-    """
+    """What differs from the `checksums.json` of a checkpoint or tokenizer, in the files `names` or in all, or that it
+    is missing; None for an intact or a foreign folder."""
     if (folder / layout.CHECKSUMS).is_file():
         return damage_by_checksums(folder, names)
     expected = folder.name.startswith("checkpoint-") and layout.has_checksums(folder.parent)

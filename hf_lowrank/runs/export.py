@@ -16,14 +16,8 @@ MAKING = ".making"
 
 
 def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
-    """Writes a checkpoint's model in its base architecture, with the tokenizer, to the folder `output`.
-
-    Args:
-        checkpoint: `RUN@STEP`, or the path of a checkpoint folder.
-        output: a new or empty folder.
-
-    Returns:
-        The folder.
+    """Writes the model of a checkpoint, `RUN@STEP` or its folder, in its base architecture and with the tokenizer, to
+    a new or empty folder, and returns that.
 
     Raises:
         UserError: the checkpoint is missing or damaged, has no dense equivalent (CoLA), or the folder is not empty.

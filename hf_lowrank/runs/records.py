@@ -132,11 +132,7 @@ def load_run(folder: str | os.PathLike[str]) -> RunRecord:
 
 
 def read_run(path: Path, checkpoint: Path | None = None) -> RunRecord:
-    """Reads a folder, whatever it holds.
-
-    Args:
-        path: a run directory.
-        checkpoint: the checkpoint to take configuration and log from; None: the last one."""
+    """Reads a folder, whatever it holds; configuration and log come from `checkpoint`, by default the last one."""
     checkpoints = complete_checkpoints(path)
     recipe, facts, rows = read_recipe(path) or {}, read_facts(path), tuple(read_measurements(path))
     last = checkpoint or (checkpoints[max(checkpoints)] if checkpoints else None)

@@ -34,7 +34,7 @@ def read_recipe(run: Path) -> dict[str, Any] | None:
 
 
 def parse_recipe(file: Path) -> dict[str, Any]:
-    """The recipe in a file, wherever it came from."""
+    """The recipe in a file, which may come from the Hub."""
     try:
         recipe = parse_yaml(read_sealed_text(file, required=has_checksums(file.parent)))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -88,13 +88,8 @@ def write_facts(run: Path, facts: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What Trainer wrote with a checkpoint.
-
-    Attributes:
-        step: optimizer steps taken; None where the file does not say.
-        max_steps: the step at which training ends; None where the file does not say.
-        log: the log history, one mapping per entry.
-    """
+    """What Trainer wrote with a checkpoint: optimizer steps taken, the step at which training ends (None where the
+    file does not say), and the log history, one mapping per entry."""
 
     step: int | None = None
     max_steps: int | None = None

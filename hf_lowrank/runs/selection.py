@@ -79,13 +79,8 @@ def steps_of(trajectory: Trajectory, wanted: str | int | Iterable[int] | None, c
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint by its name.
-
-    Attributes:
-        path: a folder with the weights, or a repository on the Hub.
-        revision: of a repository; None for a folder or the repository's default.
-        run: the run directory, or folder of checkpoints, that holds the folder; None if there is none.
-    """
+    """A folder with weights, and the run directory or folder of checkpoints that holds it, if any; or a repository on
+    the Hub with its revision, None for the default one."""
 
     path: str
     revision: str | None = None

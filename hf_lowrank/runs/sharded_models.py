@@ -31,8 +31,7 @@ def sharded_model(
 
     Args:
         trajectory, step: the checkpoint.
-        mesh: the processes, in one dimension.
-        device: of this process.
+        mesh, device: the processes, in one dimension, and the device of this one.
         dense: load an adapted model in its base architecture, with dense weights computed from disk one by one.
 
     Raises:

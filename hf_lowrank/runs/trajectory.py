@@ -27,14 +27,8 @@ Factors = tuple[Tensor, Tensor, float]
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a run says about itself.
-
-    Attributes:
-        name: the name of the run directory, or the repository.
-        method: the recipe's method; "unknown" without a recipe.
-        seed: the recipe's seed; None without a recipe.
-        recipe: the resolved recipe; None for checkpoints without one.
-    """
+    """What a run says about itself: the name of its directory or repository, and its resolved recipe with method and
+    seed; "unknown", None and None without a recipe."""
 
     name: str
     method: str

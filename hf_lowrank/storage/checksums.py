@@ -40,10 +40,7 @@ def write_checksums(folder: Path) -> None:
 def damage_by_checksums(folder: Path, names: Iterable[str] | None = None, *, only_listed: bool = False) -> str | None:
     """What differs from `checksums.json`; None where nothing does, or without that file.
 
-    Args:
-        folder: holds `checksums.json`.
-        names: only these files; None: all that it lists.
-        only_listed: ignore those of `names` that it does not list.
+    With `names`, only these files are checked, and with `only_listed` only those of them that it lists.
     """
     if not (folder / FILE_NAME).is_file():
         return None
@@ -141,11 +138,7 @@ def seal_holds(text: str) -> bool:
 
 
 def read_sealed_text(file: Path, *, required: bool = False) -> str:
-    """A text file, seal included.
-
-    Args:
-        file: written with `sealed_text`, or by another program.
-        required: whether a missing seal is a fault.
+    """A text file, seal included; a missing seal is a fault where it is `required`.
 
     Raises:
         OSError, ValueError: it cannot be read, or is not as it was written.

@@ -60,16 +60,13 @@ def read_layers(
     """Reads a YAML file, the files it extends (below it) and `key=value` overrides (above it).
 
     Args:
-        path: the file.
+        path, what: the file, and what it is, for messages: "recipe", "study".
         overrides: `key=value`, with a dotted key and a YAML value.
-        what: what the file is, for messages: "recipe", "study".
         resolve_paths: makes the relative paths in a layer's mapping absolute, in place, given the folder they are
             relative to: that of the layer's file, or `folder` for overrides.
-        folder: where relative paths in overrides start; default: the current directory.
 
     Raises:
-        UserError: a file is missing, unreadable, not a YAML mapping, or extends itself; an override is not
-            `key=value`.
+        UserError: a file is missing, unreadable, not a YAML mapping, or extends itself, or an override is malformed.
     """
     layers = Layers(Path(path))
     for file, data in reversed(_chain(Path(path), what)):
@@ -85,14 +82,9 @@ def read_layers(
 def validated(
     model: type[Model], data: dict[str, Any], layers: Layers, section: str = "", *, also_allowed: Iterable[str] = ()
 ) -> Model:
-    """`data` as a pydantic model.
+    """`data`, the value of the dotted key `section` in `layers` or all of it, as a pydantic model.
 
-    Args:
-        model: what to validate against.
-        data: plain data; the value of `section` in `layers`, or all of it.
-        layers: where `data` comes from, for messages.
-        section: dotted key of `data`; "" for the top level.
-        also_allowed: further keys to suggest when an unknown one is found.
+    `also_allowed` are further keys to suggest when an unknown one is found.
 
     Raises:
         UserError: one line for the first error, naming the source, the key and what is allowed.
@@ -165,11 +157,7 @@ def _chain(path: Path, what: str) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def read_mapping(path: Path, what: str, named_by: Path | None = None) -> dict[str, Any]:
-    """A YAML file that holds a mapping; `named_by` is the file that extends it.
-
-    Raises:
-        UserError: it is missing, unreadable or not a mapping.
-    """
+    """A YAML file that holds a mapping, else a `UserError`; `named_by` is the file that extends it."""
     where = f"{named_by}: extends: {path}" if named_by else f"{path}"
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))

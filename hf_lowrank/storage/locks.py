@@ -30,10 +30,7 @@ def locked(folder: str | os.PathLike[str], purpose: str, *, wait: float = 0.0) -
     The lock is on `.PURPOSE.lock` in the folder, which is created if needed; the file is removed afterwards. A child
     process that inherits the descriptor keeps the lock. Platforms and file systems without such locks have none.
 
-    Args:
-        folder: the folder to write into.
-        purpose: names the file; different purposes do not exclude each other.
-        wait: how many seconds to keep trying.
+    Different purposes do not exclude each other. Tries for `wait` seconds.
 
     Raises:
         UserError: another process holds the lock; names the folder and that process.

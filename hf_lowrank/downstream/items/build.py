@@ -80,7 +80,7 @@ def make_items(
     maker, count = MAKERS[task]
     # Tiny files are boilerplate that other files repeat word for word, files of the training text among them.
     usable = [source for source in sources if len(source.text) >= SHORTEST_SOURCE]
-    items = maker(usable, Encoder.of(tokenizer, length), Draws(seed, task, VERSION), count)
+    items = maker(usable, Encoder(tokenizer, length), Draws(seed, task, VERSION), count)
     return [{"id": f"{task}-{number:04d}", **item} for number, item in enumerate(items)]
 
 

@@ -1,12 +1,9 @@
 """Seeded draws, contexts and continuations as lm-eval tokenises them, and items for which no rule that ignores the
 context, and looks at tokens or lengths only, beats chance."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -29,32 +26,21 @@ class Draws:
         digest = hashlib.sha256(repr(key).encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
-    def below(self, count: int) -> int:
-        """An integer from 0 to count − 1."""
-        return int(torch.randint(count, (1,), generator=self.generator))
-
     def choice(self, items: Sequence[T]) -> T:
-        return items[self.below(len(items))]
+        return items[int(torch.randint(len(items), (1,), generator=self.generator))]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
         return [items[i] for i in torch.randperm(len(items), generator=self.generator).tolist()]
 
 
-@dataclass(frozen=True)
 class Encoder:
-    """A tokenizer, and the largest number of tokens of an item."""
+    """A tokenizer, and the largest number of tokens of an item in a context of `context_length` tokens."""
 
-    tokens: Callable[[str], list[int]]
-    room: int
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
+        self.tokenizer, self.room = tokenizer, context_length - RESERVE
 
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, context_length: int) -> Encoder:
-        """The encoder for a context of `context_length` tokens."""
-
-        def tokens(text: str) -> list[int]:
-            return list(tokenizer.encode(text, add_special_tokens=False))
-
-        return cls(tokens, context_length - RESERVE)
+    def tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def split(self, context: str, continuation: str) -> tuple[list[int], list[int]] | None:
         """(context ids, continuation ids); None if the boundary is inside a token or the item is too long."""

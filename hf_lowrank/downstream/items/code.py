@@ -51,22 +51,15 @@ def make_syntax(sources: Sequence[Source], encoder: Encoder, draws: Draws, count
         if all(pairs.full for pairs in collected.values()):
             break
         for kind, finder in FINDERS.items():
-            if not collected[kind].full:
-                _collect(chunk, kind, list(finder(chunk, draws)), encoder, draws, collected[kind])
+            if collected[kind].full:
+                continue
+            for line, bad in draws.shuffled(list(finder(chunk, draws)))[:TRIES_A_CHUNK]:
+                context = chunk.context_before(line, bad, encoder) if _is_wrong(chunk, line, bad, kind) else None
+                if context:
+                    _add(collected[kind], encoder, chunk, line, kind, context, "\n" + chunk.lines[line], "\n" + bad)
     collected["name"] = reused_names(chunks, encoder, draws, each)
     least = min(len(pairs.pairs) for pairs in collected.values())
     return two_choices([pair for kind in KINDS for pair in collected[kind].pairs[:least]])
-
-
-def _collect(
-    chunk: Chunk, kind: str, found: list[Corruption], encoder: Encoder, draws: Draws, pairs: InversePairs
-) -> None:
-    for line, bad in draws.shuffled(found)[:TRIES_A_CHUNK]:
-        if not _is_wrong(chunk, line, bad, kind):
-            continue
-        context = chunk.context_before(line, bad, encoder)
-        if context:
-            _add(pairs, encoder, chunk, line, kind, context, "\n" + chunk.lines[line], "\n" + bad)
 
 
 def _add(
