@@ -10,8 +10,8 @@ from __future__ import annotations
 import ast
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pkgutil import get_data, resolve_name
 from types import ModuleType
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
     from peft.utils import PeftType
-    from torch import nn
-    from transformers import PreTrainedConfig
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, Trainer
 
 
 # Lazy loading
@@ -205,11 +205,37 @@ def offload_hook(module: nn.Module) -> Any:
     return getattr(module, "_hf_hook", None)
 
 
+@contextmanager
+def accelerate_unchanged() -> Iterator[None]:
+    """Restores accelerate's state, which all of a process's Trainers share, as it was before the body."""
+    from accelerate.state import AcceleratorState
+
+    before = dict(AcceleratorState._shared_state)
+    try:
+        yield
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(before)
+
+
+def unlogged_loss(trainer: Trainer) -> tuple[Tensor, int]:
+    """The loss that a Trainer has summed up since its last log, and the step of that log."""
+    return trainer._tr_loss, trainer._globalstep_last_logged
+
+
+def set_unlogged_loss(trainer: Trainer, loss: Tensor, last_logged: int) -> None:
+    """Sets what `unlogged_loss` returns."""
+    trainer._tr_loss, trainer._globalstep_last_logged = loss, last_logged
+
+
 # Private interfaces of torch and peft, which other modules import from here by these names; each as `module:name`,
 # with alternatives where versions differ.
 _PRIVATE = {
     "BufferDict": ("peft.tuners._buffer_dict:BufferDict",),
     "FakeTensor": ("torch._subclasses.fake_tensor:FakeTensor",),
+    "FakeTensorMode": ("torch._subclasses.fake_tensor:FakeTensorMode",),
+    "TorchDispatchMode": ("torch.utils._python_dispatch:TorchDispatchMode",),
+    "active_fake_mode": ("torch._guards:detect_fake_mode",),
     "adjust_lr": ("torch.optim._muon:_adjust_lr",),
     "all_gather_into_tensor": ("torch.distributed:all_gather_single", "torch.distributed:all_gather_into_tensor"),
     "foreach_add_": ("torch:_foreach_add_",),
@@ -219,6 +245,8 @@ _PRIVATE = {
     "fused_adamw_": ("torch:_fused_adamw_",),
     "fused_kernel_devices": ("torch.utils._foreach_utils:_get_fused_kernels_supported_devices",),
     "is_view": ("torch:Tensor._is_view",),
+    "profiled_allocation": ("torch._C._profiler:_EventType.Allocation",),
+    "profiler_enabled": ("torch.autograd:_profiler_enabled",),
     "reduce_scatter_tensor": ("torch.distributed:reduce_scatter_single", "torch.distributed:reduce_scatter_tensor"),
     "zeropower_via_newtonschulz": ("torch.optim._muon:_zeropower_via_newtonschulz",),
 }

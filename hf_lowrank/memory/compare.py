@@ -1,7 +1,5 @@
 """Memory estimates compared with full-rank training, and a sentence about the difference."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

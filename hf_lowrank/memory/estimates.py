@@ -1,7 +1,5 @@
 """Estimates of the memory that training by a recipe takes, before it starts."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal

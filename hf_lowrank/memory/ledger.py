@@ -3,8 +3,6 @@
 Fake tensors have sizes, but no memory. What a kernel allocates and frees internally is not seen.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_lowrank.compat import FakeTensor, TorchDispatchMode, active_fake_mode
 
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer_state"
 ACTIVATIONS, WORKSPACE = "activations", "workspace"
@@ -53,12 +52,12 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _stand_in(args[0])
-        if kwargs.get("generator") is not None and _any_fake_mode():
+        if kwargs.get("generator") is not None and active_fake_mode() is not None:
             # Fake tensors need no random numbers, and the generator must not change.
             kwargs = {**kwargs, "generator": None}
-        if func is torch.ops.aten._grouped_mm.default and _is_fake(args[0]):
+        if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
             result = _grouped_product(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
@@ -118,19 +117,9 @@ class StandIns(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.tolist and _is_fake(args[0]):
+        if func is Tensor.tolist and isinstance(args[0], FakeTensor):
             return _nested(_stand_in(args[0]), tuple(args[0].shape))
         return func(*args, **(kwargs or {}))
-
-
-def _is_fake(tensor: Any) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
-
-
-def _any_fake_mode() -> bool:
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _stand_in(tensor: Tensor) -> Any:

@@ -4,8 +4,6 @@ The profiler reports every block that is allocated or freed while it is active; 
 the tensors. The computation does not change, and outside the measured steps nothing runs at all.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._profiler import _EventType
 from torch.optim import Optimizer
 
+from hf_lowrank.compat import profiled_allocation, profiler_enabled
 from hf_lowrank.optim.sharding import local_part
 
 
@@ -52,7 +50,7 @@ class AllocatorPeak:
 
     def start(self, model: nn.Module, optimizer: Optimizer | None = None) -> bool:
         """Starts; returns False if the profiler is already in use."""
-        if torch.autograd._profiler_enabled():
+        if profiler_enabled():
             return False
         self._before = storage_bytes(resident_tensors(model, optimizer))
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -92,7 +90,7 @@ def _blocks(events: list[Any]) -> Iterator[tuple[int, int, int]]:
     while waiting:
         event = waiting.pop()
         waiting += event.children
-        if event.tag == _EventType.Allocation:
+        if event.tag == profiled_allocation:
             block = event.extra_fields
             yield event.start_time_ns, block.ptr, block.alloc_size
 

@@ -1,7 +1,5 @@
 """Logs the memory estimate when training starts and the measured peak when it ends; both go to `facts.json`."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any, Literal
 
@@ -22,28 +20,6 @@ STEPS = 2
 # An evaluation that is estimated below this share of the peak is not measured.
 NEAR = 0.8
 ITEMS = ("weights", "gradients", "optimizer_state", "activations", "workspace", "estimated_peak")
-
-
-def memory_recorder(
-    recipe: Recipe, args: TrainingArguments, model: nn.Module, facts: dict[str, Any]
-) -> MemoryRecorder:
-    """The recorder of a run by `recipe`; without an estimate if there can be none."""
-    sharding: Literal["ddp", "fsdp2"] = "ddp"
-    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        sharding = "fsdp2"
-    expected = None
-    try:
-        expected = estimate(
-            recipe,
-            world_size=args.world_size,
-            sharding=sharding if args.world_size > 1 else None,
-            device=args.device.type,
-            vocabulary_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[operator]
-        )
-    except Exception as error:  # a model or an optimizer may do anything that fake tensors do not support
-        named = isinstance(error, UserError)
-        logger.warning("memory: %s", error if named else f"no estimate: {type(error).__name__}: {first_line(error)}")
-    return MemoryRecorder(expected, facts)
 
 
 class MemoryRecorder(TrainerCallback):
@@ -136,3 +112,25 @@ class MemoryRecorder(TrainerCallback):
     def _keep(self) -> None:
         items = self._estimate.facts() if self._estimate is not None else dict.fromkeys(ITEMS)
         self._facts["memory"] = {**items, "measured_peak": self._measured}
+
+
+def memory_recorder(
+    recipe: Recipe, args: TrainingArguments, model: nn.Module, facts: dict[str, Any]
+) -> MemoryRecorder:
+    """The recorder of a run by `recipe`; without an estimate if there can be none."""
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        sharding = "fsdp2"
+    expected = None
+    try:
+        expected = estimate(
+            recipe,
+            world_size=args.world_size,
+            sharding=sharding if args.world_size > 1 else None,
+            device=args.device.type,
+            vocabulary_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[operator]
+        )
+    except Exception as error:  # a model or an optimizer may do anything that fake tensors do not support
+        named = isinstance(error, UserError)
+        logger.warning("memory: %s", error if named else f"no estimate: {type(error).__name__}: {first_line(error)}")
+    return MemoryRecorder(expected, facts)

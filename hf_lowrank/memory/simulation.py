@@ -4,8 +4,6 @@ What is counted is what their code allocates, so no method is described a second
 forward and loss, backward, clipping, optimizer step, gradients freed, and an evaluation.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,16 +13,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import import_utils
 
 from hf_lowrank.adapters.layers import ReplacedLinear
+from hf_lowrank.compat import FakeTensorMode, accelerate_unchanged
 from hf_lowrank.errors import UserError
 from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, WORKSPACE, Ledger, Peak, StandIns
 from hf_lowrank.optim.state import quantization_levels
@@ -120,12 +117,8 @@ def simulate(
 
 def arguments_of(recipe: Recipe) -> TrainingArguments:
     """The recipe's `TrainingArguments`, without resetting accelerate's state, which a Trainer may be using."""
-    before = dict(AcceleratorState._shared_state)
-    try:
+    with accelerate_unchanged():
         return recipe.arguments(recipe.path.parent)
-    finally:
-        AcceleratorState._shared_state.clear()
-        AcceleratorState._shared_state.update(before)
 
 
 @contextmanager
@@ -168,17 +161,15 @@ def _replace_tensors(model: nn.Module, device: torch.device, dtype: torch.dtype 
     """Replaces the model's tensors by fake ones; tied ones stay tied."""
     fresh: dict[int, Any] = {}
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in fresh:
-                    kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                    empty = torch.empty(tensor.shape, dtype=kept, device=device)
-                    if isinstance(tensor, nn.Parameter):
-                        empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-                    fresh[id(tensor)] = empty
-                store[name] = fresh[id(tensor)]
+        own: Any = {"recurse": False, "remove_duplicate": False}
+        for name, tensor in [*module.named_parameters(**own), *module.named_buffers(**own)]:
+            if id(tensor) not in fresh:
+                kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                empty = torch.empty(tensor.shape, dtype=kept, device=device)
+                if isinstance(tensor, nn.Parameter):
+                    empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                fresh[id(tensor)] = empty
+            setattr(module, name, fresh[id(tensor)])
 
 
 class _Run:

@@ -78,7 +78,10 @@ class OptimizerSettings(MethodSettings):
 
 
 class SubspaceSettings(OptimizerSettings):
-    """Settings that the subspace methods share."""
+    """Settings that the subspace methods share.
+
+    The order of the fields is that of `recipe.yaml`, whose digest identifies existing runs: append new ones.
+    """
 
     rank: Rank = 128
     target_parameters: list[str] = Field(
@@ -89,7 +92,6 @@ class SubspaceSettings(OptimizerSettings):
     update_proj_gap: int = Field(200, ge=1, description="optimizer steps between refreshes of the subspace")
     scale: Scale = 1.0
     proj_type: Annotated[Literal["std", "reverse_std", "right", "left", "full"], SIDE] = "std"
-    subspace: Annotated[Literal["svd", "randomized", "random", "columns", "gaussian"], SUBSPACE] = "randomized"
     stagger: bool = Field(False, description="spread the refreshes of different matrices over the steps")
     adam_variant: Literal["official", "torch"] = explained(
         "Adam's formula",
@@ -101,6 +103,7 @@ class SubspaceSettings(OptimizerSettings):
     diagnostics: bool = Field(
         False, description="log the captured gradient energy and the overlap of successive bases"
     )
+    subspace: Annotated[Literal["svd", "randomized", "random", "columns", "gaussian"], SUBSPACE] = "randomized"
 
 
 class GaLoreSettings(SubspaceSettings):

@@ -1,7 +1,5 @@
 """Checks of a study before anything runs: each problem is one line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

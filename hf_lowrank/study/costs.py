@@ -1,7 +1,5 @@
 """What training takes on this machine: recorded by finished runs, or probed with a few steps."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time

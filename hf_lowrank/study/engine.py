@@ -1,7 +1,5 @@
 """Runs a study: stage by stage, each unit in a process, skipping finished work."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

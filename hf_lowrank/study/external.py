@@ -1,7 +1,5 @@
 """Checkpoints that were trained elsewhere, as a run directory of the study: links to them, which stay untouched."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import dataclass, field

@@ -1,10 +1,9 @@
 """A study's runs and trials, and where each of them is on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.trajectory import Trajectory
@@ -135,7 +134,7 @@ class Study:
         values = member.values or self.winners.get(run.member, {})
         return recipe, [*overrides, *as_overrides(values)], run.seed
 
-    def with_winners(self, winners: Mapping[str, Mapping[str, float]]) -> Study:
+    def with_winners(self, winners: Mapping[str, Mapping[str, float]]) -> Self:
         """The study after its sweep."""
         return replace(self, winners=winners)
 

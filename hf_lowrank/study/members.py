@@ -1,7 +1,5 @@
 """Whether a study's members are comparable: the same architecture, size, tokenizer and corpus."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """What a study will do, and what that takes: time, disk, memory."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

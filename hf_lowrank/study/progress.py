@@ -1,7 +1,5 @@
 """What a study says while it runs: a progress line that is redrawn on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TextIO

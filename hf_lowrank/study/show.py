@@ -1,7 +1,5 @@
 """What a study prints to the terminal, before and after it runs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from hf_lowrank.formats import byte_size, duration

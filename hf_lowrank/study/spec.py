@@ -1,14 +1,12 @@
 """Study files: recipes, seeds, what is measured; one YAML file, validated once into typed objects."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -54,7 +52,7 @@ class MemberSettings(_Block):
         return self.recipe is not None and not self.values
 
     @model_validator(mode="after")
-    def _one_kind(self) -> MemberSettings:
+    def _one_kind(self) -> Self:
         if (self.recipe is None) == (self.runs is None):
             raise ValueError("must have either recipe (a file to train by) or runs (existing checkpoints)")
         own = ("learning_rate", "overrides") if self.runs is not None else ("revisions", "method")
@@ -230,9 +228,9 @@ def _resolve_paths(layer: dict[str, Any], folder: Path) -> None:
                 member["recipe"] = absolute(member["recipe"])
             if isinstance(member.get("runs"), list):
                 # A repository and a relative path look alike; an existing folder decides.
-                local = {run: absolute(run) for run in member["runs"] if isinstance(run, str)}
                 member["runs"] = [
-                    local[run] if run in local and Path(local[run]).is_dir() else run for run in member["runs"]
+                    absolute(run) if isinstance(run, str) and os.path.isdir(absolute(run)) else run
+                    for run in member["runs"]
                 ]
     measure = layer.get("measure")
     if isinstance(measure, dict):

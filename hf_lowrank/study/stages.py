@@ -1,7 +1,5 @@
 """The table of stages: which units each has, what it reads, and what follows from it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The sweep: each member gets the values of the trial that ended with the lowest loss."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A unit holds plain data only, so that it can be sent to another process. A new k
 entry in `stages`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

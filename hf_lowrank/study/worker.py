@@ -4,8 +4,6 @@ Units come as lines of JSON on standard input, and outcomes go as lines to stand
 unit itself; otherwise it forks for each, and ends them and itself when its input ends.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import select

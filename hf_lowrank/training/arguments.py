@@ -1,7 +1,5 @@
 """The recipe's `training:` block: fields of transformers' `TrainingArguments` under their own names."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import typing

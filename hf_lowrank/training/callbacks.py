@@ -1,7 +1,5 @@
 """Trainer callbacks that watch a run: non-finite numbers stop it, and its losses are shown."""
 
-from __future__ import annotations
-
 import logging
 import math
 from typing import Any

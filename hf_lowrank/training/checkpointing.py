@@ -5,8 +5,6 @@ On SIGTERM a run saves at the end of its step and stops. Unless that step is one
 a later checkpoint is complete. The final files therefore match those of an uninterrupted run.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil
@@ -31,7 +29,8 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.compat import set_unlogged_loss, unlogged_loss
+from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.runs.layout import checkpoint_folder, step_of
 from hf_lowrank.storage.checksums import write_checksums
 from hf_lowrank.storage.files import write_text
@@ -143,13 +142,14 @@ def remove_interim(run: Path, *, before: int) -> None:
 
 def _mark_interim(trainer: Trainer, checkpoint: Path) -> None:
     """Stores what Trainer keeps in memory between two logs; all processes call this together."""
-    losses: list[float] = [trainer._tr_loss.item()]
+    loss, last_logged = unlogged_loss(trainer)
+    losses: list[float] = [loss.item()]
     if dist.is_available() and dist.is_initialized():
         gathered: list[float] = [0.0] * dist.get_world_size()
         dist.all_gather_object(gathered, losses[0])
         losses = gathered
     if trainer.is_world_process_zero():
-        content = {"losses": losses, "last_logged": trainer._globalstep_last_logged}
+        content = {"losses": losses, "last_logged": last_logged}
         write_text(checkpoint / INTERIM_FILE, json.dumps(content) + "\n")
 
 
@@ -159,7 +159,6 @@ def _restore_interim(trainer: Trainer, checkpoint: Path) -> None:
         content = parse_json(file.read_text(encoding="utf-8"))
         losses, logged = [float(loss) for loss in content["losses"]], int(content["last_logged"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{file}: damaged ({' '.join(str(error).split())}); remove {checkpoint}") from None
+        raise UserError(f"{file}: damaged ({one_line(error)}); remove {checkpoint}") from None
     own = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
-    trainer._tr_loss = torch.tensor(own, device=args.device)
-    trainer._globalstep_last_logged = logged
+    set_unlogged_loss(trainer, torch.tensor(own, device=args.device), logged)

@@ -1,7 +1,5 @@
 """From the recipe's `data:` block to training and held-out sequences."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import logging

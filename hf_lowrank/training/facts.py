@@ -1,7 +1,5 @@
 """Training costs (seconds, memory, tokens), added up over interruptions and recorded in `facts.json`."""
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

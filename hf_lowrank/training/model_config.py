@@ -1,7 +1,5 @@
 """The recipe's `model:` block: an architecture of transformers and fields of its configuration."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

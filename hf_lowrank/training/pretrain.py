@@ -1,7 +1,5 @@
 """From a recipe to a run directory: start, resume, or find finished."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

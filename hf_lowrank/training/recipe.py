@@ -1,12 +1,10 @@
 """Recipes: one YAML file, validated once, at the start, into typed objects."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -60,7 +58,7 @@ class DataSettings(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _keys_fit_the_source(self) -> DataSettings:
+    def _keys_fit_the_source(self) -> Self:
         foreign = {"hub": FILES_KEYS, "files": HUB_KEYS, "python-library": (*HUB_KEYS, *FILES_KEYS, "text_column")}
         for key in foreign[self.source]:
             if key in self.model_fields_set:

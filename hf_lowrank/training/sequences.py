@@ -1,12 +1,10 @@
 """Token sequences on disk (numpy, memory-mapped, no pickle), in the order of a seed, and as batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -60,7 +58,7 @@ class SequenceStore:
         np.save(folder / f"{name}_lengths.npy", np.asarray(lengths, dtype="<u4"), allow_pickle=False)
 
     @classmethod
-    def open(cls, folder: Path, name: str) -> SequenceStore:
+    def open(cls, folder: Path, name: str) -> Self:
         """Opens what `write` wrote, memory-mapped."""
         lengths = np.load(folder / f"{name}_lengths.npy", allow_pickle=False)
         # An empty file cannot be mapped.

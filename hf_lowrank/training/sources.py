@@ -1,7 +1,5 @@
 """Sources of text: the standard library and local files. Each has training and held-out documents."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What a run directory holds before the first step, and which recipe it belongs to."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A run's tokenizer (a byte-level BPE trained on the corpus, or an existing one), and documents as sequences."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """A run's Trainer: built from its recipe, evaluating per token, resuming with all the weights of a checkpoint."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -31,6 +31,10 @@ CASES = {
     ),
     "an unknown baseline": ({"baseline": "fullrank"}, ["baseline", "'fullrank'", "did you mean 'full_rank'?"]),
     "no baseline": ({"baseline": None}, ["baseline is missing"]),
+    "a run that is a mapping": (
+        {"members": {"full_rank": "full_rank.yaml", "g": {"runs": [{"a": 1}]}}},
+        ["members.g.runs", "input should be a valid string"],
+    ),
     "a seed twice": ({"seeds": [3, 3]}, ["seeds", "duplicate seed 3"]),
     "a seed that is none": ({"seeds": [-1]}, ["seeds", "got -1"]),
     "members of one name but for case": (

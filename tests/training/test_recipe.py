@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.run_files import write_facts
 from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
 from hf_lowrank.training import load_recipe
+from hf_lowrank.training.start import check_belongs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # accelerate's own configurations and the studies stand beside the trees of recipes.
@@ -23,6 +25,30 @@ def test_resolved_recipe_is_plain_and_reads_back(write_recipe, tmp_path):
     assert again == recipe.plain()
     (tmp_path / "again.yaml").write_text(dump_yaml(again))
     assert load_recipe(tmp_path / "again.yaml").plain() == recipe.plain()
+
+
+# The digests that runs of earlier versions recorded in facts.json.
+DIGESTS = {
+    "galore": "0e1154bd31c5fc37a4a5b6b88b60eec57671e68ec82e8c3ba65f112da50e9442",
+    "fira": "2edde1ed43a92d0123cbc035f7d5ae0b49f26872d156634229cf91825c48f47a",
+    "apollo": "ac2831f1a85deef76dba3e9ffb949b7351046116867559d9360f0abfdb98ff1a",
+    "frugal": "4c32d5b0908cddb00bdb76f9f5d4e0cc4e6158adff360fc0186f88def73b62ba",
+}
+
+
+@pytest.mark.parametrize("method", DIGESTS)
+def test_a_run_of_an_earlier_version_is_recognised_without_its_recipe_file(tmp_path, method):
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: before\nmethod: {{name: {method}, rank: 4, update_proj_gap: 3}}\n"
+        "model: {architecture: llama, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1,"
+        " num_attention_heads: 2}\n"
+        "data: {source: python-library, sequence_length: 16}\n"
+        "training: {max_steps: 6, learning_rate: 1.0e-3}\n"
+    )
+    write_facts(tmp_path / "run", {"recipe": DIGESTS[method]})
+    assert check_belongs(tmp_path / "run", load_recipe(tmp_path / "recipe.yaml"))
+    with pytest.raises(UserError, match="must be a run directory or empty"):
+        check_belongs(tmp_path / "run", load_recipe(tmp_path / "recipe.yaml", ["method.rank=3"]))
 
 
 @pytest.mark.parametrize("path", REPOSITORY_RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
