@@ -33,7 +33,7 @@ from _common import RESULTS, machine, versions, write_result
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.memory import estimate
-from hf_lowrank.memory.measured import AllocatorPeak
+from hf_lowrank.memory.recorder import AllocatorPeak
 from hf_lowrank.methods import METHODS
 from hf_lowrank.training.recipe import Recipe, load_recipe
 

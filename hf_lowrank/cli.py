@@ -382,8 +382,7 @@ def memory(
     overrides: Overrides = None,
 ) -> None:
     """Estimate the training memory of recipes, item by item and compared with full-rank training. Trains nothing."""
-    from hf_lowrank.memory.compare import compare, sibling_recipes, verdicts
-    from hf_lowrank.memory.show import comparison_table, item_table
+    from hf_lowrank.memory.compare import compare, comparison_table, item_table, sibling_recipes, verdicts
 
     paths = dict.fromkeys(
         path for recipe in recipes for path in (sibling_recipes(recipe) if all_methods else [recipe])

@@ -248,6 +248,7 @@ _PRIVATE = {
     "profiled_allocation": ("torch._C._profiler:_EventType.Allocation",),
     "profiler_enabled": ("torch.autograd:_profiler_enabled",),
     "reduce_scatter_tensor": ("torch.distributed:reduce_scatter_single", "torch.distributed:reduce_scatter_tensor"),
+    "tree_leaves": ("torch.utils._pytree:tree_leaves",),
     "zeropower_via_newtonschulz": ("torch.optim._muon:_zeropower_via_newtonschulz",),
 }
 

@@ -1,4 +1,4 @@
-"""Memory estimates compared with full-rank training, and a sentence about the difference."""
+"""Memory estimates compared with full-rank training: a sentence about the difference, and tables for the terminal."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -53,10 +53,7 @@ def compare(
 ) -> list[Comparison]:
     """Compares each recipe with full-rank training with its model, data and training arguments.
 
-    Args:
-        recipes: recipes or recipe files.
-        overrides: `key=value` overrides of each recipe file.
-        options: arguments of `estimate`.
+    `overrides` are `key=value` overrides of each recipe file, `options` arguments of `estimate`.
 
     Raises:
         UserError: a recipe or an option is wrong.
@@ -137,9 +134,8 @@ def _cause(found: MemoryEstimate) -> str:
         what = "logits and activations of an evaluation batch" if evaluation else "activations and temporary tensors"
         return f"{what} are {passing:.0%} of the peak, whatever the method"
     if embedding > LARGE_SHARE:
-        return (
-            f"embeddings and head, which every method trains in full, are {embedding:.0%} of weights and their state"
-        )
+        share = f"{embedding:.0%} of weights and their state"
+        return f"embeddings and head, which every method trains in full, are {share}"
     lasting = found.weights + found.gradients + found.optimizer_state
     return f"weights, gradients and optimizer state are {lasting / found.peak:.0%} of the peak"
 
@@ -157,3 +153,78 @@ def _remedy(found: MemoryEstimate) -> str:
     if _embedding_share(found) > LARGE_SHARE:
         return "a smaller vocabulary or tied embeddings would help"
     return "a lower rank, bfloat16 weights or sharding over several devices would help"
+
+
+# In order; indented items are parts of the one above, and are left out if they are zero.
+ITEMS = (
+    ("weights", "weights"),
+    ("  embeddings and head", "embeddings"),
+    ("  dense layers and norms", "dense"),
+    ("  low-rank factors", "factors"),
+    ("  sparse values", "sparse"),
+    ("  frozen in total", "frozen"),
+    ("gradients", "gradients"),
+    ("optimizer state", "optimizer_state"),
+    ("  moments", "moments"),
+    ("  bases", "bases"),
+    ("activations kept", "activations"),
+    ("  without checkpointing", "activations_plain"),
+    ("  with checkpointing", "activations_checkpointed"),
+    ("workspace at the peak", "workspace"),
+    ("communication", "communication"),
+)
+COLUMNS = ("weights", "gradients", "optimizer_state", "activations", "workspace")
+
+
+def item_table(comparison: Comparison) -> Any:
+    """One recipe: items, phases and peak, next to full-rank training."""
+    found, plain = comparison.estimate, comparison.full_rank
+    shown = [found] if found is plain else [found, plain]
+    table = _table(_title(found))
+    table.add_column("")
+    for one in shown:
+        table.add_column(one.method, justify="right")
+    for label, field in ITEMS:
+        sizes = [getattr(one, field) for one in shown]
+        if any(sizes) or not (label.startswith(" ") or field == "communication"):
+            table.add_row(label, *map(_text, sizes))
+    table.add_section()
+    for phase in dict.fromkeys(name for one in shown for name in one.phases):
+        table.add_row(f"phase: {phase}", *(_text(one.phases.get(phase)) for one in shown))
+    table.add_section()
+    table.add_row("peak", *(_text(one.peak) for one in shown), style="bold")
+    return table
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Any:
+    """One line per recipe, in MiB, with the peak as a share of full-rank's."""
+    found = [one.estimate for one in comparisons]
+    # A narrow terminal has room for the method only, which is enough if each occurs once.
+    by_method = len({one.method for one in found}) == len(found)
+    table = _table(f"{_title(found[0])}; MiB")
+    table.add_column("method" if by_method else "recipe", overflow="fold")
+    for name in ("weights", "gradi-\nents", "state", "acti-\nvations", "work-\nspace", "peak", "of full\nrank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in comparisons:
+        sizes = [*(getattr(one.estimate, name) for name in COLUMNS), one.estimate.peak]
+        texts = [f"{size / 2**20:.{1 if size < 1000 * 2**20 else 0}f}" for size in sizes]
+        share = f"{one.estimate.peak / one.full_rank.peak:.1%}"
+        table.add_row(one.estimate.method if by_method else one.estimate.recipe, *texts, share)
+    return table
+
+
+def _table(title: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+
+
+def _title(found: MemoryEstimate) -> str:
+    many = f", each of {found.world_size} processes under {found.sharding}" if found.world_size > 1 else ""
+    kept = ", gradient checkpointing" if found.gradient_checkpointing else ""
+    return f"{found.batch_size} sequences of {found.sequence_length} tokens on {found.device}{kept}{many}"
+
+
+def _text(size: int | None) -> str:
+    return "—" if size is None else byte_size(size)

@@ -1,5 +1,6 @@
 """Estimates of the memory that training by a recipe takes, before it starts."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ SHARDINGS = ("ddp", "fsdp2")
 DTYPES = ("float32", "bfloat16", "float16")
 # transformers is renaming the second to the first.
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
-WEIGHT_KINDS = ("embeddings", "dense", "factors", "sparse", "buffers", "frozen")
+WEIGHT_KINDS = ("embeddings", "dense", "factors", "sparse", "buffers")
 # Phases in which the model computes, so that sharded weights are gathered.
 COMPUTING = ("forward", "backward", "evaluation")
 # Bytes that a cuBLAS handle takes from torch's allocator by default, on GPUs from sm_90 on and on older ones. Forward
@@ -33,11 +34,7 @@ class MemoryEstimate:
     largest phase.
 
     Attributes:
-        recipe, method: what is trained.
-        device: its type, e.g. `cpu`.
-        world_size, sharding: the number of processes, and how they share ("ddp", "fsdp2", or None for one).
         batch_size, sequence_length: of one process's forward pass.
-        gradient_checkpointing: whether the recipe recomputes each block in the backward pass.
         weights: parameters and buffers: `embeddings` (with the head), `dense` (linear layers and norms), `factors`,
             `sparse` (values and their positions) and `buffers`.
         frozen: the part of the weights without gradients.
@@ -92,7 +89,6 @@ class MemoryEstimate:
         return max(self.phases, key=self.phases.__getitem__)
 
     def plain(self) -> dict[str, Any]:
-        """The estimate as plain data."""
         return {**asdict(self), "optimizer_state": self.optimizer_state, "peak": self.peak}
 
     def facts(self) -> dict[str, int | None]:
@@ -139,7 +135,23 @@ def estimate(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    _check(recipe, world_size, sharding, batch_size, sequence_length, dtype)
+    for name, value in (("world size", world_size), ("batch size", batch_size)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{name} must be at least 1, got {value}")
+    for name, word, words in (("sharding", sharding, SHARDINGS), ("dtype", dtype, DTYPES)):
+        if word is not None and word not in words:
+            raise UserError(f"{name} must be one of {', '.join(words)}, got {word!r}")
+    if world_size > 1 and getattr(recipe.settings, "layerwise", False):
+        raise UserError(
+            f"{recipe.path}: world size must be 1 with method.layerwise, got {world_size}: gradients would be used "
+            "before they are averaged; leave out layerwise"
+        )
+    if sequence_length is not None:
+        positions = getattr(recipe.config(), "max_position_embeddings", None)
+        if not 2 <= sequence_length <= (positions or sequence_length):
+            raise UserError(
+                f"sequence length must be from 2 to model.max_position_embeddings ({positions}), got {sequence_length}"
+            )
     if world_size > 1 and sharding is None:
         sharding = "ddp"
     target = _device(device)
@@ -159,7 +171,6 @@ def estimate(
     half = share > 1 and (args.bf16 or args.fp16)
     phases, communication = _phases(found, world_size, sharding, 2 if half else 1)
     top = max(phases, key=phases.__getitem__)
-    weights = found.weights
     library = _library(target)
     return MemoryEstimate(
         recipe=recipe.name,
@@ -170,8 +181,8 @@ def estimate(
         batch_size=args.per_device_train_batch_size,
         sequence_length=changed.data.sequence_length,
         gradient_checkpointing=checkpoints(args),
-        weights=weights.total // share,
-        **{name: getattr(weights, name) // share for name in WEIGHT_KINDS},
+        weights=_total(found.weights) // share,
+        **{name: found.weights[name] // share for name in (*WEIGHT_KINDS, "frozen")},
         **{name: getattr(found, name) // share for name in ("gradients", "moments", "bases")},
         activations=found.activations,
         activations_plain=kept[0],
@@ -180,6 +191,10 @@ def estimate(
         communication=communication,
         phases={name: size + library for name, size in phases.items()},
     )
+
+
+def _total(weights: Counter[str]) -> int:
+    return sum(weights[name] for name in WEIGHT_KINDS)
 
 
 def _workspace(found: Simulation, peak: Peak) -> int:
@@ -194,11 +209,11 @@ def _phases(found: Simulation, world_size: int, sharding: str | None, narrower: 
         return alone, 0
     if sharding == "ddp":
         return {name: size + found.gradients for name, size in alone.items()}, found.gradients
-    weights = found.weights
-    outside = weights.total - weights.blocks
-    gathered = (outside + 2 * weights.largest_block) // narrower
+    total, block = _total(found.weights), found.weights["largest_block"]
+    outside = total - found.weights["blocks"]
+    gathered = (outside + 2 * block) // narrower
     # The gradients outside the blocks and those of one block are unsharded until they are scattered.
-    unsharded = found.gradients * (outside + weights.largest_block) // max(1, weights.total)
+    unsharded = found.gradients * (outside + block) // max(1, total)
     phases, communication = {}, {}
     for name, peak in found.phases.items():
         kept = sum(peak.kinds.get(kind, 0) for kind in (WEIGHTS, GRADIENTS, STATE))
@@ -248,32 +263,3 @@ def _changed(recipe: Recipe, batch_size: int | None, length: int | None, checkpo
         training[next(name for name in CHECKPOINTING if hasattr(TrainingArguments, name))] = checkpointing
     data = recipe.data if length is None else recipe.data.model_copy(update={"sequence_length": length})
     return replace(recipe, training=training, data=data)
-
-
-def _check(
-    recipe: Recipe,
-    world_size: int,
-    sharding: str | None,
-    batch_size: int | None,
-    sequence_length: int | None,
-    dtype: str | None,
-) -> None:
-    for name, value in (("world size", world_size), ("batch size", batch_size)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise UserError(f"{name} must be at least 1, got {value}")
-    if sharding is not None and sharding not in SHARDINGS:
-        raise UserError(f"sharding must be one of {', '.join(SHARDINGS)}, got {sharding!r}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if world_size > 1 and getattr(recipe.settings, "layerwise", False):
-        raise UserError(
-            f"{recipe.path}: world size must be 1 with method.layerwise, got {world_size}: gradients would be used "
-            "before they are averaged; leave out layerwise"
-        )
-    if sequence_length is None:
-        return
-    positions = getattr(recipe.config(), "max_position_embeddings", None)
-    if sequence_length < 2 or (positions is not None and sequence_length > positions):
-        raise UserError(
-            f"sequence length must be from 2 to model.max_position_embeddings ({positions}), got {sequence_length}"
-        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hf_lowrank.compat import FakeTensor, TorchDispatchMode, active_fake_mode
+from hf_lowrank.compat import FakeTensor, TorchDispatchMode, active_fake_mode, tree_leaves
 
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer_state"
 ACTIVATIONS, WORKSPACE = "activations", "workspace"
@@ -61,8 +61,9 @@ class Ledger(TorchDispatchMode):
             result = _grouped_product(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
-        for tensor in _tensors(result):
-            self._enter(tensor, self.kind)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor, self.kind)
         return result
 
     def claim(self, tensors: Iterable[Tensor | None], kind: str) -> int:
@@ -142,11 +143,3 @@ def _grouped_product(
 
 def _nested(value: Any, shape: tuple[int, ...]) -> Any:
     return value if not shape else [_nested(value, shape[1:]) for _ in range(shape[0])]
-
-
-def _tensors(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, (tuple, list)):
-        for part in result:
-            yield from _tensors(part)

@@ -1,18 +1,118 @@
-"""Logs the memory estimate when training starts and the measured peak when it ends; both go to `facts.json`."""
+"""Memory in a run's facts: the estimate when training starts, and the measured peak when it ends."""
 
 import logging
-from typing import Any, Literal
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowrank.compat import profiled_allocation, profiler_enabled
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import byte_size
 from hf_lowrank.memory.estimates import MemoryEstimate, estimate
-from hf_lowrank.memory.measured import AllocatorPeak
+from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.training.recipe import Recipe, first_line
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the storages of `tensors` in this process, each counted once."""
+    sizes = {}
+    for tensor in tensors:
+        if tensor is not None:
+            storage = local_part(tensor.detach()).untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def resident_tensors(model: nn.Module, optimizer: Optimizer | None) -> list[Tensor | None]:
+    """What is kept between steps: parameters, gradients if any, buffers, optimizer state."""
+    found: list[Tensor | None] = [*model.parameters(), *model.buffers()]
+    found += [parameter.grad for parameter in model.parameters()]
+    if optimizer is not None:
+        values = (value for state in optimizer.state.values() for value in state.values())
+        found += [value for value in values if isinstance(value, Tensor)]
+    return found
+
+
+class AllocatorPeak:
+    """The peak of torch's CPU allocator from `start` to `stop`, e.g. during a few steps of a real training.
+
+    The profiler reports every block that is allocated or freed while it is active; what was held before is counted
+    from the tensors. The computation does not change, and outside the measured steps nothing runs at all. Start it
+    between steps: older blocks that are freed before `stop` count as held.
+    """
+
+    def __init__(self) -> None:
+        self._profile: Any = None
+        self._before = 0
+
+    def start(self, model: nn.Module, optimizer: Optimizer | None = None) -> bool:
+        """Starts; returns False if the profiler is already in use."""
+        if profiler_enabled():
+            return False
+        self._before = storage_bytes(resident_tensors(model, optimizer))
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        known_before = torch.empty(1)
+        with _quiet():
+            self._profile.start()
+            # torch warns about the first freed block that it has not seen allocated: let that be this one.
+            del known_before
+        return True
+
+    @property
+    def running(self) -> bool:
+        return self._profile is not None
+
+    def stop(self) -> int:
+        """The most bytes held since `start`."""
+        profile, self._profile = self._profile, None
+        with _quiet():
+            profile.stop()
+        held: dict[int, int] = {}
+        balance = highest = 0
+        for _, address, size in sorted(_blocks(profile.profiler.kineto_results.experimental_event_tree())):
+            if size > 0:
+                held[address] = size
+                balance += size
+                highest = max(highest, balance)
+            else:
+                # Unknown addresses are older blocks.
+                balance -= held.pop(address, 0)
+        return self._before + highest
+
+
+def _blocks(events: list[Any]) -> Iterator[tuple[int, int, int]]:
+    """Time, address and size of each block that was allocated (positive) or freed."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == profiled_allocation:
+            block = event.extra_fields
+            yield event.start_time_ns, block.ptr, block.alloc_size
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what the profiler's library writes to the process's stderr."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +123,11 @@ ITEMS = ("weights", "gradients", "optimizer_state", "activations", "workspace", 
 
 
 class MemoryRecorder(TrainerCallback):
-    """Logs an estimate, measures the peak, and keeps both as `facts["memory"]`.
+    """Logs an estimate (if there is one), measures the peak, and keeps both as `facts["memory"]`.
 
     On an accelerator the peak is torch's own, of the whole training. On the CPU the first two steps are measured (the
     first creates the optimizer state and chooses subspaces, the second is typical), and the first evaluation if it may
     hold more; the rest of the training is not affected. A value that was measured before an interruption stays.
-
-    Args:
-        estimate: the estimate, or None; then only the peak is recorded.
-        facts: the run's facts, updated in place.
     """
 
     def __init__(self, estimate: MemoryEstimate | None, facts: dict[str, Any]) -> None:
@@ -40,14 +136,9 @@ class MemoryRecorder(TrainerCallback):
         self._measured: int | None = before.get("measured_peak")
         self._watch = AllocatorPeak()
         self._steps = STEPS if self._measured is None else 0
-        self._evaluations = 1 if self._measured is None and self._evaluation_may_peak() else 0
+        may_peak = estimate is None or estimate.phases.get("evaluation", 0) > NEAR * estimate.peak
+        self._evaluations = 1 if self._measured is None and may_peak else 0
         self._keep()
-
-    def _evaluation_may_peak(self) -> bool:
-        if self._estimate is None:
-            return True
-        phases = self._estimate.phases
-        return phases.get("evaluation", 0) > NEAR * max(phases.values())
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if torch.cuda.is_available():
@@ -65,21 +156,21 @@ class MemoryRecorder(TrainerCallback):
             last = state.global_step >= state.max_steps or control.should_evaluate or control.should_save
             if not self._steps or last:
                 self._steps = 0
-                self._stop()
+                self._take(self._watch.stop())
         if self._evaluations and control.should_evaluate and not self._watch.running and args.device.type == "cpu":
             self._evaluations -= 1
             self._start(kw)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if self._watch.running and not self._steps:
-            self._stop()
+            self._take(self._watch.stop())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._read_accelerator(args)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if self._watch.running:
-            self._stop()
+            self._take(self._watch.stop())
         self._read_accelerator(args)
         if state.is_world_process_zero and self._measured is not None and self._estimate is not None:
             logger.info(
@@ -98,9 +189,6 @@ class MemoryRecorder(TrainerCallback):
         optimizer = around.get("optimizer")
         self._watch.start(around["model"], getattr(optimizer, "optimizer", optimizer))
 
-    def _stop(self) -> None:
-        self._take(self._watch.stop())
-
     def _read_accelerator(self, args: TrainingArguments) -> None:
         if args.device.type == "cuda":
             self._take(torch.cuda.max_memory_allocated(args.device))
@@ -118,15 +206,13 @@ def memory_recorder(
     recipe: Recipe, args: TrainingArguments, model: nn.Module, facts: dict[str, Any]
 ) -> MemoryRecorder:
     """The recorder of a run by `recipe`; without an estimate if there can be none."""
-    sharding: Literal["ddp", "fsdp2"] = "ddp"
-    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        sharding = "fsdp2"
+    sharded = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     expected = None
     try:
         expected = estimate(
             recipe,
             world_size=args.world_size,
-            sharding=sharding if args.world_size > 1 else None,
+            sharding=None if args.world_size == 1 else "fsdp2" if sharded else "ddp",
             device=args.device.type,
             vocabulary_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[operator]
         )

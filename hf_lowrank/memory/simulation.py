@@ -6,6 +6,7 @@ forward and loss, backward, clipping, optimizer step, gradients freed, and an ev
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,47 +27,24 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, WORKSPACE, Ledger, Peak, StandIns
 from hf_lowrank.optim.state import quantization_levels
 from hf_lowrank.targets import decayed_names
+from hf_lowrank.training.pretrain import drop_logits
 from hf_lowrank.training.recipe import Recipe, first_line
-from hf_lowrank.training.trainer import drop_logits
 
 BASES = ("basis", "left_basis")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass
-class Weights:
-    """Bytes of a model's parameters and buffers by their kind.
-
-    Counted in addition: `frozen`, without gradients; `blocks`, the parameters of all blocks; `largest_block`.
-    """
-
-    embeddings: int = 0
-    dense: int = 0
-    factors: int = 0
-    sparse: int = 0
-    buffers: int = 0
-    frozen: int = 0
-    blocks: int = 0
-    largest_block: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.embeddings + self.dense + self.factors + self.sparse + self.buffers
-
-
-@dataclass
 class Simulation:
-    """What a training step holds, in bytes.
+    """What a training step holds, in bytes; `estimates.MemoryEstimate` explains the items.
 
     Attributes:
-        weights: of the model.
-        gradients: all that exist at once.
-        moments, bases: of the optimizer state.
-        activations: what autograd keeps from the forward to the backward pass, including the batch.
+        weights: of the model, by kind: `embeddings`, `dense`, `factors`, `sparse` and `buffers`, which are all of
+            them, and again those that are `frozen`, in `blocks`, and in the `largest_block`.
         phases: the peak of each phase.
     """
 
-    weights: Weights
+    weights: Counter[str]
     gradients: int = 0
     moments: int = 0
     bases: int = 0
@@ -85,7 +63,6 @@ def simulate(
     """Simulates training steps of `recipe`, the first one separately from those that find optimizer state.
 
     Args:
-        recipe: what to train.
         vocabulary: size of the tokenizer's vocabulary, for a recipe that does not set the model's.
         device: where the fake tensors pretend to be.
         dtype: of the weights, if not the recipe's.
@@ -130,16 +107,24 @@ def _isolated(packed: bool) -> Iterator[None]:
     """
     maskless = replaced(import_utils, "is_fake_tensor", lambda tensor: False) if packed else nullcontext()
     quantization_levels.cache_clear()
-    package = logging.getLogger("hf_lowrank")
-    level = package.level
-    package.setLevel(logging.WARNING)
+    alone = replaced(torch.distributed, "is_initialized", lambda: False)
     try:
-        alone = replaced(torch.distributed, "is_initialized", lambda: False)
-        with torch.random.fork_rng(devices=[]), alone, maskless, warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), alone, maskless, quiet_package(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         quantization_levels.cache_clear()
+
+
+@contextmanager
+def quiet_package() -> Iterator[None]:
+    """Hides the package's log lines below warnings."""
+    package = logging.getLogger("hf_lowrank")
+    level = package.level
+    package.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
         package.setLevel(level)
 
 
@@ -317,9 +302,9 @@ def _set_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
 
 
-def _weigh(model: PreTrainedModel, ledger: Ledger) -> Weights:
-    """Counts the model's tensors, each storage once, and claims them in `ledger`."""
-    weights = Weights()
+def _weigh(model: PreTrainedModel, ledger: Ledger) -> Counter[str]:
+    """Counts the model's tensors by kind, each storage once, and claims them in `ledger`."""
+    weights: Counter[str] = Counter()
     kinds: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, ReplacedLinear):
@@ -335,12 +320,11 @@ def _weigh(model: PreTrainedModel, ledger: Ledger) -> Weights:
     named = [(tensor, "dense") for tensor in model.parameters()] + [(tensor, "buffers") for tensor in model.buffers()]
     for tensor, default in named:
         size = ledger.claim([tensor], WEIGHTS)
-        kind = kinds.get(id(tensor), default)
-        setattr(weights, kind, getattr(weights, kind) + size)
+        weights[kinds.get(id(tensor), default)] += size
         if default == "dense" and not tensor.requires_grad:
-            weights.frozen += size
+            weights["frozen"] += size
     sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in _blocks(model)]
-    weights.blocks, weights.largest_block = sum(sizes), max(sizes, default=0)
+    weights["blocks"], weights["largest_block"] = sum(sizes), max(sizes, default=0)
     return weights
 
 

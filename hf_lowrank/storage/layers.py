@@ -143,8 +143,7 @@ def _chain(path: Path, what: str) -> list[tuple[Path, dict[str, Any]]]:
     while following is not None:
         resolved = following.resolve()
         if resolved in visited:
-            circle = [*visited[visited.index(resolved) :], resolved]
-            names = " -> ".join(file.name for file in circle)
+            names = " -> ".join(file.name for file in [*visited[visited.index(resolved) :], resolved])
             raise UserError(f"{following}: extends must not lead back to itself: {names}")
         visited.append(resolved)
         data = read_mapping(following, what, named_by=chain[-1][0] if chain else None)

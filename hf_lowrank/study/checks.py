@@ -13,8 +13,7 @@ from hf_lowrank.runs.selection import choose_steps
 from hf_lowrank.study.layout import ExternalRun, Run, Study, Trial, planned_runs, planned_trials
 from hf_lowrank.study.members import check_members
 from hf_lowrank.study.spec import STAGES, StudyFile
-from hf_lowrank.study.stages import STAGE_TABLE
-from hf_lowrank.study.sweep import read_winners
+from hf_lowrank.study.stages import STAGE_TABLE, read_winners
 from hf_lowrank.training.recipe import Recipe
 from hf_lowrank.training.start import check_belongs
 
@@ -42,13 +41,9 @@ def chosen_stages(file: StudyFile, wanted: str | Sequence[str] | None) -> tuple[
 
 
 def prepare(file: StudyFile, directory: Path, stages: Sequence[str], *, named: bool = False) -> Study:
-    """The study, with everything that its file refers to checked; nothing is written.
+    """The study whose `stages` will run, with everything that its file refers to checked; nothing is written.
 
-    Args:
-        file: the study file.
-        directory: the study's own.
-        stages: what will run.
-        named: whether the stages were asked for by name; then one that cannot run is an error rather than skipped.
+    Stages that were asked for by name (`named`) must be able to run, others are skipped if they cannot.
 
     Raises:
         UserError: the first problem.
@@ -63,7 +58,8 @@ def prepare(file: StudyFile, directory: Path, stages: Sequence[str], *, named: b
     if "measure" in stages:
         _check_measure(study)
     if "predict" in stages:
-        _check_metrics(study, "predict.metrics", study.settings.predict.metrics)
+        with file.blaming("predict.metrics"):
+            METRICS.select(study.settings.predict.metrics)
     offline = _check_tasks(study) if "evaluate" in stages else set()
     _check_steps(study, recipes, stages)
     _check_folders(study, stages)
@@ -98,7 +94,7 @@ def _check_names(file: StudyFile, runs: Sequence[Run | Trial]) -> None:
 def _recipes(study: Study) -> dict[str, Recipe]:
     """The recipe of each member that is trained here; before the sweep with the values of its first trial."""
     first = {trial.member: trial for trial in reversed(study.trials)}
-    assumed = study.with_winners({name: trial.values for name, trial in first.items()} | dict(study.winners))
+    assumed = replace(study, winners={name: trial.values for name, trial in first.items()} | dict(study.winners))
     trained = [run for run in study.runs if run.index == 0 and not isinstance(run, ExternalRun)]
     recipes = {}
     for run in trained:
@@ -120,25 +116,17 @@ def _check_baseline_runs(study: Study) -> None:
             )
 
 
-def _check_metrics(study: Study, key: str, metrics: str | list[str] | None) -> None:
-    try:
-        METRICS.select(metrics)
-    except UserError as error:
-        raise study.file.fault(key, f"is wrong: {error}") from None
-
-
 def _check_measure(study: Study) -> None:
     settings, fault = study.settings.measure, study.file.fault
-    _check_metrics(study, "measure.metrics", settings.metrics)
+    with study.file.blaming("measure.metrics"):
+        METRICS.select(settings.metrics)
     try:
         resolve_settings(settings.preset, settings.settings)
     except UserError as error:
         key = "preset" if "preset" in str(error) else "settings"
         raise fault(f"measure.{key}", f"is wrong: {error}") from None
-    for key, given in (
-        ("measure.evaluation_set", settings.evaluation_set),
-        ("evaluation_text", study.settings.evaluation_text),
-    ):
+    texts = {"measure.evaluation_set": settings.evaluation_set, "evaluation_text": study.settings.evaluation_text}
+    for key, given in texts.items():
         if given is not None and not Path(given).exists():
             raise fault(key, f"must be an existing file, got {given!r}")
 
@@ -147,12 +135,10 @@ def _check_tasks(study: Study) -> set[str]:
     """The wanted tasks that are made from held-out text."""
     from hf_lowrank.downstream.catalogue import OFFLINE, expand_tasks, wanted_tasks
 
-    try:
+    with study.file.blaming("evaluate.tasks"):
         known, problems = expand_tasks(wanted_tasks(study.settings.evaluate.tasks))
-    except UserError as error:
-        known, problems = [], [str(error)]
-    if problems:
-        raise study.file.fault("evaluate.tasks", f"is wrong: {problems[0]}")
+        if problems:
+            raise UserError(problems[0])
     return set(known) & set(OFFLINE)
 
 
@@ -181,10 +167,8 @@ def _check_steps(study: Study, recipes: dict[str, Recipe], stages: Sequence[str]
     for key, steps in wanted:
         for member, saved in available.items():
             if steps is not None and saved is not None:
-                try:
+                with study.file.blaming(key, f"does not fit {member}"):
                     choose_steps(saved, steps, "all")
-                except UserError as error:
-                    raise study.file.fault(key, f"does not fit {member}: {error}") from None
 
 
 def _check_folders(study: Study, stages: Sequence[str]) -> None:

@@ -1,9 +1,10 @@
-"""Runs a study: stage by stage, each unit in a process, skipping finished work."""
+"""Runs a study: stage by stage, each unit in a process, skipping finished work, and saying how far it is."""
 
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TextIO
 
 from hf_lowrank.claims.results import FAILURES, Failure
 from hf_lowrank.errors import UserError
+from hf_lowrank.formats import duration
 from hf_lowrank.storage.checksums import sealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.locks import locked
@@ -19,10 +21,104 @@ from hf_lowrank.study.checks import chosen_stages, prepare
 from hf_lowrank.study.executors import Executor, ForkExecutor, WorkerExecutor
 from hf_lowrank.study.layout import Study
 from hf_lowrank.study.plan import Plan, make_plan, write_timings
-from hf_lowrank.study.progress import Progress, Say
 from hf_lowrank.study.spec import StudyFile, load_study
 from hf_lowrank.study.stages import STAGE_TABLE
 from hf_lowrank.study.units import ReportUnit, Unit
+
+Say = Callable[[str], None]
+
+
+class Progress:
+    """Counts finished units, and predicts the time left from what units of each stage took or are estimated to take.
+
+    Args:
+        estimates: seconds of each planned unit, by key; None if unknown.
+        jobs: units in parallel.
+        say: receives whole lines.
+        stream: a terminal for the line that is redrawn; None: plain lines only.
+
+    Attributes:
+        seconds: what each finished unit took, by key.
+    """
+
+    def __init__(
+        self, estimates: Mapping[str, float | None], jobs: int, say: Say, stream: TextIO | None = None
+    ) -> None:
+        self._left, self._jobs, self._say, self._stream = dict(estimates), jobs, say, stream
+        self._planned = set(estimates)
+        self._done = 0
+        self._started: dict[str, float] = {}
+        self._ratios: dict[str, list[float]] = {}
+        self._taken: dict[str, list[float]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def add(self, keys: Iterable[str]) -> None:
+        """Adds units that were not planned; planned ones are known."""
+        new = [key for key in keys if key not in self._planned]
+        self._left |= dict.fromkeys(new)
+        self._planned.update(new)
+
+    def skip(self, key: str) -> None:
+        """Removes a unit that need not run."""
+        self._left.pop(key, None)
+
+    def start(self, key: str) -> None:
+        self._left.setdefault(key, None)
+        self._started[key] = time.monotonic()
+        self.show()
+
+    def end(self, key: str, reason: str | None, note: str | None = None) -> None:
+        estimate, stage = self._left.pop(key, None), key.split(" ", maxsplit=1)[0]
+        seconds = time.monotonic() - self._started.pop(key)
+        self._done += 1
+        if reason is None:
+            self.seconds[key] = round(seconds, 2)
+            self._taken.setdefault(stage, []).append(seconds)
+            if estimate:
+                self._ratios.setdefault(stage, []).append(seconds / estimate)
+        how = f"failed: {reason}" if reason else f"done in {duration(seconds)}" + (f" ({note})" if note else "")
+        left = self.seconds_left()
+        rest = "" if left is None or not self._left else f"; {duration(left)} left"
+        self.clear()
+        self._say(f"{self._count()} {key}: {how}{rest}")
+        self.show()
+
+    def _count(self) -> str:
+        return f"[{self._done}/{self._done + len(self._left)}]"
+
+    def seconds_left(self) -> float | None:
+        """Until all units are done, `jobs` in parallel; None if nothing is known."""
+        total, known = 0.0, False
+        for key, estimate in self._left.items():
+            stage = key.split(" ")[0]
+            ratios, taken = self._ratios.get(stage), self._taken.get(stage)
+            if estimate is not None and ratios:
+                whole = estimate * sum(ratios) / len(ratios)
+            elif taken or estimate is not None:
+                whole = sum(taken) / len(taken) if taken else estimate or 0.0
+            else:
+                continue
+            known = True
+            spent = time.monotonic() - self._started[key] if key in self._started else 0.0
+            total += max(whole - spent, 0.0)
+        return total / self._jobs if known else None
+
+    def show(self) -> None:
+        """Draws the progress line."""
+        if self._stream is None or not self._started:
+            return
+        left = self.seconds_left()
+        rest = "" if left is None else f", {duration(left)} left"
+        line = f"{self._count()} {', '.join(self._started)}{rest}"
+        self._stream.write(f"\r\x1b[K{line[:118]}")
+        self._stream.flush()
+
+    def clear(self) -> None:
+        """Removes the progress line."""
+        if self._stream is not None:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +127,7 @@ LOCK_SECONDS = 5.0  # how long the last processes of a killed study may take to 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
-    """What a call of `run_study` left.
-
-    Attributes:
-        directory: the study's.
-        plan: what there was to do.
-        failures: the units that failed.
-        page: the report; None if none was written.
-        runs: the run directories that it shows.
-    """
+    """What a call of `run_study` left: the units that failed, the report if it was written, the runs that it shows."""
 
     directory: Path
     plan: Plan
@@ -148,21 +236,18 @@ class _Engine:
 
     def _report_untrained(self) -> None:
         """Names the runs that are missing because they are not trained, each once."""
-        trained, failed = set(self.study.trained_runs()), {failure.what for failure in self.failures}
-        missing = [run.name for run in self.study.runs if run not in trained]
-        missing = [name for name in missing if name not in failed | self.reported]
+        trained, known = set(self.study.trained_runs()), {failure.what for failure in self.failures} | self.reported
+        missing = [run.name for run in self.study.runs if run not in trained and run.name not in known]
         if missing:
             self.reported.update(missing)
             self.say(f"skipped, not trained: {', '.join(missing)}")
 
     def _execute(self, units: Sequence[Unit]) -> None:
         """Performs the units that are not done, `jobs` at a time."""
-        queue = []
-        for unit in units:
-            if unit.is_done():
-                self.progress.skip(unit.key)
-            else:
-                queue.append(unit)
+        done = {unit.key for unit in units if unit.is_done()}
+        for key in done:
+            self.progress.skip(key)
+        queue = [unit for unit in units if unit.key not in done]
         self.progress.add(unit.key for unit in queue)
         running: dict[str, tuple[Unit, int]] = {}
         free = list(range(self.jobs))

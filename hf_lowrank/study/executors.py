@@ -24,7 +24,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol, cast
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from hf_lowrank.study.units import Unit
@@ -35,13 +35,7 @@ POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a unit ended.
-
-    Attributes:
-        key: the unit's.
-        reason: why it failed, one line; None if it did not.
-        note: what else a reader should know.
-    """
+    """How the unit of this key ended: why it failed, in one line, and what else a reader should know."""
 
     key: str
     reason: str | None = None
@@ -49,19 +43,17 @@ class Outcome:
 
 
 class Executor(Protocol):
-    """Runs units."""
+    """Runs units.
 
-    def start(self, unit: Unit, log: Path, slot: int = 0) -> None:
-        """Starts a unit, whose output is appended to `log`; units that run in parallel have different slots."""
-        ...
+    `start` appends a unit's output to `log`; units that run in parallel have different slots. `wait` returns the units
+    that have ended since the last call, after at most `seconds` if there are none. `stop` ends all running units.
+    """
 
-    def wait(self, seconds: float) -> list[Outcome]:
-        """The units that have ended since the last call; returns after at most `seconds` if there are none."""
-        ...
+    def start(self, unit: Unit, log: Path, slot: int = 0) -> None: ...
 
-    def stop(self) -> None:
-        """Ends all running units."""
-        ...
+    def wait(self, seconds: float) -> list[Outcome]: ...
+
+    def stop(self) -> None: ...
 
 
 class ForkExecutor:
@@ -126,7 +118,6 @@ class WorkerExecutor:
     """Sends units to worker processes: to one that forks a child for each, or each to a fresh one.
 
     Args:
-        threads: CPU threads per unit.
         inherited: file descriptors that the workers keep open.
         devices: accelerators; a fresh worker sees the one of its slot.
         fork: whether one worker forks for all units.
@@ -208,11 +199,11 @@ def perform(unit: Unit) -> Outcome:
         return Outcome(unit.key, note=unit.perform())
     except UserError as error:
         print(f"failed: {error}", flush=True)  # noqa: T201
-        return Outcome(unit.key, reason=" ".join(str(error).split()))
+        return Outcome(unit.key, reason=str(error))
     except Exception as error:
         traceback.print_exc()
-        message = " ".join(str(error).split())[:300]
-        return Outcome(unit.key, reason=f"{type(error).__name__}: {message}" if message else type(error).__name__)
+        message, kind = one_line(error), type(error).__name__
+        return Outcome(unit.key, reason=kind if message == kind else f"{kind}: {message}")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -250,8 +241,6 @@ def die_with(parent: int) -> None:
 def _exit_reason(status: int) -> str:
     if status >= 0:
         return f"its process exited with status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
+    known = {number.value: number.name for number in signal.Signals}
+    name = known.get(-status, f"signal {-status}")
     return f"its process was ended by {name}" + ("; did it run out of memory?" if status == -signal.SIGKILL else "")

@@ -1,9 +1,8 @@
 """A study's runs and trials, and where each of them is on disk."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.trajectory import Trajectory
@@ -17,9 +16,8 @@ class Run:
     """One run of a member.
 
     Attributes:
-        member: its member.
         index: its number among the member's runs; runs of equal index are compared with each other.
-        folder: its run directory.
+        folder: the run directory.
         seed: of the recipe, or of the runs that an external one is compared with.
     """
 
@@ -35,10 +33,9 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class ExternalRun(Run):
-    """Checkpoints that were trained elsewhere; the run directory holds links to them and their measurements.
+    """Checkpoints that were trained elsewhere, in the folder or Hub repository `source`.
 
-    Attributes:
-        source: a folder of checkpoints, or a Hub repository.
+    The run directory holds links to them and their measurements.
     """
 
     source: str
@@ -46,13 +43,7 @@ class ExternalRun(Run):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A run of the sweep.
-
-    Attributes:
-        member: its member.
-        values: dotted recipe keys and the values that this trial tries.
-        folder: its run directory.
-    """
+    """A run of the sweep, which tries `values`, given by dotted recipe keys."""
 
     member: str
     values: Mapping[str, float]
@@ -68,7 +59,6 @@ class Study:
     """A study that has been checked.
 
     Attributes:
-        file: the study file.
         directory: where everything is written.
         runs: by member, then seed.
         trials: by member, then value.
@@ -134,13 +124,8 @@ class Study:
         values = member.values or self.winners.get(run.member, {})
         return recipe, [*overrides, *as_overrides(values)], run.seed
 
-    def with_winners(self, winners: Mapping[str, Mapping[str, float]]) -> Self:
-        """The study after its sweep."""
-        return replace(self, winners=winners)
-
 
 def as_overrides(values: Mapping[str, float]) -> list[str]:
-    """`key=value` of each chosen value."""
     return [f"{key}={value!r}" for key, value in values.items()]
 
 
@@ -149,11 +134,9 @@ def planned_runs(file: StudyFile, directory: Path) -> list[Run]:
     seeds, folder = file.settings.seeds, directory / "runs"
     found: list[Run] = []
     for name, member in file.settings.members.items():
-        if member.runs is None:
-            for index, seed in enumerate(seeds):
-                found.append(Run(member=name, index=index, seed=seed, folder=folder / f"{name}-seed{seed}"))
-            continue
-        for index, source in enumerate(member.runs):
+        for index, seed in enumerate(seeds if member.runs is None else ()):
+            found.append(Run(member=name, index=index, seed=seed, folder=folder / f"{name}-seed{seed}"))
+        for index, source in enumerate(member.runs or ()):
             seed = seeds[index] if index < len(seeds) else index
             run = folder / f"{name}-{index}"
             found.append(ExternalRun(member=name, index=index, seed=seed, folder=run, source=source))

@@ -1,12 +1,21 @@
-"""What a study will do, and what that takes: time, disk, memory."""
+"""What a study will do, and what that takes: time, disk and memory, recorded by finished runs or probed."""
 
 import json
-import math
+import logging
+import os
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from hf_lowrank.formats import finite_number
 from hf_lowrank.measuring.groups import GROUPS
+from hf_lowrank.memory import MemoryEstimate, estimate
+from hf_lowrank.memory.simulation import quiet_package
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.measure_settings import resolve_settings
 from hf_lowrank.runs.run_files import read_facts
@@ -14,11 +23,120 @@ from hf_lowrank.runs.selection import choose_steps
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.study.checks import saved_steps
-from hf_lowrank.study.costs import Costs, probe, recorded_costs
 from hf_lowrank.study.layout import ExternalRun, Run, Study, Trial
 from hf_lowrank.study.stages import STAGE_TABLE
 from hf_lowrank.study.units import EvaluateUnit, MeasureUnit, PairsUnit, TrainUnit, Unit
 from hf_lowrank.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+# Training holds at least this per parameter: weight, gradient and two moments in float32.
+BYTES_PER_PARAMETER = 16
+# A model that needs more than this share of the machine's memory is not probed.
+MEMORY_SHARE = 0.25
+# Below this number of parameters a step takes well under a second.
+SMALL = 5_000_000
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What training takes: an optimizer step with its batch, a checkpoint, and the peak of memory; None if unknown."""
+
+    step_seconds: float | None = None
+    checkpoint_bytes: int | None = None
+    memory_bytes: int | None = None
+
+
+def recorded_costs(folders: Sequence[Path]) -> Costs | None:
+    """Costs recorded in run directories; None if there are none.
+
+    The seconds are those of the median run: some may have shared the machine.
+    """
+    facts = [fact for folder in folders if (fact := read_facts(folder)).get("wall_seconds")]
+    if not facts:
+        return None
+    seconds = sorted(fact["wall_seconds"] / fact["step"] for fact in facts if fact.get("step"))
+    last = facts[-1]
+    parameters, state = last.get("parameters"), last.get("optimizer_state_bytes") or 0
+    return Costs(
+        step_seconds=seconds[len(seconds) // 2] if seconds else None,
+        checkpoint_bytes=4 * parameters + state if parameters else None,
+        memory_bytes=(last.get("memory") or {}).get("measured_peak") or last.get("peak_memory_bytes"),
+    )
+
+
+def probe(recipe: Recipe, threads: int) -> Costs:
+    """Estimates memory, and times a batch and an optimizer step unless the model is too large for this machine."""
+    with quiet_package():  # an optimizer logs about its groups again when it trains
+        vocabulary = recipe.model.get("vocab_size") or recipe.data.vocabulary_size
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = recipe.method.build_model(recipe.config(vocab_size=vocabulary), recipe.settings, recipe.seed)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        memory = _memory(recipe, vocabulary)
+        step, machine = None, _machine_memory()
+        if machine is None or parameters * BYTES_PER_PARAMETER < MEMORY_SHARE * machine:
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                step = _step_seconds(recipe, vocabulary)
+            except (RuntimeError, ValueError, TypeError) as error:
+                logger.debug("%s: cannot be timed: %s", recipe.name, error)
+            finally:
+                torch.set_num_threads(before)
+    if memory is None:
+        return Costs(step, 12 * parameters)
+    return Costs(step, memory.weights + memory.optimizer_state, memory.peak)
+
+
+def _memory(recipe: Recipe, vocabulary: int) -> MemoryEstimate | None:
+    try:
+        return estimate(recipe, vocabulary_size=None if "vocab_size" in recipe.model else vocabulary)
+    except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        logger.debug("%s: memory cannot be estimated: %s", recipe.name, error)
+        return None
+
+
+def _step_seconds(recipe: Recipe, vocabulary: int) -> float:
+    args = recipe.arguments(recipe.path.parent)
+    device = args.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model: Any = recipe.method.build_model(recipe.config(vocab_size=vocabulary), recipe.settings, recipe.seed)
+        model.to(device).train()
+        build = recipe.method.build_optimizer
+        if build is not None:
+            optimizer = build(model, recipe.settings, args)
+        else:
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate)
+        small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
+        count = min(args.per_device_train_batch_size, 4 if small else 1)
+        ids = torch.randint(vocabulary, (count, recipe.data.sequence_length), device=device)
+    passes, updates = [], []
+    # The first step creates the optimizer state and chooses subspaces; later ones are typical.
+    for _ in range(3 if small else 2):
+        start = _now()
+        model(input_ids=ids, labels=ids).loss.backward()
+        middle = _now()
+        optimizer.step()
+        optimizer.zero_grad()
+        passes.append(middle - start)
+        updates.append(_now() - middle)
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return min(passes) * sequences / count + min(updates)
+
+
+def _now() -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _machine_memory() -> int | None:
+    with suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
 
 TIMINGS = ".timings.json"
 # Forward passes of an item-based task; where short requests cost as much as long ones.
@@ -30,7 +148,6 @@ class StagePlan:
     """The units of a stage.
 
     Attributes:
-        stage: its name.
         total, done: units, and how many of them are done.
         seconds: what the others take one after another; None if unknown.
         skipped: why the stage does not run; None if it does.
@@ -52,13 +169,10 @@ class MemberPlan:
     """The runs of a member.
 
     Attributes:
-        member: its name.
         what: method and learning rate, or where its checkpoints come from.
         runs, done: how many, and how many of them are trained.
-        seconds: of one run; None if unknown, as the following.
+        seconds, checkpoints, memory_bytes: of one run; None if unknown.
         checkpoint_bytes: of one checkpoint with its optimizer state.
-        checkpoints: of one run.
-        memory_bytes: the peak of one run.
     """
 
     member: str
@@ -76,8 +190,6 @@ class Plan:
     """What will run.
 
     Attributes:
-        name, directory: of the study.
-        stages, members: what there is to do.
         estimates: seconds of each unit to do, by key; None if unknown.
         jobs, threads: units in parallel, and threads of each.
         disk_bytes: size of the new checkpoints; None if unknown.
@@ -102,7 +214,6 @@ class Plan:
 
     @property
     def left(self) -> int:
-        """Units to do."""
         return sum(stage.left for stage in self.stages)
 
 
@@ -163,30 +274,24 @@ class _Estimator:
         return self._costs[member]
 
     def seconds(self, unit: Unit) -> float | None:
-        """What a unit will take; None if unknown."""
         run = self._by_name.get(unit.name.split(" ")[0])
         if isinstance(unit, TrainUnit) and run is not None:
             step = self.costs(run.member).step_seconds
             steps = self._study.recipe(run).training.get("max_steps")
             done = read_facts(run.folder).get("step", 0) if run.folder.exists() else 0
             return None if step is None or not steps else step * max(steps - done, 0)
-        similar = sorted(
-            seconds
-            for key, seconds in self._timings.items()
-            if key.split(" ")[0] == unit.stage and key.endswith(" pairs") == isinstance(unit, PairsUnit)
-        )
+        pairs = isinstance(unit, PairsUnit)
+        known = [(key.split(" ")[0], key.endswith(" pairs"), seconds) for key, seconds in self._timings.items()]
+        similar = sorted(seconds for stage, of_pairs, seconds in known if (stage, of_pairs) == (unit.stage, pairs))
         if similar:
             return similar[len(similar) // 2]
-        passes = None
-        if isinstance(run, Run) and not isinstance(run, ExternalRun):
-            passes = self._forward_passes(unit, self.recipe(run.member))
-        if passes is None or run is None:
+        if not isinstance(run, Run) or isinstance(run, ExternalRun):
             return None
-        step = self.costs(run.member).step_seconds
+        passes, step = self._forward_passes(unit, self.recipe(run.member)), self.costs(run.member).step_seconds
         training = self.recipe(run.member).training
         batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
         # A training step has a forward pass, and a backward pass that takes twice as long.
-        return None if step is None else passes * step / batch / 3
+        return None if step is None or passes is None else passes * step / batch / 3
 
     def _forward_passes(self, unit: Unit, recipe: Recipe) -> float | None:
         """Forward passes of one sequence when a run is measured or scored, which is most of the work."""
@@ -214,7 +319,6 @@ class _Estimator:
         return sequences * passes
 
     def member(self, name: str, trained: set[Run]) -> MemberPlan:
-        """A member's plan."""
         runs = self._study.runs_of(name)
         done = sum(run in trained for run in runs)
         if isinstance(runs[0], ExternalRun):
@@ -238,11 +342,11 @@ class _Estimator:
     def disk_bytes(self, members: Sequence[MemberPlan], left: Mapping[str, float | None]) -> int | None:
         """Bytes of the checkpoints of the runs and trials that are not done."""
         total = 0
-        for member in members if any(key.startswith("train ") for key in left) else ():
-            if member.done < member.runs:
-                if not member.checkpoint_bytes or not member.checkpoints:
-                    return None
-                total += (member.runs - member.done) * member.checkpoints * member.checkpoint_bytes
+        trains = any(key.startswith("train ") for key in left)
+        for member in [member for member in members if trains and member.done < member.runs]:
+            if not member.checkpoint_bytes or not member.checkpoints:
+                return None
+            total += (member.runs - member.done) * member.checkpoints * member.checkpoint_bytes
         for trial in self._study.trials:
             if f"sweep {trial.name}" in left:
                 saved, size = saved_steps(self._study.recipe(trial)), self.costs(trial.member).checkpoint_bytes
@@ -256,11 +360,8 @@ def read_timings(directory: Path) -> dict[str, float]:
         timings = parse_json((directory / TIMINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {
-        key: float(value)
-        for key, value in (timings.items() if isinstance(timings, dict) else ())
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+    read = {key: finite_number(value) for key, value in (timings.items() if isinstance(timings, dict) else ())}
+    return {key: value for key, value in read.items() if value is not None}
 
 
 def write_timings(directory: Path, seconds: Mapping[str, float]) -> None:

@@ -3,7 +3,8 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -27,24 +28,20 @@ class _Block(BaseModel):
 class MemberSettings(_Block):
     """One of `members:`: a recipe to train by, or checkpoints that were trained elsewhere."""
 
-    recipe: str | None = Field(default=None, description="a recipe file")
+    recipe: str | None = Field(None, description="a recipe file")
     learning_rate: float | None = Field(
-        default=None, gt=0, description="overrides the recipe's; excludes the member from the sweep"
+        None, gt=0, description="overrides the recipe's; excludes the member from the sweep"
     )
     overrides: list[str] = Field(default_factory=list, alias="set", description="overrides, as in `train --set`")
-    runs: list[str] | None = Field(
-        default=None, min_length=1, description="folders of checkpoints, or Hub repositories"
-    )
+    runs: list[str] | None = Field(None, min_length=1, description="folders of checkpoints, or Hub repositories")
     revisions: str | None = Field(
-        default=None, description="runs: pattern of the revisions that are checkpoints, e.g. 'step*'"
+        None, description="runs: pattern of the revisions that are checkpoints, e.g. 'step*'"
     )
-    method: str | None = Field(
-        default=None, description="runs: name of the method in tables; default: the member's name"
-    )
+    method: str | None = Field(None, description="runs: name of the method in tables; default: the member's name")
 
     @property
     def values(self) -> dict[str, float]:
-        """The member's own value of each key that a sweep would choose."""
+        """Its own value of each key that a sweep would choose."""
         return {} if self.learning_rate is None else {LEARNING_RATE: self.learning_rate}
 
     @property
@@ -55,10 +52,9 @@ class MemberSettings(_Block):
     def _one_kind(self) -> Self:
         if (self.recipe is None) == (self.runs is None):
             raise ValueError("must have either recipe (a file to train by) or runs (existing checkpoints)")
-        own = ("learning_rate", "overrides") if self.runs is not None else ("revisions", "method")
-        for key in own:
+        kind, others = ("recipe", ("revisions", "method")) if self.recipe else ("runs", ("learning_rate", "overrides"))
+        for key in others:
             if key in self.model_fields_set:
-                kind = "runs" if self.runs is not None else "recipe"
                 raise ValueError(f"{'set' if key == 'overrides' else key} must be left out of a member with {kind}")
         return self
 
@@ -67,7 +63,7 @@ class SweepSettings(_Block):
     """`sweep:`: each member gets the learning rate with the lowest final loss."""
 
     learning_rate: list[float] = Field(min_length=1, description="the learning rates to try")
-    seed: int = Field(default=1000, ge=0, lt=2**32, description="seed of every trial")
+    seed: int = Field(1000, ge=0, lt=2**32, description="seed of every trial")
     overrides: list[str] = Field(default_factory=list, alias="set", description="overrides of every trial")
 
     def grid(self) -> list[dict[str, float]]:
@@ -90,38 +86,36 @@ class SweepSettings(_Block):
 class MeasureSettings(_Block):
     """`measure:`: arguments of `hf_lowrank.measuring.measure`, and `pairs`."""
 
-    metrics: Names = Field(default=None, description="metric ids, dimensions or groups")
-    steps: Steps = Field(default=None, description="all, last, or step numbers")
-    preset: str = Field(default="fast", description="fast or paper")
+    metrics: Names = Field(None, description="metric ids, dimensions or groups")
+    steps: Steps = Field(None, description="all, last, or step numbers")
+    preset: str = Field("fast", description="fast or paper")
     settings: dict[str, Any] | str | None = Field(
-        default=None, description="overrides of the preset, as a mapping or a YAML file"
+        None, description="overrides of the preset, as a mapping or a YAML file"
     )
-    device: str | None = Field(default=None, description="where models are evaluated")
-    evaluation_set: str | None = Field(
-        default=None, description="sequences or a text for all runs; default: each run's own"
-    )
+    device: str | None = Field(None, description="where models are evaluated")
+    evaluation_set: str | None = Field(None, description="sequences or a text for all runs; default: each run's own")
     pairs: Steps = Field(
-        default=None, description="steps at which method_barrier is measured between every two members of equal seed"
+        None, description="steps at which method_barrier is measured between every two members of equal seed"
     )
 
 
 class EvaluateSettings(_Block):
     """`evaluate:`: arguments of `hf_lowrank.downstream.evaluate`."""
 
-    tasks: Names = Field(default=None, description="lm-eval tasks or groups")
-    steps: Steps = Field(default=None, description="all, last, or step numbers")
-    limit: int | None = Field(default=None, ge=1, description="at most this many items per task")
-    batch_size: int | None = Field(default=None, ge=1, description="requests per batch")
-    device: str | None = Field(default=None, description="where models are evaluated")
+    tasks: Names = Field(None, description="lm-eval tasks or groups")
+    steps: Steps = Field(None, description="all, last, or step numbers")
+    limit: int | None = Field(None, ge=1, description="at most this many items per task")
+    batch_size: int | None = Field(None, ge=1, description="requests per batch")
+    device: str | None = Field(None, description="where models are evaluated")
 
 
 class PredictSettings(_Block):
     """`predict:`: arguments of `hf_lowrank.downstream.predict`."""
 
-    tasks: Names = Field(default=None, description="tasks whose mean score is predicted")
-    metrics: Names = Field(default=None, description="candidate metrics")
-    permutations: int = Field(default=199, ge=1, description="permutations of the test")
-    seed: int = Field(default=0, ge=0, description="seed of bootstrap and permutations")
+    tasks: Names = Field(None, description="tasks whose mean score is predicted")
+    metrics: Names = Field(None, description="candidate metrics")
+    permutations: int = Field(199, ge=1, description="permutations of the test")
+    seed: int = Field(0, ge=0, description="seed of bootstrap and permutations")
 
 
 class StudySettings(_Block):
@@ -132,23 +126,19 @@ class StudySettings(_Block):
     members: dict[str, MemberSettings] = Field(
         min_length=1, description="name: recipe, or name: {recipe: …} or {runs: …}"
     )
-    seeds: list[int] = Field(default=[0], min_length=1, description="each recipe is trained once per seed")
+    seeds: list[int] = Field([0], min_length=1, description="each recipe is trained once per seed")
     overrides: list[str] = Field(default_factory=list, alias="set", description="overrides of every recipe")
     sweep: SweepSettings | None = None
-    measure: MeasureSettings = MeasureSettings()
-    evaluate: EvaluateSettings = EvaluateSettings()
-    predict: PredictSettings = PredictSettings()
+    measure: MeasureSettings = MeasureSettings.model_validate({})
+    evaluate: EvaluateSettings = EvaluateSettings.model_validate({})
+    predict: PredictSettings = PredictSettings.model_validate({})
     evaluation_text: str | None = Field(
         None,
         description="text to measure losses on, if no member is trained here and none has held-out sequences",
     )
-    stages: list[Literal[STAGES]] | None = Field(default=None, description="stages to run")  # type: ignore[valid-type]
-    jobs: int | None = Field(
-        default=None, ge=1, description="units in parallel; default: one per accelerator, else one"
-    )
-    threads: int | None = Field(
-        default=None, ge=1, description="CPU threads per unit; default: the cores divided by jobs"
-    )
+    stages: list[Literal[STAGES]] | None = Field(None, description="stages to run")  # type: ignore[valid-type]
+    jobs: int | None = Field(None, ge=1, description="units in parallel; default: one per accelerator, else one")
+    threads: int | None = Field(None, ge=1, description="CPU threads per unit; default: the cores divided by jobs")
 
     @field_validator("members", mode="before")
     @classmethod
@@ -170,12 +160,7 @@ class StudySettings(_Block):
 
 @dataclass(frozen=True)
 class StudyFile:
-    """A validated study file.
-
-    Attributes:
-        settings: its contents, with absolute paths.
-        layers: which file each key comes from, for messages.
-    """
+    """A validated study file: its contents, with absolute paths, and which file each key comes from."""
 
     settings: StudySettings
     layers: Layers
@@ -183,6 +168,14 @@ class StudyFile:
     @property
     def path(self) -> Path:
         return self.layers.path
+
+    @contextmanager
+    def blaming(self, key: str, what: str = "is wrong") -> Iterator[None]:
+        """Raises the body's `UserError` as one about `key`."""
+        try:
+            yield
+        except UserError as error:
+            raise self.fault(key, f"{what}: {error}") from None
 
     def fault(self, key: str, message: str) -> UserError:
         """An error about `key`."""
@@ -217,9 +210,7 @@ def _resolve_paths(layer: dict[str, Any], folder: Path) -> None:
     def absolute(path: Any) -> Any:
         return str((folder / Path(path).expanduser()).absolute()) if isinstance(path, str) else path
 
-    members = layer.get("members")
-    if not isinstance(members, dict):
-        members = {}
+    members = layer["members"] if isinstance(layer.get("members"), dict) else {}
     for name, member in members.items():
         if isinstance(member, str):
             members[name] = absolute(member)

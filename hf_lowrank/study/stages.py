@@ -1,14 +1,24 @@
-"""The table of stages: which units each has, what it reads, and what follows from it."""
+"""The table of stages: which units each has, what it reads, and what follows from it, e.g. the winners of a sweep."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from hf_lowrank.claims.results import SWEEP
 from hf_lowrank.downstream.prediction import FEWEST_RUNS
+from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs.checkpoints import last_resumable_checkpoint
 from hf_lowrank.runs.layout import MEASUREMENTS, SCORES
-from hf_lowrank.study.external import FetchUnit, fetch_unit
+from hf_lowrank.runs.run_files import read_trainer_state
+from hf_lowrank.storage.checksums import sealed, unsealed
+from hf_lowrank.storage.files import write_text
+from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.study.layout import ExternalRun, Run, Study, Trial
-from hf_lowrank.study.sweep import read_winners, write_sweep
+from hf_lowrank.study.members import FetchUnit, fetch_unit
+from hf_lowrank.study.spec import LEARNING_RATE, StudyFile
 from hf_lowrank.study.units import (
     ClaimsUnit,
     EvaluateUnit,
@@ -21,21 +31,71 @@ from hf_lowrank.study.units import (
     TrialUnit,
     Unit,
 )
+from hf_lowrank.training.start import is_finished
 
-UNIT_TYPES: dict[str, type[Unit]] = {
-    kind.__name__: kind
-    for kind in (
-        TrialUnit,
-        TrainUnit,
-        FetchUnit,
-        MeasureUnit,
-        PairsUnit,
-        EvaluateUnit,
-        PredictUnit,
-        ClaimsUnit,
-        ReportUnit,
-    )
-}
+
+def final_loss(run: Path) -> float:
+    """The held-out loss of a finished run at its end, nats per token; NaN for an unfinished run."""
+    checkpoint = last_resumable_checkpoint(run) if is_finished(run) else None
+    state = read_trainer_state(checkpoint) if checkpoint is not None else None
+    losses = list(state.logged("eval_loss").values()) if state is not None else []
+    return losses[-1] if losses else math.nan
+
+
+def choose(study: Study) -> list[dict[str, Any]]:
+    """The rows of sweep.json: every trial, with each member's winner marked; ties go to the lower learning rate."""
+    rows: list[dict[str, Any]] = []
+    for member in dict.fromkeys(trial.member for trial in study.trials):
+        trials = sorted(
+            (trial for trial in study.trials if trial.member == member), key=lambda trial: trial.values[LEARNING_RATE]
+        )
+        losses = [final_loss(trial.folder) for trial in trials]
+        finite = [loss for loss in losses if not math.isnan(loss)]
+        best = losses.index(min(finite)) if finite else None
+        for index, (trial, loss) in enumerate(zip(trials, losses, strict=True)):
+            chosen = index == best
+            rows.append(
+                {
+                    "member": member,
+                    "learning_rate": trial.values[LEARNING_RATE],
+                    "loss": None if math.isnan(loss) else loss,
+                    "chosen": chosen,
+                    "at_edge": chosen and len(trials) > 1 and index in (0, len(trials) - 1),
+                    "run": trial.folder.relative_to(study.directory).as_posix(),
+                }
+            )
+    return rows
+
+
+def read_winners(file: StudyFile, directory: Path) -> dict[str, Mapping[str, float]]:
+    """Each member's chosen values according to sweep.json; empty without it.
+
+    A choice from other values than those that the study asks for does not count.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path, sweep = directory / SWEEP, file.settings.sweep
+    if sweep is None or not path.is_file():
+        return {}
+    try:
+        rows = [unsealed(row) for row in parse_json(path.read_text(encoding="utf-8"))]
+        chosen = {row["member"]: float(row["learning_rate"]) for row in rows if row["chosen"]}
+        tried: dict[str, set[float]] = {}
+        for row in rows:
+            tried.setdefault(row["member"], set()).add(float(row["learning_rate"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable sweep ({one_line(error)}); remove it") from None
+    wanted, members = set(sweep.learning_rate), file.settings.members
+    return {
+        name: {LEARNING_RATE: rate}
+        for name, rate in chosen.items()
+        if name in members and members[name].is_swept and tried[name] == wanted
+    }
+
+
+ALL = (TrialUnit, TrainUnit, FetchUnit, MeasureUnit, PairsUnit, EvaluateUnit, PredictUnit, ClaimsUnit, ReportUnit)
+UNIT_TYPES: dict[str, type[Unit]] = {kind.__name__: kind for kind in ALL}
 
 
 def unit_from(plain: dict[str, Any]) -> Unit:
@@ -57,14 +117,8 @@ def train_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
 
 
 def _training(study: Study, run: Run | Trial) -> dict[str, Any]:
-    recipe, overrides, seed = study.recipe_arguments(run)
-    return {
-        "recipe": recipe,
-        "overrides": overrides,
-        "seed": seed,
-        "folder": str(study.file.path.parent),
-        "output": str(run.folder),
-    }
+    arguments = dict(zip(("recipe", "overrides", "seed"), study.recipe_arguments(run), strict=True))
+    return {**arguments, "folder": str(study.file.path.parent), "output": str(run.folder)}
 
 
 def fetch_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
@@ -73,12 +127,10 @@ def fetch_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
 
 def measure_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
     keywords = study.settings.measure.model_dump(mode="json", exclude={"pairs"})
-    units: list[Unit] = []
-    for run in runs:
-        baseline = study.baseline_of(run)
-        baselines = [str(baseline.folder) if baseline in runs else None]
-        units.append(MeasureUnit(name=run.name, run=str(run.folder), baselines=baselines, keywords=keywords))
-    return units
+    baselines = [study.baseline_of(run) for run in runs]
+    folders = [[str(baseline.folder) if baseline in runs else None] for baseline in baselines]
+    pairs = zip(runs, folders, strict=True)
+    return [MeasureUnit(name=run.name, run=str(run.folder), baselines=own, keywords=keywords) for run, own in pairs]
 
 
 def pair_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
@@ -109,19 +161,13 @@ def evaluate_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
 
 
 def predict_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
-    keywords = study.settings.predict.model_dump(mode="json")
-    return [PredictUnit(**_result(study, runs, PredictUnit), keywords=keywords)]
+    return [PredictUnit(**_result(study, runs, PredictUnit), keywords=study.settings.predict.model_dump(mode="json"))]
 
 
 def claims_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
-    return [
-        ClaimsUnit(
-            **_result(study, runs, ClaimsUnit),
-            baseline=study.settings.baseline,
-            members=[run.member for run in runs],
-            seeds=[run.seed for run in runs],
-        )
-    ]
+    members, seeds = [run.member for run in runs], [run.seed for run in runs]
+    given: dict[str, Any] = {"baseline": study.settings.baseline, "members": members, "seeds": seeds}
+    return [ClaimsUnit(**_result(study, runs, ClaimsUnit), **given)]
 
 
 def report_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
@@ -134,14 +180,15 @@ def _result(study: Study, runs: Sequence[Run], kind: type[ResultUnit]) -> dict[s
 
 def choose_winners(study: Study) -> tuple[Study, list[str]]:
     """The study with the values that its sweep chose, and what to say about them."""
-    rows = write_sweep(study)
+    rows = choose(study)
+    write_text(study.directory / SWEEP, json.dumps([sealed(row) for row in rows], indent=1) + "\n")
     lines = [
         f"sweep: the best learning rate of {row['member']} is {row['learning_rate']:g}, at the edge of the grid; one "
         "beyond it may be better"
         for row in rows
         if row["at_edge"]
     ]
-    return study.with_winners(read_winners(study.file, study.directory)), lines
+    return replace(study, winners=read_winners(study.file, study.directory)), lines
 
 
 def too_few_runs(study: Study, runs: Sequence[Run]) -> str | None:

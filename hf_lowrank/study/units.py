@@ -50,8 +50,7 @@ class Unit(ABC):
         return f"{self.stage} {self.name}"
 
     @abstractmethod
-    def outputs(self) -> list[Path]:
-        """The files or folders that it leaves."""
+    def outputs(self) -> list[Path]: ...
 
     @abstractmethod
     def perform(self) -> str | None:
@@ -62,7 +61,6 @@ class Unit(ABC):
         """
 
     def is_done(self) -> bool:
-        """Whether nothing is left to do."""
         return all(output.exists() for output in self.outputs()) and self.is_current()
 
     def is_current(self) -> bool:
@@ -220,12 +218,10 @@ class EvaluateUnit(Unit):
 
 @dataclass(frozen=True, kw_only=True)
 class ResultUnit(Unit):
-    """Computes a result of the whole study from the tables of its runs.
+    """Computes a result of the whole study in the directory `output` from the tables of its runs.
 
     Attributes:
         result: the file that it writes, relative to `output`.
-        runs: the run directories.
-        output: the study's directory.
     """
 
     result: ClassVar[str]
@@ -251,8 +247,7 @@ class ResultUnit(Unit):
         return note
 
     @abstractmethod
-    def compute(self) -> str | None:
-        """Writes the result."""
+    def compute(self) -> str | None: ...
 
     def stamp(self) -> str:
         """A fingerprint of the inputs, hex."""
@@ -289,12 +284,7 @@ class PredictUnit(ResultUnit):
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimsUnit(ResultUnit):
-    """Tests the paper's claims.
-
-    Attributes:
-        baseline: the member that others are compared with.
-        members, seeds: of each run.
-    """
+    """Tests the paper's claims; `members` and `seeds` are those of each run."""
 
     stage: ClassVar[str] = "claims"
     result: ClassVar[str] = CLAIMS
@@ -308,15 +298,9 @@ class ClaimsUnit(ResultUnit):
     def compute(self) -> str | None:
         from hf_lowrank.claims import examine, write_claims
 
-        prediction = Path(self.output) / PREDICTION
-        claims = examine(
-            self.runs,
-            baseline=self.baseline,
-            methods=self.members,
-            seeds=self.seeds,
-            prediction=prediction if prediction.is_file() else None,
-        )
-        write_claims(claims, self.outputs()[0])
+        prediction = next((file for file in self.further_inputs() if file.is_file()), None)
+        asked: Any = {"baseline": self.baseline, "methods": self.members, "seeds": self.seeds}
+        write_claims(examine(self.runs, prediction=prediction, **asked), self.outputs()[0])
         return None
 
 

@@ -50,15 +50,11 @@ class Checkpointing(TrainerCallback):
     Args:
         resumed: the checkpoint that the run resumes from; None for a new run.
         write_facts: writes `facts.json`, given the step and the optimizer.
-
-    Attributes:
-        trainer: set once it exists.
-        stopped: the step after which SIGTERM stopped the run; None if it did not.
     """
 
     def __init__(self, resumed: Path | None, write_facts: Callable[[int, Any], None]) -> None:
-        self.trainer: Trainer | None = None
-        self.stopped: int | None = None
+        self.trainer: Trainer | None = None  # set once it exists
+        self.stopped: int | None = None  # the step after which SIGTERM stopped the run
         self._resumed, self._write_facts = resumed, write_facts
         self._signalled = self._interim = False
         self._previous_handler: Any = None

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.storage.cache import cached_folder
-from hf_lowrank.training.hub_source import hub_documents, hub_stream
 from hf_lowrank.training.recipe import DataSettings
-from hf_lowrank.training.sequences import SequenceStore, ShuffledSequences, batched_rows, unigram_loss
-from hf_lowrank.training.sources import Documents, local_files, progress, python_library
-from hf_lowrank.training.tokenization import (
+from hf_lowrank.training.sequences import (
+    SequenceStore,
+    ShuffledSequences,
+    batched_rows,
     document_rows,
     encoded,
     load_tokenizer,
@@ -29,7 +29,9 @@ from hf_lowrank.training.tokenization import (
     padding_id,
     tokenizer_fingerprint,
     train_tokenizer,
+    unigram_loss,
 )
+from hf_lowrank.training.sources import Documents, hub_documents, hub_stream, local_files, progress, python_library
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,6 @@ class Corpus:
     """What a run is trained and evaluated on.
 
     Attributes:
-        data: the recipe's data block.
-        tokenizer: saved with the run.
         evaluation: the fixed held-out sequences; they depend on the data block alone, not on the seed.
         fingerprint: of the text, the tokenizer and the shape, hex.
         unigram_loss: of the add-one smoothed unigram model of the training tokens on `evaluation`, nats per token.
@@ -56,10 +56,11 @@ class Corpus:
     tokenizer: PreTrainedTokenizerBase
     evaluation: EvaluationSet
     fingerprint: str
-    unigram_loss: float
-    largest_id: int
     train: SequenceStore | None
     stream_skip: int = 0
+    _: KW_ONLY
+    unigram_loss: float
+    largest_id: int
 
     def training_set(self, total: int, seed: int) -> Dataset:
         """`total` training sequences, in the order of `seed`."""
@@ -71,9 +72,7 @@ class Corpus:
 def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
     """Reads, splits and tokenizes the corpus, or takes the result from the cache.
 
-    Args:
-        data: the recipe's data block.
-        tokenizer: that of a run that resumes; default: the recipe's, else one is trained.
+    `tokenizer` is that of a run that resumes; default: the recipe's, else one is trained.
 
     Raises:
         UserError: the text cannot be read, is empty, or is too short; the message names file or key.
@@ -110,28 +109,20 @@ def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None
             f"got {data.evaluation_sequences}; hold out more or shorten data.sequence_length"
         )
     logger.info("corpus: %d training sequences of %d tokens", len(train), data.sequence_length)
-    return _assembled(data, tokenizer, held_out.spread(data.evaluation_sequences), train, key, train=train)
+    evaluation = held_out.spread(data.evaluation_sequences)
+    statistics = _statistics(train, len(tokenizer), evaluation)
+    return Corpus(data, tokenizer, evaluation, _hex(key), train, **statistics)
 
 
-def _assembled(
-    data: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluation: EvaluationSet,
-    sample: SequenceStore,
-    key: str,
-    **rest: Any,
-) -> Corpus:
-    """The corpus whose token frequencies are those of `sample`."""
-    counts = sample.counts(len(tokenizer))
-    return Corpus(
-        data=data,
-        tokenizer=tokenizer,
-        evaluation=evaluation,
-        fingerprint=hashlib.sha256(key.encode()).hexdigest(),
-        unigram_loss=unigram_loss(counts, evaluation),
-        largest_id=int(max(np.flatnonzero(counts)[-1], evaluation.input_ids.max())),
-        **rest,
-    )
+def _hex(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _statistics(sample: SequenceStore, vocabulary: int, evaluation: EvaluationSet) -> dict[str, Any]:
+    """What a corpus derives from the token frequencies of `sample`."""
+    counts = sample.counts(vocabulary)
+    largest = int(max(np.flatnonzero(counts)[-1], evaluation.input_ids.max()))
+    return {"unigram_loss": unigram_loss(counts, evaluation), "largest_id": largest}
 
 
 def corpus_tokenizer(data: DataSettings) -> PreTrainedTokenizerBase:
@@ -181,8 +172,9 @@ def _streamed(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
             yield text
 
     held_out_split = data.held_out_split or data.split
-    rows = _rows(counted(hub_stream(data, held_out_split)), data, tokenizer)
-    held_out = batched_rows(rows, data.evaluation_sequences)
+    held_out = batched_rows(
+        _rows(counted(hub_stream(data, held_out_split)), data, tokenizer), data.evaluation_sequences
+    )
     if len(held_out) < data.evaluation_sequences:
         raise UserError(
             f"data.evaluation_sequences must be at most {len(held_out)}, the sequences of split {held_out_split!r} of "
@@ -195,7 +187,10 @@ def _streamed(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     if not len(sample):
         raise UserError(f"data.dataset {data.dataset!r} split {data.split!r} contains no training text")
     key = f"{data.model_dump_json()} {tokenizer_fingerprint(tokenizer)} {evaluation.fingerprint}"
-    return _assembled(data, tokenizer, evaluation, sample, key, train=None, stream_skip=skip)
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()
+    return Corpus(
+        data, tokenizer, evaluation, fingerprint, None, skip, **_statistics(sample, len(tokenizer), evaluation)
+    )
 
 
 class StreamedSequences(IterableDataset):

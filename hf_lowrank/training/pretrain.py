@@ -1,32 +1,41 @@
-"""From a recipe to a run directory: start, resume, or find finished."""
+"""From a recipe to a run directory: start, resume, or find finished; and the Trainer that does it."""
 
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.errors import StoppedError, UserError
 from hf_lowrank.formats import is_first_process
 from hf_lowrank.optim.engines import refuse_engines
-from hf_lowrank.runs.checkpoints import is_sharded, last_resumable_checkpoint
-from hf_lowrank.runs.layout import TOKENIZER, step_of
+from hf_lowrank.runs.checkpoints import is_sharded, last_resumable_checkpoint, weight_files
+from hf_lowrank.runs.layout import INDEX, TOKENIZER, WEIGHTS, step_of
 from hf_lowrank.runs.run_files import read_facts
+from hf_lowrank.runs.weights import quiet_transformers
 from hf_lowrank.storage.files import refusal_of
 from hf_lowrank.storage.locks import locked
-from hf_lowrank.training.callbacks import Progress, StopOnNonFinite
+from hf_lowrank.training.callbacks import FactsRecorder, Progress, StopOnNonFinite
 from hf_lowrank.training.checkpointing import Checkpointing, is_interim, remove_interim
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
-from hf_lowrank.training.facts import FactsRecorder
 from hf_lowrank.training.recipe import Recipe
+from hf_lowrank.training.sequences import IGNORED, HeldOutSequences, collate, load_tokenizer, padding_id
 from hf_lowrank.training.start import (
     check_belongs,
     check_same_corpus,
@@ -36,8 +45,99 @@ from hf_lowrank.training.start import (
     is_started,
     write_start,
 )
-from hf_lowrank.training.tokenization import load_tokenizer, padding_id
-from hf_lowrank.training.trainer import build_trainer
+
+
+class RunTrainer(Trainer):
+    """Trainer resumes by the names that tensors have in a running model, and skips all others with a warning.
+
+    Some architectures are stored under other names (the head of GPT-NeoX, the experts of a mixture one by one), and
+    would resume from their initial weights. This class can go once Trainer loads those.
+    """
+
+    model: PreTrainedModel
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        has_weights = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+        if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel) or not has_weights:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not set(self.model.state_dict()) - set(weight_files(folder)) - set(self.model.all_tied_weights_keys):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        options: Any = {"dtype": self.model.dtype, "use_safetensors": True, "output_loading_info": True}
+        with quiet_transformers():
+            loaded: Any = type(self.model).from_pretrained(folder, **options)
+        stored, info = loaded
+        if info["missing_keys"]:
+            raise UserError(f"{folder}: cannot resume: its weights do not contain {min(info['missing_keys'])}")
+        self.model.load_state_dict(stored.state_dict())
+
+
+def build_trainer(
+    recipe: Recipe,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    corpus: Corpus,
+    sequences_per_step: int,
+    callbacks: Sequence[TrainerCallback],
+) -> RunTrainer:
+    """The Trainer of a run, with the method's optimizer and schedule.
+
+    Raises:
+        UserError: FSDP is asked for where accelerate cannot shard.
+    """
+    method, settings = recipe.method, recipe.settings
+    trainer = RunTrainer(
+        model=model,
+        args=args,
+        data_collator=collate,
+        train_dataset=corpus.training_set(args.max_steps * sequences_per_step, recipe.seed),
+        eval_dataset=HeldOutSequences(corpus.evaluation.first(recipe.data.evaluation_sequences_in_training)),
+        processing_class=corpus.tokenizer,
+        callbacks=list(callbacks),
+        compute_metrics=token_loss,
+        preprocess_logits_for_metrics=drop_logits,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_fsdp_enabled:
+        _shard_states(trainer)
+    elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise UserError(
+            f"FSDP (training.fsdp, or accelerate's configuration) must be left out on {args.device.type}: accelerate "
+            "shards on accelerators only, and would train unsharded replicas"
+        )
+    if method.build_optimizer is not None:
+        # After Trainer has moved the parameters to their device; under FSDP2 accelerate exchanges them for shards.
+        trainer.optimizer = method.build_optimizer(model, settings, args)
+    if method.build_scheduler is not None:
+        # create_optimizer returns the optimizer above, or Trainer's own if the method has none.
+        scheduler: Any = method.build_scheduler(trainer.create_optimizer(), settings, args, args.max_steps)
+        trainer.lr_scheduler = scheduler
+    return trainer
+
+
+def _shard_states(trainer: Trainer) -> None:
+    """Under FSDP2 every process saves its own shard of the optimizer state, and initialises the full model itself."""
+    plugin = trainer.accelerator.state.fsdp_plugin
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # left over from the type set before
+    plugin.set_state_dict_type("SHARDED_STATE_DICT")
+    plugin.cpu_ram_efficient_loading = False
+
+
+def drop_logits(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Replaces a batch's logits, which Trainer would gather over the whole evaluation set, by one entry of each."""
+    first = logits[0] if isinstance(logits, tuple) else logits
+    return first[:, :1, :1].clone()  # a view would keep all of them alive
+
+
+def token_loss(prediction: EvalPrediction) -> dict[str, float]:
+    """The mean loss per predicted token, from the batch means that Trainer assigns to each sequence of a batch.
+
+    Trainer itself weights batches by their sequences, which differs where sequences are padded. Under the name `loss`
+    the result replaces Trainer's `eval_loss`.
+    """
+    tokens = (np.asarray(prediction.label_ids)[:, 1:] != IGNORED).sum(1)
+    return {"loss": float((np.asarray(prediction.losses, dtype=np.float64) * tokens).sum() / tokens.sum())}
+
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +146,9 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 class Recorder(Protocol):
-    """A Trainer callback that adds entries to a run's facts."""
+    """A Trainer callback that adds entries to a run's facts; `close` releases what a failed training left open."""
 
-    def close(self) -> None:
-        """Releases what a failed training left open."""
-        ...
+    def close(self) -> None: ...
 
 
 RecorderFactory = Callable[[Recipe, TrainingArguments, nn.Module, dict[str, Any]], Recorder]
@@ -128,9 +226,8 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
         if args.should_save and is_started(run):
             raise UserError(f"{run}: another process has started this run in the meantime; rerun to resume it")
     if args.should_save:
-        write_start(
-            run, recipe, corpus, model, {"processes": args.world_size, "sequences_per_step": sequences_per_step}
-        )
+        sizes = {"processes": args.world_size, "sequences_per_step": sequences_per_step}
+        write_start(run, recipe, corpus, model, sizes)
     if finished:
         logger.info("%s is finished: wrote the missing start files only", run)
         return run

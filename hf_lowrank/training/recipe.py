@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.methods import METHODS, Method, MethodSettings
 from hf_lowrank.storage.layers import Layers, read_layers, validated
-from hf_lowrank.training import arguments, model_config
+from hf_lowrank.training.blocks import build_arguments, build_config, checked_arguments, checked_model
 
 SECTIONS = ("name", "seed", "method", "model", "data", "training")
 HUB_KEYS = ("dataset", "subset", "revision", "split", "held_out_split", "streaming", "shuffle_buffer")
@@ -81,10 +81,7 @@ class Recipe:
     Attributes:
         name: names the run; the recipe's `name:`, else its folder and file, e.g. `nano-galore`.
         seed: seeds the initial weights, the data order, and everything random in the method.
-        method: an entry of `METHODS`.
-        settings: the method's settings.
         model: `architecture` and fields of its configuration, as written.
-        data: the corpus and the shape of its sequences.
         training: fields of `TrainingArguments`, as written.
         path: the file it was read from, for messages.
     """
@@ -111,11 +108,11 @@ class Recipe:
 
     def config(self, **defaults: Any) -> PreTrainedConfig:
         """The model's configuration; `defaults`, e.g. the vocabulary size, apply where the recipe sets nothing."""
-        return model_config.build(self.model, **defaults)
+        return build_config(self.model, **defaults)
 
     def arguments(self, output_dir: str | Path) -> TrainingArguments:
         """The run's `TrainingArguments`."""
-        return arguments.build(self.training, seed=self.seed, output_dir=output_dir)
+        return build_arguments(self.training, seed=self.seed, output_dir=output_dir)
 
 
 def load_recipe(
@@ -166,9 +163,9 @@ def _resolve(layers: Layers) -> Recipe:
         seed=_seed(layers),
         method=method,
         settings=settings,
-        model=model_config.checked(sections["model"], layers),
+        model=checked_model(sections["model"], layers),
         data=validated(DataSettings, sections["data"], layers, "data"),
-        training=arguments.checked(sections["training"], layers, own_optimizer=method.build_optimizer is not None),
+        training=checked_arguments(sections["training"], layers, own_optimizer=method.build_optimizer is not None),
         path=layers.path,
     )
     if recipe.data.streaming and "max_steps" not in recipe.training:
@@ -217,7 +214,7 @@ def _method(layers: Layers, section: dict[str, Any]) -> tuple[Method, MethodSett
 
 def _check_buildable(recipe: Recipe, layers: Layers) -> None:
     """Builds model and optimizer on the meta device, so that what cannot be built fails before anything starts."""
-    training_arguments = recipe.arguments(layers.path.parent)
+    args = recipe.arguments(layers.path.parent)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = recipe.method.build_model(recipe.config(), recipe.settings, recipe.seed)
@@ -225,12 +222,10 @@ def _check_buildable(recipe: Recipe, layers: Layers) -> None:
         raise UserError(f"{layers.path}: model cannot be built: {first_line(error)}") from None
     try:
         if recipe.method.build_optimizer is not None:
-            optimizer = recipe.method.build_optimizer(model, recipe.settings, training_arguments)
-            if recipe.method.build_scheduler is not None and training_arguments.max_steps > 0:
-                recipe.method.build_scheduler(
-                    optimizer, recipe.settings, training_arguments, training_arguments.max_steps
-                )
-        recipe.method.callbacks(recipe.settings, training_arguments)
+            optimizer = recipe.method.build_optimizer(model, recipe.settings, args)
+            if recipe.method.build_scheduler is not None and args.max_steps > 0:
+                recipe.method.build_scheduler(optimizer, recipe.settings, args, args.max_steps)
+        recipe.method.callbacks(recipe.settings, args)
     except (ValueError, TypeError, ArithmeticError) as error:
         message = first_line(error)
         field = message.split()[0]

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.runs.checkpoints import damage_of, last_resumable_checkpoint
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import EVALUATION_SET, RECIPE, TOKENIZER, checkpoint_folder
-from hf_lowrank.runs.run_files import read_facts, read_recipe, read_trainer_state, write_facts, write_recipe
+from hf_lowrank.runs.run_files import read_facts, read_recipe, read_trainer_state, section, write_facts, write_recipe
 from hf_lowrank.storage.checksums import write_checksums
 from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
 from hf_lowrank.training.corpus import Corpus
@@ -64,11 +63,7 @@ def has_start(run: Path) -> bool:
 
 
 def write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedModel, sizes: dict[str, int]) -> None:
-    """Writes what is fixed before the first step; existing files stay.
-
-    Args:
-        sizes: further entries of `facts.json`.
-    """
+    """Writes what is fixed before the first step, with `sizes` among the facts; existing files stay."""
     run.mkdir(parents=True, exist_ok=True)
     # The recipe comes first: it claims the folder, whatever else is missing.
     if not (run / RECIPE).exists():
@@ -127,10 +122,16 @@ def check_belongs(run: Path, recipe: Recipe) -> bool:
         return False
     theirs: Any = read_recipe(run)
     ours = parse_yaml(dump_yaml(recipe.plain()))
-    theirs = _with_defaults(theirs, recipe)
+    fields = type(recipe.settings).model_fields.items()
+    if isinstance(theirs, dict) and isinstance(theirs.get("method"), dict):
+        # Method settings that did not exist when it was written have their defaults.
+        new = {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
+        theirs = {**theirs, "method": {**new, **theirs["method"]}}
     if read_facts(run).get("processes", 1) != int(os.environ.get("WORLD_SIZE", "1")):
         # Another number of processes splits a step differently; `check_same_step` compares its size.
-        theirs, ours = _without_training_keys(theirs, PER_PROCESS), _without_training_keys(ours, PER_PROCESS)
+        for key in PER_PROCESS:
+            section(theirs, "training").pop(key, None)
+            ours["training"].pop(key, None)
     difference = _first_difference(theirs, ours)
     if difference is not None:
         raise UserError(
@@ -165,33 +166,16 @@ def _digest(recipe: Recipe) -> str:
     return hashlib.sha256(dump_yaml(recipe.plain()).encode()).hexdigest()
 
 
-def _with_defaults(plain: Any, recipe: Recipe) -> Any:
-    """A stored recipe, completed by the defaults of method settings that did not exist when it was written."""
-    if not isinstance(plain, dict) or not isinstance(plain.get("method"), dict):
-        return plain
-    fields = type(recipe.settings).model_fields.items()
-    defaults = {
-        name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()
-    }
-    return {**plain, "method": {**defaults, **plain["method"]}}
-
-
-def _without_training_keys(plain: Any, keys: Sequence[str]) -> Any:
-    if not isinstance(plain, dict) or not isinstance(plain.get("training"), dict):
-        return plain
-    return {**plain, "training": {key: value for key, value in plain["training"].items() if key not in keys}}
-
-
 def _first_difference(theirs: Any, ours: Any, key: str = "") -> str | None:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for name in [*ours, *(name for name in theirs if name not in ours)]:
-            dotted = f"{key}.{name}" if key else str(name)
-            if name not in theirs:
-                return f"{dotted} is {ours[name]!r} now, not set there"
-            if name not in ours:
-                return f"{dotted} is not set now, {theirs[name]!r} there"
-            difference = _first_difference(theirs[name], ours[name], dotted)
-            if difference is not None:
-                return difference
-        return None
-    return None if theirs == ours else f"{key or 'recipe'} is {ours!r} now, {theirs!r} there"
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        return None if theirs == ours else f"{key or 'recipe'} is {ours!r} now, {theirs!r} there"
+    for name in dict.fromkeys([*ours, *theirs]):
+        dotted = f"{key}.{name}" if key else str(name)
+        if name not in theirs:
+            return f"{dotted} is {ours[name]!r} now, not set there"
+        if name not in ours:
+            return f"{dotted} is not set now, {theirs[name]!r} there"
+        difference = _first_difference(theirs[name], ours[name], dotted)
+        if difference is not None:
+            return difference
+    return None

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_lowrank.downstream import TASK_FOLDER, catalogue
 from hf_lowrank.downstream import runner as runner_module
 from hf_lowrank.runs.evaluation_set import EvaluationSet
-from hf_lowrank.training.tokenization import train_tokenizer
+from hf_lowrank.training.sequences import train_tokenizer
 
 LENGTH = 96
 STEPS = (0, 5, 10)

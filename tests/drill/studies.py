@@ -104,7 +104,7 @@ def _call(world: World, place: Path) -> Ended:
 def _job(world: World, place: Path, cache: Path) -> Job:
     def job() -> int:
         from hf_lowrank.study import run_study
-        from hf_lowrank.study.costs import Costs
+        from hf_lowrank.study.plan import Costs
 
         settle(cache)
         plan: Any = __import__("hf_lowrank.study.plan", fromlist=["probe"])

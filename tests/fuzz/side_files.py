@@ -68,7 +68,7 @@ SWEEP = [
 
 def read_sweep(folder, content):
     from hf_lowrank.study.spec import load_study
-    from hf_lowrank.study.sweep import read_winners
+    from hf_lowrank.study.stages import read_winners
 
     members = {"full_rank": "recipe.yaml", "galore": "recipe.yaml"}
     study = {"name": "tiny", "baseline": "full_rank", "members": members, "sweep": {"learning_rate": [1e-3, 2e-3]}}

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.memory import estimate
-from hf_lowrank.memory.measured import AllocatorPeak
+from hf_lowrank.memory.recorder import AllocatorPeak
 from hf_lowrank.methods import METHODS
 
 HIDDEN, MLP, LAYERS, VOCABULARY, RANK = 64, 96, 2, 500, 8

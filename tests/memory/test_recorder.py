@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from hf_lowrank.memory import MemoryRecorder, estimate, memory_recorder
-from hf_lowrank.memory.measured import AllocatorPeak
+from hf_lowrank.memory.recorder import AllocatorPeak
 from hf_lowrank.training import load_recipe
 from hf_lowrank.training import pretrain as pretrain_unrecorded
 

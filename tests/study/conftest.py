@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from hf_lowrank.study import run_study
-from hf_lowrank.study.costs import Costs
+from hf_lowrank.study.plan import Costs
 from tests.study.tiny import METHODS, study_data, write_corpus, write_recipe
 
 

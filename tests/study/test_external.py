@@ -10,7 +10,7 @@ from hf_lowrank.runs.scores import read_scores
 from hf_lowrank.study import run_study
 from hf_lowrank.training import load_recipe
 from hf_lowrank.training.corpus import corpus_tokenizer
-from hf_lowrank.training.tokenization import train_tokenizer
+from hf_lowrank.training.sequences import train_tokenizer
 from tests.study.tiny import MODEL, make_text, write_recipe
 
 METRICS = {"metrics": "loss,weight_stable_rank,method_barrier", "settings": {"sequences": 4}}

@@ -22,10 +22,10 @@ from hf_lowrank.runs.run_files import read_facts
 from hf_lowrank.storage.checksums import sealed_text, unsealed
 from hf_lowrank.storage.parsing import dump_yaml
 from hf_lowrank.study import load_study, run_study
-from hf_lowrank.study.costs import probe
 from hf_lowrank.study.executors import ForkExecutor, WorkerExecutor
 from hf_lowrank.study.layout import Trial
-from hf_lowrank.study.sweep import choose
+from hf_lowrank.study.plan import probe
+from hf_lowrank.study.stages import choose
 from hf_lowrank.study.units import TrainUnit
 from hf_lowrank.training import load_recipe
 from tests.study.tiny import METHODS, TRAINING, study_data, write_recipe
@@ -306,7 +306,7 @@ def test_ties_divergence_and_edges_of_a_sweep(losses, chosen, edge, tmp_path, mo
         Trial(member="a", values={"training.learning_rate": rate}, folder=folder / f"a-lr{rate:g}") for rate in losses
     ]
     by_folder = {trial.folder: loss for trial, loss in zip(trials, losses.values(), strict=True)}
-    monkeypatch.setattr("hf_lowrank.study.sweep.final_loss", by_folder.__getitem__)
+    monkeypatch.setattr("hf_lowrank.study.stages.final_loss", by_folder.__getitem__)
     rows = choose(SimpleNamespace(directory=tmp_path, trials=trials))
     assert [row["learning_rate"] for row in rows if row["chosen"]] == ([] if chosen is None else [chosen])
     assert any(row["at_edge"] for row in rows) is edge

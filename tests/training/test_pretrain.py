@@ -19,7 +19,7 @@ from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.storage.checksums import read_sealed_text, sealed_text
 from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
 from hf_lowrank.training import load_recipe, pretrain
-from hf_lowrank.training.tokenization import train_tokenizer
+from hf_lowrank.training.sequences import train_tokenizer
 
 METHODS = {
     "full_rank": {"name": "full_rank"},
@@ -125,7 +125,7 @@ def test_one_seed_gives_every_method_the_same_initial_weights_and_data(write_rec
         seen.setdefault(current, []).append(batch["input_ids"].clone())
         return batch
 
-    monkeypatch.setattr(sys.modules["hf_lowrank.training.trainer"], "collate", recording)
+    monkeypatch.setattr(sys.modules["hf_lowrank.training.pretrain"], "collate", recording)
     starts = {}
     for name, block in METHODS.items():
         for seed in (0, 1):

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from hf_lowrank.errors import UserError
 from hf_lowrank.storage.checksums import write_checksums
 from hf_lowrank.training import load_recipe, pretrain
-from hf_lowrank.training.trainer import RunTrainer
+from hf_lowrank.training.pretrain import RunTrainer
 
 METHODS = {
     "full_rank": {"name": "full_rank"},

@@ -14,8 +14,10 @@ from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.storage.cache import cached_folder
 from hf_lowrank.training.corpus import prepare_corpus
 from hf_lowrank.training.recipe import DataSettings
-from hf_lowrank.training.sequences import SequenceStore, ShuffledSequences, collate, unigram_loss
-from hf_lowrank.training.tokenization import (
+from hf_lowrank.training.sequences import (
+    SequenceStore,
+    ShuffledSequences,
+    collate,
     document_rows,
     encoded,
     load_tokenizer,
@@ -23,6 +25,7 @@ from hf_lowrank.training.tokenization import (
     padding_id,
     tokenizer_fingerprint,
     train_tokenizer,
+    unigram_loss,
 )
 
 SOURCE = ["def f(x):\n    return x + 1\n", "naïve → text, with ß and 漢字\n", "import os\nimport sys\n"] * 5

@@ -7,9 +7,8 @@ import pytest
 from pyarrow import parquet
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.training.hub_source import hub_documents, hub_stream
 from hf_lowrank.training.recipe import DataSettings
-from hf_lowrank.training.sources import is_held_out, local_files, python_library
+from hf_lowrank.training.sources import hub_documents, hub_stream, is_held_out, local_files, python_library
 
 TEXTS = [f"document number {number} says {number * 7}" for number in range(60)]
 

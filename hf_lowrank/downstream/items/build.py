@@ -42,7 +42,7 @@ def items_for(trajectory: Trajectory, task: str) -> Path:
         UserError: the run's held-out text or tokenizer is not available, or the text gives fewer than 500 items.
     """
     from hf_lowrank.storage.cache import cached_folder
-    from hf_lowrank.training.tokenization import tokenizer_fingerprint
+    from hf_lowrank.training.sequences import tokenizer_fingerprint
 
     if task not in MAKERS:
         raise UserError(f"unknown task {task!r}; {nearest(task, MAKERS)}")

@@ -1,4 +1,4 @@
-"""The recipe's `training:` block: fields of transformers' `TrainingArguments` under their own names."""
+"""The recipe's `model:` and `training:` blocks: fields of transformers' configurations and `TrainingArguments`."""
 
 import copy
 import dataclasses
@@ -8,10 +8,69 @@ from typing import Any
 
 import torch
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.runs.weights import MOST_LAYERS
 from hf_lowrank.storage.layers import Layers
+
+SIZES = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
+
+
+def checked_model(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
+    """`section`, if its architecture and fields exist and are consistent; else a `UserError`."""
+    architecture = section.get("architecture")
+    if not isinstance(architecture, str) or architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        hint = nearest(str(architecture), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        if hint.startswith("allowed"):
+            hint = "allowed: any causal language model of transformers, e.g. llama, qwen3, gpt2"
+        where = layers.origin("model.architecture")
+        raise UserError(
+            f"{where}: model.architecture must be a model_type of transformers, got {architecture!r}; {hint}"
+        )
+    config_class = CONFIG_MAPPING[architecture]
+    allowed = _fields(config_class)
+    for key in section:
+        if key != "architecture" and key not in allowed:
+            known = nearest(str(key), {"architecture", *allowed})
+            raise UserError(f"{layers.origin(f'model.{key}')}: unknown key {f'model.{key}'!r}; {known}")
+    for key in sorted(SIZES & set(section)):
+        if isinstance(section[key], int) and section[key] < 1:
+            where = layers.origin(f"model.{key}")
+            raise UserError(f"{where}: model.{key} must be at least 1, got {section[key]!r}")
+    try:
+        blocks = getattr(build_config(section), "num_hidden_layers", 1)
+    except Exception as error:  # transformers raises any type of error for inconsistent sizes
+        # The last line of a strict dataclass's error says what was expected and what was given.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        field = next((key for key in section if f"'{key}'" in str(error)), None)
+        if field is None:
+            raise UserError(f"{layers.path}: model: {reason}") from None
+        raise UserError(f"{layers.origin(f'model.{field}')}: model.{field}: {reason}") from None
+    if not isinstance(blocks, int) or not 0 <= blocks <= MOST_LAYERS:
+        raise UserError(f"{layers.path}: model.num_hidden_layers must be at most {MOST_LAYERS}, got {blocks!r}")
+    return section
+
+
+def build_config(section: dict[str, Any], **defaults: Any) -> PreTrainedConfig:
+    """The configuration that `section` describes, over `defaults`; without a key-value cache."""
+    fields = {key: value for key, value in section.items() if key != "architecture"}
+    return AutoConfig.for_model(section["architecture"], **{"use_cache": False, **defaults, **fields})
+
+
+def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    return names - {
+        "transformers_version",
+        "architectures",
+        "return_dict",
+        "is_encoder_decoder",
+        "id2label",
+        "label2id",
+    }
+
 
 # Fields that a run sets itself, by what to do instead or why.
 _RESERVED = {
@@ -45,7 +104,7 @@ RESERVED = {key: reason for reason, keys in _RESERVED.items() for key in keys}
 OPTIMIZER_KEYS = ("optim", "optim_args", "optim_target_modules")
 
 
-def checked(section: dict[str, Any], layers: Layers, *, own_optimizer: bool) -> dict[str, Any]:
+def checked_arguments(section: dict[str, Any], layers: Layers, *, own_optimizer: bool) -> dict[str, Any]:
     """`section` with values converted to the types of their fields; a `UserError` for the first that does not fit."""
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     # transformers documents true, but its annotation is older.
@@ -67,7 +126,7 @@ def checked(section: dict[str, Any], layers: Layers, *, own_optimizer: bool) -> 
             f"{layers.origin('training.max_steps')}: training.max_steps must be at least 1, got {result['max_steps']}"
         )
     try:
-        build(result, seed=0, output_dir=layers.path.parent)
+        build_arguments(result, seed=0, output_dir=layers.path.parent)
     except (ValueError, TypeError, ImportError) as error:
         message = str(error).strip().splitlines()[0]
         culprits = [
@@ -80,7 +139,7 @@ def checked(section: dict[str, Any], layers: Layers, *, own_optimizer: bool) -> 
     return result
 
 
-def build(section: dict[str, Any], *, seed: int, output_dir: str | Path) -> TrainingArguments:
+def build_arguments(section: dict[str, Any], *, seed: int, output_dir: str | Path) -> TrainingArguments:
     """The `TrainingArguments` of a run: the recipe's fields over this package's defaults."""
     defaults: dict[str, Any] = {
         "report_to": "none",
