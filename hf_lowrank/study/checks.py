@@ -10,7 +10,7 @@ from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.layout import EVALUATION_SET
 from hf_lowrank.runs.measure_settings import resolve_settings
 from hf_lowrank.runs.selection import choose_steps
-from hf_lowrank.study.layout import ExternalRun, Run, Study, Trial, planned_runs, planned_trials
+from hf_lowrank.study.layout import Run, Study, Trial, planned_runs, planned_trials
 from hf_lowrank.study.members import check_members
 from hf_lowrank.study.spec import STAGES, StudyFile
 from hf_lowrank.study.stages import STAGE_TABLE, read_winners
@@ -95,9 +95,8 @@ def _recipes(study: Study) -> dict[str, Recipe]:
     """The recipe of each member that is trained here; before the sweep with the values of its first trial."""
     first = {trial.member: trial for trial in reversed(study.trials)}
     assumed = replace(study, winners={name: trial.values for name, trial in first.items()} | dict(study.winners))
-    trained = [run for run in study.runs if run.index == 0 and not isinstance(run, ExternalRun)]
     recipes = {}
-    for run in trained:
+    for run in [run for run in study.own_runs if run.index == 0]:
         recipes[run.member] = assumed.recipe(run)
         if run.member in first:
             study.recipe(first[run.member])
@@ -163,7 +162,7 @@ def _check_steps(study: Study, recipes: dict[str, Recipe], stages: Sequence[str]
     if "evaluate" in stages:
         wanted += [("evaluate.steps", settings.evaluate.steps)]
     available = {name: saved_steps(recipe) for name, recipe in recipes.items()}
-    available |= {run.member: study.trajectories[run.name].steps for run in study.runs if isinstance(run, ExternalRun)}
+    available |= {run.member: study.trajectories[run.name].steps for run in study.external_runs}
     for key, steps in wanted:
         for member, saved in available.items():
             if steps is not None and saved is not None:
@@ -177,8 +176,7 @@ def _check_folders(study: Study, stages: Sequence[str]) -> None:
         raise UserError(f"{study.directory}: --output must be a folder, this is a file")
     waiting = study.waiting
     runs: list[Run | Trial] = list(study.trials) if "sweep" in stages else []
-    runs += [run for run in study.runs if not isinstance(run, ExternalRun) and run.member not in waiting]
-    for run in runs:
+    for run in [*runs, *(run for run in study.own_runs if run.member not in waiting)]:
         if run.folder.exists():
             check_belongs(run.folder, study.recipe(run))
 
@@ -202,8 +200,8 @@ def _check_sequences(study: Study, recipes: dict[str, Recipe]) -> None:
     """Losses need held-out sequences."""
     if recipes or study.settings.evaluation_text or study.settings.measure.evaluation_set:
         return
-    for run in study.runs:
-        if isinstance(run, ExternalRun) and study.trajectories[run.name].extra(EVALUATION_SET) is None:
+    for run in study.external_runs:
+        if study.trajectories[run.name].extra(EVALUATION_SET) is None:
             raise study.file.fault(
                 "evaluation_text",
                 f"must name a text to measure losses on: no member is trained here, and {run.source} has no "

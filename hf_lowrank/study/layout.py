@@ -12,23 +12,28 @@ from hf_lowrank.training.start import is_finished
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run of a member.
-
-    Attributes:
-        index: its number among the member's runs; runs of equal index are compared with each other.
-        folder: the run directory.
-        seed: of the recipe, or of the runs that an external one is compared with.
-    """
+class Folder:
+    """The run directory of a member's run or trial."""
 
     member: str
-    index: int
     folder: Path
-    seed: int
 
     @property
     def name(self) -> str:
         return self.folder.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Folder):
+    """One run of a member.
+
+    Attributes:
+        index: its number among the member's runs; runs of equal index are compared with each other.
+        seed: of the recipe, or of the runs that an external one is compared with.
+    """
+
+    index: int
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +47,10 @@ class ExternalRun(Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class Trial(Folder):
     """A run of the sweep, which tries `values`, given by dotted recipe keys."""
 
-    member: str
     values: Mapping[str, float]
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +83,15 @@ class Study:
         """Members whose sweep has not chosen yet."""
         return sorted({trial.member for trial in self.trials} - set(self.winners))
 
+    @property
+    def own_runs(self) -> list[Run]:
+        """The runs that are trained here."""
+        return [run for run in self.runs if not isinstance(run, ExternalRun)]
+
+    @property
+    def external_runs(self) -> list[ExternalRun]:
+        return [run for run in self.runs if isinstance(run, ExternalRun)]
+
     def runs_of(self, member: str) -> list[Run]:
         return [run for run in self.runs if run.member == member]
 
@@ -99,8 +107,8 @@ class Study:
     @property
     def reference_run(self) -> Run | None:
         """A run that is trained here, of the baseline if possible; external runs take its tokenizer and sequences."""
-        ours = [run for run in self.runs if not isinstance(run, ExternalRun)]
-        return next((run for run in ours if run.member == self.settings.baseline), ours[0] if ours else None)
+        ours = sorted(self.own_runs, key=lambda run: run.member != self.settings.baseline)
+        return ours[0] if ours else None
 
     def recipe(self, run: Run | Trial) -> Recipe:
         """The resolved recipe of a run or trial that is trained here.

@@ -154,8 +154,6 @@ class FetchUnit(Unit):
     """Makes the run directory of an external run; existing files stay.
 
     Attributes:
-        source, revisions: where its checkpoints are.
-        output: the run directory.
         steps: the checkpoints to link or download.
         recipe: what its `recipe.yaml` contains unless the source has one.
         renamed: whether the study file names its method.

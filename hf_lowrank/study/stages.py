@@ -16,7 +16,7 @@ from hf_lowrank.runs.run_files import read_trainer_state
 from hf_lowrank.storage.checksums import sealed, unsealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
-from hf_lowrank.study.layout import ExternalRun, Run, Study, Trial
+from hf_lowrank.study.layout import Run, Study, Trial
 from hf_lowrank.study.members import FetchUnit, fetch_unit
 from hf_lowrank.study.spec import LEARNING_RATE, StudyFile
 from hf_lowrank.study.units import (
@@ -109,11 +109,8 @@ def trial_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
 
 
 def train_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
-    return [
-        TrainUnit(name=run.name, waits=run.member in study.waiting, **_training(study, run))
-        for run in study.runs
-        if not isinstance(run, ExternalRun)
-    ]
+    waiting = study.waiting
+    return [TrainUnit(name=run.name, waits=run.member in waiting, **_training(study, run)) for run in study.own_runs]
 
 
 def _training(study: Study, run: Run | Trial) -> dict[str, Any]:
@@ -122,7 +119,7 @@ def _training(study: Study, run: Run | Trial) -> dict[str, Any]:
 
 
 def fetch_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
-    return [fetch_unit(study, run) for run in study.runs if isinstance(run, ExternalRun)]
+    return [fetch_unit(study, run) for run in study.external_runs]
 
 
 def measure_units(study: Study, runs: Sequence[Run]) -> list[Unit]:

@@ -77,8 +77,6 @@ class TrainUnit(Unit):
     """Trains a run.
 
     Attributes:
-        recipe, overrides, seed, folder: arguments of `load_recipe`.
-        output: the run directory.
         waits: whether the member has no value yet from its sweep.
     """
 
@@ -130,9 +128,7 @@ class MeasureUnit(Unit):
     """Measures a run.
 
     Attributes:
-        run: its directory.
         baselines: the runs to compare with, one after another; None: no baseline.
-        keywords: further arguments of `measure`.
     """
 
     stage: ClassVar[str] = "measure"
