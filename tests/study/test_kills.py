@@ -53,7 +53,8 @@ def finish(pid, within):
 def results(directory):
     """What must be bitwise equal, by file; rows of tables as sets."""
     found = {}
-    for path in sorted(directory.rglob("*")):
+    # A temporary file that a killed process left, here of the samples of a task, is not a result.
+    for path in [path for path in sorted(directory.rglob("*")) if path.suffix != ".tmp"]:
         name = path.relative_to(directory).as_posix()
         if path.name in ("model.safetensors", "evaluation.safetensors", "recipe.yaml"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
