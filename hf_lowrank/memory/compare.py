@@ -16,6 +16,26 @@ LEAST_SAVED = 0.05
 # What takes more than this share of the peak is named as its cause.
 LARGE_SHARE = 0.5
 
+# In order; indented items are parts of the one above, and are left out if they are zero.
+ITEMS = (
+    ("weights", "weights"),
+    ("  embeddings and head", "embeddings"),
+    ("  dense layers and norms", "dense"),
+    ("  low-rank factors", "factors"),
+    ("  sparse values", "sparse"),
+    ("  frozen in total", "frozen"),
+    ("gradients", "gradients"),
+    ("optimizer state", "optimizer_state"),
+    ("  moments", "moments"),
+    ("  bases", "bases"),
+    ("activations kept", "activations"),
+    ("  without checkpointing", "activations_plain"),
+    ("  with checkpointing", "activations_checkpointed"),
+    ("workspace at the peak", "workspace"),
+    ("communication", "communication"),
+)
+COLUMNS = ("weights", "gradients", "optimizer_state", "activations", "workspace")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -153,27 +173,6 @@ def _remedy(found: MemoryEstimate) -> str:
     if _embedding_share(found) > LARGE_SHARE:
         return "a smaller vocabulary or tied embeddings would help"
     return "a lower rank, bfloat16 weights or sharding over several devices would help"
-
-
-# In order; indented items are parts of the one above, and are left out if they are zero.
-ITEMS = (
-    ("weights", "weights"),
-    ("  embeddings and head", "embeddings"),
-    ("  dense layers and norms", "dense"),
-    ("  low-rank factors", "factors"),
-    ("  sparse values", "sparse"),
-    ("  frozen in total", "frozen"),
-    ("gradients", "gradients"),
-    ("optimizer state", "optimizer_state"),
-    ("  moments", "moments"),
-    ("  bases", "bases"),
-    ("activations kept", "activations"),
-    ("  without checkpointing", "activations_plain"),
-    ("  with checkpointing", "activations_checkpointed"),
-    ("workspace at the peak", "workspace"),
-    ("communication", "communication"),
-)
-COLUMNS = ("weights", "gradients", "optimizer_state", "activations", "workspace")
 
 
 def item_table(comparison: Comparison) -> Any:

@@ -20,6 +20,13 @@ from hf_lowrank.memory.estimates import MemoryEstimate, estimate
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.training.recipe import Recipe, first_line
 
+logger = logging.getLogger(__name__)
+
+STEPS = 2
+# An evaluation that is estimated below this share of the peak is not measured.
+NEAR = 0.8
+ITEMS = ("weights", "gradients", "optimizer_state", "activations", "workspace", "estimated_peak")
+
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of the storages of `tensors` in this process, each counted once."""
@@ -112,14 +119,6 @@ def _quiet() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-
-
-logger = logging.getLogger(__name__)
-
-STEPS = 2
-# An evaluation that is estimated below this share of the peak is not measured.
-NEAR = 0.8
-ITEMS = ("weights", "gradients", "optimizer_state", "activations", "workspace", "estimated_peak")
 
 
 class MemoryRecorder(TrainerCallback):

@@ -25,7 +25,11 @@ from hf_lowrank.study.spec import StudyFile, load_study
 from hf_lowrank.study.stages import STAGE_TABLE
 from hf_lowrank.study.units import ReportUnit, Unit
 
+logger = logging.getLogger(__name__)
+
 Say = Callable[[str], None]
+
+LOCK_SECONDS = 5.0  # how long the last processes of a killed study may take to end
 
 
 class Progress:
@@ -118,11 +122,6 @@ class Progress:
         if self._stream is not None:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
-
-
-logger = logging.getLogger(__name__)
-
-LOCK_SECONDS = 5.0  # how long the last processes of a killed study may take to end
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,10 @@ MEMORY_SHARE = 0.25
 # Below this number of parameters a step takes well under a second.
 SMALL = 5_000_000
 
+TIMINGS = ".timings.json"
+# Forward passes of an item-based task; where short requests cost as much as long ones.
+REQUESTS_PER_TASK = 1200
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -136,11 +140,6 @@ def _machine_memory() -> int | None:
     with suppress(AttributeError, ValueError, OSError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
-
-
-TIMINGS = ".timings.json"
-# Forward passes of an item-based task; where short requests cost as much as long ones.
-REQUESTS_PER_TASK = 1200
 
 
 @dataclass(frozen=True)

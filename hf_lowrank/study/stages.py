@@ -33,6 +33,9 @@ from hf_lowrank.study.units import (
 )
 from hf_lowrank.training.start import is_finished
 
+ALL = (TrialUnit, TrainUnit, FetchUnit, MeasureUnit, PairsUnit, EvaluateUnit, PredictUnit, ClaimsUnit, ReportUnit)
+UNIT_TYPES: dict[str, type[Unit]] = {kind.__name__: kind for kind in ALL}
+
 
 def final_loss(run: Path) -> float:
     """The held-out loss of a finished run at its end, nats per token; NaN for an unfinished run."""
@@ -92,10 +95,6 @@ def read_winners(file: StudyFile, directory: Path) -> dict[str, Mapping[str, flo
         for name, rate in chosen.items()
         if name in members and members[name].is_swept and tried[name] == wanted
     }
-
-
-ALL = (TrialUnit, TrainUnit, FetchUnit, MeasureUnit, PairsUnit, EvaluateUnit, PredictUnit, ClaimsUnit, ReportUnit)
-UNIT_TYPES: dict[str, type[Unit]] = {kind.__name__: kind for kind in ALL}
 
 
 def unit_from(plain: dict[str, Any]) -> Unit:

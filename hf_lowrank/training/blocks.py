@@ -18,6 +18,37 @@ from hf_lowrank.storage.layers import Layers
 
 SIZES = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
 
+# Fields that a run sets itself, by what to do instead or why.
+_RESERVED = {
+    "give --output": ("output_dir",),
+    "give seed at the top of the recipe": ("seed", "data_seed"),
+    "a run resumes by itself": ("resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
+    "the data order depends on the seed alone": (
+        "train_sampling_strategy",
+        "ignore_data_skip",
+        "auto_find_batch_size",
+        "dataloader_drop_last",
+    ),
+    "the run has columns of its own": ("remove_unused_columns", "label_names", "length_column_name"),
+    "the run computes the loss only": (
+        "include_for_metrics",
+        "prediction_loss_only",
+        "batch_eval_metrics",
+        "eval_do_concat_batches",
+    ),
+    "every checkpoint is measured": ("save_total_limit",),
+    "a run must be able to resume": ("save_only_model",),
+    "the last checkpoint is the result": ("load_best_model_at_end",),
+    "a run saves at the end of its step and stops on SIGTERM by itself": ("enable_jit_checkpoint",),
+    "a non-finite loss stops the run": ("logging_nan_inf_filter",),
+    "bars appear in terminals only": ("disable_tqdm",),
+    "publishing is a separate step": ("push_to_hub",),
+    "a run always trains and evaluates": ("do_train", "do_eval"),
+    "a run does not predict": ("do_predict",),
+}
+RESERVED = {key: reason for reason, keys in _RESERVED.items() for key in keys}
+OPTIMIZER_KEYS = ("optim", "optim_args", "optim_target_modules")
+
 
 def checked_model(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
     """`section`, if its architecture and fields exist and are consistent; else a `UserError`."""
@@ -70,38 +101,6 @@ def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
         "id2label",
         "label2id",
     }
-
-
-# Fields that a run sets itself, by what to do instead or why.
-_RESERVED = {
-    "give --output": ("output_dir",),
-    "give seed at the top of the recipe": ("seed", "data_seed"),
-    "a run resumes by itself": ("resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
-    "the data order depends on the seed alone": (
-        "train_sampling_strategy",
-        "ignore_data_skip",
-        "auto_find_batch_size",
-        "dataloader_drop_last",
-    ),
-    "the run has columns of its own": ("remove_unused_columns", "label_names", "length_column_name"),
-    "the run computes the loss only": (
-        "include_for_metrics",
-        "prediction_loss_only",
-        "batch_eval_metrics",
-        "eval_do_concat_batches",
-    ),
-    "every checkpoint is measured": ("save_total_limit",),
-    "a run must be able to resume": ("save_only_model",),
-    "the last checkpoint is the result": ("load_best_model_at_end",),
-    "a run saves at the end of its step and stops on SIGTERM by itself": ("enable_jit_checkpoint",),
-    "a non-finite loss stops the run": ("logging_nan_inf_filter",),
-    "bars appear in terminals only": ("disable_tqdm",),
-    "publishing is a separate step": ("push_to_hub",),
-    "a run always trains and evaluates": ("do_train", "do_eval"),
-    "a run does not predict": ("do_predict",),
-}
-RESERVED = {key: reason for reason, keys in _RESERVED.items() for key in keys}
-OPTIMIZER_KEYS = ("optim", "optim_args", "optim_target_modules")
 
 
 def checked_arguments(section: dict[str, Any], layers: Layers, *, own_optimizer: bool) -> dict[str, Any]:

@@ -46,6 +46,11 @@ from hf_lowrank.training.start import (
     write_start,
 )
 
+logger = logging.getLogger(__name__)
+
+# How gloo and NCCL report that a process is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process exit")
+
 
 class RunTrainer(Trainer):
     """Trainer resumes by the names that tensors have in a running model, and skips all others with a warning.
@@ -137,12 +142,6 @@ def token_loss(prediction: EvalPrediction) -> dict[str, float]:
     """
     tokens = (np.asarray(prediction.label_ids)[:, 1:] != IGNORED).sum(1)
     return {"loss": float((np.asarray(prediction.losses, dtype=np.float64) * tokens).sum() / tokens.sum())}
-
-
-logger = logging.getLogger(__name__)
-
-# How gloo and NCCL report that a process is gone.
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process exit")
 
 
 class Recorder(Protocol):

@@ -22,6 +22,9 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 DOCUMENTS_PER_BATCH = 64
 
+IGNORED = -100
+ROWS_AT_ONCE = 1024
+
 
 def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of `vocabulary_size` entries (fewer if the text has too few pairs)."""
@@ -116,10 +119,6 @@ def document_rows(documents: Iterable[list[int]], length: int, padding: int) -> 
             row = np.full(length, padding, dtype=np.int64)
             row[: len(ids)] = ids
             yield row, len(ids)
-
-
-IGNORED = -100
-ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
+UNREACHABLE = {
+    "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "TimeoutError", "TransportError",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -227,11 +231,6 @@ def text_of(value: object, where: str, text_column: str) -> str:
 def progress(items: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
     """`items` with a bar that appears in a terminal after two seconds, and disappears at the end."""
     return tqdm(items, desc=title, total=total, delay=2, disable=None, leave=False)
-
-
-UNREACHABLE = {
-    "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "TimeoutError", "TransportError",
-}  # fmt: skip
 
 
 def hub_documents(data: DataSettings) -> Documents:
