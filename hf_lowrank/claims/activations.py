@@ -8,9 +8,8 @@ from dataclasses import replace
 from statistics import fmean
 
 from hf_lowrank.claims.claim import Claim, Detail
-from hf_lowrank.claims.paired import paired_test, slope
 from hf_lowrank.claims.study import Common, Study, common, kind_of, null_reasons, paired_differences
-from hf_lowrank.claims.verdicts import every_above, on_average, pooled_by_seed
+from hf_lowrank.claims.verdicts import every_above, on_average, paired_test, pooled_by_seed, slope
 from hf_lowrank.claims.words import (
     Part,
     claim_of_parts,

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 from hf_lowrank.claims.claim import Claim
-from hf_lowrank.claims.paired import Tested, paired_test
 from hf_lowrank.claims.study import (
     Study,
     common,
@@ -18,7 +17,7 @@ from hf_lowrank.claims.study import (
     null_reasons,
     paired_differences,
 )
-from hf_lowrank.claims.verdicts import every_above
+from hf_lowrank.claims.verdicts import Tested, every_above, paired_test
 from hf_lowrank.claims.words import (
     decided,
     detail,

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from hf_lowrank.claims.claim import Claim, Verdict
-from hf_lowrank.claims.paired import Tested, holm, paired_test, tau_interval
 from hf_lowrank.claims.study import Common, Study, common, logged_losses, loss_entries, paired_differences
+from hf_lowrank.claims.verdicts import Tested, holm, paired_test, tau_interval
 from hf_lowrank.claims.words import detail, listed, seeds_and_step, too_few_seeds, untested
 from hf_lowrank.formats import p_text, pluralize, significant
 from hf_lowrank.runs.scores import above_chance, shared_tasks, usable_scores
@@ -39,8 +39,8 @@ class Orders:
         verdict: of the claim that they differ.
         tau, low, high: Kendall's τ of the orders by means and its interval over seeds; NaN where it is not defined.
         pairs: for each pair the test of its loss (second less first) and of its score.
-        p_values: of each pair's reversal, not corrected: 1 where the two agree.
-        reversed: the pairs that are significantly reversed, by Holm.
+        adjusted: the p-value of each pair's reversal after Holm: 1 where the two agree.
+        reversed: the pairs that are significantly reversed.
         seeds: that all methods have.
     """
 
@@ -49,7 +49,6 @@ class Orders:
     low: float
     high: float
     pairs: Mapping[tuple[str, str], tuple[Tested, Tested]]
-    p_values: Mapping[tuple[str, str], float]
     adjusted: Mapping[tuple[str, str], float]
     reversed: tuple[tuple[str, str], ...]
     seeds: int
@@ -91,7 +90,7 @@ def compare_orders(losses: Values, scores: Values, *, alpha: float = 0.05) -> Or
         verdict = "reproduced"
     elif len(shared) >= SEEDS_FOR_A_VERDICT and low > SAME_ORDER:
         verdict = "contradicted"
-    return Orders(verdict, tau, low, high, pairs, p_values, adjusted, turned, len(shared))
+    return Orders(verdict, tau, low, high, pairs, adjusted, turned, len(shared))
 
 
 def downstream_order(study: Study) -> Claim:

@@ -1,4 +1,4 @@
-"""The runs of a study by method and seed, and which of their numbers are comparable."""
+"""The runs of a study by method and seed, the methods' titles, and which of their numbers are comparable."""
 
 from __future__ import annotations
 
@@ -11,14 +11,39 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
-from hf_lowrank.claims.titles import titles
 from hf_lowrank.errors import UserError
+from hf_lowrank.methods import METHODS, Method
 from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord, load_runs
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 Value = TypeVar("Value")
 Key = TypeVar("Key", bound=Any)
+
+
+def registered(name: str) -> Method | None:
+    """The entry of a method; None for a name from elsewhere."""
+    try:
+        if name in METHODS:
+            return METHODS[name]
+    except ImportError:  # a broken plug-in must not keep a report from being written
+        return None
+    return None
+
+
+def method_order(name: str) -> tuple[int, str]:
+    """A sort key that follows the order of METHODS, other names last."""
+    return (list(METHODS).index(name), name) if registered(name) else (len(METHODS), name)
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """The distinct names in the order of tables and legends."""
+    return sorted(set(methods), key=method_order)
+
+
+def titles(methods: Iterable[str]) -> dict[str, str]:
+    """The title of each of `methods`, in the order of tables and legends."""
+    return {name: entry.title if (entry := registered(name)) else name for name in in_order(methods)}
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hf_lowrank.claims.claim import Claim, Detail, Verdict
-from hf_lowrank.claims.paired import Tested
 from hf_lowrank.claims.study import Study
-from hf_lowrank.claims.verdicts import Decision, all_of
+from hf_lowrank.claims.verdicts import Decision, Tested, all_of
 from hf_lowrank.formats import join_words, pluralize, significant
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 

@@ -1,19 +1,30 @@
-"""The answer: which runs can be compared, the tables of runs and methods, and the sentence above them."""
+"""The answer: which runs can be compared, the tables of runs and methods, and the answer in sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_lowrank.claims.titles import method_order
-from hf_lowrank.formats import big_count, join_words, pluralize
+from hf_lowrank.claims.study import method_order, titles
+from hf_lowrank.formats import big_count, join_words, loss_text, pluralize, significant
 from hf_lowrank.report.run_table import Cell, Column, mixed, table
-from hf_lowrank.report.standings import BASELINE, Standings, standings
-from hf_lowrank.report.verdicts import trade_off, verdict
+from hf_lowrank.report.standings import (
+    BASELINE,
+    Standings,
+    beaten,
+    by_seed,
+    final_losses,
+    perplexity_of,
+    standings,
+    versus,
+)
 from hf_lowrank.runs.records import RunRecord, finished_or_all
+from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_interval
 
 # Unfinished runs that a sentence names.
 MOST_NAMED = 4
+# Differences of memory and speed below this share are called the same.
+SAME = 0.02
 
 
 @dataclass(frozen=True)
@@ -117,3 +128,126 @@ def _scale(runs: Sequence[RunRecord], size: tuple[int, int] | None, baseline: st
     if size is not None:
         parts.append(f"{pluralize(size[1], 'block')} of width {size[0]}")
     return ", ".join(parts) or "size unknown"
+
+
+def losses_by_method(runs: Sequence[RunRecord]) -> dict[str, dict[int, float]]:
+    """Final loss by method and seed; a run without a seed counts as a seed of its own (negative)."""
+    return by_seed(runs, final_losses(runs))
+
+
+def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
+    """The headline and the sentence under it.
+
+    A method is called better only when both have at least three seeds and the interval of their difference, widened
+    for the number of rivals (Bonferroni), leaves out zero.
+    """
+    losses = losses_by_method(runs)
+    means = [(name, mean_interval(list(values.values()))) for name, values in losses.items()]
+    ranked = sorted(means, key=lambda pair: (pair[1].value, method_order(pair[0])))
+    title = titles(losses)
+    if not ranked:
+        return "No loss was recorded", "These runs carry no validation loss; what was measured on them follows below."
+    best, estimate = ranked[0]
+    at = f"perplexity {_perplexity(estimate.value)}"
+    if len(ranked) == 1:
+        return (
+            f"{title[best]} reaches {at}",
+            f"One method, {pluralize(estimate.n, 'seed')}{_interval_words(estimate)}.",
+        )
+    fewest, most = (choose(len(found) for found in losses.values()) for choose in (min, max))
+    others = len(ranked) - 1
+    if fewest < SEEDS_FOR_A_VERDICT:
+        few = pluralize(fewest, "seed")
+        seeds = f"Some methods have only {few}" if most > fewest else f"Only {few} per method"
+        seeds = "One seed per method" if most == 1 else seeds
+        gap = loss_text(ranked[-1][1].value - estimate.value)
+        return (
+            f"{title[best]} has the lowest {at}",
+            f"{seeds}: this describes these runs, not which method is better. The losses span {gap} nats.",
+        )
+    rivals = [name for name, _ in ranked[1:]]
+    behind = [title[name] for name in rivals if beaten(losses, best, name, 1.0, others)]
+    tied = [title[name] for name in rivals if title[name] not in behind]
+    seeds = f"{fewest} seeds" if fewest == most else f"{fewest} or more seeds"
+    basis = f"Over {seeds} per method, paired where seeds are common, 95 % intervals widened for {others} comparisons."
+    if not tied:
+        all_others = "every other method" if others > 1 else title[rivals[0]]
+        return f"{title[best]} has a lower perplexity than {all_others}: {_perplexity(estimate.value)}", basis
+    unclear = join_words(tied) if behind or others < 3 else "any other method"
+    headline = f"{title[best]} has the lowest mean {at}, statistically tied with {unclear}"
+    return headline, basis + (f" Its loss is lower than that of {join_words(behind)}." if behind else "")
+
+
+def _perplexity(loss: float) -> str:
+    return significant(perplexity_of(loss))
+
+
+def _interval_words(estimate: Estimate) -> str:
+    if not estimate.has_interval:
+        return ""
+    return f", 95 % interval {_perplexity(estimate.low)} to {_perplexity(estimate.high)}"
+
+
+def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
+    """What the best other method and the one with the least memory lose and save, compared with the baseline."""
+    criteria = {criterion.id: criterion for criterion in table.criteria}
+    if "perplexity" not in criteria or len(table.rows) < 2 or not table.baseline_title:
+        return ""
+    baseline = table.baseline
+    title = {row.method: row.title for row in table.rows}
+    values = {name: by_seed(runs, criterion.values) for name, criterion in criteria.items()}
+
+    others = sum(row.method != baseline for row in table.rows)
+
+    def compared(name: str, method: str) -> Estimate | None:
+        there = values.get(name, {})
+        if method not in there or baseline not in there:
+            return None
+        return versus(criteria[name], there, method, baseline, 1 - 0.05 / others)
+
+    found = {row.method: lost for row in table.rows if row.method != baseline
+             and (lost := compared("perplexity", row.method)) is not None}  # fmt: skip
+    if not found:
+        return ""
+    nearest = min(found, key=lambda name: found[name].value)
+    parts = [f"Compared with {_in_words(table.baseline_title)}, {title[nearest]} has {_lost(found[nearest])}"]
+    saved = compared("memory", nearest)
+    quicker = compared("speed", nearest)
+    if saved is not None:
+        parts[0] += f", with {_more_or_less(saved.value)} memory"
+    if quicker is not None:
+        times = significant(1 + quicker.value, 2)
+        same = abs(quicker.value) < SAME or times == "1.0"
+        speed = "about the same speed" if same else f"{times} times the speed"
+        parts[0] += f"{' and' if saved is not None else ', with'} {speed}"
+    sizes = {name: share.value for name in found if (share := compared("memory", name)) is not None}
+    lightest = min(sizes, key=lambda name: (sizes[name], found[name].value), default=nearest)
+    if lightest != nearest and sizes[lightest] < min(sizes.get(nearest, 0.0), 0.0) - 0.005:
+        less = significant(100 * abs(sizes[lightest]), 2)
+        parts.append(f"{title[lightest]} needs the least memory, {less} % less, and has {_lost(found[lightest])}")
+    fewest = min(len(seeds) for seeds in values["perplexity"].values())
+    text = ". ".join(parts) + "."
+    text = text.replace(" %", "\N{NO-BREAK SPACE}%")
+    return text if fewest >= SEEDS_FOR_A_VERDICT else f"In these runs: {text[0].lower()}{text[1:]}"
+
+
+def _in_words(baseline: str) -> str:
+    return "full-rank training" if baseline == "Full-rank" else baseline
+
+
+def _lost(share: Estimate) -> str:
+    """`a perplexity 4.1 % higher (95 % interval 1.0 to 7.2 %)`."""
+    if abs(share.value) < 5e-4:
+        return "the same perplexity"
+    sign = 1 if share.value >= 0 else -1
+    text = f"a perplexity {significant(100 * abs(share.value), 2)} % {'higher' if sign > 0 else 'lower'}"
+    if not share.has_interval:
+        return text
+    ends = sorted(100 * sign * bound for bound in (share.low, share.high))
+    return f"{text} (95 % interval {significant(ends[0], 2)} to {significant(ends[1], 2)} %)"
+
+
+def _more_or_less(share: float) -> str:
+    if abs(share) < SAME:
+        return "about the same"
+    return f"{significant(100 * abs(share), 2)} % {'more' if share > 0 else 'less'}"

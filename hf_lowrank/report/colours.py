@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hf_lowrank.claims.titles import in_order, registered
+from hf_lowrank.claims.study import in_order, registered
 from hf_lowrank.methods import SPARE_LOOKS, Look
 
 LIGHT_GROUND = "#fdfcf9"

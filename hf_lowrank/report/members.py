@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from hf_lowrank.claims.titles import titles
+from hf_lowrank.claims.study import titles
 from hf_lowrank.report.standings import BASELINE
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.storage.parsing import parse_plain_yaml

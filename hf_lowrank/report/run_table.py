@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal, NamedTuple
 
-from hf_lowrank.claims.titles import titles
+from hf_lowrank.claims.study import titles
 from hf_lowrank.formats import big_count, byte_size, duration, loss_text, significant
 from hf_lowrank.metrics import POINTWISE, Section, describe, metric_order
 from hf_lowrank.report.standings import downstream

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
-from hf_lowrank.claims.titles import method_order, titles
+from hf_lowrank.claims.study import method_order, titles
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import byte_size, finite_number, loss_text, signed, significant
 from hf_lowrank.runs.measurements import finite

@@ -25,8 +25,6 @@ class Track:
     low: float | None
     high: float | None
     zero: float | None = None
-    open_low: bool = False
-    open_high: bool = False
 
 
 class Ruler:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from hf_lowrank.claims.paired import (
+from hf_lowrank.claims.verdicts import (
     holm,
     paired_test,
     sign_flip_p_value,
