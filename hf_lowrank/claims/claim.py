@@ -10,19 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.storage.checksums import sealed, unsealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.storage.tables import row_of
 
 Verdict = Literal["reproduced", "contradicted", "undecided"]
-VERDICTS: tuple[Verdict, ...] = ("reproduced", "contradicted", "undecided")
 VERDICT_WORDS: dict[Verdict, str] = {
     "reproduced": "reproduced",
     "contradicted": "contradicted",
     "undecided": "undecided at this scale",
 }
+VERDICTS = tuple(VERDICT_WORDS)
 VERDICT_MEANING: dict[Verdict, str] = {
     "reproduced": "the interval of the effect lies on the claim's side",
     "contradicted": "it lies on the other side",
@@ -102,14 +102,17 @@ class Claim:
         )  # fmt: skip
 
 
+def _file(path: str | os.PathLike[str]) -> Path:
+    return Path(path) / "claims.json" if Path(path).is_dir() else Path(path)
+
+
 def write_claims(claims: Sequence[Claim], path: str | os.PathLike[str], *, alpha: float = 0.05) -> Path:
     """Writes `{"claims": [...], "alpha": …}`; a folder gets `claims.json`. Numbers that are not finite become null.
 
     Raises:
         UserError: the file cannot be written.
     """
-    file = Path(path)
-    file = file / "claims.json" if file.is_dir() else file
+    file = _file(path)
     content = {"claims": [_finite(asdict(claim)) for claim in claims], "alpha": alpha}
     try:
         write_text(file, json.dumps(sealed(content), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
@@ -124,13 +127,12 @@ def read_claims(path: str | os.PathLike[str]) -> list[Claim]:
     Raises:
         UserError: the file cannot be read or is not valid.
     """
-    file = Path(path)
-    file = file / "claims.json" if file.is_dir() else file
+    file = _file(path)
     try:
         content = unsealed(parse_json(file.read_text(encoding="utf-8")))
         return [parse_claim(entry) for entry in content["claims"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"{file}: not a valid claims file ({reason}); rerun the claims stage of the study") from None
 
 

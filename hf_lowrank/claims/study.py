@@ -125,11 +125,11 @@ def load_study(
     if not 0.0 < alpha < 1.0:
         raise UserError(f"alpha must be between 0 and 1, got {alpha}; 0.05 gives 95 % intervals")
     records = load_runs(runs)
-    for what, given in (("methods", methods), ("seeds", seeds)):
-        if given is not None and len(given) != len(records):
+    names = methods if methods is not None else [record.method for record in records]
+    pairing = seeds if seeds is not None else [record.seed for record in records]
+    for what, given in (("methods", names), ("seeds", pairing)):
+        if len(given) != len(records):
             raise UserError(f"{what} must be one for each run, got {len(given)} for {len(records)} runs")
-    names = [record.method for record in records] if methods is None else list(methods)
-    pairing = [record.seed for record in records] if seeds is None else list(seeds)
     found: dict[tuple[str, int], RunRecord] = {}
     notes: dict[str, str] = {}
     for name, seed, record in zip(names, pairing, records, strict=True):
@@ -213,17 +213,15 @@ def common(
     return Common(step, kind, {what: table[step, kind][what] for what in wanted if what in best}, missing)
 
 
-def model_values(study: Study, metric: str, methods: Sequence[str] | None = None) -> Common[str, float]:
+def model_values(study: Study, metric: str) -> Common[str, float]:
     """A metric of the whole model, by method and seed."""
-    wanted = list(study.titles) if methods is None else list(methods)
-    return common(_model_entries(study, metric), wanted, null_reasons(study, metric))
-
-
-def _model_entries(study: Study, metric: str) -> Iterable[tuple[str, int, int, str, float]]:
-    for (method, seed), run in study.runs.items():
-        for row in run.model_rows(metric):
-            if row.has_value:
-                yield method, seed, row.step, kind_of(row.settings), row.value
+    entries = (
+        (method, seed, row.step, kind_of(row.settings), row.value)
+        for (method, seed), run in study.runs.items()
+        for row in run.model_rows(metric)
+        if row.has_value
+    )
+    return common(entries, list(study.titles), null_reasons(study, metric))
 
 
 def null_reasons(study: Study, metric: str, keep: Callable[[Measurement], bool] = lambda row: True) -> dict[str, str]:

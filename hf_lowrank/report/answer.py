@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hf_lowrank.claims.study import method_order, titles
 from hf_lowrank.formats import big_count, join_words, loss_text, pluralize, significant
@@ -72,16 +73,7 @@ def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
     )
     result = []
     for position, ((fingerprint, size), members) in enumerate(ordered):
-        members.sort(
-            key=lambda run: (
-                bool(run.unfinished),
-                run.final_loss is None,
-                run.final_loss or 0.0,
-                method_order(run.method),
-                run.seed or 0,
-                run.name,
-            )
-        )
+        members.sort(key=_rank)
         columns, cells = table(members)
         ranked = finished_or_all(members)
         headline, standfirst = verdict(ranked)
@@ -105,17 +97,20 @@ def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
     return result
 
 
+def _rank(run: RunRecord) -> tuple[Any, ...]:
+    loss = run.final_loss
+    return bool(run.unfinished), loss is None, loss or 0.0, method_order(run.method), run.seed or 0, run.name
+
+
 def _remarks(runs: Sequence[RunRecord]) -> list[str]:
     """Which runs are unfinished, and at which steps the others end if these differ."""
     behind = [f"{run.name} ({run.unfinished})" for run in runs if run.unfinished]
     more = [f"{len(behind) - MOST_NAMED} more"] if len(behind) > MOST_NAMED else []
     ends = sorted({run.steps[-1] for run in runs if run.steps and not run.unfinished})
     remarks = []
-    names = join_words([*behind[:MOST_NAMED], *more]) if behind else ""
-    if len(behind) == len(runs):
-        remarks.append(f"Unfinished: {names}.")
-    elif behind:
-        remarks.append(f"Left out as unfinished: {names}.")
+    if behind:
+        which = "Unfinished" if len(behind) == len(runs) else "Left out as unfinished"
+        remarks.append(f"{which}: {join_words([*behind[:MOST_NAMED], *more])}.")
     if len(ends) > 1:
         remarks.append(f"The runs end at different steps: {join_words([str(step) for step in ends])}.")
     return remarks
@@ -210,7 +205,8 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
     if not found:
         return ""
     nearest = min(found, key=lambda name: found[name].value)
-    parts = [f"Compared with {_in_words(table.baseline_title)}, {title[nearest]} has {_lost(found[nearest])}"]
+    base = "full-rank training" if table.baseline_title == "Full-rank" else table.baseline_title
+    parts = [f"Compared with {base}, {title[nearest]} has {_lost(found[nearest])}"]
     saved = compared("memory", nearest)
     quicker = compared("speed", nearest)
     if saved is not None:
@@ -231,10 +227,6 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
     return text if fewest >= SEEDS_FOR_A_VERDICT else f"In these runs: {text[0].lower()}{text[1:]}"
 
 
-def _in_words(baseline: str) -> str:
-    return "full-rank training" if baseline == "Full-rank" else baseline
-
-
 def _lost(share: Estimate) -> str:
     """`a perplexity 4.1 % higher (95 % interval 1.0 to 7.2 %)`."""
     if abs(share.value) < 5e-4:
@@ -243,8 +235,8 @@ def _lost(share: Estimate) -> str:
     text = f"a perplexity {significant(100 * abs(share.value), 2)} % {'higher' if sign > 0 else 'lower'}"
     if not share.has_interval:
         return text
-    ends = sorted(100 * sign * bound for bound in (share.low, share.high))
-    return f"{text} (95 % interval {significant(ends[0], 2)} to {significant(ends[1], 2)} %)"
+    low, high = (significant(end, 2) for end in sorted(100 * sign * end for end in (share.low, share.high)))
+    return f"{text} (95 % interval {low} to {high} %)"
 
 
 def _more_or_less(share: float) -> str:

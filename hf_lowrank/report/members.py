@@ -18,6 +18,7 @@ import yaml
 from hf_lowrank.claims.study import titles
 from hf_lowrank.report.standings import BASELINE
 from hf_lowrank.runs.records import RunRecord
+from hf_lowrank.runs.run_files import section
 from hf_lowrank.storage.parsing import parse_plain_yaml
 
 _MEMBER = re.compile(r"(.+)-seed-?\d+$")
@@ -62,36 +63,27 @@ def baseline_of(runs: Sequence[RunRecord], study: Path | None) -> str:
 
 def _renamed(runs: Sequence[RunRecord], study: Path | None) -> Iterator[tuple[RunRecord, RunRecord]]:
     settings = [_settings(run) for run in runs]
-    variants = list(dict.fromkeys(json.dumps(found, sort_keys=True, default=str) for found in settings))
-    if len(variants) == 1:
+    variants = [json.dumps(found, sort_keys=True, default=str) for found in settings]
+    if len(set(variants)) == 1:
         yield from zip(runs, runs, strict=True)
         return
-    members = [member_of(run, study) for run in runs]
     keys = dict.fromkeys(key for found in settings for key in found)
-    differing = [key for key in keys if len({_text(found.get(key)) for found in settings}) > 1]
+    differing = [key for key in keys if len({_text(found.get(key)) for found in settings}) > 1][:_MOST_DIFFERENCES]
     (title,) = titles([runs[0].method]).values()
     names: dict[str, str] = {}
-    for run, found, member in zip(runs, settings, members, strict=True):
-        said = ", ".join(
-            f"{key.partition('.')[2].replace('_', ' ')} {_text(found.get(key))}"
-            for key in differing[:_MOST_DIFFERENCES]
-        )
-        name = member or f"{title}, {said}"
-        variant = json.dumps(found, sort_keys=True, default=str)
+    for run, found, variant in zip(runs, settings, variants, strict=True):
+        said = ", ".join(f"{key.partition('.')[2].replace('_', ' ')} {_text(found.get(key))}" for key in differing)
+        name = member_of(run, study) or f"{title}, {said}"
         while names.setdefault(name, variant) != variant:
             name += "′"
         yield run, replace(run, method=name)
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for section in ("method", "training"):
-        part = run.recipe.get(section)
-        for key, value in part.items() if isinstance(part, Mapping) else ():
-            path = f"{section}.{key}"
-            if not _IRRELEVANT.match(path):
-                found[path] = value
-    return found
+    found = {
+        f"{name}.{key}": value for name in ("method", "training") for key, value in section(run.recipe, name).items()
+    }
+    return {path: value for path, value in found.items() if not _IRRELEVANT.match(path)}
 
 
 def _text(value: Any) -> str:

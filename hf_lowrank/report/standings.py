@@ -13,7 +13,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.formats import byte_size, finite_number, loss_text, signed, significant
 from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord
-from hf_lowrank.runs.scores import above_chance, shared_tasks, usable_scores
+from hf_lowrank.runs.scores import Score, above_chance, shared_tasks, usable_scores
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_difference, mean_interval
 
 BASELINE = "full_rank"
@@ -103,10 +103,14 @@ def final_losses(runs: Sequence[RunRecord]) -> dict[str, float]:
     return {run.name: loss for run in runs if (loss := run.final_loss) is not None}
 
 
+def _usable(runs: Sequence[RunRecord]) -> dict[str, list[Score]]:
+    return {run.name: usable for run in runs if (usable := usable_scores(run.scores, None))}
+
+
 def downstream(runs: Sequence[RunRecord]) -> tuple[dict[str, dict[int, float]], list[str]]:
     """Per run and step the mean above-chance score over the tasks that all scored runs have; and notes about it."""
     notes: list[str] = []
-    scored = {run.name: usable for run in runs if (usable := usable_scores(run.scores, None))}
+    scored = _usable(runs)
     if not scored:
         tried = any(run.scores for run in runs)
         return {}, ["Downstream: no score with a known chance level over all of a task's items."] if tried else []
@@ -122,12 +126,10 @@ def _downstream(runs: Sequence[RunRecord], notes: list[str]) -> Criterion:
     last = {name: steps[max(steps)] for name, steps in means.items() if steps}
     if len({max(steps) for steps in means.values() if steps}) > 1:
         notes.append("Downstream: the runs were last scored at different steps.")
-    scored = {run.name: usable for run in runs if (usable := usable_scores(run.scores, None))}
-    tasks = shared_tasks(scored, [])
+    tasks = ", ".join(shared_tasks(_usable(runs), [])) or "the tasks"
     help_ = (
-        "Mean above-chance score over "
-        + (", ".join(tasks) if tasks else "the tasks")
-        + ": 0 is guessing, 1 is every item right; at the last checkpoint. Higher is better."
+        f"Mean above-chance score over {tasks}: 0 is guessing, 1 is every item right; at the last checkpoint. Higher "
+        "is better."
     )
     return Criterion("downstream", "Downstream", "above chance", help_, "higher", last, loss_text, "difference")
 
@@ -280,7 +282,12 @@ def _beside(standing: Standing, criterion: Criterion, values: Values, name: str,
     found = versus(criterion, values, name, baseline)
     if found is None:
         return standing
-    write = signed_share if criterion.against != "difference" else lambda v: signed(v, criterion.text)
+
+    def write(value: float) -> str:
+        if criterion.against == "difference":
+            return signed(value, criterion.text)
+        return signed(100 * value, lambda share: significant(share, 2)) + " %"
+
     interval = f"{write(found.low)} to {write(found.high)}" if found.has_interval else ""
     if found.has_interval and not found.high - found.low > 1e-9:
         interval = "equal for all seeds"
@@ -307,11 +314,6 @@ def versus(
     if criterion.against == "difference":
         return found
     return Estimate(math.expm1(found.value), math.expm1(found.low), math.expm1(found.high), found.n)
-
-
-def signed_share(value: float) -> str:
-    """+4.1 %, −38 %."""
-    return signed(100 * value, lambda v: significant(v, 2)) + " %"
 
 
 def _with_cka(cells: dict[str, Standing], runs: Sequence[RunRecord], cka: Mapping[str, float]) -> None:

@@ -89,13 +89,11 @@ def _run_lines(group: Group) -> list[Line]:
 
 def _method_headings(compared: Sequence[Group]) -> dict[str, list[str]]:
     known = {criterion.id: criterion for group in compared for criterion in group.standings.criteria}
-    units = {
-        name: sorted(
-            {one.unit for group in compared for one in group.standings.criteria if one.id == name and one.unit}
-        )
-        for name in known
+    units = {(one.id, one.unit) for group in compared for one in group.standings.criteria if one.unit}
+    return {
+        "method": ["Method"],
+        **{name: [one.title, *sorted(unit for id_, unit in units if id_ == name)] for name, one in known.items()},
     }
-    return {"method": ["Method"], **{name: [one.title, *units[name]] for name, one in known.items()}}
 
 
 def _method_lines(group: Group) -> list[Line]:
@@ -153,7 +151,6 @@ def _caption(compared: Sequence[Group], several: bool) -> Any:
         lines.append(" ".join(filter(None, [head, group.trade, group.standfirst])))
     if several:
         stars = any(cell.tied for group in compared for row in group.standings.rows for cell in row.standings)
-        lines.append(
-            "± is half the 95 % interval over seeds." + (" * statistically tied with the best." if stars else "")
-        )
+        ties = " * statistically tied with the best." if stars else ""
+        lines.append(f"± is half the 95 % interval over seeds.{ties}")
     return Text("\n".join(lines))

@@ -45,18 +45,14 @@ class Ruler:
         return round(100 * (value - self.low) / (self.high - self.low), 2)
 
     def track(self, value: float | None, low: float | None, high: float | None, *, zero: bool = False) -> Track:
-        return Track(
-            self.position(value), self.position(low), self.position(high), self.position(0.0) if zero else None
-        )
+        return Track(*map(self.position, (value, low, high, 0.0 if zero else None)))
 
 
 def methods_view(group: Group) -> dict[str, Any]:
     """The table of methods with every cell's position on its column's line."""
     table = group.standings
-    rulers = []
-    for column in range(len(table.criteria)):
-        cells = [row.standings[column] for row in table.rows]
-        rulers.append(Ruler(value for cell in cells for value in (cell.value, cell.low, cell.high)))
+    columns = zip(*(row.standings for row in table.rows), strict=True)
+    rulers = [Ruler(value for one in cells for value in (one.value, one.low, one.high)) for cells in columns]
     rows = [
         {
             "row": row,
@@ -66,7 +62,7 @@ def methods_view(group: Group) -> dict[str, Any]:
                     "standing": standing,
                     "track": ruler.track(standing.value, standing.low, standing.high),
                     "said": _said(criterion, standing),
-                    "rank": _rank(standing),
+                    "rank": "" if standing.rank is None else f"{standing.rank}{'=' if standing.tied else ''}",
                 }
                 for criterion, standing, ruler in zip(table.criteria, row.standings, rulers, strict=True)
             ],
@@ -83,10 +79,6 @@ def methods_view(group: Group) -> dict[str, Any]:
         "seeds": _seeds(group),
         "ties": any(cell.tied for row in table.rows for cell in row.standings),
     }  # fmt: skip
-
-
-def _rank(standing: Standing) -> str:
-    return "" if standing.rank is None else f"{standing.rank}{'=' if standing.tied else ''}"
 
 
 def _said(criterion: Criterion, standing: Standing) -> str:
@@ -142,22 +134,17 @@ def _claim_view(claim: Claim, looks: Mapping[str, Any]) -> dict[str, Any]:
     tables = []
     for (name, unit), parts in kinds.items():
         ruler = Ruler((value for part in parts for value in (part.effect, part.ci_low, part.ci_high)), zero=True)
-        tables.append(
+        rows = [
             {
-                "name": name,
-                "unit": unit,
-                "rows": [
-                    {
-                        "label": titles.get(part.label, part.label),
-                        "verdict": part.verdict,
-                        "mark": MARKS.get(part.verdict or "", ""),
-                        "reason": part.reason or "",
-                        **_effect_view(part, "", ruler),
-                    }
-                    for part in parts
-                ],
+                "label": titles.get(part.label, part.label),
+                "verdict": part.verdict,
+                "mark": MARKS.get(part.verdict or "", ""),
+                "reason": part.reason or "",
+                **_effect_view(part, "", ruler),
             }
-        )
+            for part in parts
+        ]
+        tables.append({"name": name, "unit": unit, "rows": rows})
     own = Ruler((claim.effect, claim.ci_low, claim.ci_high), zero=True)
     return {
         "claim": claim,
@@ -234,9 +221,8 @@ def _or_dash(value: Any) -> str:
 
 def sweep_view(study: StudyResults, looks: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One line for each member of the sweep: its rates, which one was chosen, and whether it is at the edge."""
-    members = list(dict.fromkeys(rate.member for rate in study.sweep))
     found = []
-    for member in members:
+    for member in dict.fromkeys(rate.member for rate in study.sweep):
         rates = sorted((rate for rate in study.sweep if rate.member == member), key=lambda rate: rate.learning_rate)
         chosen = next((rate for rate in rates if rate.chosen), None)
         found.append(
