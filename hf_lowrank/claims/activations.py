@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -124,10 +124,24 @@ def _entries(
                 yield method, seed, step, kind, (value, layers)
 
 
-def _on_average(study: Study, part: str, slopes: Mapping[str, Mapping[int, float]], what: str, step: int) -> Part:
-    """A part that is tested on the mean over methods of each seed."""
+Course = tuple[Sequence[float], Sequence[float]]  # positions and the distance at each
+
+
+def _trend(
+    study: Study,
+    part: str,
+    courses: Mapping[str, Mapping[int, Course]],
+    labels: Sequence[str],
+    missing_what: str,
+    step: int,
+) -> Part:
+    """Whether distances grow, on the mean over methods of each seed's slopes; with the mean distance at each label.
+
+    The mean distances are not tested, since a distance is above zero anyway.
+    """
+    slopes = {method: {seed: slope(x, y) for seed, (x, y) in seeds.items()} for method, seeds in courses.items()}
     decision, pooled = on_average(slopes, alpha=study.alpha)
-    missing = {} if slopes else {study.titles[method]: f"no {what}" for method in study.others}
+    missing = {} if slopes else {study.titles[method]: f"no {missing_what}" for method in study.others}
     reason = f"{part}: " + (undecided_reason(decision, missing, study) if missing else "")
     if pooled is None:
         reason += "" if missing else "no seed that all methods have"
@@ -145,6 +159,10 @@ def _on_average(study: Study, part: str, slopes: Mapping[str, Mapping[int, float
         reason += "the interval of the mean over methods includes zero"
     head = replace(detail(part, pooled, "", part=part, reason=reason), verdict=decision.verdict)
     rest = [detail(f"{study.title(m)}, {part}", t, "", part=part) for m, t in decision.tested.items()]
+    for position, label in enumerate(labels):
+        at = pooled_by_seed({m: {s: y[position] for s, (_, y) in seeds.items()} for m, seeds in courses.items()})
+        mean = paired_test(list(at.values()), confidence=study.confidence)
+        rest.append(Detail(label=f"mean distance at {label}", **mean.estimate, n=mean.n, part=part))
     growing = sum(test.effect > 0 for test in decision.tested.values())
     sentence = (
         f"{part.capitalize()} the distance changes by {interval(pooled, significant, study.confidence)} on average, "
@@ -158,62 +176,37 @@ def _untested_part(part: str, reason: str, sentence: str) -> Part:
 
 
 def _over_layers(study: Study, profiles: Common[str, Profile]) -> Part:
-    chosen = {
-        method: {seed: layers for seed, (_, layers) in values.items() if len(layers) > 1}
-        for method, values in profiles.values.items()
-    }
-    chosen = {method: values for method, values in chosen.items() if values}
-    slopes = {
-        method: {seed: slope([i / (len(y) - 1) for i in range(len(y))], y) for seed, y in values.items()}
-        for method, values in chosen.items()
-    }
-    depth = min((len(y) for values in chosen.values() for y in values.values()), default=0)
-    levels = {
-        f"mean distance at hidden_states.{layer}": {
-            m: {s: y[layer] for s, y in values.items()} for m, values in chosen.items()
-        }
-        for layer in range(depth)
-    }
-    return _with_levels(study, _on_average(study, LAYERS, slopes, "distances of layers", profiles.step), levels)
+    chosen: dict[str, dict[int, Course]] = {}
+    for method, values in profiles.values.items():
+        for seed, (_, layers) in values.items():
+            if len(layers) > 1:
+                depths = [i / (len(layers) - 1) for i in range(len(layers))]
+                chosen.setdefault(method, {})[seed] = depths, layers
+    depth = min((len(y) for values in chosen.values() for _, y in values.values()), default=0)
+    labels = [f"hidden_states.{layer}" for layer in range(depth)]
+    return _trend(study, LAYERS, chosen, labels, "distances of layers", profiles.step)
 
 
 def _over_training(
     study: Study, profiles: Common[str, Profile], metric: str, distance: Callable[[float], float]
 ) -> Part:
-    courses: dict[str, dict[int, dict[int, float]]] = {}
-    for method, values in profiles.values.items():
-        for seed in values:
-            courses.setdefault(method, {})[seed] = {
-                step: value
-                for step, kind, value, _ in _of_run(study, study.runs[method, seed], metric, distance)
-                if kind == profiles.kind and 0 < step <= profiles.step
-            }
-    every = [set(course) for seeds in courses.values() for course in seeds.values()]
-    steps = sorted(set.intersection(*every)) if every else []
-    slopes: dict[str, dict[int, float]] = {}
-    if len(steps) > 1:
-        slopes = {
-            method: {
-                seed: slope([s / profiles.step for s in steps], [c[s] for s in steps]) for seed, c in seeds.items()
-            }
-            for method, seeds in courses.items()
+    by_step: dict[tuple[str, int], dict[int, float]] = {
+        (method, seed): {
+            step: value
+            for step, kind, value, _ in _of_run(study, study.runs[method, seed], metric, distance)
+            if kind == profiles.kind and 0 < step <= profiles.step
         }
-    what = f"two steps after 0 that all runs have ({pluralize(len(steps), 'step')})"
-    levels = {
-        f"mean distance at step {step}": {m: {s: c[step] for s, c in seeds.items()} for m, seeds in courses.items()}
-        for step in (steps if slopes else ())
+        for method, values in profiles.values.items()
+        for seed in values
     }
-    return _with_levels(study, _on_average(study, STEPS, slopes, what, profiles.step), levels)
-
-
-def _with_levels(study: Study, part: Part, levels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Part:
-    """`part` with mean distances and their intervals; no test, since a distance is above zero anyway."""
-    found = []
-    for label, distances in levels.items():
-        if pooled := pooled_by_seed(distances):
-            test = paired_test(list(pooled.values()), confidence=study.confidence)
-            found.append(Detail(label=label, **test.estimate, n=test.n, part=part.head.part))
-    return part._replace(details=[*part.details, *found])
+    steps = sorted(set.intersection(*map(set, by_step.values()))) if by_step else []
+    courses: dict[str, dict[int, Course]] = {}
+    if len(steps) > 1:
+        for (method, seed), course in by_step.items():
+            courses.setdefault(method, {})[seed] = [s / profiles.step for s in steps], [course[s] for s in steps]
+    what = f"two steps after 0 that all runs have ({pluralize(len(steps), 'step')})"
+    labels = [f"step {step}" for step in steps] if courses else []
+    return _trend(study, STEPS, courses, labels, what, profiles.step)
 
 
 def _close_method(study: Study) -> str | None:

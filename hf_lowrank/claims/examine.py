@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hf_lowrank.claims.activations import activations
-from hf_lowrank.claims.barriers import barriers
 from hf_lowrank.claims.claim import Claim
+from hf_lowrank.claims.landscape import barriers, pca1_sharpness, random_sharpness
 from hf_lowrank.claims.order import downstream_order
 from hf_lowrank.claims.predicted import prediction_claim
 from hf_lowrank.claims.ranks import rank_structure
-from hf_lowrank.claims.sharpness import pca1_sharpness, random_sharpness
 from hf_lowrank.claims.study import load_study
 
 

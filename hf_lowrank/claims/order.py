@@ -110,7 +110,7 @@ def downstream_order(study: Study) -> Claim:
         for side in (0, 1)
     )
     orders = compare_orders(losses, downstream, alpha=study.alpha)
-    names = {pair: f"{study.title(pair[0])} – {study.title(pair[1])}" for pair in orders.pairs}
+    names = {pair: study.pair_title(pair) for pair in orders.pairs}
     details = tuple(
         replace(detail(f"{names[pair]}, {what}", test, unit, part=what),
                 reason="reversed" if pair in orders.reversed else None)

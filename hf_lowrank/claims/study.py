@@ -90,6 +90,9 @@ class Study:
     def title(self, method: str) -> str:
         return self.titles.get(method, method)
 
+    def pair_title(self, pair: tuple[str, str]) -> str:
+        return f"{self.title(pair[0])} – {self.title(pair[1])}"
+
 
 @dataclass(frozen=True)
 class Common(Generic[Key, Value]):

@@ -1,9 +1,10 @@
-"""Any two methods are separated by a barrier: basins differ, though perplexities are close."""
+"""The loss landscape: sharpness compared with the baseline's, and barriers between any two methods."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
@@ -14,26 +15,38 @@ from hf_lowrank.claims.study import (
     kind_of,
     logged_losses,
     loss_entries,
+    model_values,
     null_reasons,
     paired_differences,
 )
 from hf_lowrank.claims.verdicts import Tested, every_above, paired_test
 from hf_lowrank.claims.words import (
+    LN_RATIO,
     decided,
     detail,
     details_of,
     interval,
     listed,
+    listed_are,
     nats,
     seeds_and_step,
+    times,
     undecided_reason,
+    untested,
 )
 from hf_lowrank.formats import loss_text
 from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement
 
+SHARPNESS_TEST = (
+    "For each method the difference of {what} of {metric} with the baseline at the last common step, paired by "
+    "seed, by Student's t. Reproduced if every method's difference lies on the claimed side with two-sided p < "
+    "{alpha:g} (an intersection–union test, so no correction); contradicted if at least one lies on the other side, "
+    "p < {alpha:g} after Holm; else undecided. The claim's p-value is that of the comparison which decides. Details "
+    "give the exact sign-flip p-value too, which cannot fall below 2/2ⁿ for n seeds."
+)
 # A perplexity 5 % higher: what no reader would call the same loss, and several times what seeds differ by.
 MARGIN = 0.05
-TEST = (
+BARRIER_TEST = (
     "For each pair of methods of equal seed: how far the path between their dense weights rises above the worse of "
     "its two ends, which is the barrier (above the mean of the ends) less half the difference of their losses, at "
     "the last common step, by Student's t over seeds against a margin of {margin:g} nats (a perplexity 5 % higher). "
@@ -44,10 +57,84 @@ TEST = (
 Pair = tuple[str, str]
 
 
+def random_sharpness(study: Study) -> Claim:
+    """Full-rank is sharper than every low-rank method along random directions; effects: ln (baseline/method)."""
+    statement = f"{study.title(study.baseline)} is sharper than every other method along random directions."
+    return _sharper(study, "random_sharpness", statement, "along random directions", baseline_sharper=True)
+
+
+def pca1_sharpness(study: Study) -> Claim:
+    """Along the top-1 PCA direction every low-rank method is sharper than full-rank; effects: ln (method/baseline)."""
+    statement = (
+        f"Along the top-1 PCA direction the order turns round: every other method is sharper than "
+        f"{study.title(study.baseline)}."
+    )
+    return _sharper(study, "pca1_sharpness", statement, "along the top-1 PCA direction", baseline_sharper=False)
+
+
+def _sharper(study: Study, metric: str, statement: str, where: str, *, baseline_sharper: bool) -> Claim:
+    found = model_values(study, metric)
+    logs = all(value > 0 for values in found.values.values() for value in values.values())
+    unit = LN_RATIO if logs else "nats"
+    test = SHARPNESS_TEST.format(what="the logarithm" if logs else "the value", metric=metric, alpha=study.alpha)
+    if not logs:
+        test += " Not all values are positive, so differences are in nats instead of ratios."
+    plain_values = {
+        method: {seed: math.log(value) if logs else value for seed, value in values.items()}
+        for method, values in found.values.items()
+    }
+    base_title, base = study.title(study.baseline), plain_values.get(study.baseline, {})
+    why_not = study.no_baseline or (
+        f"{base_title}: {found.missing[study.baseline]}" if study.baseline in found.missing else None
+    )
+    if why_not:
+        return untested(why_not, id=metric, statement=statement, unit=unit, test=test)
+    sides = {method: (plain_values.get(method, {}), base) for method in study.others}
+    samples = {
+        method: list(paired_differences(*(pair if baseline_sharper else pair[::-1])).values())
+        for method, pair in sides.items()
+    }
+    decision = every_above(samples, alpha=study.alpha)
+    missing = {
+        method: found.missing.get(method, "no seed in common with the baseline")
+        for method in study.others
+        if method not in decision.tested
+    }
+    verdict = decision.despite(missing)
+    if verdict == "contradicted":
+        names = listed_are([study.title(method) for method in decision.against])
+        reason = f"{names} {'sharper' if baseline_sharper else 'less sharp'} than {base_title}"
+    elif verdict == "reproduced":
+        reason = f"the interval of every method lies on the claimed side ({len(decision.tested)} methods)"
+    else:
+        reason = undecided_reason(decision, missing, study)
+    sentence = f"Not tested: {reason}."
+    if decision.decisive is not None and decision.deciding is not None:
+        claimed = sum(test_.effect > 0 for test_ in decision.tested.values())
+        title = study.title(decision.deciding)
+        sharp, other = (base_title, title) if baseline_sharper else (title, base_title)
+        found_in = (
+            f"{base_title} is on average sharper than {claimed} of {len(decision.tested)} methods"
+            if baseline_sharper
+            else f"{claimed} of {len(decision.tested)} methods are on average sharper than {base_title}"
+        )
+        number = interval(decision.decisive, times if logs else nats, study.confidence)
+        weakest = "most against it" if verdict == "contradicted" else "weakest for it"
+        sentence = (
+            f"{where[0].upper()}{where[1:]} {found_in}; {weakest}, {sharp} {'has' if logs else 'less'} "
+            f"{f'{number} the sharpness of {other}' if logs else f'{other} is {number}'}; "
+            f"{seeds_and_step(decision.fewest_seeds, found.step)}."
+        )
+    return decided(
+        decision, verdict, id=metric, statement=statement, unit=unit, test=test, reason=reason, sentence=sentence,
+        details=details_of(decision, missing, unit, study.title),
+    )  # fmt: skip
+
+
 def barriers(study: Study) -> Claim:
     """Effects: the rise above the worse end, in nats."""
     statement = "Any two methods are separated by a loss barrier: their basins differ, though perplexities are close."
-    test = TEST.format(margin=MARGIN, alpha=study.alpha)
+    test = BARRIER_TEST.format(margin=MARGIN, alpha=study.alpha)
     pairs = list(itertools.combinations(study.titles, 2))
     undefined = _without_dense_weights(study)
     found = common(_entries(study), pairs, {})
@@ -56,21 +143,16 @@ def barriers(study: Study) -> Claim:
     missing: dict[str, str] = {}
     listed_only: dict[str, str] = {}
     for pair in pairs:
-        label = _label(study, pair)
-        values = {
-            seed: height - abs(losses[pair[0], seed] - losses[pair[1], seed]) / 2
-            for seed, height in found.values.get(pair, {}).items()
-            if (pair[0], seed) in losses and (pair[1], seed) in losses
-        }
-        if values:
-            rises[label] = list(values.values())
+        label = study.pair_title(pair)
+        heights = found.values.get(pair, {})
+        apart = paired_differences(*(losses.get(method, {}) for method in pair))
+        if values := [height - abs(apart[seed]) / 2 for seed, height in heights.items() if seed in apart]:
+            rises[label] = values
         elif why := next((undefined[method] for method in pair if method in undefined), None):
             listed_only[label] = why
         else:
-            has = pair in found.values
-            missing[label] = (
-                "no losses to compare the barrier with" if has else found.missing.get(pair, "not measured")
-            )
+            no_losses = "no losses to compare the barrier with"
+            missing[label] = no_losses if pair in found.values else found.missing.get(pair, "not measured")
     decision = every_above(rises, level=MARGIN, alpha=study.alpha)
     verdict = decision.despite(missing)
     details = details_of(decision, {**missing, **listed_only}, "nats")
@@ -105,10 +187,6 @@ def barriers(study: Study) -> Claim:
     )  # fmt: skip
 
 
-def _label(study: Study, pair: Pair) -> str:
-    return f"{study.title(pair[0])} – {study.title(pair[1])}"
-
-
 def _entries(study: Study) -> Iterable[tuple[Pair, int, int, str, float]]:
     """Barriers of pairs of equal seed; a pair measured from both ends counts by the mean of the two."""
     order = list(study.titles)
@@ -138,24 +216,24 @@ def _without_dense_weights(study: Study) -> dict[str, str]:
     return {method: why.removeprefix(UNDEFINED) for method, why in found.items() if why.startswith(UNDEFINED)}
 
 
-def _losses(study: Study, step: int, kind: str) -> dict[tuple[str, int], float]:
+def _losses(study: Study, step: int, kind: str) -> dict[str, dict[int, float]]:
     """Losses by method and seed at the barriers' step and on their sequences; else as training logged them."""
     evaluation = json.loads(kind).get("evaluation") if kind else None
-    logged = {(method, seed): value for method, seed, at, _, value in logged_losses(study) if at == step}
-    found = {(m, seed): value for m, seed, at, _, value in loss_entries(study, evaluation) if at == step}
-    return found or logged
+    found: dict[str, dict[int, float]] = {}
+    for source in (loss_entries(study, evaluation), logged_losses(study)):
+        for method, seed, at, _, value in source if not found else ():
+            if at == step:
+                found.setdefault(method, {})[seed] = value
+    return found
 
 
-def _spread(study: Study, losses: Mapping[tuple[str, int], float]) -> tuple[str, Tested] | None:
+def _spread(study: Study, losses: Mapping[str, Mapping[int, float]]) -> tuple[str, Tested] | None:
     """The two methods whose mean losses are furthest apart, and their difference."""
-    by_method: dict[str, dict[int, float]] = {}
-    for (method, seed), value in losses.items():
-        by_method.setdefault(method, {})[seed] = value
-    if len(by_method) < 2:
+    if len(losses) < 2:
         return None
-    means = {method: fmean(values.values()) for method, values in by_method.items()}
+    means = {method: fmean(values.values()) for method, values in losses.items()}
     low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-    found = paired_differences(by_method[low], by_method[high])
+    found = paired_differences(losses[low], losses[high])
     if not found:
         return None
     tested = paired_test(list(found.values()), confidence=study.confidence)
