@@ -21,7 +21,7 @@ from hf_lowrank.downstream.sharpness import DirectionRequest, sharpness_along
 from hf_lowrank.downstream.sources import tokenizer_folder
 from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import ProcessGroup
-from hf_lowrank.geometry.process_group import map_over
+from hf_lowrank.geometry.sharding import map_over
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.selection import Checkpoint, find_checkpoint
 from hf_lowrank.runs.trajectory import Trajectory

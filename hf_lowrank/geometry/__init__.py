@@ -10,11 +10,13 @@ from .alignment import Layout, Permutations, match_weights, permute
 from .directions import Gaussian, RankOne, trajectory_pca_directions, weight_pca_directions
 from .engine import movable
 from .hessian import critical_sharpness, gradient, hessian_top_eigenvalue, hessian_trace, hessian_vector_product
-from .interpolation import interpolation_curve, loss_barrier, path_grid
 from .landscape import (
     Curve,
     expected_sharpness,
+    interpolation_curve,
     line_curve,
+    loss_barrier,
+    path_grid,
     pca_curve,
     plane,
     random_curve,
@@ -24,7 +26,7 @@ from .landscape import (
     weight_scale,
 )
 from .losses import TokenLoss
-from .process_group import ProcessGroup
+from .sharding import ProcessGroup
 from .spectra import (
     effective_rank,
     many_singular_values,

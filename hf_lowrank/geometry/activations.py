@@ -4,8 +4,6 @@ Only sums are kept, so memory is O(layers · H²) for any number of tokens. Shap
 of the two sides, B × T tokens of a batch, H hidden units.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import returning_input
-from .process_group import ProcessGroup
+from .sharding import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,32 @@ def linear_cka(x_ND: Tensor, y_NE: Tensor, *, debiased: bool = False) -> float:
     return sums.value(debiased=debiased)
 
 
+class _Layer:
+    def __init__(self) -> None:
+        self.distance = self.norm = self.cosine = 0.0
+        self.cka = CkaSums()
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        norm_x, norm_y = (torch.linalg.vector_norm(side, dim=1) for side in (x, y))
+        self.distance += float(torch.linalg.vector_norm(x - y, dim=1).double().sum())
+        self.norm += float(norm_y.double().sum())
+        product = (x * y).sum(1) / (norm_x * norm_y).clamp_min(1e-30)
+        self.cosine += float(product.double().sum())
+        self.cka.update(x, y)
+
+    def result(self, index: int, positions: int) -> LayerSimilarity:
+        if not math.isfinite(self.distance + self.norm):
+            raise ValueError(f"hidden states {index} are not finite")
+        ckas = []
+        for debiased in (False, True):
+            try:
+                ckas.append(self.cka.value(debiased=debiased))
+            except ValueError:
+                ckas.append(math.nan)
+        distance = self.distance / self.norm if self.norm > 0 else math.nan
+        return LayerSimilarity(distance, self.cosine / positions, *ckas)
+
+
 HiddenStates = Callable[[Any, Tensor, Tensor], Sequence[Tensor]]
 
 
@@ -198,29 +222,3 @@ def _gathered_results(layers: Sequence[_Layer], positions: int, shards: ProcessG
             raise result
         results.append(result)
     return results
-
-
-class _Layer:
-    def __init__(self) -> None:
-        self.distance = self.norm = self.cosine = 0.0
-        self.cka = CkaSums()
-
-    def update(self, x: Tensor, y: Tensor) -> None:
-        norm_x, norm_y = (torch.linalg.vector_norm(side, dim=1) for side in (x, y))
-        self.distance += float(torch.linalg.vector_norm(x - y, dim=1).double().sum())
-        self.norm += float(norm_y.double().sum())
-        product = (x * y).sum(1) / (norm_x * norm_y).clamp_min(1e-30)
-        self.cosine += float(product.double().sum())
-        self.cka.update(x, y)
-
-    def result(self, index: int, positions: int) -> LayerSimilarity:
-        if not math.isfinite(self.distance + self.norm):
-            raise ValueError(f"hidden states {index} are not finite")
-        ckas = []
-        for debiased in (False, True):
-            try:
-                ckas.append(self.cka.value(debiased=debiased))
-            except ValueError:
-                ckas.append(math.nan)
-        distance = self.distance / self.norm if self.norm > 0 else math.nan
-        return LayerSimilarity(distance, self.cosine / positions, *ckas)

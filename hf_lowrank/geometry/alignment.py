@@ -5,8 +5,6 @@ stream, the channels of each MLP, and the heads of each attention layer: with gr
 and the query heads inside a group. Channels inside a head are not permuted, since rotary positions distinguish them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

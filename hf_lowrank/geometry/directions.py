@@ -6,8 +6,6 @@ single row. A block is a range of whole rows. Random numbers are drawn on the CP
 sharded: a process draws the blocks of which it holds rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .process_group import ProcessGroup
-from .sharding import LocalShard, as_rows, full_norms, full_tensor, local_shard, local_tensor, sum_over_shards
+from .sharding import (
+    LocalShard,
+    ProcessGroup,
+    as_rows,
+    full_norms,
+    full_tensor,
+    local_shard,
+    local_tensor,
+    sum_over_shards,
+)
 from .spectra import singular_vectors
 
 Normalize = Literal["none", "tensor", "filter"]

@@ -7,8 +7,6 @@ that layer runs.
 Of a model sharded by FSDP2 each process moves its shard of every parameter, with `memory="copy"`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -86,15 +84,11 @@ def sweep(
 
 def _uninterrupted(close: Callable[[], None]) -> None:
     """Runs `close` to its end even if Ctrl-C is pressed meanwhile."""
-    interrupt: KeyboardInterrupt | None = None
-    while True:
-        try:
-            close()
-            break
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
+    try:
+        close()
+    except KeyboardInterrupt:
+        _uninterrupted(close)
+        raise
 
 
 class _Copy:
@@ -104,8 +98,7 @@ class _Copy:
         self.parameters = dict(model.named_parameters())
         norms = full_norms({name: p.detach() for name, p in self.parameters.items() if isinstance(p, DTensor)})
         self.originals = {
-            name: local_shard(parameter.detach().clone(), norms.get(name))
-            for name, parameter in self.parameters.items()
+            name: local_shard(p.detach().clone(), norms.get(name)) for name, p in self.parameters.items()
         }
 
     @torch.no_grad()

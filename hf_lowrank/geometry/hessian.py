@@ -4,10 +4,8 @@
 exists at a time; `TokenLoss.terms` is such a function. Only parameters that require a gradient are considered.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +15,9 @@ from hf_lowrank.statistics import Estimate
 
 from .directions import RankOne, keyed_generator
 from .engine import Memory, eval_mode, sweep
+from .landscape import interval_of_draws
 from .losses import Loss
-from .process_group import ProcessGroup, map_over
-from .statistics import interval_of_draws
+from .sharding import ProcessGroup, map_over
 
 Terms = Callable[[nn.Module], Iterable[Tensor]]
 
@@ -27,28 +25,30 @@ Terms = Callable[[nn.Module], Iterable[Tensor]]
 def gradient(model: nn.Module, terms: Terms) -> dict[str, Tensor]:
     """The loss's gradient by parameter name, float32, for parameters that require one."""
     names, parameters = _trainable(model)
-    total = [torch.zeros_like(parameter) for parameter in parameters]
-    for term in terms(model):
-        _add(total, torch.autograd.grad(term, parameters, allow_unused=True))
-    return dict(zip(names, total, strict=True))
+    return dict(zip(names, _summed_gradients(terms(model), parameters), strict=True))
 
 
 def hessian_vector_product(model: nn.Module, terms: Terms, vector: list[Tensor]) -> list[Tensor]:
     """`H v` over the parameters that require a gradient, in their order, by double backward."""
     _, parameters = _trainable(model)
-    total = [torch.zeros_like(parameter) for parameter in parameters]
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+
+    def inner_products() -> Iterator[Tensor]:
         for term in terms(model):
             first = torch.autograd.grad(term, parameters, create_graph=True, allow_unused=True)
-            inner = sum(((g * v).sum() for g, v in zip(first, vector, strict=True) if g is not None), term * 0)
-            _add(total, torch.autograd.grad(inner, parameters, allow_unused=True))
+            yield sum(((g * v).sum() for g, v in zip(first, vector, strict=True) if g is not None), term * 0)
+
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        return _summed_gradients(inner_products(), parameters)
+
+
+def _summed_gradients(scalars: Iterable[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for scalar in scalars:
+        gradients = torch.autograd.grad(scalar, parameters, allow_unused=True)
+        for tensor, summand in zip(total, gradients, strict=True):
+            if summand is not None:
+                tensor.add_(summand)
     return total
-
-
-def _add(total: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
-    for tensor, gradient in zip(total, gradients, strict=True):
-        if gradient is not None:
-            tensor.add_(gradient)
 
 
 def hessian_top_eigenvalue(
@@ -154,15 +154,11 @@ def critical_sharpness(
         low, high, step = 0.0, math.inf, start
         for _ in range(40):
             if rises(step):
-                high = step
-                if low > 0:
-                    break
-                step /= 2
+                high, step = step, step / 2
             else:
-                low = step
-                if math.isfinite(high):
-                    break
-                step *= 2
+                low, step = step, step * 2
+            if low > 0 and math.isfinite(high):
+                break
         if not math.isfinite(high) or low == 0:
             which = "raises" if not math.isfinite(high) else "lowers"
             raise ValueError(f"no step along the direction {which} the loss; there is no critical step")
@@ -200,8 +196,5 @@ def _split(flat: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
 
 
 def _tridiagonal(alphas: list[float], betas: list[float]) -> Tensor:
-    matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64))
-    if betas:
-        off = torch.tensor(betas, dtype=torch.float64)
-        matrix += torch.diag(off, 1) + torch.diag(off, -1)
-    return matrix
+    diagonal, off = torch.tensor(alphas, dtype=torch.float64), torch.tensor(betas, dtype=torch.float64)
+    return torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)

@@ -1,27 +1,23 @@
-"""The loss along lines through a model's weights, and the metrics of its shape.
+"""The loss along lines through a model's weights and between two models, and the metrics of its shape.
 
-`loss` is any callable from the model to a number. Offsets `t` are a symmetric grid with an exact 0; the centre is
-evaluated once. Shapes: D draws or directions, G offsets.
+`loss` is any callable from the model to a number. Offsets `t` around a model are a symmetric grid with an exact 0; the
+centre is evaluated once. Shapes: D draws or directions, G offsets.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from hf_lowrank.statistics import Estimate, student_t_quantile
+from hf_lowrank.statistics import Estimate, student_t_quantile, t_interval
 
-from .directions import Direction, Gaussian, Normalize, weight_pca_directions
+from .directions import Difference, Direction, Gaussian, Normalize, weight_pca_directions
 from .engine import Memory, sweep
 from .losses import Loss
-from .process_group import ProcessGroup, map_over
-from .sharding import full_norms
-from .statistics import interval_of_draws, jackknife_interval
+from .sharding import ProcessGroup, full_norms, map_over
 
 
 @dataclass(frozen=True)
@@ -184,6 +180,64 @@ def plane(
     return torch.tensor(losses, dtype=torch.float64).reshape(len(ys), len(xs))
 
 
+def path_grid(points: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Evenly spaced positions from `low` ≤ 0 to `high` ≥ 1, with exact 0 and 1, `points` of them strictly between."""
+    if points < 1 or low > 0 or high < 1:
+        raise ValueError(f"a path needs points ≥ 1, low ≤ 0 and high ≥ 1, got {points}, {low} and {high}")
+    step = 1 / (points + 1)
+    inside = torch.arange(0, points + 2, dtype=torch.float64) / (points + 1)
+    below = -torch.arange(1, int(round(-low / step, 6)) + 1, dtype=torch.float64).flip(0) * step
+    above = 1 + torch.arange(1, int(round((high - 1) / step, 6)) + 1, dtype=torch.float64) * step
+    return torch.cat([below, inside, above])
+
+
+def interpolation_curve(
+    model: nn.Module,
+    end: nn.Module | Mapping[str, Tensor],
+    loss: Loss,
+    *,
+    positions: Tensor | Sequence[float],
+    ends: tuple[float, float] | None = None,
+    memory: Memory = "copy",
+    progress: Callable[[], None] | None = None,
+    replicas: ProcessGroup | None = None,
+) -> Tensor:
+    """Losses (P,) float64 at `(1−t) θ₀ + t θ₁` for positions `t`; values outside [0, 1] extrapolate.
+
+    Args:
+        model: θ₀, float32; every weight gets its original bits back.
+        end: θ₁, a model or its parameters by name; tied parameters are named once, as `named_parameters` does.
+        loss: `loss(model) -> float`.
+        positions: `t`, in any order.
+        ends: losses at 0 and 1 if they are known; they are not evaluated again.
+        memory, progress: as for `line_curve`.
+        replicas: processes with the same models, which split the positions; all of them call this function.
+
+    Raises:
+        ValueError: parameters of the two differ in name or shape; the message names one.
+    """
+    tensors = dict(end.named_parameters()) if isinstance(end, nn.Module) else end
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if name not in tensors:
+            raise ValueError(f"the models must have the same parameters; {name} is missing in the second")
+        if tensors[name].shape != parameter.shape:
+            raise ValueError(
+                f"the models must have the same parameters; {name} is {tuple(parameter.shape)} "
+                f"in the first and {tuple(tensors[name].shape)} in the second"
+            )
+    if isinstance(end, nn.Module) and (extra := sorted(set(tensors) - set(parameters))):
+        raise ValueError(f"the models must have the same parameters; {extra[0]} is missing in the first")
+    difference = Difference({name: tensor.detach() for name, tensor in tensors.items()})
+    known = {} if ends is None else {0.0: ends[0], 1.0: ends[1]}
+    path = torch.as_tensor(positions, dtype=torch.float64).tolist()
+    unknown = [t for t in dict.fromkeys(path) if t not in known]
+    points = [[(difference, t)] if t else [] for t in unknown]
+    with sweep(model, loss, memory=memory, progress=progress) as loss_at:
+        known.update(zip(unknown, map_over(replicas, loss_at, points), strict=True))
+    return torch.tensor([known[t] for t in path], dtype=torch.float64)
+
+
 def expected_sharpness(losses: Tensor | Sequence[float]) -> float:
     """Mean over offsets `t > 0` of `½[L(θ+td) + L(θ−td)] − L(θ)`, from losses on a symmetric grid with its centre.
 
@@ -220,3 +274,62 @@ def random_variance(curve: Curve) -> Estimate:
     if curve.losses.shape[0] < 2:
         return Estimate(math.nan, math.nan, math.nan, curve.losses.shape[0])
     return jackknife_interval(lambda losses: float(losses.var(0).mean()), curve.losses)
+
+
+def loss_barrier(
+    losses: Tensor | Sequence[float],
+    positions: Tensor | Sequence[float] | None = None,
+    *,
+    reference: Literal["mean", "interpolated"] = "mean",
+) -> float:
+    """`max_{0<t<1} L(t) − ½(L(0) + L(1))`, in nats; there is no barrier where it is 0 or below.
+
+    Args:
+        losses: along the path, at least one strictly between the end points.
+        positions: their `t`, with 0 and 1; None: evenly spaced from 0 to 1.
+        reference: what is subtracted; `"interpolated"` is the chord between the end points' losses
+            (arXiv 2110.06296) in place of their mean.
+
+    Raises:
+        ValueError: an end point or every inner point is missing.
+    """
+    y = torch.as_tensor(losses, dtype=torch.float64)
+    count = y.numel()
+    t = torch.linspace(0, 1, count, dtype=torch.float64) if positions is None else torch.as_tensor(positions).double()
+    inside = (t > 0) & (t < 1)
+    if not bool((t == 0).any()) or not bool((t == 1).any()) or not bool(inside.any()):
+        raise ValueError("a barrier needs losses at 0, at 1 and at least at one position between")
+    start, end = y[t == 0][0], y[t == 1][0]
+    expected = (start + end) / 2 if reference == "mean" else (1 - t[inside]) * start + t[inside] * end
+    return float((y[inside] - expected).max())
+
+
+def interval_of_draws(draws: Sequence[float] | Tensor) -> Estimate:
+    """Mean of independent draws, summed by torch, with its interval of Student's t; one draw has no interval."""
+    x = torch.as_tensor(draws, dtype=torch.float64).flatten()
+    if x.numel() == 0:
+        raise ValueError("draws must hold at least one value")
+    mean = float(x.mean())
+    if x.numel() == 1:
+        return Estimate(mean, math.nan, math.nan, 1)
+    return t_interval(mean, float(x.std()) / math.sqrt(x.numel()), x.numel())
+
+
+def jackknife_interval(statistic: Callable[[Tensor], float], draws_D: Tensor, confidence: float = 0.95) -> Estimate:
+    """A positive statistic of D draws (first dimension) with a delete-one jackknife interval on its logarithm.
+
+    The logarithm keeps the interval of a variance positive and near its nominal coverage. Fewer than three draws,
+    or a statistic that is not positive, give no interval.
+    """
+    count = draws_D.shape[0]
+    value = statistic(draws_D)
+    if count < 3 or not value > 0 or not math.isfinite(value):
+        return Estimate(value, math.nan, math.nan, count)
+    keep = ~torch.eye(count, dtype=torch.bool)
+    left_out = torch.tensor([statistic(draws_D[rows]) for rows in keep], dtype=torch.float64)
+    if not bool((left_out > 0).all()):
+        return Estimate(value, math.nan, math.nan, count)
+    logs = left_out.log()
+    error = math.sqrt((count - 1) / count * float((logs - logs.mean()).square().sum()))
+    factor = math.exp(min(student_t_quantile((1 + confidence) / 2, count - 1) * error, 700.0))
+    return Estimate(value, value / factor, value * factor, count)

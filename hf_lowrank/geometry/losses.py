@@ -4,10 +4,8 @@ Any `loss(model) -> float` works; `TokenLoss` is the one for causal language mod
 T tokens, V words, H hidden units.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .process_group import ProcessGroup
+from .sharding import ProcessGroup
 
 Loss = Callable[[nn.Module], float]
 
@@ -69,21 +67,25 @@ class TokenLoss:
 
     def __call__(self, model: nn.Module) -> float:
         """Mean over all predicted tokens; not finite where the model's logits are not."""
-        sums = self.per_sequence(model)
-        return float(sums.sum()) / self.tokens
+        return float(self.per_sequence(model).sum()) / self.tokens
 
     @torch.no_grad()
     def per_sequence(self, model: nn.Module) -> Tensor:
         """(N,) float64: summed negative log-likelihood of each sequence."""
-        return torch.cat([self._gathered(model, ids, mask) for ids, mask in self.batches(model)])
+        shards, sums = self.shards, []
+        for ids, mask in self.batches(model):
+            if shards is None:
+                sums.append(self._batch(model, ids, mask).cpu())
+            else:
+                own = self._batch(model, shards.batch_slice(ids), shards.batch_slice(mask)).cpu()
+                sums.append(shards.gather_batch(own, ids.shape[0]))
+        return torch.cat(sums)
 
     def terms(self, model: nn.Module) -> Iterator[Tensor]:
         """The loss as differentiable scalars that sum to it, one per batch; for gradients and Hessians."""
         for ids, mask in self.batches(model):
             with torch.enable_grad():
-                logits = self._forward(model, ids, mask)[:, :-1].float()
-                flat = logits.reshape(-1, logits.shape[-1])
-                loss = functional.cross_entropy(flat, ids[:, 1:].reshape(-1).to(flat.device), reduction="none")
+                loss = self._cross_entropy(model, ids, mask)
                 yield (loss.view(ids.shape[0], -1) * _predicted(mask).to(loss.device)).sum() / self.tokens
 
     def batches(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -92,12 +94,6 @@ class TokenLoss:
         for start in range(0, self.input_ids.shape[0], self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield self.input_ids[rows].to(device), self.attention_mask[rows].to(device)
-
-    def _gathered(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        if self.shards is None:
-            return self._batch(model, ids, mask).cpu()
-        own = self._batch(model, self.shards.batch_slice(ids), self.shards.batch_slice(mask)).cpu()
-        return self.shards.gather_batch(own, ids.shape[0])
 
     def _batch(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         targets, counted = ids[:, 1:], _predicted(mask)
@@ -109,14 +105,16 @@ class TokenLoss:
             with unsharded_root(model):
                 loss = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), head, chunk)
         else:
-            logits = self._forward(model, ids, mask)[:, :-1].float()
-            flat = logits.reshape(-1, logits.shape[-1])
-            loss = functional.cross_entropy(flat, targets.reshape(-1).to(flat.device), reduction="none")
+            loss = self._cross_entropy(model, ids, mask)
         return (loss.view_as(targets).double() * counted.to(loss.device)).sum(1)
 
+    def _cross_entropy(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+        logits = self._forward(model, ids, mask)[:, :-1].float()
+        flat = logits.reshape(-1, logits.shape[-1])
+        return functional.cross_entropy(flat, ids[:, 1:].reshape(-1).to(flat.device), reduction="none")
+
     def _forward(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        mask_argument = mask if self.padded else None
-        return model(input_ids=ids, attention_mask=mask_argument, use_cache=False).logits
+        return model(input_ids=ids, attention_mask=mask if self.padded else None, use_cache=False).logits
 
     def _chunk(self, head: Any, ids: Tensor) -> int | None:
         if not isinstance(head, nn.Linear):
@@ -165,14 +163,11 @@ def chunked_cross_entropy(hidden_NH: Tensor, targets_N: Tensor, head: Any, chunk
 @contextmanager
 def unsharded_root(model: Any) -> Iterator[None]:
     """Gathers the parameters of the root of a model under FSDP2 (embeddings, output head) in the block."""
-    sharded = hasattr(model, "unshard")
-    if sharded:
-        model.unshard()
-    try:
+    with ExitStack() as stack:
+        if hasattr(model, "unshard"):
+            model.unshard()
+            stack.callback(model.reshard)
         yield
-    finally:
-        if sharded:
-            model.reshard()
 
 
 @contextmanager
@@ -183,9 +178,8 @@ def returning_input(module: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if had is None:
-            del module.__dict__["forward"]
-        else:
+        del module.__dict__["forward"]
+        if had is not None:
             module.forward = had
 
 

@@ -7,8 +7,6 @@ decompositions do not reach where a gap is small.
 Shapes: M × N matrices, R their (low) rank, K = min(M, N) singular values.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -10,8 +10,8 @@ from torch import nn
 
 from hf_lowrank import geometry as g
 from hf_lowrank.geometry.directions import row_blocks
+from hf_lowrank.geometry.landscape import interval_of_draws, jackknife_interval
 from hf_lowrank.geometry.sharding import local_shard
-from hf_lowrank.geometry.statistics import interval_of_draws, jackknife_interval
 from hf_lowrank.statistics import student_t_p_value, student_t_quantile
 
 
