@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import geometry as g
 from hf_lowrank.geometry.spectra import difference_factors, map_threads
-from hf_lowrank.measuring.activations import BATCH_TOKENS
+from hf_lowrank.measuring.layers import BATCH_TOKENS
 from hf_lowrank.targets import target_modules
 
 SHAPES = {

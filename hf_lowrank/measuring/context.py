@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.geometry import TokenLoss
-from hf_lowrank.measuring.decompositions import singular_values_of_targets, singular_vectors_of_targets
+from hf_lowrank.geometry import TokenLoss, product_singular_values, singular_values
+from hf_lowrank.geometry.spectra import singular_vectors
 from hf_lowrank.measuring.rows import UndefinedError
 from hf_lowrank.processes.placement import Placement, parameters_of
 from hf_lowrank.runs.evaluation_set import EvaluationSet
@@ -23,6 +23,8 @@ from hf_lowrank.runs.measure_settings import MeasureSettings
 from hf_lowrank.runs.measurements import OWN_BASELINE
 from hf_lowrank.runs.selection import size_of
 from hf_lowrank.runs.trajectory import Trajectory
+
+R = TypeVar("R")
 
 
 @dataclass
@@ -237,15 +239,27 @@ class StepContext:
                 del self.__dict__[name]
         self.run.placement.free_memory()
 
+    def map_targets(self, work: Callable[[str], R]) -> dict[str, R]:
+        """The results of work on every target, by its name; threads or processes split them."""
+        targets = self.trajectory.targets
+        return dict(zip(targets, self.run.placement.map(work, targets), strict=True))
+
     @cached_property
     def target_values(self) -> dict[str, Tensor]:
-        """Singular values of every target's dense weight; PCA directions reuse the same decompositions."""
-        map_modules = self.run.placement.map
-        if not self.vectors_wanted:
-            return singular_values_of_targets(self.trajectory, self.step, map_modules)
-        vectors = singular_vectors_of_targets(self.trajectory, self.step, self.vectors_wanted, map_modules)
-        self._vectors = {name: (u.float(), v.float()) for name, (_, u, v) in vectors.items()}
-        return {name: sigma for name, (sigma, _, _) in vectors.items()}
+        """Singular values (K,) float64 of every target's dense weight; PCA directions reuse the decompositions."""
+        run, step, count = self.trajectory, self.step, self.vectors_wanted
+        if count:
+            vectors = self.map_targets(lambda name: singular_vectors(run.dense_weight(step, name), count))
+            self._vectors = {name: (u.float(), v.float()) for name, (_, u, v) in vectors.items()}
+            return {name: sigma for name, (sigma, _, _) in vectors.items()}
+
+        def decompose(name: str) -> Tensor:
+            factors = run.low_rank_factors(step, name)
+            return (
+                singular_values(run.dense_weight(step, name)) if factors is None else product_singular_values(*factors)
+            )
+
+        return self.map_targets(decompose)
 
     def target_vectors(self, count: int) -> dict[str, tuple[Tensor, Tensor]] | None:
         """(u, v) of the targets' weights by parameter name; None where no vectors have been computed."""

@@ -1,16 +1,27 @@
-"""Loss, perplexity, and the loss along random and principal directions of one checkpoint."""
-
-from __future__ import annotations
+"""Metrics 1–6 and extras: the loss at, around and between checkpoints, and its derivatives."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from hf_lowrank.geometry import (
     Curve,
     Gaussian,
+    Layout,
     RankOne,
+    critical_sharpness,
     expected_sharpness,
+    gradient,
+    hessian_top_eigenvalue,
+    hessian_trace,
+    interpolation_curve,
+    loss_barrier,
+    match_weights,
+    path_grid,
     pca_curve,
+    permute,
     plane,
     random_curve,
     random_sharpness,
@@ -21,7 +32,8 @@ from hf_lowrank.geometry import (
     weight_scale,
 )
 from hf_lowrank.measuring.context import RunContext, StepContext
-from hf_lowrank.measuring.rows import Row, UndefinedError
+from hf_lowrank.measuring.rows import Row, UndefinedError, first_checkpoint_rows
+from hf_lowrank.processes.placement import parameters_of
 
 
 def loss_rows(at: StepContext, wanted: set[str]) -> list[Row]:
@@ -122,3 +134,105 @@ def plane_rows(at: StepContext, wanted: set[str]) -> list[Row]:
         for i, y in enumerate(grid.tolist())
         for j, x in enumerate(grid.tolist())
     ]
+
+
+def step_rows(at: StepContext, wanted: set[str]) -> list[Row]:
+    """The barrier from the previous checkpoint, in the model's own parameters."""
+    if at.previous_step is None:
+        return first_checkpoint_rows(wanted)
+    settings = {**at.run.settings_of("path"), "from_step": at.previous_step}
+    # The loaded model is the end of the path, so the path is walked backwards.
+    ends = (at.center, at.previous_center)
+    return _path_rows(at, "step", (at.model, at.previous_weights), ends, wanted, settings, backwards=True)
+
+
+def method_rows(at: StepContext, wanted: set[str]) -> list[Row]:
+    """The barrier to the baseline's checkpoint of the same step, between dense weights."""
+    base = at.baseline_for_comparison()
+    settings, end = at.run.settings_of("path"), parameters_of(at.baseline_model)
+    path, ends = (at.dense_model, end), (at.center, at.baseline_center)
+    return _path_rows(at, "method", path, ends, wanted, settings, base.run.name)
+
+
+def aligned_rows(at: StepContext, wanted: set[str]) -> list[Row]:
+    """The barrier to the baseline after its hidden units are permuted to match (arXiv 2209.04836)."""
+    base = at.baseline_for_comparison()
+    at.check_dense()
+    at.run.placement.require_whole_models("matching hidden units")
+    start, end = parameters_of(at.dense_model), parameters_of(at.baseline_model)
+    config = at.baseline_model.config.get_text_config()
+    layout = Layout(config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads)
+    end = permute(end, match_weights(start, end, layout), layout)
+    path, ends, settings = (at.dense_model, end), (at.center, at.baseline_center), at.run.settings_of("path")
+    return _path_rows(at, "aligned_method", path, ends, wanted, settings, base.run.name)
+
+
+def _path_rows(
+    at: StepContext,
+    kind: str,
+    path: tuple[Any, Mapping[str, Tensor]],
+    ends: tuple[float, float],
+    wanted: set[str],
+    settings: dict[str, Any],
+    baseline: str | None = None,
+    *,
+    backwards: bool = False,
+) -> list[Row]:
+    """Rows of a path and its barriers.
+
+    Args:
+        path, ends: the model and the parameters that it leads to, and the loss of each.
+        backwards: whether the positions that rows record begin at the other end.
+    """
+    chosen = at.settings.path
+    positions = path_grid(chosen.points, chosen.low, chosen.high)
+    walked = 1 - positions if backwards else positions
+    losses = interpolation_curve(*path, at.run.loss, positions=walked, ends=ends, **at.run.sweep)
+    rows = [
+        Row(metric=f"{kind}_path", value=loss, settings={**settings, "t": t}, baseline=baseline)
+        for t, loss in zip(positions.tolist(), losses.tolist(), strict=True)
+    ]
+    for suffix, reference in (("", "mean"), ("_interpolated", "interpolated")):
+        metric = f"{kind}_barrier{suffix}"
+        if metric in wanted:
+            value = loss_barrier(losses, positions, reference=reference)  # type: ignore[arg-type]
+            value, reason = (value, None) if math.isfinite(value) else (math.nan, "the loss on the path is not finite")
+            rows.append(Row(metric=metric, value=value, settings=settings, baseline=baseline, reason=reason))
+    return rows
+
+
+def hessian_rows(at: StepContext, wanted: set[str]) -> list[Row]:
+    """Top eigenvalue (the interval is the residual of Lanczos) and trace, over all parameters."""
+    at.run.placement.require_whole_models("the Hessian")
+    chosen = at.settings.hessian
+    settings = at.run.settings_of("hessian")
+    model = at.model.requires_grad_(True)
+    rows = []
+    if "hessian_top" in wanted:
+        top, error = hessian_top_eigenvalue(
+            model, at.run.loss.terms, iterations=chosen.iterations, seed=chosen.seed, progress=at.run.tick
+        )
+        rows.append(Row(metric="hessian_top", value=top, ci_low=top - error, ci_high=top + error, settings=settings))
+    if "hessian_trace" in wanted:
+        trace = hessian_trace(
+            model,
+            at.run.loss.terms,
+            probes=chosen.probes,
+            seed=chosen.seed,
+            progress=at.run.tick,
+            replicas=at.run.placement.replicas,
+        )
+        rows.append(Row.of("hessian_trace", trace, settings=settings))
+    return rows
+
+
+def critical_rows(at: StepContext, wanted: set[str]) -> list[Row]:
+    """Critical sharpness along the gradient on the held-out sequences."""
+    at.run.placement.require_whole_models("the gradient")
+    model = at.model.requires_grad_(True)
+    direction = gradient(model, at.run.loss.terms)
+    value = critical_sharpness(
+        model, at.run.loss, direction, center=at.center, memory=at.settings.memory, progress=at.run.tick
+    )
+    settings = {"direction": "gradient", **at.run.evaluated_on}
+    return [Row(metric="critical_sharpness", value=value, settings=settings)]

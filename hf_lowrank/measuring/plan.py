@@ -1,19 +1,76 @@
-"""What to measure: the baseline of each run, its checkpoints, and which metrics are missing."""
+"""What to measure: the computations behind the metrics, a run's baseline and checkpoints, and what is missing."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from hf_lowrank.measuring.context import RunContext
-from hf_lowrank.measuring.groups import GROUPS
+from hf_lowrank.measuring import landscape, layers
+from hf_lowrank.measuring.context import RunContext, StepContext
+from hf_lowrank.measuring.rows import Row
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.processes.faults import RECOVERABLE_ERRORS
+from hf_lowrank.runs.measure_settings import MeasureSettings
 from hf_lowrank.runs.measurements import UNDEFINED, Measurement
 from hf_lowrank.runs.selection import is_current, is_current_comparison, size_of, steps_of
 from hf_lowrank.runs.trajectory import Trajectory
 
 BASELINE_METHOD = "full_rank"
+
+Request = Callable[[RunContext, str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Metrics that come from one computation.
+
+    Attributes:
+        compute: (checkpoint, wanted ids) -> rows; an error becomes the reason of null rows.
+        request: (run, metric id) -> settings that a row must contain for the metric to count as measured.
+        evaluations: how many times it evaluates the loss, for the progress bar.
+        costly: whether it is measured at `MeasureSettings.steps` checkpoints only, unless steps are named.
+    """
+
+    compute: Callable[[StepContext, set[str]], list[Row]]
+    request: Request = lambda run, metric: {}
+    evaluations: Callable[[MeasureSettings], int] = lambda settings: 1
+    costly: bool = False
+
+
+def _sequences(run: RunContext, metric: str) -> dict[str, Any]:
+    return run.evaluated_on
+
+
+def _settings(block: str) -> Request:
+    return lambda run, metric: run.settings_of(block)
+
+
+def _path(compute: Callable[[StepContext, set[str]], list[Row]]) -> Group:
+    return Group(compute, _settings("path"), lambda s: s.path.points + 1, costly=True)
+
+
+GROUPS: dict[str, Group] = {
+    "loss": Group(landscape.loss_rows, _sequences),
+    "weight": Group(layers.weight_rows),
+    "update": Group(layers.update_rows),
+    "total": Group(layers.total_rows),
+    "overlap": Group(layers.overlap_rows, lambda run, metric: run.settings.overlap.request()),
+    "activations": Group(layers.activation_rows, _sequences, lambda s: 2),
+    "random": Group(
+        landscape.random_rows, _settings("random"), lambda s: 2 * s.random.steps * s.random.draws, costly=True
+    ),
+    "pca": Group(landscape.pca_rows, landscape.pca_settings, lambda s: 2 * s.pca.steps * s.pca.count, costly=True),
+    "step": _path(landscape.step_rows),
+    "method": _path(landscape.method_rows),
+    "aligned": _path(landscape.aligned_rows),
+    "plane": Group(landscape.plane_rows, _settings("plane"), lambda s: (2 * s.plane.steps + 1) ** 2, costly=True),
+    "critical": Group(landscape.critical_rows, _sequences, lambda s: 15, costly=True),
+    "hessian": Group(
+        landscape.hessian_rows,
+        _settings("hessian"),
+        lambda s: 6 * (s.hessian.iterations + s.hessian.probes),
+        costly=True,
+    ),
+}
 
 Plan = dict[int, dict[str, set[str]]]  # step -> group -> metric ids
 

@@ -21,8 +21,7 @@ import torch
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring.context import RunContext, StepContext
-from hf_lowrank.measuring.groups import GROUPS
-from hf_lowrank.measuring.plan import Unit, find_baseline, missing_units, plan_run
+from hf_lowrank.measuring.plan import GROUPS, Unit, find_baseline, missing_units, plan_run
 from hf_lowrank.measuring.rows import Row
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.processes.faults import RECOVERABLE_ERRORS, CollectiveError, error_line

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hf_lowrank.formats import finite_number
-from hf_lowrank.measuring.groups import GROUPS
+from hf_lowrank.measuring.plan import GROUPS
 from hf_lowrank.memory import MemoryEstimate, estimate
 from hf_lowrank.memory.simulation import quiet_package
 from hf_lowrank.metrics import METRICS

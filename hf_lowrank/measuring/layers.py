@@ -1,6 +1,4 @@
-"""Metrics 7–13: spectra of weights and updates."""
-
-from __future__ import annotations
+"""Metrics 7–16: spectra of weights and updates, and hidden states compared with the baseline's."""
 
 import math
 from collections.abc import Callable
@@ -9,17 +7,19 @@ from typing import Any
 from torch import Tensor
 
 from hf_lowrank.geometry import (
+    activation_similarity,
     effective_rank,
+    product_singular_values,
     relative_norm,
     singular_value_fraction,
+    singular_values,
     spectral_gap,
     stable_rank,
     subspace_overlap,
     tail_exponent,
 )
-from hf_lowrank.geometry.spectra import singular_vectors
+from hf_lowrank.geometry.spectra import difference_factors, singular_vectors
 from hf_lowrank.measuring.context import StepContext
-from hf_lowrank.measuring.decompositions import singular_values_of_updates
 from hf_lowrank.measuring.rows import Row, first_checkpoint_rows, scope_rows
 from hf_lowrank.runs.measurements import UNDEFINED
 
@@ -36,32 +36,48 @@ UPDATE: dict[str, Callable[[Tensor, Tensor], float]] = {
     "update_effective_rank": lambda delta, _: effective_rank(delta) / delta.numel(),
     "update_stable_rank": lambda delta, _: stable_rank(delta),
 }
+ACTIVATION = {
+    "activation_l2": "l2",
+    "activation_cosine": "cosine",
+    "activation_cka": "cka",
+    "activation_cka_debiased": "cka_debiased",
+}
+# All hidden states of both models are held for one batch: at 60M parameters less than 200 MiB for so many tokens.
+BATCH_TOKENS = 512
 
 
 def weight_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Metrics 7–10."""
-    values = {m: {name: WEIGHT[m](sigma) for name, sigma in at.target_values.items()} for m in wanted}
-    return _target_rows(at, values)
+    return _target_rows(at, {m: {name: WEIGHT[m](sigma) for name, sigma in at.target_values.items()} for m in wanted})
 
 
 def update_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Metrics 11–13, of the change since the previous checkpoint."""
-    return _update_rows(at, at.previous_step, wanted, prefix="")
+    return _update_rows(at, at.previous_step, wanted)
 
 
 def total_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Metrics 11–13 of the change since the run's first checkpoint."""
     first = at.trajectory.steps[0]
-    return _update_rows(at, None if first == at.step else first, wanted, prefix="total_")
+    return _update_rows(at, None if first == at.step else first, wanted)
 
 
-def _update_rows(at: StepContext, start: int | None, wanted: set[str], *, prefix: str) -> list[Row]:
+def _update_rows(at: StepContext, start: int | None, wanted: set[str]) -> list[Row]:
     if start is None:
         return first_checkpoint_rows(wanted)
-    deltas = singular_values_of_updates(at.trajectory, start, at.step, at.run.placement.map)
+    run = at.trajectory
+
+    def decompose(module: str) -> Tensor:
+        new, old = run.low_rank_factors(at.step, module), run.low_rank_factors(start, module)
+        if new is not None and old is not None:
+            return product_singular_values(*difference_factors(new, old))
+        return singular_values(run.dense_weight(at.step, module) - run.dense_weight(start, module))
+
+    deltas = at.map_targets(decompose)
     values = {
         metric: {
-            name: UPDATE[metric.removeprefix(prefix)](delta, at.target_values[name]) for name, delta in deltas.items()
+            name: UPDATE[metric.removeprefix("total_")](delta, at.target_values[name])
+            for name, delta in deltas.items()
         }
         for metric in wanted
     }
@@ -97,18 +113,32 @@ def overlap_rows(at: StepContext, wanted: set[str]) -> list[Row]:
             values["update_overlap"] = overlap(ours, theirs - base.dense_weight(at.previous_step, name))
         return values
 
-    found = dict(zip(at.trajectory.targets, at.run.placement.map(overlaps, at.trajectory.targets), strict=True))
+    found = at.map_targets(overlaps)
     return rows + _target_rows(at, {m: {name: row[m] for name, row in found.items()} for m in wanted}, **rest)
 
 
 def _target_rows(at: StepContext, values: dict[str, dict[str, float]], **rest: Any) -> list[Row]:
     """Rows of every target and of the model, from values by metric and target."""
-    surrogate = None
+    rest |= {"kind": "target", "undefined": "the matrix is zero"}
     if at.trajectory.dense_weight_kind != "exact":
-        surrogate = "surrogate: the product of the factors, as the layer between them is not linear"
+        rest["remark"] = "surrogate: the product of the factors, as the layer between them is not linear"
+    return [row for metric in sorted(values) for row in scope_rows(metric, values[metric], **rest)]
+
+
+def activation_rows(at: StepContext, wanted: set[str]) -> list[Row]:
+    """Metrics 14–16, of every layer (`hidden_states.0` is the embedding's output) and of the model, their mean."""
+    base = at.baseline_for_comparison()
+    batches = at.run.token_loss(min(at.settings.batch_tokens, BATCH_TOKENS)).batches(at.model)
+    layers = activation_similarity(at.model, at.plain_baseline_model, batches, shards=at.run.placement.shards)
+    at.run.tick()
     rows = []
-    for metric in sorted(values):
+    for metric in sorted(wanted):
         rows += scope_rows(
-            metric, values[metric], kind="target", undefined="the matrix is zero", remark=surrogate, **rest
+            metric,
+            {f"hidden_states.{i}": getattr(layer, ACTIVATION[metric]) for i, layer in enumerate(layers)},
+            kind="layer",
+            undefined="the layer is constant over the positions",
+            settings=at.run.evaluated_on,
+            baseline=base.run.name,
         )
     return rows
