@@ -1,13 +1,11 @@
 """Downstream evaluation: lm-eval's tasks on every checkpoint of a run, and prediction of their scores."""
 
-from __future__ import annotations
-
 from typing import Any
 
 __all__ = ["TASK_FOLDER", "analyse", "compare", "evaluate", "predict", "run_lm_eval"]
 
 _MODULES = {
-    "TASK_FOLDER": "lm_eval_registry",
+    "TASK_FOLDER": "catalogue",
     "analyse": "prediction",
     "compare": "paired",
     "evaluate": "runner",

@@ -1,18 +1,33 @@
-"""Names of tasks: which exist, which tasks a group stands for, and which need the network."""
-
-from __future__ import annotations
+"""Names in lm-eval: this package's model class and tasks, and the tasks that a name stands for."""
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from hf_lowrank.downstream.lm_eval_registry import TASK_FOLDER
 from hf_lowrank.errors import UserError, nearest
 
+MODEL_NAMES = ("hf-lowrank", "hf_lowrank")
+MODEL_CLASS = "hf_lowrank.downstream.lm_eval_model:LowRankLM"
+TASK_FOLDER = Path(__file__).parent / "tasks"
+TASK_FOLDERS = [TASK_FOLDER]
 OFFLINE = ("pylib_cloze", "pylib_syntax", "pylib_copy", "pylib_bits_per_byte")
 OWN_GROUPS = {"pylib": OFFLINE}
 OWN = (*OFFLINE, "lowrank_random_sharpness", "lowrank_pca1_sharpness")
+
+
+def register_models() -> None:
+    """Registers the model class with lm-eval; may be called again.
+
+    lm-eval after 0.4.13 finds it by the entry point `lm_eval.models`; 0.4.13 has no such discovery.
+    """
+    import lm_eval.models  # noqa: F401  (registers lm-eval's own models first)
+    from lm_eval.api.registry import model_registry
+
+    for name in MODEL_NAMES:
+        if name not in model_registry:
+            model_registry.register(name, target=MODEL_CLASS)
 
 
 def wanted_tasks(tasks: str | Iterable[str] | None) -> list[str]:
@@ -40,15 +55,13 @@ def expand_tasks(names: Sequence[str]) -> tuple[list[str], list[str]]:
             matches = [n for n in index if fnmatch.fnmatchcase(n, name)] if set(name) & set("*?[") else [name]
             known = [match for match in matches if match in index]
             if not known:
-                problems.append(f"unknown task {name!r}; {_suggestion(name, index)}")
+                near = nearest(name, index)
+                if not near.startswith("did"):
+                    near = "lm-eval ls tasks lists all; pylib and lowrank_paper are this package's"
+                problems.append(f"unknown task {name!r}; {near}")
             for match in known:
                 found.extend(_expanded(match, index))
     return list(dict.fromkeys(found)), problems
-
-
-def _suggestion(name: str, index: dict[str, Any]) -> str:
-    near = nearest(name, index)
-    return near if near.startswith("did") else "lm-eval ls tasks lists all; pylib and lowrank_paper are this package's"
 
 
 def _expanded(name: str, index: dict[str, Any]) -> list[str]:
@@ -62,11 +75,6 @@ def _expanded(name: str, index: dict[str, Any]) -> list[str]:
     return [task for m in members if isinstance(m, str) and m in index for task in _expanded(m, index)]
 
 
-@lru_cache(maxsize=1)
-def _paths() -> tuple[str, ...]:
-    return (str(TASK_FOLDER),)
-
-
 def manager(*, own_only: bool, metadata: dict[str, Any] | None = None) -> Any:
     """lm-eval's task manager.
 
@@ -77,7 +85,7 @@ def manager(*, own_only: bool, metadata: dict[str, Any] | None = None) -> Any:
     return _manager(include_defaults=False, metadata=metadata) if own_only else _all_tasks()
 
 
-@lru_cache(maxsize=1)
+@cache
 def _all_tasks() -> Any:
     """Cached, since reading lm-eval's thousands of files takes seconds."""
     return _manager(include_defaults=True)
@@ -86,4 +94,4 @@ def _all_tasks() -> Any:
 def _manager(**options: Any) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=list(_paths()), **options)
+    return TaskManager(include_path=list(map(str, TASK_FOLDERS)), **options)

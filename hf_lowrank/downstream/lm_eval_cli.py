@@ -1,12 +1,10 @@
 """lm-eval's command line with this package's models, tasks and checkpoints registered."""
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Sequence
 
-from hf_lowrank.downstream.lm_eval_registry import TASK_FOLDER, register_models
+from hf_lowrank.downstream.catalogue import TASK_FOLDER, register_models
 from hf_lowrank.errors import UserError
 
 # The modules of lm-eval that check its arguments.

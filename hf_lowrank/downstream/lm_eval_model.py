@@ -1,10 +1,8 @@
 """The model class for lm-eval: its `hf`, extended by this package's checkpoints and the sharpness of their loss."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel
 
 import hf_lowrank.adapters  # noqa: F401  (registers adapted models with the Auto classes)
-from hf_lowrank.downstream.batches import consecutive_batches, generation_batches, likelihood_batches
 from hf_lowrank.downstream.sharpness import DirectionRequest, sharpness_along
 from hf_lowrank.downstream.sources import tokenizer_folder
 from hf_lowrank.errors import UserError
@@ -214,3 +211,45 @@ class LowRankLM(HFLM):
                 raise UserError(f"an item's answer of {len(continuation)} tokens is longer than the context of {room}")
             self.truncated_items += len(context) + len(continuation) > room + 1
         self.scored_items += len(requests)
+
+
+# hf evaluates requests in these batches of their indices; its answers depend on them in their last digits.
+def consecutive_batches(count: int, size: int) -> list[list[int]]:
+    """Indices 0 … `count` − 1 in order, `size` per batch."""
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def likelihood_batches(requests: Sequence[Any], size: int, *, share_contexts: bool) -> list[list[int]]:
+    """Batches of requests `(text, context, continuation)` with lists of tokens: longest first, `size` sequences each.
+
+    Args:
+        share_contexts: whether requests that differ only in their last token share a sequence.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, (_, context, continuation) in enumerate(requests):
+        key: Hashable = (*context, *continuation[:-1]) if share_contexts else index
+        groups.setdefault(key, []).append(index)
+
+    def length_and_tokens(group: list[int]) -> tuple[int, tuple[int, ...]]:
+        _, context, continuation = max((requests[index] for index in group), key=lambda request: len(request[2]))
+        return -len(context) - len(continuation), (*context, *continuation)
+
+    ordered = sorted(groups.values(), key=length_and_tokens)
+    return [
+        sorted(index for group in batch for index in ordered[group])
+        for batch in consecutive_batches(len(ordered), size)
+    ]
+
+
+def generation_batches(
+    requests: Sequence[tuple[str, dict[str, Any]]], size: int, encode: Callable[[str], list[int]]
+) -> list[list[int]]:
+    """Batches of requests `(text, options)`, each with equal options: longest first, `size` requests each."""
+    groups: dict[str, list[int]] = {}
+    for index, (_, options) in enumerate(requests):
+        groups.setdefault(repr(sorted(options.items())), []).append(index)
+    batches: list[list[int]] = []
+    for group in groups.values():
+        ordered = sorted(group, key=lambda index: (-len(encode(requests[index][0])), requests[index][0]))
+        batches += [[ordered[i] for i in batch] for batch in consecutive_batches(len(ordered), size)]
+    return batches

@@ -3,14 +3,12 @@
 lm-eval imports this module when it loads one of these tasks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_lowrank.downstream.catalogue import register_models
 from hf_lowrank.downstream.items import items_for, load_items
-from hf_lowrank.downstream.lm_eval_registry import register_models
 from hf_lowrank.downstream.sharpness import DirectionRequest, Sharpness, direction_requests
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.selection import find_checkpoint

@@ -1,7 +1,5 @@
 """Comparing two runs item by item; their difference on the same items is more certain than either score."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

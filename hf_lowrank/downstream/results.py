@@ -1,7 +1,5 @@
 """lm-eval's results as rows of the table and as scores of single items."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,18 +20,17 @@ def task_rows(name: str, task: Any, samples: Sequence[Mapping[str, Any]], common
     """A row for each metric of a task, with a bootstrap interval over its items."""
     from lm_eval.api.metrics import mean
 
-    columns: dict[tuple[str, str], list[Any]] = {}
-    chances: dict[tuple[str, str], list[float | None]] = {}
+    columns: dict[tuple[str, str], list[tuple[Any, float | None]]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
-            columns.setdefault((metric, sample["filter"]), []).append(sample[metric])
-            chances.setdefault((metric, sample["filter"]), []).append(_chance(task, metric, sample["doc"]))
-    for (metric, filter_), values in columns.items():
+            item = (sample[metric], _chance(task, metric, sample["doc"]))
+            columns.setdefault((metric, sample["filter"]), []).append(item)
+    for (metric, filter_), items in columns.items():
+        values = [value for value, _ in items]
         aggregate = task.aggregation().get(metric, mean)
         is_mean = aggregate is mean and all(isinstance(value, int | float) for value in values)
         error, low, high = bootstrap(values, aggregate, is_mean=is_mean)
-        guesses = chances[metric, filter_]
-        known = [guess for guess in guesses if guess is not None]
+        known = [guess for _, guess in items if guess is not None]
         yield Score(
             **common,
             task=name,
@@ -43,7 +40,7 @@ def task_rows(name: str, task: Any, samples: Sequence[Mapping[str, Any]], common
             ci_low=low,
             ci_high=high,
             n=len(values),
-            chance=sum(known) / len(known) if len(known) == len(guesses) else None,
+            chance=sum(known) / len(known) if len(known) == len(items) else None,
             higher_is_better=bool(task.higher_is_better().get(metric, True)),
             task_version=str(task.VERSION),
         )
@@ -51,10 +48,9 @@ def task_rows(name: str, task: Any, samples: Sequence[Mapping[str, Any]], common
 
 def group_rows(
     name: str, group: Any, results: Mapping[str, Any], members: Sequence[Score], common: dict[str, Any]
-) -> list[Score]:
+) -> Iterator[Score]:
     """The group's own scores, as lm-eval aggregates them, with the error that follows from its members' errors."""
     by_size = {config.metric: bool(config.weight_by_size) for config in group.aggregate_metric_list or ()}
-    found: list[Score] = []
     for key, value in results["groups"][name].items():
         metric, _, filter_ = key.partition(",")
         if not filter_ or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -63,27 +59,21 @@ def group_rows(
         scores = [row for row in members if row.metric == full]
         weights = [row.n if by_size.get(metric, True) else 1 for row in scores]
         error = math.hypot(*(w * (row.stderr or 0.0) for w, row in zip(weights, scores, strict=True))) / sum(weights)
-        guesses = [row.chance for row in scores]
-        chance = None
-        if None not in guesses:
-            chance = sum(w * (guess or 0.0) for w, guess in zip(weights, guesses, strict=True)) / sum(weights)
-        found.append(
-            Score(
-                **common,
-                task=name,
-                metric=full,
-                value=float(value),
-                stderr=error,
-                ci_low=value - 1.96 * error,
-                ci_high=value + 1.96 * error,
-                n=sum(row.n for row in scores),
-                chance=chance,
-                higher_is_better=scores[0].higher_is_better,
-                group=None,
-                task_version=str(results.get("versions", {}).get(name)),
-            )
+        chances = [w * row.chance for w, row in zip(weights, scores, strict=True) if row.chance is not None]
+        yield Score(
+            **common,
+            task=name,
+            metric=full,
+            value=float(value),
+            stderr=error,
+            ci_low=value - 1.96 * error,
+            ci_high=value + 1.96 * error,
+            n=sum(row.n for row in scores),
+            chance=sum(chances) / sum(weights) if len(chances) == len(scores) else None,
+            higher_is_better=scores[0].higher_is_better,
+            group=None,
+            task_version=str(results.get("versions", {}).get(name)),
         )
-    return found
 
 
 def _chance(task: Any, metric: str, doc: Mapping[str, Any]) -> float | None:

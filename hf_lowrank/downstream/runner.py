@@ -5,8 +5,6 @@ and task, so all checkpoints of all runs see the same prompts in whatever proces
 that of the choice of items, by the bootstrap.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -15,7 +13,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,17 +28,9 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.processes.faults import RECOVERABLE_ERRORS, error_line
 from hf_lowrank.processes.launch import Launch
 from hf_lowrank.processes.placement import Placement
-from hf_lowrank.processes.progress import Progress
-from hf_lowrank.processes.work import SharedTables, run_units
+from hf_lowrank.processes.work import Progress, SharedTables, run_units
 from hf_lowrank.runs.layout import EVALUATION_SET, SCORES
-from hf_lowrank.runs.scores import (
-    Score,
-    append_scores,
-    item_file,
-    read_item_scores,
-    read_scores,
-    write_item_scores,
-)
+from hf_lowrank.runs.scores import Score, append_scores, item_file, read_item_scores, read_scores, write_item_scores
 from hf_lowrank.runs.selection import (
     Run,
     check_rows_belong,
@@ -68,19 +57,12 @@ class Unit(NamedTuple):
     task: str
 
 
-@dataclass(frozen=True)
-class LoadedTask:
-    """A task or group, loaded once for all checkpoints of a run.
+class LoadedTask(NamedTuple):
+    """A task or group, loaded once for all checkpoints of a run."""
 
-    Attributes:
-        name: as requested.
-        loaded: what lm-eval's task manager returned.
-        items: fingerprint of the items.
-    """
-
-    name: str
-    loaded: dict[str, Any]
-    items: str
+    name: str  # as requested
+    loaded: dict[str, Any]  # what lm-eval's task manager returned
+    items: str  # fingerprint of the items
 
 
 def evaluate(
@@ -148,19 +130,18 @@ def evaluate(
             runners = [
                 _Runner(scores, tables.part(scores.table), batch_size, launch.device, warn, bar) for scores in saved
             ]
-            work = partial(_score_units, runners)
+
+            def work(some: Sequence[Unit], placement: Placement, writes: bool) -> None:
+                for index, runner in enumerate(runners):
+                    by_step: dict[int, list[str]] = {}
+                    for unit in some:
+                        if unit.run == index:
+                            by_step.setdefault(unit.step, []).append(unit.task)
+                    runner.run(by_step, placement, writes)
+
             placement = Placement(launch.device)
             run_units(units, work, tables, placement, bar, cost=lambda _: 1, activity="evaluating")
     return tables.rows()
-
-
-def _score_units(runners: Sequence[_Runner], units: Sequence[Unit], placement: Placement, writes: bool) -> None:
-    for index, runner in enumerate(runners):
-        by_step: dict[int, list[str]] = {}
-        for unit in units:
-            if unit.run == index:
-                by_step.setdefault(unit.step, []).append(unit.task)
-        runner.run(by_step, placement, writes)
 
 
 def unscored(run: Run, *, tasks: Any = None, steps: Any = None, limit: int | None = None) -> list[tuple[int, str]]:
@@ -195,12 +176,7 @@ def requested_scores(
 
 
 class _SavedScores:
-    """The scores of a run that are saved already.
-
-    Args:
-        trajectory, table: the run and its table.
-        limit: the limit with which they must have been scored.
-    """
+    """The scores of a run that are saved already, as far as they were made with the same limit."""
 
     def __init__(self, trajectory: Trajectory, table: Path, limit: int | None) -> None:
         self.trajectory, self.table, self.limit = trajectory, table, limit
@@ -254,13 +230,7 @@ def own_items(trajectory: Trajectory, task: str) -> str:
 class _Runner:
     """Scores checkpoints of one run; its tokenizer, tasks and encodings are made once.
 
-    Args:
-        saved: the run with its saved scores.
-        part: the file that gets this process's rows.
-        batch_size: sequences per batch; None: chosen for the model.
-        device: where models are evaluated.
-        warn: gets a line for everything that cannot be done.
-        progress: counts tasks.
+    Rows go to `part`, a file of this process; the other arguments are those of `evaluate`.
     """
 
     def __init__(
@@ -297,21 +267,7 @@ class _Runner:
 
     def _load(self, name: str, count: int) -> LoadedTask | None:
         """The task; None, with a reported reason, if it cannot be loaded for its `count` checkpoints."""
-
-        def load() -> LoadedTask:
-            known = self._loaded.get(name)
-            if isinstance(known, LoadedTask):
-                return known
-            if known is not None:
-                raise UserError(str(known))
-            metadata = {"run": self.trajectory} if name in OWN else None
-            try:
-                loaded = manager(own_only=name in OWN, metadata=metadata).load([name])
-                items = own_items(self.trajectory, name) if name in OFFLINE else _fingerprint(loaded)
-                return LoadedTask(name, loaded, items)
-            except RECOVERABLE_ERRORS as error:
-                raise UserError(_load_error(name, error)) from None
-
+        load = partial(self._loaded_task, name)
         try:
             with _lm_eval_seeds(self.device):
                 self._loaded[name] = task = self.placement.synchronized(load, independent=True)
@@ -321,6 +277,20 @@ class _Runner:
             self._warn_once(self.trajectory.run.name, str(error))
             self.progress.start(name, count)
             return None
+
+    def _loaded_task(self, name: str) -> LoadedTask:
+        known = self._loaded.get(name)
+        if isinstance(known, LoadedTask):
+            return known
+        if known is not None:
+            raise UserError(str(known))
+        metadata = {"run": self.trajectory} if name in OWN else None
+        try:
+            loaded = manager(own_only=name in OWN, metadata=metadata).load([name])
+            items = own_items(self.trajectory, name) if name in OFFLINE else _fingerprint(loaded)
+            return LoadedTask(name, loaded, items)
+        except RECOVERABLE_ERRORS as error:
+            raise UserError(_load_error(name, error)) from None
 
     def _warn_once(self, subject: str, line: str) -> None:
         """Warns with a line that begins with its subject, unless it has done so before."""
@@ -398,7 +368,7 @@ class _Runner:
             group = task.name if name != task.name else None
             rows.extend(task_rows(name, task.loaded["tasks"][name], samples, {**common, "group": group}))
         if task.name in results.get("groups", {}):
-            rows.extend(group_rows(task.name, task.loaded["groups"][task.name], results, rows, common))
+            rows += list(group_rows(task.name, task.loaded["groups"][task.name], results, rows, common))
         append_scores(self.part, rows)
 
 

@@ -1,11 +1,9 @@
 """The sharpness of the loss along one direction, as a request that lm-eval can pass to a model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -57,7 +55,7 @@ class DirectionRequest:
         return MARK + json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_text(cls, text: str) -> DirectionRequest:
+    def from_text(cls, text: str) -> Self:
         return cls(**json.loads(text.removeprefix(MARK)))
 
     @staticmethod

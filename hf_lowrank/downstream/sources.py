@@ -1,7 +1,5 @@
 """The tokenizer and the context length of a checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase

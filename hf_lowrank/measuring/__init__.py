@@ -1,7 +1,5 @@
 """Running the metrics over trajectories."""
 
-from __future__ import annotations
-
 from typing import Any
 
 __all__ = ["measure", "unmeasured"]

@@ -1,13 +1,11 @@
 """One checkpoint under measurement: what metrics need of it, each thing read or computed once."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -121,9 +119,7 @@ class StepContext:
         vectors_wanted: how many singular vectors of every target to keep with its singular values.
     """
 
-    def __init__(
-        self, run: RunContext, step: int, earlier: StepContext | None = None, *, vectors_wanted: int = 0
-    ) -> None:
+    def __init__(self, run: RunContext, step: int, earlier: Self | None = None, *, vectors_wanted: int = 0) -> None:
         self.run, self.step, self.vectors_wanted = run, step, vectors_wanted
         self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
         steps = run.trajectory.steps

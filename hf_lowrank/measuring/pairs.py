@@ -1,7 +1,5 @@
 """Measuring single checkpoints against single baselines, for the `evaluate` module."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Sequence

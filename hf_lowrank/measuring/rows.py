@@ -1,11 +1,9 @@
 """Results of metrics before they are rows of a run's table."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import Estimate
@@ -39,7 +37,7 @@ class Row:
     reason: str | None = None
 
     @classmethod
-    def of(cls, metric: str, estimate: Estimate, **rest: Any) -> Row:
+    def of(cls, metric: str, estimate: Estimate, **rest: Any) -> Self:
         """A row of a random estimate."""
         value, low, high, draws = estimate
         return cls(metric=metric, value=value, ci_low=low, ci_high=high, n=draws, **rest)

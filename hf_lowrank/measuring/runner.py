@@ -8,8 +8,6 @@ offset as `settings["t"]`, the mean over directions as value and its 95 % band a
 fingerprints) the last one counts.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,8 +25,7 @@ from hf_lowrank.metrics import METRICS
 from hf_lowrank.processes.faults import RECOVERABLE_ERRORS, CollectiveError, error_line
 from hf_lowrank.processes.launch import Launch, launched_processes
 from hf_lowrank.processes.placement import DeviceMap, Placement, RowSharded
-from hf_lowrank.processes.progress import Progress
-from hf_lowrank.processes.work import SharedTables, run_units
+from hf_lowrank.processes.work import Progress, SharedTables, run_units
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import MEASUREMENTS
 from hf_lowrank.runs.measure_settings import MeasureSettings, resolve_settings

@@ -1,7 +1,5 @@
 """Errors that fail one metric or task of one checkpoint, and errors that end the work of several processes."""
 
-from __future__ import annotations
-
 from hf_lowrank.errors import UserError, one_line
 
 # An error of these types fails the metric or task at hand; the command continues with the next one.

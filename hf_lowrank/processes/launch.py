@@ -1,7 +1,5 @@
 """The processes of `accelerate launch` or `torchrun`, and how they split work."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

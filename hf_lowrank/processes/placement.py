@@ -4,8 +4,6 @@ Metrics get models and the weights of other checkpoints from a placement, and le
 threads or processes; they do not know which placement it is.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Sequence
 from datetime import timedelta

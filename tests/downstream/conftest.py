@@ -110,7 +110,7 @@ def few_shot(tmp_path, monkeypatch):
         "metadata": {"version": 1.0},
     }
     (folder / "spell.yaml").write_text(json.dumps(task))
-    monkeypatch.setattr(catalogue, "_paths", lambda: (str(TASK_FOLDER), str(folder)))
+    monkeypatch.setattr(catalogue, "TASK_FOLDERS", [TASK_FOLDER, folder])
     monkeypatch.setattr(runner_module, "expand_tasks", lambda names: (names, []))
     monkeypatch.setattr(runner_module, "OWN", ("spell", "none_such"))
     return folder

@@ -15,8 +15,8 @@ from lm_eval.tasks import TaskManager
 
 from hf_lowrank.adapters import CoLAConfig, LowRankConfig, LowRankForCausalLM, SLTrainConfig
 from hf_lowrank.downstream import TASK_FOLDER, run_lm_eval
+from hf_lowrank.downstream.catalogue import register_models
 from hf_lowrank.downstream.lm_eval_model import LowRankLM
-from hf_lowrank.downstream.lm_eval_registry import register_models
 from hf_lowrank.downstream.lm_eval_tasks import sharpness_results
 from hf_lowrank.downstream.sharpness import direction_requests
 from hf_lowrank.errors import UserError

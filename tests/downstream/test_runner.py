@@ -199,7 +199,7 @@ def test_a_scored_group_has_one_row_of_its_own(run, tmp_path, monkeypatch, by_si
         f"aggregate_metric_list: [{{metric: acc, weight_by_size: {str(by_size).lower()}}}]\n"
         "metadata: {version: 3.0}\n"
     )
-    monkeypatch.setattr(catalogue, "_paths", lambda: (str(TASK_FOLDER), str(folder)))
+    monkeypatch.setattr(catalogue, "TASK_FOLDERS", [TASK_FOLDER, folder])
     monkeypatch.setattr(runner_module, "expand_tasks", lambda names: (names, []))
     monkeypatch.setattr(runner_module, "OWN", ("pair",))
     rows = evaluate(run, tasks=["pair"], steps=5, limit=60, output=tmp_path)

@@ -21,7 +21,7 @@ from hf_lowrank.measuring import measure
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.processes import placement as placements
 from hf_lowrank.processes.placement import RowSharded, parameters_of
-from hf_lowrank.processes.progress import Progress
+from hf_lowrank.processes.work import Progress
 from hf_lowrank.runs.measurements import read_measurements
 from hf_lowrank.runs.trajectory import Trajectory
 from tests.distributed.processes import in_processes
