@@ -25,8 +25,7 @@ from hf_lowrank.downstream.items import items_for
 from hf_lowrank.downstream.results import group_rows, item_scores, task_rows
 from hf_lowrank.downstream.sources import load_tokenizer
 from hf_lowrank.errors import UserError
-from hf_lowrank.processes.faults import RECOVERABLE_ERRORS, error_line
-from hf_lowrank.processes.launch import Launch
+from hf_lowrank.processes.launch import RECOVERABLE_ERRORS, Launch, error_line
 from hf_lowrank.processes.placement import Placement
 from hf_lowrank.processes.work import Progress, SharedTables, run_units
 from hf_lowrank.runs.layout import EVALUATION_SET, SCORES

@@ -61,15 +61,13 @@ class RunContext:
 
     @cached_property
     def loss(self) -> TokenLoss:
-        """The loss of the run."""
+        """The loss on the run's sequences."""
         return self.token_loss(self.settings.batch_tokens)
 
     def token_loss(self, batch_tokens: int) -> TokenLoss:
-        """The loss on the run's sequences, with batches of about so many tokens."""
-        chosen = self.sequences
-        return TokenLoss(
-            chosen.input_ids, chosen.attention_mask, batch_tokens=batch_tokens, shards=self.placement.shards
-        )
+        """`loss`, with batches of about so many tokens."""
+        ids, mask = self.sequences.input_ids, self.sequences.attention_mask
+        return TokenLoss(ids, mask, batch_tokens=batch_tokens, shards=self.placement.shards)
 
     def finite_loss(self, model: torch.nn.Module, checkpoint: str) -> float:
         """The model's loss.
@@ -99,22 +97,19 @@ class RunContext:
 
 
 @lru_cache(maxsize=256)
-def _comparable_files(trajectory: Trajectory) -> dict[str, str]:
-    """Fingerprints of the run's evaluation set and tokenizer, where it has them."""
-    fingerprints = {}
-    if trajectory.extra(EVALUATION_SET) is not None:
-        fingerprints["evaluation set"] = trajectory.evaluation_set().fingerprint
-    tokenizer = trajectory.extra(f"{TOKENIZER}/tokenizer.json")
-    if tokenizer is not None:
-        fingerprints["tokenizer"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    return fingerprints
+def _comparable_files(trajectory: Trajectory) -> dict[str, str | None]:
+    """Fingerprints of the run's evaluation set and tokenizer, None where it has none."""
+    sequences, tokenizer = trajectory.extra(EVALUATION_SET), trajectory.extra(f"{TOKENIZER}/tokenizer.json")
+    return {
+        "evaluation set": None if sequences is None else trajectory.evaluation_set().fingerprint,
+        "tokenizer": None if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+    }
 
 
 class StepContext:
     """One checkpoint of a run under measurement.
 
     Args:
-        run, step: the checkpoint.
         earlier: the checkpoint measured before this one; its weights and loss are reused if it is the previous one.
         vectors_wanted: how many singular vectors of every target to keep with its singular values.
     """
@@ -192,7 +187,7 @@ class StepContext:
         fingerprints = [_comparable_files(trajectory) for trajectory in (ours, base)]
         # With sequences given by the user, those of the runs do not matter.
         for name in ("evaluation set", "tokenizer") if self.run.evaluation is None else ("tokenizer",):
-            one, other = (known.get(name) for known in fingerprints)
+            one, other = (known[name] for known in fingerprints)
             if one and other and one != other:
                 raise UserError(
                     f"{ours.run.name} and its baseline {base.run.name} have different {name}s: "
@@ -261,9 +256,8 @@ class StepContext:
         """(u, v) of the targets' weights by parameter name; None where no vectors have been computed."""
         if not self._vectors or self.vectors_wanted < count:
             return None
-        known = {}
-        parameters = dict(self.model.named_parameters())
-        for name, (u, v) in self._vectors.items():
-            transposed = tuple(parameters[f"{name}.weight"].shape) != (u.shape[0], v.shape[0])
-            known[f"{name}.weight"] = (v, u) if transposed else (u, v)
-        return known
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        return {
+            f"{name}.weight": (u, v) if shapes[f"{name}.weight"] == (u.shape[0], v.shape[0]) else (v, u)
+            for name, (u, v) in self._vectors.items()
+        }

@@ -182,7 +182,7 @@ def _path_rows(
 
     Args:
         path, ends: the model and the parameters that it leads to, and the loss of each.
-        backwards: whether the positions that rows record begin at the other end.
+        backwards: whether rows count positions from the other end.
     """
     chosen = at.settings.path
     positions = path_grid(chosen.points, chosen.low, chosen.high)
@@ -208,20 +208,13 @@ def hessian_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     settings = at.run.settings_of("hessian")
     model = at.model.requires_grad_(True)
     rows = []
+    options: dict[str, Any] = {"seed": chosen.seed, "progress": at.run.tick}
     if "hessian_top" in wanted:
-        top, error = hessian_top_eigenvalue(
-            model, at.run.loss.terms, iterations=chosen.iterations, seed=chosen.seed, progress=at.run.tick
-        )
+        top, error = hessian_top_eigenvalue(model, at.run.loss.terms, iterations=chosen.iterations, **options)
         rows.append(Row(metric="hessian_top", value=top, ci_low=top - error, ci_high=top + error, settings=settings))
     if "hessian_trace" in wanted:
-        trace = hessian_trace(
-            model,
-            at.run.loss.terms,
-            probes=chosen.probes,
-            seed=chosen.seed,
-            progress=at.run.tick,
-            replicas=at.run.placement.replicas,
-        )
+        options["replicas"] = at.run.placement.replicas
+        trace = hessian_trace(model, at.run.loss.terms, probes=chosen.probes, **options)
         rows.append(Row.of("hessian_trace", trace, settings=settings))
     return rows
 

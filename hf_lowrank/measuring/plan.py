@@ -8,7 +8,7 @@ from hf_lowrank.measuring import landscape, layers
 from hf_lowrank.measuring.context import RunContext, StepContext
 from hf_lowrank.measuring.rows import Row
 from hf_lowrank.metrics import METRICS
-from hf_lowrank.processes.faults import RECOVERABLE_ERRORS
+from hf_lowrank.processes.launch import RECOVERABLE_ERRORS
 from hf_lowrank.runs.measure_settings import MeasureSettings
 from hf_lowrank.runs.measurements import UNDEFINED, Measurement
 from hf_lowrank.runs.selection import is_current, is_current_comparison, size_of, steps_of
@@ -136,13 +136,9 @@ def _missing_metrics(
         row.metric
         for row in rows
         if row.step == step and row.scope == "model" and row.metric in ids and not row.failed
-        and is_current(row, context.trajectory) and _has_settings(row, requests[row.metric])
-        and _has_baseline(row, context.baseline)
+        and is_current(row, context.trajectory) and _has_baseline(row, context.baseline)
+        and all(row.settings.get(key) == value for key, value in requests[row.metric].items())
     }  # fmt: skip
-
-
-def _has_settings(row: Measurement, request: dict[str, Any]) -> bool:
-    return all(row.settings.get(key) == value for key, value in request.items())
 
 
 def _has_baseline(row: Measurement, baseline: Trajectory | None) -> bool:

@@ -22,8 +22,7 @@ from hf_lowrank.measuring.context import RunContext, StepContext
 from hf_lowrank.measuring.plan import GROUPS, Unit, find_baseline, missing_units, plan_run
 from hf_lowrank.measuring.rows import Row
 from hf_lowrank.metrics import METRICS
-from hf_lowrank.processes.faults import RECOVERABLE_ERRORS, CollectiveError, error_line
-from hf_lowrank.processes.launch import Launch, launched_processes
+from hf_lowrank.processes.launch import RECOVERABLE_ERRORS, CollectiveError, Launch, error_line, launched_processes
 from hf_lowrank.processes.placement import DeviceMap, Placement, RowSharded
 from hf_lowrank.processes.work import Progress, SharedTables, run_units
 from hf_lowrank.runs.evaluation_set import EvaluationSet
@@ -165,20 +164,13 @@ def _launch(device: str | torch.device | None, sharded: bool, settings: MeasureS
 
 @dataclass
 class _Session:
-    """Runs being measured.
-
-    Attributes:
-        contexts, tables: the runs and their tables.
-        known: the rows that the tables held at the start.
-        progress: counts evaluations of the loss.
-        unwritable: errors of runs whose rows cannot be written, by index; nothing more of them is measured.
-    """
+    """Runs being measured, each with its table and the rows that it held at the start."""
 
     contexts: Sequence[RunContext]
     tables: SharedTables[Measurement]
     known: Sequence[Sequence[Measurement]]
-    progress: Progress
-    unwritable: dict[int, UserError] = field(default_factory=dict)
+    progress: Progress  # counts evaluations of the loss
+    unwritable: dict[int, UserError] = field(default_factory=dict)  # by run; nothing more of it is measured
 
     def evaluations(self, unit: Unit) -> int:
         """How many times a unit evaluates the loss."""
@@ -237,28 +229,27 @@ class _Session:
 
 def _group_rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
     """The rows of a group; an error becomes null rows with its reason, and other groups are not affected."""
+
+    def compute() -> list[Row]:
+        if at.trajectory.fingerprint(at.step) is None:
+            at.trajectory.checked_folder(at.step)  # raises, also for metrics that do not read the damaged file
+        return GROUPS[group].compute(at, ids)
+
+    def request(metric: str) -> dict[str, Any]:
+        try:
+            return GROUPS[group].request(at.run, metric)
+        except RECOVERABLE_ERRORS:
+            return {}
+
     try:
-        rows = at.run.placement.synchronized(lambda: _compute(at, group, ids))
+        rows = at.run.placement.synchronized(compute)
     except RECOVERABLE_ERRORS as error:
         if isinstance(error, CollectiveError) and error.unexpected:
             at.forget_models()
         own = error.own if isinstance(error, CollectiveError) else error
         rest: dict[str, Any] = {"baseline": getattr(own, "baseline", None), "reason": error_line(error)}
-        return [Row(metric=metric, settings=_request(at, group, metric), **rest) for metric in sorted(ids)]
+        return [Row(metric=metric, settings=request(metric), **rest) for metric in sorted(ids)]
     return [row if row.value == row.value or row.reason else replace(row, reason="the value is NaN") for row in rows]
-
-
-def _compute(at: StepContext, group: str, ids: set[str]) -> list[Row]:
-    if at.trajectory.fingerprint(at.step) is None:
-        at.trajectory.checked_folder(at.step)  # raises, also for metrics that do not read the damaged file
-    return GROUPS[group].compute(at, ids)
-
-
-def _request(at: StepContext, group: str, metric: str) -> dict[str, Any]:
-    try:
-        return GROUPS[group].request(at.run, metric)
-    except RECOVERABLE_ERRORS:
-        return {}
 
 
 def _measurement(at: StepContext, row: Row) -> Measurement:

@@ -1,4 +1,4 @@
-"""The processes of `accelerate launch` or `torchrun`, and how they split work."""
+"""The processes of `accelerate launch` or `torchrun`, how they split work, and the errors that end or fail it."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -8,12 +8,43 @@ from typing import Any, TypeVar
 
 import torch
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, one_line
 
 T = TypeVar("T")
 
 # One process may need hours longer than another; a launcher ends all processes when one is lost.
 LONGEST_WAIT = timedelta(days=30)
+
+
+# An error of these types fails the metric or task at hand; the command continues with the next one.
+RECOVERABLE_ERRORS = (
+    ValueError, RuntimeError, OSError, MemoryError, LookupError, AttributeError, TypeError, ArithmeticError,
+    AssertionError, ImportError,
+)  # fmt: skip
+
+
+class CollectiveError(UserError):
+    """An error of some processes that was raised in all of them.
+
+    Attributes:
+        unexpected: whether it may have left models in the middle of a forward pass.
+        own: this process's own error; None where it had none.
+    """
+
+    def __init__(self, message: str, *, unexpected: bool, own: Exception | None = None) -> None:
+        super().__init__(message)
+        self.unexpected = unexpected
+        self.own = own
+
+
+class LostProcessError(Exception):
+    """Processes that work jointly cannot continue; the message says why."""
+
+
+def error_line(error: BaseException) -> str:
+    """The error as one line, with its type unless that is a ValueError."""
+    message = one_line(error, 500)
+    return (message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}")[:500]
 
 
 def launched_processes() -> int:
@@ -40,14 +71,14 @@ class Launch:
                 "sharded=True (--sharded) shards every model over the processes of a launch, got one process; start "
                 "several with accelerate launch --num_processes N, or torchrun --nproc-per-node N on CPUs"
             )
-        self.sharded = sharded
-        self._state: Any = None
-        if several or device is None:
+        self.sharded, self.index, self.count = sharded, 0, 1
+        chosen = None if device is None else torch.device(device)
+        if several or chosen is None:
             from accelerate import PartialState
             from accelerate.utils import parse_flag_from_env
 
             # accelerate picks the backend that connects CPUs only where `cpu` says so.
-            cpu = torch.device(device).type == "cpu" if device is not None else not torch.accelerator.is_available()
+            cpu = not torch.accelerator.is_available() if chosen is None else chosen.type == "cpu"
             options = {} if sharded or not several else {"timeout": LONGEST_WAIT}
             self._state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
             if several and self._state.num_processes == 1:
@@ -55,9 +86,9 @@ class Launch:
                     f"accelerate cannot join {launched_processes()} processes on {self._state.device.type}, they "
                     "would all do the same work; start one, or choose --device cpu"
                 )
-        self.index = self._state.process_index if self._state is not None else 0
-        self.count = self._state.num_processes if self._state is not None else 1
-        self.device = torch.device(device) if device is not None else self._state.device
+            self.index, self.count = self._state.process_index, self._state.num_processes
+            chosen = chosen or self._state.device
+        self.device = chosen
 
     @property
     def is_first(self) -> bool:

@@ -7,6 +7,7 @@ threads or processes; they do not know which placement it is.
 import gc
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -17,8 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.geometry import ProcessGroup
 from hf_lowrank.geometry.spectra import map_threads
-from hf_lowrank.processes.faults import CollectiveError, LostProcessError, error_line
-from hf_lowrank.processes.launch import LONGEST_WAIT
+from hf_lowrank.processes.launch import LONGEST_WAIT, CollectiveError, LostProcessError, error_line
 from hf_lowrank.runs.sharded_models import sharded_model
 from hf_lowrank.runs.trajectory import Trajectory
 
@@ -96,11 +96,7 @@ class DeviceMap(Placement):
 
 
 class Joint(Placement):
-    """Processes that work on the same checkpoints jointly and exchange their errors.
-
-    Attributes:
-        peers: these processes.
-    """
+    """Processes, `peers`, that work on the same checkpoints jointly and exchange their errors."""
 
     peers: ProcessGroup
 
@@ -127,7 +123,10 @@ class Joint(Placement):
         if failed:
             unexpected = own is not None and not isinstance(own, UserError)
             reasons, flags = zip(*self._connected(lambda: self.peers.all_gather((reason, unexpected))), strict=True)
-            raise CollectiveError(_common_reason(reasons), unexpected=any(flags), own=own)
+            first = next(rank for rank, reason in enumerate(reasons) if reason is not None)
+            # Without the process's number if all processes failed.
+            message = f"process {first}: {reasons[first]}"[:500] if None in reasons else reasons[first]
+            raise CollectiveError(message, unexpected=any(flags), own=own)
         return result
 
     def _connected(self, exchange: Callable[[], R], on_timeout: str | None = None) -> R:
@@ -144,17 +143,13 @@ class Replicated(Joint):
     """Every model whole in every process of a launch; they split what a metric evaluates and decomposes.
 
     A context manager that closes the connections. After an error they stay open, since closing waits for the others.
-
-    Args:
-        device: this process's.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         # Two groups, so that a process reports an error outside the group in which the others exchange results.
-        self._groups = self._connected(
-            lambda: [dist.new_group(backend="gloo", timeout=LONGEST_WAIT) for _ in range(2)]
-        )
+        new_group = partial(dist.new_group, backend="gloo", timeout=LONGEST_WAIT)
+        self._groups = self._connected(lambda: [new_group(), new_group()])
         self.replicas, self.peers = (ProcessGroup(None, group) for group in self._groups)
 
     def __enter__(self) -> Self:
@@ -172,9 +167,6 @@ class RowSharded(Joint):
 
     A process holds its shard of the weights, twice while they are perturbed, and within a forward pass all of what is
     outside the blocks (embeddings, output head) and one or two whole blocks; while loading, its shard and one tensor.
-
-    Args:
-        device: this process's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -201,9 +193,3 @@ class RowSharded(Joint):
 
     def free_memory(self) -> None:
         gc.collect()  # FSDP2's hooks form reference cycles with the modules
-
-
-def _common_reason(reasons: Sequence[str | None]) -> str:
-    """The first reason, with the process's number unless all processes have one."""
-    rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
-    return reason if None not in reasons else f"process {rank}: {reason}"[:500]

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.processes.faults import LostProcessError
-from hf_lowrank.processes.launch import Launch
+from hf_lowrank.processes.launch import Launch, LostProcessError
 from hf_lowrank.processes.placement import Placement, Replicated
 
 Row = TypeVar("Row")
@@ -111,8 +110,7 @@ def run_units(
         units: the same in all processes.
         work: does some units. It gets where models are placed, and whether this process writes the rows.
         placement: of models that are sharded, or that a process evaluates by itself.
-        progress: gets the cost of all units of this process as its number of steps.
-        cost: of one unit.
+        cost: of one unit, in steps of `progress`.
         activity: what is done, for an error.
 
     Raises:
