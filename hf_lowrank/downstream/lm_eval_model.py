@@ -71,17 +71,12 @@ class LowRankLM(HFLM):
         if isinstance(pretrained, str):
             self.checkpoint = find_checkpoint(pretrained, None if revision == "main" else revision)
             pretrained, revision = self.checkpoint.path, self.checkpoint.revision or "main"
-            tokenizer = tokenizer or self._tokenizer_folder(self.checkpoint)
+            if not tokenizer and Path(pretrained).is_dir():
+                trajectory = Trajectory(pretrained)
+                tokenizer = tokenizer_folder(trajectory, trajectory.steps[-1])
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = device or (accelerator.type if accelerator else "cpu")
         super().__init__(pretrained=pretrained, revision=revision, tokenizer=tokenizer, device=device, **options)
-
-    @staticmethod
-    def _tokenizer_folder(checkpoint: Checkpoint) -> str | None:
-        if not Path(checkpoint.path).is_dir():
-            return None
-        trajectory = Trajectory(checkpoint.path)
-        return tokenizer_folder(trajectory, trajectory.steps[-1])
 
     def replace_model(self, model: PreTrainedModel) -> None:
         """Switches to another checkpoint of the same run and keeps the encodings."""
@@ -198,11 +193,10 @@ class LowRankLM(HFLM):
     ) -> list[Any]:
         """The answers to all requests; `batches` are their indices."""
         found = map_over(self.replicas, lambda batch: answer([requests[index] for index in batch]), batches)
-        answers: list[Any] = [None] * len(requests)
+        answers: dict[int, Any] = {}
         for batch, values in zip(batches, found, strict=True):
-            for index, value in zip(batch, values, strict=True):
-                answers[index] = value
-        return answers
+            answers.update(zip(batch, values, strict=True))
+        return [answers[index] for index in range(len(requests))]
 
     def _count(self, requests: Sequence[Any]) -> None:
         room = self.max_length

@@ -67,8 +67,7 @@ def sharpness_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[st
 
 
 def _trajectory(metadata: Mapping[str, Any], task: str) -> Trajectory:
-    named = metadata.get("run")
-    if named:
+    if named := metadata.get("run"):
         return named if isinstance(named, Trajectory) else Trajectory(str(named))
     pretrained = metadata.get("pretrained")
     if not isinstance(pretrained, str):

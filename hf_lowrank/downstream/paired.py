@@ -111,32 +111,19 @@ def _rows(run: Path, metric: str) -> dict[str, list[Score]]:
 def _compared(
     runs: list[Path], tables: list[dict[str, list[Score]]], task: str, metric: str, step: int | None
 ) -> Comparison:
-    chosen: list[Score] = []
-    scores: list[dict[str, float]] = []
-    for run, table in zip(runs, tables, strict=True):
-        rows = [row for row in table[task] if step is None or row.step == step]
-        if not rows:
-            raise UserError(f"{run}: has no score of {task} at step {step}")
-        row = max(rows, key=lambda row: row.step)
-        chosen.append(row)
-        file = item_file(run / SCORES, row.step, task)
-        items = read_item_scores(file)
-        if len(items) < row.n:
-            raise UserError(f"{file}: holds {len(items)} of {row.n} items; evaluate that checkpoint again")
-        values = {item["item"]: item[metric] for item in items if metric in item}
-        if not values or not all(isinstance(value, int | float) for value in values.values()):
-            raise UserError(f"{file}: {metric} must be a number for every item; evaluate that checkpoint again")
-        scores.append({item: float(value) for item, value in values.items()})
-    if chosen[0].items != chosen[1].items or scores[0].keys() != scores[1].keys():
+    (one, ours), (other, theirs) = (
+        _item_values(run, table[task], metric, step) for run, table in zip(runs, tables, strict=True)
+    )
+    if one.items != other.items or ours.keys() != theirs.keys():
         raise UserError(f"{task}: {runs[0]} and {runs[1]} were scored on different items; evaluate one of them again")
-    a, b = ([table[item] for item in scores[0]] for table in scores)
+    a, b = list(ours.values()), [theirs[item] for item in ours]
     difference, low, high, p, test = paired_difference(a, b)
     binary = test.startswith("McNemar")
     return Comparison(
         task=task,
         metric=metric,
-        first=f"{chosen[0].run}@{chosen[0].step}",
-        second=f"{chosen[1].run}@{chosen[1].step}",
+        first=f"{one.run}@{one.step}",
+        second=f"{other.run}@{other.step}",
         difference=difference,
         ci_low=low,
         ci_high=high,
@@ -146,3 +133,18 @@ def _compared(
         only_first=sum(x > y for x, y in zip(a, b, strict=True)) if binary else None,
         only_second=sum(x < y for x, y in zip(a, b, strict=True)) if binary else None,
     )
+
+
+def _item_values(run: Path, rows: list[Score], metric: str, step: int | None) -> tuple[Score, dict[str, float]]:
+    """The score among a run's `rows` of a task at `step`, else the last one, and its items' scores by item."""
+    row = max((row for row in rows if step in (None, row.step)), key=lambda row: row.step, default=None)
+    if row is None:
+        raise UserError(f"{run}: has no score of {rows[0].task} at step {step}")
+    file = item_file(run / SCORES, row.step, row.task)
+    items = read_item_scores(file)
+    if len(items) < row.n:
+        raise UserError(f"{file}: holds {len(items)} of {row.n} items; evaluate that checkpoint again")
+    values = {item["item"]: item[metric] for item in items if metric in item}
+    if not values or not all(isinstance(value, int | float) for value in values.values()):
+        raise UserError(f"{file}: {metric} must be a number for every item; evaluate that checkpoint again")
+    return row, {item: float(value) for item, value in values.items()}

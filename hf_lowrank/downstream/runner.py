@@ -305,11 +305,11 @@ class _Runner:
         """Whether the checkpoint's model could be loaded for its `tasks` tasks."""
         try:
             self.placement.synchronized(partial(self._load_model, step), independent=True)
-            return True
         except RECOVERABLE_ERRORS as error:
             self._warn_once(self.trajectory.where(step), error_line(error))
             self.progress.start(self.trajectory.run.name, tasks)
             return False
+        return True
 
     def _load_model(self, step: int) -> None:
         from hf_lowrank.downstream.lm_eval_model import LowRankLM

@@ -1,21 +1,13 @@
 """The sharpness of the loss along one direction, as a request that lm-eval can pass to a model."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from torch import nn
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.geometry import (
-    Gaussian,
-    TokenLoss,
-    line_curve,
-    symmetric_grid,
-    weight_pca_directions,
-    weight_scale,
-)
+from hf_lowrank.geometry import Gaussian, TokenLoss, line_curve, symmetric_grid, weight_pca_directions, weight_scale
 from hf_lowrank.geometry.landscape import sharpness_per_direction
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.measure_settings import resolve_settings
@@ -71,20 +63,15 @@ def direction_requests(direction: str, preset: str = "fast") -> list[DirectionRe
         UserError: an unknown preset.
     """
     settings = resolve_settings(preset)
-    chosen: Mapping[str, Any] = getattr(settings, direction).model_dump()
-    grid = {"relative": False, "seed": 0, **chosen}
-    task = "lowrank_random_sharpness" if direction == "random" else "lowrank_pca1_sharpness"
-    return [
-        DirectionRequest(
-            task=task,
-            direction=direction,
-            draw=draw,
-            **{name: grid[name] for name in ("radius", "relative", "steps", "normalize", "seed")},
-            sequences=settings.sequences,
-            batch_tokens=settings.batch_tokens,
-        )
-        for draw in range(chosen["draws"] if direction == "random" else 1)
-    ]
+    chosen = {"relative": False, "seed": 0, "draws": 1, **getattr(settings, direction).model_dump()}
+    request = {
+        "task": "lowrank_random_sharpness" if direction == "random" else "lowrank_pca1_sharpness",
+        "direction": direction,
+        **{name: chosen[name] for name in ("radius", "relative", "steps", "normalize", "seed")},
+        "sequences": settings.sequences,
+        "batch_tokens": settings.batch_tokens,
+    }
+    return [DirectionRequest(draw=draw, **request) for draw in range(chosen["draws"])]
 
 
 def sharpness_along(model: nn.Module, sequences: EvaluationSet, request: DirectionRequest) -> Sharpness:

@@ -19,9 +19,8 @@ def tokenizer_folder(trajectory: Trajectory, step: int) -> str:
     where = trajectory.where(step)
     if not Path(where).is_dir():
         return where
-    candidates = [Path(where), trajectory.extra(TOKENIZER)]
-    for folder in candidates:
-        if folder is not None and (files := [name for name in TOKENIZER_FILES if (folder / name).is_file()]):
+    for folder in filter(None, (Path(where), trajectory.extra(TOKENIZER))):
+        if files := [name for name in TOKENIZER_FILES if (folder / name).is_file()]:
             check_files(folder, files)
             return str(folder)
     raise UserError(

@@ -124,9 +124,10 @@ class _Layer:
         self.cosine += float(product.double().sum())
         self.cka.update(x, y)
 
-    def result(self, index: int, positions: int) -> LayerSimilarity:
+    def result(self, positions: int) -> LayerSimilarity | None:
+        """None where the hidden states are not finite."""
         if not math.isfinite(self.distance + self.norm):
-            raise ValueError(f"hidden states {index} are not finite")
+            return None
         ckas = []
         for debiased in (False, True):
             try:
@@ -189,36 +190,22 @@ def activation_similarity(
         layers = layers or [_Layer() for _ in ours]
         positions += int(rows.sum())
         for index, layer in enumerate(layers):
-            sizes = [states[index].shape[-1] for states in (ours, theirs)]
+            pair: list[Any] = [ours[index], theirs[index]]
+            ours[index] = theirs[index] = rows[:0]  # frees the hidden states after their layer
+            sizes = [states.shape[-1] for states in pair]
             if sizes[0] != sizes[1]:
                 raise ValueError(f"hidden states {index} must have one size, got {sizes[0]} and {sizes[1]}")
-            pair: Sequence[Tensor | None] = (ours[index], theirs[index])
             if shards is not None:
-                owner = index % shards.size
-                pair = [shards.gather_batch_at(owner, states[index], ids.shape[0]) for states in (ours, theirs)]
-            x, y = pair
-            if x is not None and y is not None:
-                layer.update(*(side.flatten(0, 1).to(rows.device)[rows] for side in (x, y)))
-            ours[index] = theirs[index] = rows[:0]  # frees the hidden states
-            del x, y, pair
+                pair = [shards.gather_batch_at(index % shards.size, states, ids.shape[0]) for states in pair]
+            if pair[0] is not None:
+                layer.update(*(states.flatten(0, 1).to(rows.device)[rows] for states in pair))
+            del pair
     if positions == 0:
         raise ValueError("there is no unmasked position to compare")
-    if shards is None:
-        return [layer.result(index, positions) for index, layer in enumerate(layers)]
-    return _gathered_results(layers, positions, shards)
-
-
-def _gathered_results(layers: Sequence[_Layer], positions: int, shards: ProcessGroup) -> list[LayerSimilarity]:
-    """The results of all processes; an error in one is raised in all."""
-    own: list[LayerSimilarity | ValueError] = []
-    for index in shards.strided(range(len(layers))):
-        try:
-            own.append(layers[index].result(index, positions))
-        except ValueError as error:
-            own.append(error)
-    results: list[LayerSimilarity] = []
-    for result in shards.interleave(shards.all_gather(own), len(layers)):
-        if isinstance(result, ValueError):
-            raise result
-        results.append(result)
-    return results
+    results = [layer.result(positions) for layer in (layers if shards is None else shards.strided(layers))]
+    if shards is not None:
+        results = shards.interleave(shards.all_gather(results), len(layers))
+    found = [result for result in results if result is not None]
+    if len(found) < len(layers):
+        raise ValueError(f"hidden states {results.index(None)} are not finite")
+    return found

@@ -36,11 +36,7 @@ class Permutations:
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of an architecture that permutations depend on.
-
-    Attributes:
-        query_heads, key_value_heads: heads of an attention layer; the second divides the first.
-    """
+    """The heads of an attention layer; `key_value_heads` divides `query_heads`."""
 
     query_heads: int
     key_value_heads: int
@@ -61,16 +57,11 @@ def blocks_of(state: Mapping[str, Tensor]) -> list[str]:
         ValueError: the parameters do not have the layout of Llama; the message names what is missing.
     """
     blocks = [match[1] for name in state if (match := BLOCK.fullmatch(name))]
-    if not blocks:
-        raise ValueError(
-            "alignment needs a decoder with the layout of Llama; there is no layers.N.self_attn.q_proj.weight"
-        )
-    for block in blocks:
-        for module in (*RESIDUAL_IN, *RESIDUAL_OUT):
-            if f"{block}.{module}.weight" not in state:
-                raise ValueError(
-                    f"alignment needs a decoder with the layout of Llama; {block}.{module}.weight is missing"
-                )
+    needed = [f"{block}.{module}.weight" for block in blocks for module in (*RESIDUAL_IN, *RESIDUAL_OUT)]
+    problems = [f"{name} is missing" for name in needed if name not in state]
+    if not blocks or problems:
+        problem = problems[0] if problems else "there is no layers.N.self_attn.q_proj.weight"
+        raise ValueError(f"alignment needs a decoder with the layout of Llama; {problem}")
     return blocks
 
 
@@ -193,11 +184,8 @@ def _match_heads(
             count = target.shape[0]
             target += a.reshape(count, -1) @ b.reshape(count, -1).mT
     inner: dict[tuple[int, int], Tensor] = {}
-    for i in range(layout.key_value_heads):
-        for j in range(layout.key_value_heads):
-            rows = slice(i * layout.group, (i + 1) * layout.group)
-            columns = slice(j * layout.group, (j + 1) * layout.group)
-            block_ij = query[rows, columns]
+    for i, rows in enumerate(query.split(layout.group)):
+        for j, block_ij in enumerate(rows.split(layout.group, dim=1)):
             inner[i, j] = _assign(block_ij)
             shared[i, j] += block_ij[torch.arange(layout.group), inner[i, j]].sum()
     groups = _assign(shared)

@@ -9,6 +9,7 @@ Of a model sharded by FSDP2 each process moves its shard of every parameter, wit
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -158,10 +159,10 @@ class _Virtual:
                 continue
             self.owners[module] = name
             if type(module) is nn.Linear and module.weight is not None:
-                self._replace(module, self._linear(module))
-                module.__dict__["row_block"] = self._row_block(module)
+                self._replace(module, self._linear)
+                module.__dict__["row_block"] = partial(self._row_block, module)
             elif type(module) is nn.Embedding and module.max_norm is None:
-                self._replace(module, self._embedding(module))
+                self._replace(module, self._embedding)
             else:
                 self.handles.append(module.register_forward_pre_hook(self._hold))
                 self.handles.append(module.register_forward_hook(self._release, always_call=True))
@@ -194,53 +195,45 @@ class _Virtual:
 
     def _replace(self, module: nn.Module, forward: Callable) -> None:
         self.replaced[module] = module.__dict__.get("forward")
-        module.__dict__["forward"] = forward
+        module.__dict__["forward"] = partial(forward, module)
 
-    def _linear(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            x = x.to(module.weight.device)  # accelerate's hooks for several devices are in the replaced forward
-            if not self.point:
-                return functional.linear(x, module.weight, module.bias)
+    def _linear(self, module: nn.Linear, x: Tensor) -> Tensor:
+        x = x.to(module.weight.device)  # accelerate's hooks for several devices are in the replaced forward
+        if not self.point:
+            return functional.linear(x, module.weight, module.bias)
+        self.ran.add(module)
+        y = x.new_empty(*x.shape[:-1], module.out_features)
+        for start, stop in row_blocks(*module.weight.shape):
+            y[..., start:stop] = functional.linear(x, self._rows(module.weight, start, stop))
+        if module.bias is not None:
+            y += self._whole(module.bias)
+        return y
+
+    def _row_block(self, module: nn.Linear, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        bias = None if module.bias is None else self._whole(module.bias)[start:stop]
+        weight = module.weight.detach()[start:stop]
+        if self.point:
             self.ran.add(module)
-            y = x.new_empty(*x.shape[:-1], module.out_features)
-            for start, stop in row_blocks(*module.weight.shape):
-                y[..., start:stop] = functional.linear(x, self._rows(module.weight, start, stop))
-            if module.bias is not None:
-                y += self._whole(module.bias)
-            return y
+            weight = weight.clone()
+            for first, last in row_blocks(*module.weight.shape):
+                low, high = max(first, start), min(last, stop)
+                if low < high:
+                    rows = self._rows(module.weight, first, last)
+                    weight[low - start : high - start] = rows[low - first : high - first]
+        return weight, bias
 
-        return forward
-
-    def _row_block(self, module: nn.Linear) -> Callable[[int, int], tuple[Tensor, Tensor | None]]:
-        def row_block(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-            bias = None if module.bias is None else self._whole(module.bias)[start:stop]
-            weight = module.weight.detach()[start:stop]
-            if self.point:
-                self.ran.add(module)
-                weight = weight.clone()
-                for first, last in row_blocks(*module.weight.shape):
-                    low, high = max(first, start), min(last, stop)
-                    if low < high:
-                        rows = self._rows(module.weight, first, last)
-                        weight[low - start : high - start] = rows[low - first : high - first]
-            return weight, bias
-
-        return row_block
-
-    def _embedding(self, module: nn.Embedding) -> Callable[[Tensor], Tensor]:
-        def forward(ids: Tensor) -> Tensor:
-            ids = ids.to(module.weight.device)
-            out = functional.embedding(ids, module.weight)
-            if self.point:
-                self.ran.add(module)
-            flat_ids, out_rows = ids.flatten(), out.view(-1, out.shape[-1])
-            for start, stop in row_blocks(*module.weight.shape) if self.point else ():
-                here = ((flat_ids >= start) & (flat_ids < stop)).nonzero().squeeze(1)
-                if here.numel():
-                    out_rows[here] = self._rows(module.weight, start, stop)[flat_ids[here] - start]
+    def _embedding(self, module: nn.Embedding, ids: Tensor) -> Tensor:
+        ids = ids.to(module.weight.device)
+        out = functional.embedding(ids, module.weight)
+        if not self.point:
             return out
-
-        return forward
+        self.ran.add(module)
+        flat_ids, out_rows = ids.flatten(), out.view(-1, out.shape[-1])
+        for start, stop in row_blocks(*module.weight.shape):
+            here = ((flat_ids >= start) & (flat_ids < stop)).nonzero().squeeze(1)
+            if here.numel():
+                out_rows[here] = self._rows(module.weight, start, stop)[flat_ids[here] - start]
+        return out
 
     def _rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """A perturbed copy of one row block."""

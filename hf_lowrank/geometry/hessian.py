@@ -24,13 +24,13 @@ Terms = Callable[[nn.Module], Iterable[Tensor]]
 
 def gradient(model: nn.Module, terms: Terms) -> dict[str, Tensor]:
     """The loss's gradient by parameter name, float32, for parameters that require one."""
-    names, parameters = _trainable(model)
-    return dict(zip(names, _summed_gradients(terms(model), parameters), strict=True))
+    parameters = _trainable(model)
+    return dict(zip(parameters, _summed_gradients(terms(model), [*parameters.values()]), strict=True))
 
 
 def hessian_vector_product(model: nn.Module, terms: Terms, vector: list[Tensor]) -> list[Tensor]:
     """`H v` over the parameters that require a gradient, in their order, by double backward."""
-    _, parameters = _trainable(model)
+    parameters = list(_trainable(model).values())
 
     def inner_products() -> Iterator[Tensor]:
         for term in terms(model):
@@ -68,18 +68,17 @@ def hessian_top_eigenvalue(
     Raises:
         ValueError: no parameter requires a gradient, or a product is not finite.
     """
-    names, parameters = _trainable(model)
-    vector = _random_like(names, parameters, seed, torch.randn)
+    parameters = _trainable(model)
     basis: list[Tensor] = []
     alphas: list[float] = []
     betas: list[float] = []
-    current = _flat(vector)
+    current = _flat(_random_like(parameters, seed, torch.randn))
     current /= current.norm()
     top, residual = math.nan, math.inf
     with eval_mode(model):
         for _ in range(min(iterations, current.numel())):
             basis.append(current)
-            product = _flat(hessian_vector_product(model, terms, _split(current, parameters)))
+            product = _flat(hessian_vector_product(model, terms, _split(current, [*parameters.values()])))
             if progress:
                 progress()
             if not bool(torch.isfinite(product).all()):
@@ -111,10 +110,10 @@ def hessian_trace(
 
     `replicas` as for `line_curve`; they split the probes.
     """
-    names, parameters = _trainable(model)
+    parameters = _trainable(model)
 
     def draw(probe: int) -> float:
-        vector = _random_like(names, parameters, (seed, probe), _signs)
+        vector = _random_like(parameters, (seed, probe), _signs)
         product = hessian_vector_product(model, terms, vector)
         if progress:
             progress()
@@ -168,18 +167,15 @@ def critical_sharpness(
     return 2 / ((low + high) / 2)
 
 
-def _trainable(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
-    chosen = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    chosen = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not chosen:
         raise ValueError("no parameter of the model requires a gradient")
-    return [name for name, _ in chosen], [parameter for _, parameter in chosen]
+    return chosen
 
 
-def _random_like(names: list[str], parameters: list[nn.Parameter], seed: object, draw: Callable) -> list[Tensor]:
-    return [
-        draw(parameter.shape, generator=keyed_generator(seed, name)).to(parameter)
-        for name, parameter in zip(names, parameters, strict=True)
-    ]
+def _random_like(parameters: dict[str, nn.Parameter], seed: object, draw: Callable) -> list[Tensor]:
+    return [draw(p.shape, generator=keyed_generator(seed, name)).to(p) for name, p in parameters.items()]
 
 
 def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:

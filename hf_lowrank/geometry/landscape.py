@@ -40,8 +40,7 @@ class Curve:
         """Lower and upper ends (G,) of the Student-t interval of the mean; NaN for a single direction."""
         count = self.losses.shape[0]
         if count < 2:
-            undefined = torch.full_like(self.mean(), math.nan)
-            return undefined, undefined
+            return (torch.full_like(self.mean(), math.nan),) * 2
         half = student_t_quantile((1 + confidence) / 2, count - 1) * self.losses.std(0) / math.sqrt(count)
         return self.mean() - half, self.mean() + half
 
@@ -90,7 +89,6 @@ def line_curve(
 
     Args:
         model: parameters in float32.
-        loss: `loss(model) -> float`.
         directions: D of them, used one after another.
         offsets: symmetric, with 0 exactly.
         memory: `"copy"` or `"low"`, see `movable`.
@@ -207,11 +205,9 @@ def interpolation_curve(
     Args:
         model: θ₀, float32; every weight gets its original bits back.
         end: θ₁, a model or its parameters by name; tied parameters are named once, as `named_parameters` does.
-        loss: `loss(model) -> float`.
         positions: `t`, in any order.
         ends: losses at 0 and 1 if they are known; they are not evaluated again.
-        memory, progress: as for `line_curve`.
-        replicas: processes with the same models, which split the positions; all of them call this function.
+        memory, progress, replicas: as for `line_curve`; `replicas` split the positions.
 
     Raises:
         ValueError: parameters of the two differ in name or shape; the message names one.
@@ -222,10 +218,8 @@ def interpolation_curve(
         if name not in tensors:
             raise ValueError(f"the models must have the same parameters; {name} is missing in the second")
         if tensors[name].shape != parameter.shape:
-            raise ValueError(
-                f"the models must have the same parameters; {name} is {tuple(parameter.shape)} "
-                f"in the first and {tuple(tensors[name].shape)} in the second"
-            )
+            shapes = f"{tuple(parameter.shape)} in the first and {tuple(tensors[name].shape)} in the second"
+            raise ValueError(f"the models must have the same parameters; {name} is {shapes}")
     if isinstance(end, nn.Module) and (extra := sorted(set(tensors) - set(parameters))):
         raise ValueError(f"the models must have the same parameters; {extra[0]} is missing in the first")
     difference = Difference({name: tensor.detach() for name, tensor in tensors.items()})

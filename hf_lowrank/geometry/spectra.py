@@ -21,19 +21,14 @@ R = TypeVar("R")
 BATCH_BYTES = 64 * 2**20
 
 
-def _from_gram_eigenvalues(eigenvalues: Tensor) -> Tensor:
-    """Descending singular values from ascending eigenvalues of the Gram matrix, negative ones (rounding) as 0."""
-    return eigenvalues.flip(-1).clamp_min(0).sqrt()
-
-
 def singular_values(matrix_MN: Tensor) -> Tensor:
     """All K singular values, descending, float64; leading dimensions are a batch.
 
     Raises:
         ValueError: the matrix holds a value that is not finite, or has fewer than two dimensions.
     """
-    matrix = _checked(matrix_MN)
-    return _from_gram_eigenvalues(torch.linalg.eigvalsh(_gram(matrix), UPLO="U"))
+    eigenvalues = torch.linalg.eigvalsh(_gram(_checked(matrix_MN)), UPLO="U")
+    return eigenvalues.flip(-1).clamp_min(0).sqrt()  # rounding makes some negative
 
 
 def singular_vectors(matrix_MN: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +40,7 @@ def singular_vectors(matrix_MN: Tensor, count: int) -> tuple[Tensor, Tensor, Ten
     matrix = _checked(matrix_MN).double()
     tall = matrix.shape[0] >= matrix.shape[1]
     values, vectors = torch.linalg.eigh(_gram(matrix), UPLO="U")
-    sigma = _from_gram_eigenvalues(values)
+    sigma = values.flip(-1).clamp_min(0).sqrt()
     count = min(count, sigma.numel())
     inner = vectors.flip(-1)[:, :count]
     outer = (matrix if tall else matrix.mT) @ inner
@@ -117,10 +112,7 @@ def effective_rank(singular_values_K: Tensor) -> float:
     """`exp(−Σ p log p)`, `p = σ/Σσ` (Roy & Vetterli 2007): between 1 and K; NaN where every σ is 0."""
     sigma = singular_values_K.double()
     total = sigma.sum()
-    if not total > 0:
-        return math.nan
-    p = sigma / total
-    return float(torch.special.entr(p).sum().exp())
+    return float(torch.special.entr(sigma / total).sum().exp()) if total > 0 else math.nan
 
 
 def stable_rank(singular_values_K: Tensor) -> float:
@@ -141,9 +133,7 @@ def spectral_gap(singular_values_K: Tensor) -> float:
 
 def singular_value_fraction(singular_values_K: Tensor, threshold: float = 0.1) -> float:
     """Share of singular values above `threshold` (absolute), in [0, 1]."""
-    if not singular_values_K.numel():
-        return math.nan
-    return float((singular_values_K > threshold).double().mean())
+    return float((singular_values_K > threshold).double().mean())  # NaN where there is none
 
 
 def numerical_rank(singular_values_K: Tensor, shape: tuple[int, int], epsilon: float = 2.0**-23) -> int:
@@ -194,9 +184,8 @@ def subspace_overlap(u_MK: Tensor, v_MK: Tensor) -> float:
 
     Columns must be orthonormal, and their number the same in both bases.
     """
-    if u_MK.shape != v_MK.shape:
-        raise ValueError(f"bases must have one shape, got {tuple(u_MK.shape)} and {tuple(v_MK.shape)}")
-    return float((u_MK.double().mT @ v_MK.double()).square().sum()) / u_MK.shape[1]
+    u, v = _same_shape(u_MK, v_MK)
+    return float((u.mT @ v).square().sum()) / u.shape[1]
 
 
 def principal_angles(u_MK: Tensor, v_MK: Tensor) -> Tensor:
@@ -204,13 +193,17 @@ def principal_angles(u_MK: Tensor, v_MK: Tensor) -> Tensor:
 
     Small angles come from their sines, which keep the digits that their cosines lose.
     """
-    if u_MK.shape != v_MK.shape:
-        raise ValueError(f"bases must have one shape, got {tuple(u_MK.shape)} and {tuple(v_MK.shape)}")
-    u, v = u_MK.double(), v_MK.double()
+    u, v = _same_shape(u_MK, v_MK)
     inner = u.mT @ v
     cosines = torch.linalg.svdvals(inner).clamp(0, 1)
     sines = torch.linalg.svdvals(v - u @ inner).clamp(0, 1).flip(0)
     return torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
+
+
+def _same_shape(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if u.shape != v.shape:
+        raise ValueError(f"bases must have one shape, got {tuple(u.shape)} and {tuple(v.shape)}")
+    return u.double(), v.double()
 
 
 def _checked(matrix: Tensor) -> Tensor:
@@ -235,6 +228,4 @@ def _gram(matrix: Tensor) -> Tensor:
 
 def _signs(values: Tensor) -> Tensor:
     """Their signs, 1 for 0."""
-    signs = torch.sign(values)
-    signs[signs == 0] = 1
-    return signs
+    return torch.where(values < 0, -1.0, 1.0).to(values)

@@ -142,17 +142,14 @@ class StepContext:
 
     @cached_property
     def center(self) -> float:
-        """The loss of the checkpoint."""
         return self.run.finite_loss(self.model, self.trajectory.where(self.step))
 
     @cached_property
     def previous_weights(self) -> dict[str, Tensor]:
-        """The parameters of the previous checkpoint by name."""
         return self.run.placement.weights(self.trajectory, self.previous_step)
 
     @cached_property
     def previous_center(self) -> float:
-        """The loss of the previous checkpoint."""
         model = self.run.placement.model(self.trajectory, self.previous_step)
         return self.run.finite_loss(model, self.trajectory.where(self.previous_step))
 
@@ -211,7 +208,6 @@ class StepContext:
 
     @cached_property
     def baseline_center(self) -> float:
-        """The loss of the baseline at this step."""
         base = self.baseline_for_comparison()
         return self.run.finite_loss(self.plain_baseline_model, base.where(self.step))
 
