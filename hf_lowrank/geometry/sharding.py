@@ -153,19 +153,14 @@ def local_shard(tensor: Tensor, full_norm: float | None = None) -> LocalShard:
     entries_RC = as_rows(local_tensor(tensor))
     if not isinstance(tensor, DTensor):
         return LocalShard(entries_RC, (entries_RC.shape[0], entries_RC.shape[1]))
-    _check_sharding(tensor)
-    length, mesh = tensor.shape[0], tensor.device_mesh
+    length, mesh, placement = tensor.shape[0], tensor.device_mesh, tensor.placements[0]
+    if mesh.ndim != 1 or type(placement) is not Shard or placement.dim != 0:
+        placements = ", ".join(map(str, tensor.placements))
+        raise ValueError(f"parameters must be sharded by their first dimension, as fully_shard does, got {placements}")
     first = min(mesh.get_local_rank() * -(-length // mesh.size()), length)
     if tensor.ndim < 2:
         return LocalShard(entries_RC, (1, length), column=first, full_norm=full_norm)
     return LocalShard(entries_RC, (length, entries_RC.shape[1]), row=first, full_norm=full_norm)
-
-
-def _check_sharding(tensor: DTensor) -> None:
-    placement = tensor.placements[0]
-    if tensor.device_mesh.ndim != 1 or type(placement) is not Shard or placement.dim != 0:
-        placements = ", ".join(map(str, tensor.placements))
-        raise ValueError(f"parameters must be sharded by their first dimension, as fully_shard does, got {placements}")
 
 
 def full_norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from hf_lowrank.geometry import (
-    Curve,
     Gaussian,
     Layout,
     RankOne,
@@ -31,8 +30,7 @@ from hf_lowrank.geometry import (
     weight_pca_directions,
     weight_scale,
 )
-from hf_lowrank.measuring.context import RunContext, StepContext
-from hf_lowrank.measuring.rows import Row, UndefinedError, first_checkpoint_rows
+from hf_lowrank.measuring.context import Row, RunContext, StepContext, UndefinedError, first_checkpoint_rows
 from hf_lowrank.processes.placement import parameters_of
 
 
@@ -43,7 +41,7 @@ def loss_rows(at: StepContext, wanted: set[str]) -> list[Row]:
 
 
 def random_rows(at: StepContext, wanted: set[str]) -> list[Row]:
-    """Metrics 1 and 2 and the curve behind them, from one sweep."""
+    """Metrics 1 and 2 and the curve behind them, its mean over draws with the 95 % band, from one sweep."""
     chosen = at.settings.random
     radius = chosen.radius * (weight_scale(at.model) if chosen.relative else 1.0)
     curve = random_curve(
@@ -57,21 +55,16 @@ def random_rows(at: StepContext, wanted: set[str]) -> list[Row]:
         **at.run.sweep,
     )
     settings = at.run.settings_of("random")
-    rows = _curve_rows("random_curve", curve, settings)
+    low, high = curve.band()
+    columns = (curve.offsets.tolist(), curve.mean().tolist(), low.tolist(), high.tolist())
+    rows = [
+        Row(metric="random_curve", value=v, ci_low=a, ci_high=b, n=chosen.draws, settings={**settings, "t": t})
+        for t, v, a, b in zip(*columns, strict=True)
+    ]
     for metric, estimate in (("random_sharpness", random_sharpness), ("random_variance", random_variance)):
         if metric in wanted:
             rows.append(Row.of(metric, estimate(curve), settings=settings))
     return rows
-
-
-def _curve_rows(metric: str, curve: Curve, settings: dict[str, Any]) -> list[Row]:
-    """A row for each offset: the mean over directions and the 95 % band of that mean."""
-    low, high = curve.band()
-    columns = (curve.offsets.tolist(), curve.mean().tolist(), low.tolist(), high.tolist())
-    return [
-        Row(metric=metric, value=v, ci_low=a, ci_high=b, n=curve.losses.shape[0], settings={**settings, "t": t})
-        for t, v, a, b in zip(*columns, strict=True)
-    ]
 
 
 def pca_settings(run: RunContext, metric: str) -> dict[str, Any]:

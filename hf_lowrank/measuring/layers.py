@@ -19,8 +19,7 @@ from hf_lowrank.geometry import (
     tail_exponent,
 )
 from hf_lowrank.geometry.spectra import difference_factors, singular_vectors
-from hf_lowrank.measuring.context import StepContext
-from hf_lowrank.measuring.rows import Row, first_checkpoint_rows, scope_rows
+from hf_lowrank.measuring.context import Row, StepContext, first_checkpoint_rows, scope_rows
 from hf_lowrank.runs.measurements import UNDEFINED
 
 WEIGHT: dict[str, Callable[[Tensor], float]] = {

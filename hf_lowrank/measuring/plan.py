@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hf_lowrank.measuring import landscape, layers
-from hf_lowrank.measuring.context import RunContext, StepContext
-from hf_lowrank.measuring.rows import Row
+from hf_lowrank.measuring.context import Row, RunContext, StepContext
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.processes.launch import RECOVERABLE_ERRORS
 from hf_lowrank.runs.measure_settings import MeasureSettings

@@ -4,7 +4,7 @@
 import datasets
 import evaluate
 
-import hf_lowrank.measuring.pairs
+import hf_lowrank.measuring.runner
 
 _DESCRIPTION = """\
 Describes the solution that a checkpoint is, in addition to its perplexity: the loss landscape around it, barriers to
@@ -64,7 +64,7 @@ class LowrankGeometry(evaluate.Metric):
         evaluation_set: str | None = None,
     ) -> dict[str, list]:
         options = {} if metrics is None else {"metrics": metrics}
-        return hf_lowrank.measuring.pairs.measure_pairs(
+        return hf_lowrank.measuring.runner.measure_pairs(
             predictions,
             references,
             preset=preset,
