@@ -38,6 +38,7 @@ from hf_lowrank.runs.selection import (
     find_checkpoint,
     open_run,
     open_runs,
+    resolve_evaluation_set,
     table_of,
 )
 from hf_lowrank.runs.trajectory import Trajectory
