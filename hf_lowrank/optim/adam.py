@@ -1,7 +1,5 @@
 """Adam's arithmetic on lists of tensors, with torch's fused kernels if the device has them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

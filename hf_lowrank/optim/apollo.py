@@ -1,11 +1,9 @@
 """APOLLO and APOLLO-Mini (arXiv 2412.05270): the gradient, scaled by Adam's effect on a random projection of it."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
-from hf_lowrank.optim.base import Declared, Params
+from hf_lowrank.optim.base import Declared
 from hf_lowrank.optim.batch import ProjectedBatch
 from hf_lowrank.optim.core import ProjectedAdamW
 from hf_lowrank.optim.layout import Layout
@@ -27,20 +25,6 @@ class ApolloAdamW(ProjectedAdamW):
     """
 
     settings = ApolloSettings
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        *,
-        scale: float = 1.0,
-        scale_type: str = "channel",
-        norm_growth_limit: float = 1.01,
-        subspace: str = "gaussian",
-        **options: Any,
-    ) -> None:
-        own = {"scale_type": scale_type, "norm_growth_limit": norm_growth_limit}
-        super().__init__(params, lr, scale=scale, subspace=subspace, own=own, **options)
 
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
         return {**super().declare_state(group, layout), **RESIDUAL_NORM}

@@ -5,8 +5,6 @@ state of a matrix (`declare_state`), steps a batch of them (`update`), and may d
 (`refresh`).
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 import weakref
@@ -38,6 +36,9 @@ logger = logging.getLogger(__name__)
 # Keys that torch, its schedulers and Trainer add to groups.
 FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "max_lr", "min_lr", "name"})
 
+# Settings that are not a group's, or whose default differs for a group.
+NOT_OF_GROUPS = frozenset({"target_modules", "target_parameters", "layerwise", "diagnostics", "rank", "seed"})
+
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 FULL_MOMENTS = adam_moments(whole=True)
 Declared = dict[str, StateTensor | int]
@@ -58,6 +59,20 @@ class TargetedAdamW(Optimizer):
         self._layerwise = Layerwise(self) if layerwise else None
         self._check_options(defaults, type(self).__name__)
         super().__init__(params, defaults)
+
+    @classmethod
+    def group_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's settings that a group may have: `options`, and the defaults of those that are not given.
+
+        Raises:
+            TypeError: an option that is not a setting of the method, naming the nearest one.
+        """
+        fields = cls.settings.model_fields.items()
+        defaults = {key: field.default for key, field in fields if key not in NOT_OF_GROUPS}
+        for key in options:
+            if key not in defaults:
+                raise TypeError(f"{cls.__name__} has no option {key!r}; {nearest(key, defaults)}")
+        return {**defaults, **options}
 
     # What a method defines
 

@@ -4,8 +4,6 @@ A batch holds oriented matrices (see `layout`), and for sharded ones this proces
 A basis is a (columns, rank) matrix, or for random columns the (rank,) indices of those columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

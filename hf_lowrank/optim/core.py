@@ -1,7 +1,5 @@
 """The projected-Adam core: moments in subspaces of the gradients, and the refresh of those subspaces."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -28,8 +26,9 @@ TWO_SIDED = ("svd", "randomized", "random")
 class ProjectedAdamW(TargetedAdamW):
     """AdamW whose target matrices have moments in subspaces of their gradients; base of the methods' classes.
 
-    A method defines `update`. It may add state (`declare_state`), decide when a subspace is due (`is_due`), choose it
-    (`refresh`), and change what a refresh does to its state (`carry_moments`).
+    A method defines `update`, and in `settings` its options with their defaults. It may add state (`declare_state`),
+    decide when a subspace is due (`is_due`), choose it (`refresh`), and change what a refresh does to its state
+    (`carry_moments`).
 
     Args:
         params: a model (split by `param_groups` with `rank` and `target_modules`), groups, or parameters. Groups
@@ -55,7 +54,6 @@ class ProjectedAdamW(TargetedAdamW):
             norm, fp16 scaling and several processes are then impossible. Gradients of several backward passes are
             summed in the subspace if the method needs nothing else; a refresh then sees only the first one.
         diagnostics: fills `diagnostics` at each refresh.
-        own: options of a method's own class, which groups may set as well.
 
     Attributes:
         diagnostics: by parameter name, the captured energy and the subspace overlap of its last refresh.
@@ -80,20 +78,11 @@ class ProjectedAdamW(TargetedAdamW):
         rank: int | None = None,
         target_modules: str | Sequence[str] = "auto",
         target_parameters: Sequence[str] = (),
-        update_proj_gap: int = 200,
-        scale: float = 1.0,
-        proj_type: str = "std",
-        subspace: str = "randomized",
-        adam_variant: str = "official",
-        moments: str = "keep",
-        state_dtype: str = "parameter",
-        stochastic_rounding: bool = False,
-        stagger: bool = False,
         matrix: str = "auto",
         seed: int = 0,
         layerwise: bool = False,
         diagnostics: bool = False,
-        own: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -101,18 +90,9 @@ class ProjectedAdamW(TargetedAdamW):
             "eps": eps,
             "weight_decay": weight_decay,
             "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "subspace": subspace,
-            "adam_variant": adam_variant,
-            "moments": moments,
-            "state_dtype": state_dtype,
-            "stochastic_rounding": stochastic_rounding,
-            "stagger": stagger,
             "matrix": matrix,
             "seed": seed,
-            **(own or {}),
+            **self.group_options(options),
         }
         if isinstance(params, nn.Module):
             if rank is None:

@@ -1,7 +1,5 @@
 """Diagnostics of the subspaces in Trainer's log."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any

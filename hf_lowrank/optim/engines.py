@@ -1,7 +1,5 @@
 """Refuses engines that flatten parameters, since low-rank methods need matrices."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The parameters of one optimizer step, and questions about the gradients of all of them at once."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,12 +1,10 @@
 """Fira (arXiv 2410.01623): GaLore, plus the gradient outside the subspace, scaled by Adam's effect inside."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 
-from hf_lowrank.optim.base import Declared, Params
+from hf_lowrank.optim.base import Declared
 from hf_lowrank.optim.batch import ProjectedBatch
 from hf_lowrank.optim.core import ProjectedAdamW
 from hf_lowrank.optim.layout import Layout
@@ -23,23 +21,11 @@ class FiraAdamW(ProjectedAdamW):
             `G_sub` is `lift(project(G))`.
         norm_growth_limit: largest factor by which the residual's norm may grow in one step.
 
-    The other arguments are those of `ProjectedAdamW`; `proj_type="full"` has no channels to scale and is refused.
+    The other arguments are those of `ProjectedAdamW`, with a default `scale` of 0.25; `proj_type="full"` has no
+    channels to scale and is refused.
     """
 
     settings = FiraSettings
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        *,
-        scale: float = 0.25,
-        residual: str = "official",
-        norm_growth_limit: float = 1.01,
-        **options: Any,
-    ) -> None:
-        own = {"residual": residual, "norm_growth_limit": norm_growth_limit}
-        super().__init__(params, lr, scale=scale, own=own, **options)
 
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
         return {**super().declare_state(group, layout), **RESIDUAL_NORM}

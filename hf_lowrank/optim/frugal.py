@@ -1,7 +1,5 @@
 """FRUGAL (arXiv 2411.07837): Adam inside a subspace, a rule without state outside it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_lowrank.optim.adam import decay_factors
-from hf_lowrank.optim.base import Declared, Params
+from hf_lowrank.optim.base import Declared
 from hf_lowrank.optim.batch import ProjectedBatch
 from hf_lowrank.optim.core import ProjectedAdamW
 from hf_lowrank.optim.entries import Entry
@@ -41,20 +39,6 @@ class FrugalAdamW(ProjectedAdamW):
     """
 
     settings = FrugalSettings
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        *,
-        subspace: str = "columns",
-        moments: str = "reset",
-        state_free_rule: str = "sign",
-        state_free_lr_ratio: float = 1.0,
-        **options: Any,
-    ) -> None:
-        own = {"state_free_rule": state_free_rule, "state_free_lr_ratio": state_free_lr_ratio}
-        super().__init__(params, lr, subspace=subspace, moments=moments, own=own, **options)
 
     def update(self, batch: ProjectedBatch) -> None:
         group = batch.group

@@ -1,7 +1,5 @@
 """Parameter groups: which parameters are targets, and which decay."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Updating each weight inside the backward pass, so that at most one layer's gradient exists at a time."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Every method works on *oriented* matrices: views whose last dimension is the one
 of W is a right projection of its transpose, so one set of formulas covers both sides.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What Fira and APOLLO share: the scales that Adam gives to channels, and the norm-growth limiter."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

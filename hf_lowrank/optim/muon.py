@@ -1,7 +1,5 @@
 """torch's Muon for the target matrices and AdamW for the rest, as one optimizer, for comparison."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,15 +59,9 @@ class MuonAdamW(TargetedAdamW):
         weight_decay: float = 0.0,
         *,
         target_modules: str | Sequence[str] = "auto",
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_steps: int = 5,
-        ns_dtype: str = "bfloat16",
-        adjust_lr_fn: str = "match_rms_adamw",
-        state_dtype: str = "parameter",
-        stochastic_rounding: bool = False,
         seed: int = 0,
         layerwise: bool = False,
+        **options: Any,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -77,15 +69,9 @@ class MuonAdamW(TargetedAdamW):
             "eps": eps,
             "weight_decay": weight_decay,
             "muon": False,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "ns_dtype": ns_dtype,
-            "adjust_lr_fn": adjust_lr_fn,
             "adam_variant": "torch",
-            "state_dtype": state_dtype,
-            "stochastic_rounding": stochastic_rounding,
             "seed": seed,
+            **self.group_options(options),
         }
         if isinstance(params, nn.Module):
             params = muon_groups(params, target_modules=target_modules, weight_decay=weight_decay)

@@ -4,8 +4,6 @@ A matrix that is sharded is sent whole to one process, a different one for each 
 gives every process its rows of it. No process holds more than one round of whole matrices at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

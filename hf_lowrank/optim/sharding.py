@@ -14,8 +14,6 @@ In both, process i keeps the rows R_i of the moments and the rows Q_i of the bas
 projected, R = Pᵀ G Q is a sum over processes either way. `Replicated` and `RowSharded` hide the difference.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

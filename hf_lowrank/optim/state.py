@@ -4,8 +4,6 @@
 checkpoint needs no class.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache

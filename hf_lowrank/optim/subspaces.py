@@ -3,8 +3,6 @@
 Pure functions of tensors. A group's `subspace` names an entry of `SUBSPACES`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

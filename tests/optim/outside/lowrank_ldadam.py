@@ -43,8 +43,8 @@ def optimizer_class() -> type:
     class LDAdamW(ProjectedAdamW):
         settings = LDAdamSettings
 
-        def __init__(self, params, lr=1e-3, *, rho=0.908, adam_variant="torch", **options):
-            super().__init__(params, lr, own={"rho": rho}, **{**options, "adam_variant": "torch"})
+        def __init__(self, params, lr=1e-3, **options):
+            super().__init__(params, lr, **{**options, "adam_variant": "torch"})
 
         def make_layout(self, group, param, name):
             layout = super().make_layout(group, param, name)
