@@ -11,11 +11,6 @@ from torch.optim.adamw import adamw
 from hf_lowrank.compat import fused_adamw_, fused_kernel_devices
 
 
-def variant_eps(eps: float, beta2: float, age: int, variant: str) -> float:
-    """The ε with which torch's rule, which adds it after bias correction, equals `variant`'s at Adam step `age`."""
-    return eps / math.sqrt(1 - beta2**age) if variant == "official" else eps
-
-
 def decay_factors(lr: float, weight_decay: float, variant: str) -> tuple[float, float]:
     """`(keep, gain)` such that `weight ← keep · weight − lr · gain · update` is `variant`'s decoupled weight decay.
 
@@ -40,12 +35,14 @@ def adamw_(
 ) -> None:
     """The `age`-th AdamW step (from 1) of parameters that share device and dtype, in place."""
     keep, gain = decay_factors(lr, weight_decay, variant)
+    # torch adds ε after the bias correction, the official packages before it.
+    eps = eps / math.sqrt(1 - betas[1] ** age) if variant == "official" else eps
     options: dict[str, Any] = {
         "lr": lr * gain,
         "beta1": betas[0],
         "beta2": betas[1],
         "weight_decay": (1 - keep) / (lr * gain) if lr * gain else 0.0,
-        "eps": variant_eps(eps, betas[1], age, variant),
+        "eps": eps,
         "amsgrad": False,
         "maximize": False,
     }
@@ -107,38 +104,3 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def adam_direction(
-    low: Tensor,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    *,
-    age: int,
-    betas: tuple[float, float],
-    eps: float,
-    variant: str,
-) -> Tensor:
-    """The bias-corrected Adam direction of stacked gradients `low` (k, rows, rank); updates the moments in place.
-
-    A fused step of a zero weight at learning rate −1 computes it in one pass.
-    """
-    direction = torch.zeros_like(low)
-    adamw_(
-        direction.unbind(),
-        low.unbind(),
-        exp_avgs,
-        exp_avg_sqs,
-        age=age,
-        lr=-1.0,
-        betas=betas,
-        eps=eps,
-        weight_decay=0.0,
-        variant=variant,
-    )
-    return direction
-
-
-def bias_gain(betas: tuple[float, float], age: int) -> float:
-    """`sqrt(1-β2^t) / (1-β1^t)`: the bias-corrected direction over the uncorrected `M / (sqrt(V) + ε)`."""
-    return math.sqrt(1 - betas[1] ** age) / (1 - betas[0] ** age)

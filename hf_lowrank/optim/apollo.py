@@ -6,8 +6,8 @@ from typing import Any
 from hf_lowrank.optim.base import Declared
 from hf_lowrank.optim.batch import ProjectedBatch
 from hf_lowrank.optim.core import ProjectedAdamW
+from hf_lowrank.optim.fira import RESIDUAL_NORM, channel_scales, limit_growth_
 from hf_lowrank.optim.layout import Layout
-from hf_lowrank.optim.limiter import RESIDUAL_NORM, channel_scales, limit_growth_
 from hf_lowrank.optim.methods import ApolloSettings
 
 

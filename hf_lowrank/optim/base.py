@@ -47,32 +47,37 @@ Declared = dict[str, StateTensor | int]
 class TargetedAdamW(Optimizer):
     """AdamW for all parameters but the targets, whose update a subclass defines."""
 
-    # Choices and bounds of the method's options.
+    # Defaults, choices and bounds of the method's options.
     settings: ClassVar[type[MethodSettings]]
     # Of all targets together.
     matrix_count: int
 
-    def __init__(self, params: Any, defaults: dict[str, Any], *, layerwise: bool = False) -> None:
-        self._forget()
-        self._skipped: set[str] = set()
-        self._checked = False
-        self._layerwise = Layerwise(self) if layerwise else None
-        self._check_options(defaults, type(self).__name__)
-        super().__init__(params, defaults)
-
-    @classmethod
-    def group_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The method's settings that a group may have: `options`, and the defaults of those that are not given.
+    def __init__(
+        self,
+        params: Any,
+        options: Mapping[str, Any],
+        *,
+        betas: tuple[float, float],
+        layerwise: bool,
+        **defaults: Any,
+    ) -> None:
+        """Takes the values that groups have by default: `options` are settings of the method, `defaults` the others.
 
         Raises:
             TypeError: an option that is not a setting of the method, naming the nearest one.
         """
-        fields = cls.settings.model_fields.items()
-        defaults = {key: field.default for key, field in fields if key not in NOT_OF_GROUPS}
+        self._forget()
+        self._skipped: set[str] = set()
+        self._checked = False
+        self._layerwise = Layerwise(self) if layerwise else None
+        fields = self.settings.model_fields.items()
+        settings = {key: field.default for key, field in fields if key not in NOT_OF_GROUPS}
         for key in options:
-            if key not in defaults:
-                raise TypeError(f"{cls.__name__} has no option {key!r}; {nearest(key, defaults)}")
-        return {**defaults, **options}
+            if key not in settings:
+                raise TypeError(f"{type(self).__name__} has no option {key!r}; {nearest(key, settings)}")
+        defaults = {**defaults, "betas": tuple(betas), **settings, **options}
+        self._check_options(defaults, type(self).__name__)
+        super().__init__(params, defaults)
 
     # What a method defines
 

@@ -4,6 +4,7 @@ A batch holds oriented matrices (see `layout`), and for sharded ones this proces
 A basis is a (columns, rank) matrix, or for random columns the (rank,) indices of those columns.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.compat import foreach_add_, foreach_mul_
-from hf_lowrank.optim.adam import adam_direction, bias_gain, decay_factors
+from hf_lowrank.optim.adam import adamw_, decay_factors
 from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.layout import Layout, stored_in
 
@@ -128,8 +129,9 @@ class ProjectedBatch(Batch):
 
     @property
     def bias_gain(self) -> float:
-        """What bias correction multiplies `M / (sqrt(V) + ε)` by."""
-        return bias_gain(self.group["betas"], self.age)
+        """What bias correction multiplies `M / (sqrt(V) + ε)` by: `sqrt(1-β2^t) / (1-β1^t)`."""
+        beta1, beta2 = self.group["betas"]
+        return math.sqrt(1 - beta2**self.age) / (1 - beta1**self.age)
 
     # The verbs
 
@@ -148,16 +150,24 @@ class ProjectedBatch(Batch):
         return self._low
 
     def adam(self, low: Tensor) -> Tensor:
-        """Adam's bias-corrected direction of projected gradients, (k, rows, rank); updates the moments."""
-        return adam_direction(
-            low,
+        """Adam's bias-corrected direction of projected gradients, (k, rows, rank); updates the moments.
+
+        A fused step of a zero weight at learning rate −1 computes it in one pass.
+        """
+        direction = torch.zeros_like(low)
+        adamw_(
+            direction.unbind(),
+            low.unbind(),
             self.state("exp_avg"),
             self.state("exp_avg_sq"),
             age=self.age,
+            lr=-1.0,
             betas=self.group["betas"],
             eps=self.group["eps"],
+            weight_decay=0.0,
             variant=self.group["adam_variant"],
         )
+        return direction
 
     def decay_(self) -> None:
         """`W ← keep · W`, for methods that do not lift."""
@@ -186,7 +196,8 @@ class ProjectedBatch(Batch):
         low = self.partition.for_lifting(self.project())
         for grad, one, basis, left in zip(self.grads, low.unbind(), self._bases, self._lefts, strict=True):
             if basis.is_floating_point():
-                yield grad - lift_matrix(one.to(grad.dtype), basis, left)
+                rows = one.to(grad.dtype) if left is None else left @ one.to(grad.dtype)
+                yield grad - rows @ basis.mT
             else:
                 yield grad.index_fill(-1, basis, 0)
 
@@ -249,13 +260,6 @@ def project_matrix(
     if left_basis is not None:
         matrix = left_basis.mT @ matrix
     return torch.mm(matrix, basis, out=out)
-
-
-def lift_matrix(low: Tensor, basis: Tensor, left_basis: Tensor | None = None) -> Tensor:
-    """`R Qᵀ`, or `P R Qᵀ` with a left basis: back to (rows, columns)."""
-    if left_basis is not None:
-        low = left_basis @ low
-    return low @ basis.mT
 
 
 def row_norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:

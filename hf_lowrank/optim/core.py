@@ -12,7 +12,7 @@ from hf_lowrank.optim.base import Declared, Params, TargetedAdamW
 from hf_lowrank.optim.batch import ProjectedBatch, project_matrix
 from hf_lowrank.optim.entries import Entry, nonzero
 from hf_lowrank.optim.groups import param_groups
-from hf_lowrank.optim.layout import Layout, make_layout
+from hf_lowrank.optim.layout import Layout, dense_basis, make_layout
 from hf_lowrank.optim.methods import SubspaceSettings
 from hf_lowrank.optim.refresh import basis_state, choose_bases
 from hf_lowrank.optim.sharding import local_part
@@ -84,16 +84,6 @@ class ProjectedAdamW(TargetedAdamW):
         diagnostics: bool = False,
         **options: Any,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "matrix": matrix,
-            "seed": seed,
-            **self.group_options(options),
-        }
         if isinstance(params, nn.Module):
             if rank is None:
                 raise UserError(f"{type(self).__name__} of a model needs rank, an integer of at least 1")
@@ -106,7 +96,18 @@ class ProjectedAdamW(TargetedAdamW):
             )
         if diagnostics:
             self.diagnostics = {}
-        super().__init__(params, defaults, layerwise=layerwise)
+        super().__init__(
+            params,
+            options,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            rank=rank,
+            matrix=matrix,
+            seed=seed,
+            layerwise=layerwise,
+        )
         if not any(group["rank"] is not None for group in self.param_groups):
             raise UserError(
                 f"{type(self).__name__} needs at least one group with a rank; pass the model itself with rank=, "
@@ -236,15 +237,15 @@ class ProjectedAdamW(TargetedAdamW):
         """This process's rows of the bases in use, as matrices in at least float32."""
         partition = entry.layout.partition
         if "basis" in entry.state:
-            rows = partition.basis_rows(_parts([entry], "basis"), entry.layout.columns)
+            rows = partition.basis_rows(_parts([entry], "basis"))
         else:
             rows = list(map(partition.own_rows, _drawn([entry])))
-        return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in rows]
+        return [dense_basis(part, entry.layout.columns) for part in rows]
 
     def _diagnose(self, entry: Entry, before: Sequence[Tensor]) -> None:
         assert self.diagnostics is not None
         partition = entry.layout.partition
-        bases = [_dense(basis, entry.layout) for basis in self._bases([entry])]
+        bases = [dense_basis(basis, entry.layout.columns) for basis in self._bases([entry])]
         grads = entry.layout.matrices(entry.grad)
         energies = [captured_energy(*pair, partition) for pair in zip(grads, bases, strict=True)]
         found = {"step": float(entry.state["step"])}
@@ -299,10 +300,3 @@ def _drawn(entries: Sequence[Entry]) -> list[Tensor]:
     ]
     layout = entries[0].layout
     return list(gaussian_matrices(entries[0].grad, layout.columns, layout.rank, keys).unbind())
-
-
-def _dense(basis: Tensor, layout: Layout) -> Tensor:
-    """A basis as a matrix (columns, rank) in at least float32."""
-    if basis.is_floating_point():
-        return basis.to(torch.promote_types(basis.dtype, torch.float32))
-    return torch.eye(layout.columns, device=basis.device)[:, basis]

@@ -87,11 +87,7 @@ class Entry:
             if not isinstance(declared, StateTensor):
                 self.state[key] = declared
             elif declared.initial is not None:
-                self.create_tensor(key)
-
-    def create_tensor(self, key: str) -> None:
-        """Creates one declared tensor with its initial value."""
-        self.declared(key).create(self.state, key, self.param, self.info.layout, self.group["state_dtype"])
+                declared.create(self.state, key, self.param, self.info.layout, self.group["state_dtype"])
 
     def wide_weight(self) -> Tensor:
         """The weight to update: itself, or a float32 copy if it is rounded stochastically."""

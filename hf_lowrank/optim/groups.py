@@ -1,6 +1,7 @@
 """Parameter groups: which parameters are targets, and which decay."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -68,26 +69,19 @@ def param_groups(
     return ordered
 
 
-def group_parameters(group: Mapping[str, Any]) -> list[Tensor]:
-    """A group's parameters, given as such or as (name, parameter) pairs."""
-    params = group["params"]
-    if isinstance(params, Tensor):
-        return [params]
-    return [param[1] if isinstance(param, tuple) else param for param in params]
-
-
 def check_coverage(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
     """Checks that each trainable parameter of `model` is in exactly one group.
 
     Raises:
         UserError: naming the first such parameters.
     """
-    seen: dict[int, int] = {}
+    seen: Counter[int] = Counter()
     for group in groups:
-        for param in group_parameters(group):
-            seen[id(param)] = seen.get(id(param), 0) + 1
+        params = group["params"]
+        named = [params] if isinstance(params, Tensor) else params
+        seen.update(id(param[1] if isinstance(param, tuple) else param) for param in named)
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    missing = [name for name, param in trainable if id(param) not in seen]
+    missing = [name for name, param in trainable if not seen[id(param)]]
     if missing:
         raise UserError(
             f"every trainable parameter must be in a group, {len(missing)} are in none: {', '.join(missing[:3])}; "
@@ -105,14 +99,12 @@ def parameter_table(title: str, rows: Iterable[tuple[str, Tensor, str]]) -> str:
         title: of the first line.
         rows: each parameter's name, the parameter, and how it is handled.
     """
-    alike: dict[tuple[str, str, str], int] = {}
-    values: dict[str, int] = {}
+    alike: Counter[tuple[str, str, str]] = Counter()
+    values: Counter[str] = Counter()
     for name, param, how in rows:
         shape = " × ".join(map(str, param.shape))
-        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), shape, how)
-        alike[key] = alike.get(key, 0) + 1
-        kind = how.partition(",")[0]
-        values[kind] = values.get(kind, 0) + param.numel()
+        alike[re.sub(r"(?<=\.)\d+(?=\.)", "*", name), shape, how] += 1
+        values[how.partition(",")[0]] += param.numel()
     shapes = {key: f"{count} of {key[1]}" if count > 1 else key[1] for key, count in alike.items()}
     widths = max(len(name) for name, _, _ in alike), max(map(len, shapes.values()))
     lines = [f"{title}: " + ", ".join(f"{count:,} values with {kind}" for kind, count in values.items())]

@@ -4,6 +4,8 @@ Every method works on *oriented* matrices: views whose last dimension is the one
 of W is a right projection of its transpose, so one set of formulas covers both sides.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +16,8 @@ from torch import Tensor
 
 from hf_lowrank.compat import is_view
 from hf_lowrank.errors import UserError
-from hf_lowrank.optim.sharding import (
-    REPLICATED,
-    Replicated,
-    RowSharded,
-    Sharding,
-    check_sharded_by_rows,
-    local_part,
-    sharding_of,
-)
+from hf_lowrank.optim.sharding import Sharding, check_sharded_by_rows, local_part, sharding_of
 
-PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 MATRIX_VIEWS = ("auto", "stack", "flatten")
 
 
@@ -40,9 +33,9 @@ class Layout:
         stacked: whether the first dimension counts matrices.
         rank: of the subspace.
         first_index: index of the first matrix among all of the optimizer's; seeds its random draws.
+        dtype: of the parameter.
         channels_last: whether a convolution kernel's columns are in the order of that memory format.
         sharding: how the parameter's rows are sharded, None if they are not.
-        partition: how each matrix is split among processes. A sharded stack is split into whole matrices.
     """
 
     count: int
@@ -53,14 +46,20 @@ class Layout:
     stacked: bool
     rank: int
     first_index: int
-    channels_last: bool = False
-    sharding: Sharding | None = None
-    partition: Replicated = REPLICATED
+    dtype: torch.dtype
+    channels_last: bool
+    sharding: Sharding | None
+
+    @cached_property
+    def partition(self) -> Replicated:
+        """How each matrix is split among processes. A sharded stack is split into whole matrices."""
+        return REPLICATED if self.sharding is None or self.stacked else RowSharded(self, self.sharding)
 
     @cached_property
     def kind(self) -> tuple[object, ...]:
         """Equal for parameters whose matrices can be stepped in one batch."""
-        return (self.rows, self.columns, self.transposed, self.both, self.rank, self.sharding and self.sharding.key)
+        sharded = self.sharding and (self.sharding.mesh, self.sharding.placements)
+        return (self.rows, self.columns, self.transposed, self.both, self.rank, sharded)
 
     @cached_property
     def held_indices(self) -> range:
@@ -79,10 +78,6 @@ class Layout:
         """Elements of the whole parameter."""
         return self.count * self.rows * self.columns
 
-    def state_shape(self, *shape: int) -> tuple[int, ...]:
-        """`shape`, preceded by the number of matrices if the parameter stacks several."""
-        return (self.count, *shape) if self.stacked else shape
-
     def matrices(self, tensor: Tensor) -> list[Tensor]:
         """Oriented 2-D views of this process's part of a tensor of the parameter's shape."""
         return [view.mT if self.transposed else view for view in self.stored(tensor)]
@@ -94,6 +89,134 @@ class Layout:
     def parts(self, state_tensor: Tensor) -> Sequence[Tensor]:
         """Views of each matrix's part of this process's part of a state tensor."""
         return state_tensor.unbind(0) if self.stacked else (state_tensor,)
+
+
+class Replicated:
+    """Matrices that each process holds whole: nothing is communicated.
+
+    Methods take k matrices of one shape at a time; `rows_i` are a process's rows of the projection.
+    """
+
+    def bases(self, parts: list[Tensor]) -> list[Tensor]:
+        """The bases that this process multiplies by, from its rows of them."""
+        return parts
+
+    def left_bases(self, parts: list[Tensor]) -> list[Tensor]:
+        """The same for the bases that project the rows."""
+        return parts
+
+    def bases_from_whole(self, bases: list[Tensor]) -> list[Tensor]:
+        """The bases that this process multiplies by, from whole ones."""
+        return bases
+
+    def basis_rows(self, parts: list[Tensor]) -> list[Tensor]:
+        """This process's rows of the bases, see `dense_basis`."""
+        return parts
+
+    def own_rows(self, basis: Tensor) -> Tensor:
+        """This process's rows of a whole basis."""
+        return basis
+
+    def projected(self, products: Tensor) -> Tensor:
+        """This process's rows of the projections, from its products: (k, rows, rank) -> (k, rows_i, rank)."""
+        return products
+
+    def for_lifting(self, parts: Tensor) -> Tensor:
+        """The rows that this process needs to lift, or to scale its part of the gradients: (k, rows_i, …)."""
+        return parts
+
+    def own_low_rows(self, whole: Tensor) -> Tensor:
+        """The inverse of `for_lifting`, for one matrix."""
+        return whole
+
+    def energy(self, products: Tensor) -> Tensor:
+        """`‖G Q‖²` of one gradient, from this process's product."""
+        return products.square().sum()
+
+    def row_norms(self, norms: Tensor) -> Tensor:
+        """Norms of the gradients' rows, (k, rows_i), from the norms of this process's parts of them."""
+        return norms
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes."""
+        return values
+
+    def norms(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Euclidean norms over the last dimension, which is split among processes."""
+        return torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
+
+
+REPLICATED = Replicated()
+
+
+class RowSharded(Replicated):
+    """Matrices that are sharded along their rows or their columns: those of a parameter that is not a stack."""
+
+    def __init__(self, layout: Layout, sharding: Sharding) -> None:
+        self._layout, self._sharding = layout, sharding
+        self._along_rows = not layout.transposed
+        self._is_sum = layout.both or layout.transposed
+
+    def bases(self, parts: list[Tensor]) -> list[Tensor]:
+        if not parts[0].is_floating_point():
+            return self.bases_from_whole(self._gathered(parts, self._layout.rank))
+        return self._gathered(parts, self._layout.columns) if self._along_rows else parts
+
+    def left_bases(self, parts: list[Tensor]) -> list[Tensor]:
+        return parts if self._along_rows else self._gathered(parts, self._layout.rows)
+
+    def bases_from_whole(self, bases: list[Tensor]) -> list[Tensor]:
+        if self._along_rows:
+            return bases
+        if not bases[0].is_floating_point():
+            return self._unit_rows(bases)
+        return [self._sharding.part(basis) for basis in bases]
+
+    def basis_rows(self, parts: list[Tensor]) -> list[Tensor]:
+        if parts[0].is_floating_point():
+            return parts
+        return self._unit_rows(self._gathered(parts, self._layout.rank))
+
+    def own_rows(self, basis: Tensor) -> Tensor:
+        return self._sharding.part(basis)
+
+    def projected(self, products: Tensor) -> Tensor:
+        return self._sharding.scatter_sum(products) if self._is_sum else products
+
+    def for_lifting(self, parts: Tensor) -> Tensor:
+        return self._sharding.gather(parts, self._layout.low_shape[0]) if self._is_sum else parts
+
+    def own_low_rows(self, whole: Tensor) -> Tensor:
+        return self._sharding.part(whole) if self._is_sum else whole
+
+    def energy(self, products: Tensor) -> Tensor:
+        if not self._along_rows:
+            products = self._sharding.scatter_sum(products[None])
+        return self.sum(products.square().sum())
+
+    def row_norms(self, norms: Tensor) -> Tensor:
+        return self._sharding.scatter_sum(norms.square()).sqrt() if self._is_sum else norms
+
+    def sum(self, values: Tensor) -> Tensor:
+        return self._sharding.sum(values)
+
+    def norms(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self.sum(super().norms(values, dtype).square()).sqrt()
+
+    def _gathered(self, parts: Sequence[Tensor], length: int) -> list[Tensor]:
+        return list(self._sharding.gather(torch.stack(list(parts)), length).unbind())
+
+    def _unit_rows(self, bases: Sequence[Tensor]) -> list[Tensor]:
+        """This process's rows of the unit vectors that column indices stand for."""
+        held = torch.arange(*self._sharding.bounds(self._layout.columns), device=bases[0].device)
+        return [(held[:, None] == chosen).to(self._layout.dtype) for chosen in bases]
+
+
+def dense_basis(basis: Tensor, columns: int) -> Tensor:
+    """A basis as a matrix (columns, rank) in at least float32; column indices stand for unit vectors."""
+    if basis.is_floating_point():
+        return basis.to(torch.promote_types(basis.dtype, torch.float32))
+    return torch.eye(columns, device=basis.device)[:, basis]
 
 
 def stored_in(layout: Layout, weight: Tensor, name: str) -> Sequence[Tensor]:
@@ -116,15 +239,6 @@ def _as_matrix(tensor: Tensor, channels_last: bool) -> Tensor:
     return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).flatten(1)
 
 
-def is_transposed(rows: int, columns: int, proj_type: str) -> bool:
-    """Whether `proj_type` projects an m × n matrix from the left (GaLore's rule, arXiv 2403.03507)."""
-    if proj_type == "std":
-        return rows < columns
-    if proj_type == "reverse_std":
-        return rows >= columns
-    return proj_type == "left"
-
-
 def check_rank(rank: object, name: str, shape: Sequence[int], rows: int, columns: int) -> None:
     """Raises UserError unless `rank` is an integer from 1 to the shorter side of parameter `name`'s matrices."""
     most = min(rows, columns)
@@ -141,10 +255,8 @@ def make_layout(
     flattened after its first dimension. `matrix="flatten"` or `"stack"` overrides that rule.
 
     Raises:
-        UserError: a vector, a rank above the smaller side, or an unknown option; names the parameter.
+        UserError: a vector, a rank above the smaller side, or an unknown `matrix`; names the parameter.
     """
-    if proj_type not in PROJ_TYPES:
-        raise UserError(f"proj_type of {name} must be one of {', '.join(PROJ_TYPES)}, got {proj_type!r}")
     if matrix not in MATRIX_VIEWS:
         raise UserError(f"matrix of {name} must be one of {', '.join(MATRIX_VIEWS)}, got {matrix!r}")
     if param.ndim < 2:
@@ -163,32 +275,20 @@ def make_layout(
     count = param.shape[0] if stacked else 1
     rows, columns = param.shape[-2:] if stacked else (param.shape[0], math.prod(param.shape[1:]))
     check_rank(rank, name, param.shape, rows, columns)
-    transposed = is_transposed(rows, columns, proj_type)
+    # GaLore's rule (arXiv 2403.03507); False for "right" and "full".
+    transposed = {"std": rows < columns, "reverse_std": rows >= columns, "left": True}.get(proj_type, False)
     if transposed:
         rows, columns = columns, rows
-    both, sharding = proj_type == "full", sharding_of(param)
-    partition = REPLICATED
-    if sharding is not None and not stacked:
-        partition = RowSharded(
-            sharding,
-            rows=rows,
-            columns=columns,
-            low_rows=rank if both else rows,
-            rank=rank,
-            dtype=param.dtype,
-            along_rows=not transposed,
-            both=both,
-        )
     return Layout(
         count=count,
         rows=rows,
         columns=columns,
         transposed=transposed,
-        both=both,
+        both=proj_type == "full",
         stacked=stacked,
         rank=rank,
         first_index=first_index,
+        dtype=param.dtype,
         channels_last=channels_last,
-        sharding=sharding,
-        partition=partition,
+        sharding=sharding_of(param),
     )

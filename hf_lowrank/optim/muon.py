@@ -63,19 +63,20 @@ class MuonAdamW(TargetedAdamW):
         layerwise: bool = False,
         **options: Any,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "muon": False,
-            "adam_variant": "torch",
-            "seed": seed,
-            **self.group_options(options),
-        }
         if isinstance(params, nn.Module):
             params = muon_groups(params, target_modules=target_modules, weight_decay=weight_decay)
-        super().__init__(params, defaults, layerwise=layerwise)
+        super().__init__(
+            params,
+            options,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            muon=False,
+            adam_variant="torch",
+            seed=seed,
+            layerwise=layerwise,
+        )
         if not any(group["muon"] for group in self.param_groups):
             raise UserError("MuonAdamW needs at least one group with muon=True; pass the model itself")
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_lowrank.optim.entries import Entry
-from hf_lowrank.optim.layout import Layout
-from hf_lowrank.optim.sharding import RowSharded, Sharding, local_part
+from hf_lowrank.optim.layout import Layout, RowSharded
+from hf_lowrank.optim.sharding import Sharding, local_part
 from hf_lowrank.optim.state import StateTensor
 from hf_lowrank.optim.subspaces import (
     FROM_THE_LAST,

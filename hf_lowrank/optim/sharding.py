@@ -11,11 +11,13 @@ A matrix, oriented so that G (rows × columns) is projected to R = G Q, is shard
                         each process keeps its rows R_i; before lifting they are gathered.
 
 In both, process i keeps the rows R_i of the moments and the rows Q_i of the basis, and nothing else. If both sides are
-projected, R = Pᵀ G Q is a sum over processes either way. `Replicated` and `RowSharded` hide the difference.
+projected, R = Pᵀ G Q is a sum over processes either way. `layout.Replicated` and `layout.RowSharded` hide the
+difference.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -50,11 +52,6 @@ class Sharding:
         self.replicas = [
             mesh.get_group(number) for number in range(mesh.ndim) if number != axis and mesh.size(number) > 1
         ]
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for tensors that are sharded in the same way."""
-        return self.mesh, self.placements
 
     def chunk(self, length: int) -> int:
         """Number of rows of a full chunk."""
@@ -127,14 +124,11 @@ class Sharding:
         Returns:
             The matrices that this process owns, by index.
         """
-        order = sorted(range(len(parts)), key=owners.__getitem__)
-        mine = [i for i in order if owners[i] == self.rank]
-        sent = [parts[i].reshape(-1) for i in order]
-        sent_sizes = [sum(part.numel() for i, part in zip(order, sent, strict=True) if owners[i] == to) for to in self]
-        rests = {i: tuple(parts[i].shape[1:]) for i in mine}
-        shapes = [[(self.count(lengths[i], source), *rests[i]) for i in mine] for source in self]
-        received = self._exchange(sent, sent_sizes, shapes)
-        return {i: torch.cat([from_one[number] for from_one in received]) for number, i in enumerate(mine)}
+        owned = self._owned(owners)
+        mine = owned[self.rank]
+        shapes = [[(self.count(lengths[i], source), *parts[i].shape[1:]) for i in mine] for source in self]
+        received = self._exchange([[parts[i] for i in of_one] for of_one in owned], shapes, parts[0])
+        return {i: torch.cat(rows) for i, *rows in zip(mine, *received, strict=True)}
 
     def from_owners(
         self, wholes: dict[int, Tensor], owners: Sequence[int], shapes: Sequence[tuple[int, ...]], like: Tensor
@@ -147,16 +141,11 @@ class Sharding:
             shapes: of the whole matrices.
             like: gives type and device.
         """
-        order = sorted(range(len(owners)), key=owners.__getitem__)
-        mine = [i for i in order if owners[i] == self.rank]
-        sent = [wholes[i][slice(*self.bounds(shapes[i][0], to))].reshape(-1) for to in self for i in mine]
-        sent = sent or [like.new_empty(0)]
-        sent_sizes = [sum(self.count(shapes[i][0], to) * math.prod(shapes[i][1:]) for i in mine) for to in self]
-        expected = [
-            [(self.count(shapes[i][0]), *shapes[i][1:]) for i in order if owners[i] == source] for source in self
-        ]
-        received = [part for from_one in self._exchange(sent, sent_sizes, expected) for part in from_one]
-        parts = [part for _, part in sorted(zip(order, received, strict=True), key=lambda pair: pair[0])]
+        owned = self._owned(owners)
+        sent = [[wholes[i][slice(*self.bounds(shapes[i][0], to))] for i in owned[self.rank]] for to in self]
+        expected = [[(self.count(shapes[i][0]), *shapes[i][1:]) for i in of_one] for of_one in owned]
+        received = dict(zip(chain(*owned), chain(*self._exchange(sent, expected, like)), strict=True))
+        parts = [received[i] for i in range(len(owners))]
         self.synchronize_replicas(parts)
         return parts
 
@@ -166,18 +155,22 @@ class Sharding:
             for part in parts:
                 dist.broadcast(part, group=group, group_src=0)
 
+    def _owned(self, owners: Sequence[int]) -> list[list[int]]:
+        """The indices of the matrices that each process owns."""
+        return [[i for i, owner in enumerate(owners) if owner == process] for process in self]
+
     def _exchange(
-        self, sent: Sequence[Tensor], sent_sizes: list[int], shapes: list[list[tuple[int, ...]]]
+        self, sent: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], like: Tensor
     ) -> list[list[Tensor]]:
-        """The tensors that each process sent to this one, of `shapes[process]`."""
-        flat = torch.cat(list(sent))
+        """Sends `sent[process]` to each process; returns what each sent to this one, of `shapes[process]`."""
+        flat = torch.cat([part.reshape(-1) for part in chain(*sent)] or [like.new_empty(0)])
+        sent_sizes = [sum(part.numel() for part in to_one) for to_one in sent]
         sizes = [[math.prod(shape) for shape in of_one] for of_one in shapes]
-        received = flat.new_empty(sum(map(sum, sizes)))
-        if self.size == 1:
-            received = flat
-        else:
+        received = flat
+        if self.size > 1:
+            received = flat.new_empty(sum(map(sum, sizes)))
             dist.all_to_all_single(received, flat, list(map(sum, sizes)), sent_sizes, group=self.group)
-        pieces = iter(received.split([size for of_one in sizes for size in of_one]))
+        pieces = iter(received.split(list(chain(*sizes))))
         return [[next(pieces).view(shape) for shape in of_one] for of_one in shapes]
 
     def __iter__(self) -> Iterator[int]:
@@ -222,150 +215,3 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
     if not missing:
         return tensor
     return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], dim=1)
-
-
-# One matrix at a time
-
-
-class Replicated:
-    """Matrices that each process holds whole: nothing is communicated.
-
-    Methods take k matrices of one shape at a time; `rows_i` are a process's rows of the projection.
-    """
-
-    def bases(self, parts: list[Tensor]) -> list[Tensor]:
-        """The bases that this process multiplies by, from its rows of them."""
-        return parts
-
-    def left_bases(self, parts: list[Tensor]) -> list[Tensor]:
-        """The same for the bases that project the rows."""
-        return parts
-
-    def bases_from_whole(self, bases: list[Tensor]) -> list[Tensor]:
-        """The bases that this process multiplies by, from whole ones."""
-        return bases
-
-    def basis_rows(self, parts: list[Tensor], columns: int) -> list[Tensor]:
-        """This process's rows of the bases; column indices are converted to matrices."""
-        if parts and not parts[0].is_floating_point():
-            return [torch.eye(columns, device=basis.device)[:, basis] for basis in parts]
-        return parts
-
-    def own_rows(self, basis: Tensor) -> Tensor:
-        """This process's rows of a whole basis."""
-        return basis
-
-    def projected(self, products: Tensor) -> Tensor:
-        """This process's rows of the projections, from its products: (k, rows, rank) -> (k, rows_i, rank)."""
-        return products
-
-    def for_lifting(self, parts: Tensor) -> Tensor:
-        """The rows that this process needs to lift, or to scale its part of the gradients: (k, rows_i, …)."""
-        return parts
-
-    def own_low_rows(self, whole: Tensor) -> Tensor:
-        """The inverse of `for_lifting`, for one matrix."""
-        return whole
-
-    def energy(self, products: Tensor) -> Tensor:
-        """`‖G Q‖²` of one gradient, from this process's product."""
-        return products.square().sum()
-
-    def row_norms(self, norms: Tensor) -> Tensor:
-        """Norms of the gradients' rows, (k, rows_i), from the norms of this process's parts of them."""
-        return norms
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over processes."""
-        return values
-
-    def norms(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Euclidean norms over the last dimension, which is split among processes."""
-        return torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
-
-
-REPLICATED = Replicated()
-
-
-class RowSharded(Replicated):
-    """Matrices that are sharded along their rows or their columns.
-
-    Args:
-        sharding: of the parameter.
-        rows, columns: shape of a whole oriented matrix.
-        low_rows, rank: shape of its projection.
-        dtype: of the gradients.
-        along_rows: whether the oriented matrix is sharded along its rows.
-        both: whether the rows are projected as well.
-    """
-
-    def __init__(
-        self,
-        sharding: Sharding,
-        *,
-        rows: int,
-        columns: int,
-        low_rows: int,
-        rank: int,
-        dtype: torch.dtype,
-        along_rows: bool,
-        both: bool,
-    ) -> None:
-        self._sharding, self._dtype = sharding, dtype
-        self._rows, self._columns, self._low_rows, self._rank = rows, columns, low_rows, rank
-        self._along_rows = along_rows
-        self._is_sum = both or not along_rows
-
-    def bases(self, parts: list[Tensor]) -> list[Tensor]:
-        if not parts[0].is_floating_point():
-            return self.bases_from_whole(self._gathered(parts, self._rank))
-        return self._gathered(parts, self._columns) if self._along_rows else parts
-
-    def left_bases(self, parts: list[Tensor]) -> list[Tensor]:
-        return parts if self._along_rows else self._gathered(parts, self._rows)
-
-    def bases_from_whole(self, bases: list[Tensor]) -> list[Tensor]:
-        if self._along_rows:
-            return bases
-        if not bases[0].is_floating_point():
-            return self._unit_rows(bases)
-        return [self._sharding.part(basis) for basis in bases]
-
-    def basis_rows(self, parts: list[Tensor], columns: int) -> list[Tensor]:
-        if parts[0].is_floating_point():
-            return parts
-        return self._unit_rows(self._gathered(parts, self._rank))
-
-    def own_rows(self, basis: Tensor) -> Tensor:
-        return self._sharding.part(basis)
-
-    def projected(self, products: Tensor) -> Tensor:
-        return self._sharding.scatter_sum(products) if self._is_sum else products
-
-    def for_lifting(self, parts: Tensor) -> Tensor:
-        return self._sharding.gather(parts, self._low_rows) if self._is_sum else parts
-
-    def own_low_rows(self, whole: Tensor) -> Tensor:
-        return self._sharding.part(whole) if self._is_sum else whole
-
-    def energy(self, products: Tensor) -> Tensor:
-        if not self._along_rows:
-            products = self._sharding.scatter_sum(products[None])
-        return self.sum(products.square().sum())
-
-    def row_norms(self, norms: Tensor) -> Tensor:
-        return self._sharding.scatter_sum(norms.square()).sqrt() if self._is_sum else norms
-
-    def sum(self, values: Tensor) -> Tensor:
-        return self._sharding.sum(values)
-
-    def norms(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return self.sum(super().norms(values, dtype).square()).sqrt()
-
-    def _gathered(self, parts: Sequence[Tensor], length: int) -> list[Tensor]:
-        return list(self._sharding.gather(torch.stack(list(parts)), length).unbind())
-
-    def _unit_rows(self, bases: Sequence[Tensor]) -> list[Tensor]:
-        """This process's rows of the unit vectors that column indices stand for."""
-        held = torch.arange(*self._sharding.bounds(self._columns), device=bases[0].device)
-        return [(held[:, None] == chosen).to(self._dtype) for chosen in bases]

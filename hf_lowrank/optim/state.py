@@ -45,13 +45,14 @@ class StateTensor:
         """The type in which the tensor is computed with."""
         if isinstance(self.dtype, torch.dtype):
             return self.dtype
-        return param.dtype if self.dtype == "parameter" else moment_dtype(state_dtype, param)
+        of_parameter = "parameter" in {self.dtype, state_dtype} or param.dtype == torch.float64
+        return param.dtype if of_parameter else torch.float32
 
     def full_shape(self, param: Tensor, layout: Layout | None) -> tuple[int, ...]:
         """Shape of the tensor for all matrices of `param`."""
         if self.shape is None or layout is None:
             return tuple(param.shape)
-        return layout.state_shape(*self.shape)
+        return (layout.count, *self.shape) if layout.stacked else self.shape
 
     def create(self, state: dict[str, Any], key: str, param: Tensor, layout: Layout | None, state_dtype: str) -> None:
         """Puts the tensor into `state` with its initial value, quantised if it is large enough."""
@@ -97,11 +98,6 @@ def adam_moments(*shape: int, whole: bool = False) -> dict[str, StateTensor]:
         "exp_avg": StateTensor(shape=None if whole else shape, quantized="signed"),
         "exp_avg_sq": StateTensor(shape=None if whole else shape, quantized="unsigned"),
     }
-
-
-def moment_dtype(state_dtype: str, param: Tensor) -> torch.dtype:
-    """The type in which a parameter's moments are computed with."""
-    return param.dtype if state_dtype == "parameter" or param.dtype == torch.float64 else torch.float32
 
 
 # Eight bits

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lowrank.optim.sharding import REPLICATED, Replicated
+from hf_lowrank.optim.layout import REPLICATED, Replicated
 
 
 def draw_seed(*key: int) -> int:
