@@ -52,6 +52,7 @@ lint: $(VENV)/.installed-dev node_modules/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
 	npm run --silent lint
 
 format: $(VENV)/.installed-dev node_modules/.installed
