@@ -58,7 +58,7 @@ lint: $(VENV)/.installed-dev node_modules/.installed
 format: $(VENV)/.installed-dev node_modules/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/python -m hf_lowrank.report.schema
+	$(BIN)/python -m tests.report.payload_types
 	npm run --silent format
 
 # The tables of settings in model_cards/, from the methods' entries.

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from simulated_studies import simulated_table
 
 from hf_lowrank.downstream.prediction import gain_interval, permutation_p_value
 from hf_lowrank.downstream.ridge import leave_one_group_out
-from hf_lowrank.downstream.simulation import simulated_table
 from hf_lowrank.storage.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "prediction_calibration.json"

@@ -15,8 +15,18 @@ from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.adapters.functional import bottleneck, compute_dtype, sltrain_linear, sltrain_weight, truncated_svd
-from hf_lowrank.adapters.seeding import draw_support, fill, kaiming_uniform, keyed_generator, uniform
+from hf_lowrank.adapters.functional import (
+    bottleneck,
+    compute_dtype,
+    draw_support,
+    fill,
+    kaiming_uniform,
+    keyed_generator,
+    sltrain_linear,
+    sltrain_weight,
+    truncated_svd,
+    uniform,
+)
 from hf_lowrank.compat import BufferDict, offload_hook
 from hf_lowrank.errors import UserError
 

@@ -18,8 +18,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.dense import ADAPTER, lora_dense_weight
+from hf_lowrank.adapters.functional import fill, kaiming_uniform, keyed_generator, placed_like
 from hf_lowrank.adapters.methods import Pruning, ReLoraSettings
-from hf_lowrank.adapters.seeding import fill, kaiming_uniform, keyed_generator, placed_like
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import check_options
 from hf_lowrank.targets import LINEAR_TYPES, adam_arguments, decayed_names

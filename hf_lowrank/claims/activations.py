@@ -55,7 +55,9 @@ def activations(study: Study) -> Claim:
         f"Activations drift from {study.title(study.baseline)}'s more in later layers and more as training goes on; "
         "GaLore stays closest."
     )
-    metric, distance, name = _measured(study)
+    # The first distance that any run other than the baseline's has.
+    measured = {row.metric for (m, _), run in study.runs.items() if m != study.baseline for row in run.rows}
+    metric, distance, name = next((entry for entry in DISTANCES if entry[0] in measured), DISTANCES[0])
     about = {"id": "activations", "statement": statement, "test": TEST.format(name=name, alpha=study.alpha)}
     if why_not := study.no_baseline:
         return untested(why_not, **about)
@@ -74,12 +76,6 @@ def activations(study: Study) -> Claim:
         parts, missing if profiles.values else "", **about, unit=name,
         n=min((len(values) for values in profiles.values.values()), default=0),
     )  # fmt: skip
-
-
-def _measured(study: Study) -> tuple[str, Callable[[float], float], str]:
-    """The first distance that any run other than the baseline's has."""
-    rows = {row.metric for (m, _), run in study.runs.items() if m != study.baseline for row in run.rows}
-    return next((entry for entry in DISTANCES if entry[0] in rows), DISTANCES[0])
 
 
 def _other_baselines(study: Study, metric: str) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any, Literal
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.storage.checksums import sealed, unsealed
 from hf_lowrank.storage.files import write_text
-from hf_lowrank.storage.parsing import parse_json
+from hf_lowrank.storage.parsing import null_non_finite, parse_json
 from hf_lowrank.storage.tables import row_of
 
 Verdict = Literal["reproduced", "contradicted", "undecided"]
@@ -113,7 +112,7 @@ def write_claims(claims: Sequence[Claim], path: str | os.PathLike[str], *, alpha
         UserError: the file cannot be written.
     """
     file = _file(path)
-    content = {"claims": [_finite(asdict(claim)) for claim in claims], "alpha": alpha}
+    content = {"claims": [null_non_finite(asdict(claim)) for claim in claims], "alpha": alpha}
     try:
         write_text(file, json.dumps(sealed(content), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
     except OSError as error:
@@ -148,11 +147,3 @@ def parse_claim(entry: Mapping[str, Any]) -> Claim:
         if verdict not in VERDICTS:
             raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}, got {verdict!r:.80}")
     return claim
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

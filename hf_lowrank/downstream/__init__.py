@@ -1,25 +1,15 @@
 """Downstream evaluation: lm-eval's tasks on every checkpoint of a run, and prediction of their scores."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-__all__ = ["TASK_FOLDER", "analyse", "compare", "evaluate", "predict", "run_lm_eval"]
+from hf_lowrank.compat import lazy_imports
 
-_MODULES = {
-    "TASK_FOLDER": "catalogue",
-    "analyse": "prediction",
-    "compare": "paired",
-    "evaluate": "runner",
-    "predict": "gathering",
-    "run_lm_eval": "lm_eval_cli",
-}
+if TYPE_CHECKING:
+    from hf_lowrank.downstream.catalogue import TASK_FOLDER as TASK_FOLDER
+    from hf_lowrank.downstream.catalogue import run_lm_eval as run_lm_eval
+    from hf_lowrank.downstream.gathering import predict as predict
+    from hf_lowrank.downstream.paired import compare as compare
+    from hf_lowrank.downstream.prediction import analyse as analyse
+    from hf_lowrank.downstream.runner import evaluate as evaluate
 
-
-def __getattr__(name: str) -> Any:
-    """Public names, each imported on first use: lm-eval and its data sets are heavy."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__, __all__ = lazy_imports(__name__)

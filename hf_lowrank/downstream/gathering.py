@@ -23,6 +23,7 @@ from hf_lowrank.runs.selection import table_of
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import sealed
 from hf_lowrank.storage.files import whole_file, write_text
+from hf_lowrank.storage.parsing import null_non_finite
 
 # The baseline compared with itself: null in its table, but a metric that lacks it would be left out here.
 OF_OWN_BASELINE = {"method_barrier": 0.0, "activation_l2": 0.0, "activation_cosine": 1.0, "activation_cka": 1.0}
@@ -181,12 +182,4 @@ def _json_content(table: Table, prediction: Prediction) -> dict[str, Any]:
     for name in ("seen", "predicted_perplexity", "predicted_both"):
         content[name] = np.asarray(content[name]).tolist()
     content["rows"] = [[run, step] for run in table.runs for step in table.steps]
-    return _finite(content)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return null_non_finite(content)

@@ -151,7 +151,8 @@ def match_weights(
         if residual:
             better = _assign(_residual_similarity(ours, theirs, blocks, found, layout, inside=True))
             found = Permutations(better, mlp, heads)
-        if _equal(before, found):
+        orders = ([p.residual, *p.mlp.values(), *p.heads.values()] for p in (before, found))
+        if all(a is not None and b is not None and torch.equal(a, b) for a, b in zip_longest(*orders)):
             break
     return found
 
@@ -224,8 +225,3 @@ def _assign(similarity: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
-
-
-def _equal(one: Permutations, other: Permutations) -> bool:
-    orders = ([p.residual, *p.mlp.values(), *p.heads.values()] for p in (one, other))
-    return all(a is not None and b is not None and torch.equal(a, b) for a, b in zip_longest(*orders))

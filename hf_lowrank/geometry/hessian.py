@@ -88,7 +88,8 @@ def hessian_top_eigenvalue(
                 for earlier in basis:
                     product = product - (product @ earlier) * earlier
             beta = float(product.norm())
-            ritz, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
+            diagonal, off = (torch.tensor(values, dtype=torch.float64) for values in (alphas, betas))
+            ritz, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1))
             top, residual = float(ritz[-1]), beta * abs(float(vectors[-1, -1]))
             if residual <= tolerance * abs(top) or beta < 1e-12:
                 break
@@ -189,8 +190,3 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 def _split(flat: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
     pieces = flat.split([parameter.numel() for parameter in like])
     return [piece.view(parameter.shape).to(parameter) for piece, parameter in zip(pieces, like, strict=True)]
-
-
-def _tridiagonal(alphas: list[float], betas: list[float]) -> Tensor:
-    diagonal, off = torch.tensor(alphas, dtype=torch.float64), torch.tensor(betas, dtype=torch.float64)
-    return torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)

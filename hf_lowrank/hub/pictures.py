@@ -116,7 +116,7 @@ def _loss_picture(losses: Mapping[str, Sequence[tuple[int, float]]], method: str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from hf_lowrank.report.colours import looks
+    from hf_lowrank.report.members import looks
 
     figure = Figure(figsize=(6.4, 3.6), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

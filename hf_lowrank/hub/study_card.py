@@ -19,8 +19,7 @@ from hf_lowrank.hub.privacy import without_private
 from hf_lowrank.metrics import CURVES, POINTWISE
 from hf_lowrank.report import write_report
 from hf_lowrank.report.answer import Group, groups
-from hf_lowrank.report.colours import looks
-from hf_lowrank.report.members import baseline_of, with_distinct_methods
+from hf_lowrank.report.members import baseline_of, looks, with_distinct_methods
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
 from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord, load_runs

@@ -1,14 +1,11 @@
 """Running the metrics over trajectories."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-__all__ = ["measure", "unmeasured"]
+from hf_lowrank.compat import lazy_imports
 
+if TYPE_CHECKING:
+    from hf_lowrank.measuring.runner import measure as measure
+    from hf_lowrank.measuring.runner import unmeasured as unmeasured
 
-def __getattr__(name: str) -> Any:
-    """Public names, imported on first use."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hf_lowrank.measuring import runner
-
-    return getattr(runner, name)
+__getattr__, __dir__, __all__ = lazy_imports(__name__)

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, Peak
+from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS
 from hf_lowrank.memory.simulation import Simulation, arguments_of, checkpoints, simulate
 from hf_lowrank.training.recipe import Recipe, load_recipe
 
@@ -157,7 +157,8 @@ def estimate(
     target = _device(device)
     changed = _changed(recipe, batch_size, sequence_length, gradient_checkpointing)
     weight_dtype: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
-    vocabulary = _vocabulary(changed) if vocabulary_size is None else vocabulary_size
+    given = "vocab_size" in changed.model or changed.data.tokenizer is not None  # by the model's configuration
+    vocabulary = vocabulary_size if vocabulary_size is not None or given else changed.data.vocabulary_size
     found = simulate(changed, vocabulary=vocabulary, device=target, dtype=weight_dtype)
     args = arguments_of(changed)
     kept: list[int | None] = [None, None]  # without and with gradient checkpointing
@@ -170,7 +171,8 @@ def estimate(
     share = world_size if sharding == "fsdp2" else 1
     half = share > 1 and (args.bf16 or args.fp16)
     phases, communication = _phases(found, world_size, sharding, 2 if half else 1)
-    top = max(phases, key=phases.__getitem__)
+    peak = found.phases[max(phases, key=phases.__getitem__)]
+    held = sum(peak.kinds.get(kind, 0) for kind in (WEIGHTS, GRADIENTS, STATE))
     library = _library(target)
     return MemoryEstimate(
         recipe=recipe.name,
@@ -187,7 +189,7 @@ def estimate(
         activations=found.activations,
         activations_plain=kept[0],
         activations_checkpointed=kept[1],
-        workspace=_workspace(found, found.phases[top]) + library,
+        workspace=peak.total - held - min(peak.kinds.get(ACTIVATIONS, 0), found.activations) + library,
         communication=communication,
         phases={name: size + library for name, size in phases.items()},
     )
@@ -195,11 +197,6 @@ def estimate(
 
 def _total(weights: Counter[str]) -> int:
     return sum(weights[name] for name in WEIGHT_KINDS)
-
-
-def _workspace(found: Simulation, peak: Peak) -> int:
-    kept = sum(peak.kinds.get(kind, 0) for kind in (WEIGHTS, GRADIENTS, STATE))
-    return peak.total - kept - min(peak.kinds.get(ACTIVATIONS, 0), found.activations)
 
 
 def _phases(found: Simulation, world_size: int, sharding: str | None, narrower: int) -> tuple[dict[str, int], int]:
@@ -243,13 +240,6 @@ def _device(device: str | torch.device | None) -> torch.device:
     if kind not in available:
         raise UserError(f"device must be {' or '.join(available)} on this machine, got {str(device)!r}")
     return torch.device(kind)
-
-
-def _vocabulary(recipe: Recipe) -> int | None:
-    """The vocabulary size if the recipe trains its tokenizer; None: that of the model's configuration."""
-    if "vocab_size" in recipe.model or recipe.data.tokenizer is not None:
-        return None
-    return recipe.data.vocabulary_size
 
 
 def _changed(recipe: Recipe, batch_size: int | None, length: int | None, checkpointing: bool | None) -> Recipe:

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from inspect import Parameter, Signature, signature
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +24,8 @@ from hf_lowrank.errors import LowRankWarning, UserError, nearest
 from hf_lowrank.methods import MethodSettings, check_options
 from hf_lowrank.optim.adam import adamw_
 from hf_lowrank.optim.batch import Batch, batch_limits
-from hf_lowrank.optim.engines import flattened, flattened_by
 from hf_lowrank.optim.entries import Entry, ParameterInfo, entry_of, finite, nonzero
-from hf_lowrank.optim.groups import parameter_table
+from hf_lowrank.optim.groups import flattened, flattened_by, parameter_table
 from hf_lowrank.optim.layerwise import Layerwise
 from hf_lowrank.optim.layout import Layout
 from hf_lowrank.optim.sharding import local_part
@@ -51,6 +51,15 @@ class TargetedAdamW(Optimizer):
     settings: ClassVar[type[MethodSettings]]
     # Of all targets together.
     matrix_count: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lists the settings in the signature that `help` and notebooks show."""
+        super().__init_subclass__(**kwargs)
+        shown = {key: one for key, one in signature(cls.__init__).parameters.items() if key not in ("self", "options")}
+        for key, field in cls.settings.model_fields.items():
+            option = Parameter(key, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
+            shown.setdefault(key, option)
+        cls.__signature__ = Signature([*shown.values()])  # type: ignore[attr-defined]
 
     def __init__(
         self,

@@ -22,15 +22,8 @@ def summarize(diagnostics: Mapping[str, Mapping[str, float]]) -> dict[str, float
 class SubspaceLogCallback(TrainerCallback):
     """Adds a summary of the last refreshes to Trainer's log; the optimizer needs `diagnostics=True`."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        logs, optimizer = kw.get("logs"), kw.get("optimizer")
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         diagnostics = getattr(inner, "diagnostics", None)
         if not diagnostics or logs is None:

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_lowrank.formats import finite_number
 from hf_lowrank.metrics import PLANE
-from hf_lowrank.runs.measurements import Measurement, finite
+from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord
 
 
@@ -46,7 +47,7 @@ def curves(run: RunRecord, metric: str) -> list[Curve]:
             continue
         rest = json.dumps({key: value for key, value in row.settings.items() if key != "t"}, sort_keys=True)
         line = sweeps.setdefault((row.step, row.baseline), {}).setdefault(rest, {})
-        line[float(t)] = (finite(row.value), finite(row.ci_low), finite(row.ci_high))
+        line[float(t)] = (finite_number(row.value), finite_number(row.ci_low), finite_number(row.ci_high))
         counts[row.step, row.baseline] = row.n
     found = []
     for (step, baseline), by_settings in sorted(sweeps.items(), key=lambda item: (item[0][0], item[0][1] or "")):
@@ -106,7 +107,7 @@ def plane(run: RunRecord, step: int | None = None) -> Plane | None:
     for row in run.rows:
         x, y = row.settings.get("x"), row.settings.get("y")
         if row.metric == PLANE and isinstance(x, int | float) and isinstance(y, int | float):
-            points.setdefault(row.step, {})[float(x), float(y)] = finite(row.value)
+            points.setdefault(row.step, {})[float(x), float(y)] = finite_number(row.value)
     if not points or (step is not None and step not in points):
         return None
     chosen = max(points) if step is None else step

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hf_lowrank.claims.study import titles
+from hf_lowrank.claims.study import in_order, registered, titles
+from hf_lowrank.methods import SPARE_LOOKS, Look
 from hf_lowrank.report.standings import BASELINE
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.runs.run_files import section
@@ -88,3 +89,28 @@ def _settings(run: RunRecord) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+LIGHT_GROUND = "#fdfcf9"
+DARK_GROUND = "#15171a"
+
+
+@dataclass(frozen=True)
+class TitledLook(Look):
+    """A method's look with its title in tables and pictures."""
+
+    title: str
+
+
+def looks(methods: Iterable[str]) -> dict[str, TitledLook]:
+    """The look of each of `methods`, in the order of legends and tables.
+
+    Names that are not registered, such as the members of a study, take the spare looks in alphabetical order.
+    """
+    chosen, unknown = {}, 0
+    for name in in_order(methods):
+        entry = registered(name)
+        look = entry.look if entry else SPARE_LOOKS[unknown % len(SPARE_LOOKS)]
+        unknown += entry is None
+        chosen[name] = TitledLook(**vars(look), title=entry.title if entry else name)
+    return chosen

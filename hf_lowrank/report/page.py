@@ -20,8 +20,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.formats import big_count, join_words, pluralize
 from hf_lowrank.metrics import CURVES, SECTIONS
 from hf_lowrank.report.answer import Group, groups, losses_by_method
-from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, TitledLook, looks
-from hf_lowrank.report.members import baseline_of, with_distinct_methods
+from hf_lowrank.report.members import DARK_GROUND, LIGHT_GROUND, TitledLook, baseline_of, looks, with_distinct_methods
 from hf_lowrank.report.payload import payload, script_json
 from hf_lowrank.report.schema import MetricText, Payload, Run
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view

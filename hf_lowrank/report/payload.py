@@ -12,9 +12,9 @@ from hf_lowrank.claims.results import StudyResults
 from hf_lowrank.formats import finite_number
 from hf_lowrank.metrics import CURVES, POINTWISE, SECTIONS, describe, metric_order
 from hf_lowrank.report.answer import Group
-from hf_lowrank.report.colours import TitledLook
 from hf_lowrank.report.curves import center, curves, last_barriers, plane
 from hf_lowrank.report.means import method_means
+from hf_lowrank.report.members import TitledLook
 from hf_lowrank.report.schema import (
     Barrier,
     Curve,
@@ -30,7 +30,6 @@ from hf_lowrank.report.schema import (
     shorts,
 )
 from hf_lowrank.report.standings import downstream
-from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord, finished_or_all
 
 # More points than this change nothing about a line of a few hundred pixels.
@@ -65,7 +64,7 @@ def _metrics(run: RunRecord, scopes: dict[str, int]) -> dict[str, Trend]:
         if row.baseline != entry["base"]:  # trends follow one baseline, the first; `_barriers` has them all
             continue
         if row.scope != "model":
-            layered.setdefault(row.metric, {}).setdefault(row.step, {})[row.scope] = finite(row.value)
+            layered.setdefault(row.metric, {}).setdefault(row.step, {})[row.scope] = finite_number(row.value)
         elif not row.has_value:
             entry["why"] = row.reason
         else:
@@ -127,7 +126,7 @@ def _add_scores(entries: Sequence[Run], groups: Sequence[Group]) -> list[Task]:
         run = runs[entry["name"]]
         losses = {
             **dict(run.logged("eval_loss")),
-            **{r.step: r.value for r in run.model_rows("loss") if finite(r.value)},
+            **{r.step: r.value for r in run.model_rows("loss") if finite_number(r.value)},
         }
         steps = sorted(means.get(run.name, {}).items())
         if steps:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.formats import finite_number
 from hf_lowrank.metrics import CURVES, describe, metric_order
-from hf_lowrank.report.colours import LIGHT_GROUND, looks
 from hf_lowrank.report.curves import Plane, center, curves, last_barriers, plane
-from hf_lowrank.runs.measurements import Measurement, finite
+from hf_lowrank.report.members import LIGHT_GROUND, looks
+from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord, finished_or_all, load_runs
 from hf_lowrank.statistics import mean_interval
 
@@ -231,7 +232,7 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
     """
     records = [run for run in _comparable(runs) if run.perplexity is not None]
     heights = {
-        metric: {run.name: finite(row.value) for run in records if (row := run.last(metric)) is not None}
+        metric: {run.name: finite_number(row.value) for run in records if (row := run.last(metric)) is not None}
         for metric in metrics
     }
     drawn = [metric for metric, found in heights.items() if any(value is not None for value in found.values())]

@@ -11,7 +11,6 @@ from typing import Literal
 from hf_lowrank.claims.study import method_order, titles
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import byte_size, finite_number, loss_text, signed, significant
-from hf_lowrank.runs.measurements import finite
 from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.runs.scores import Score, above_chance, shared_tasks, usable_scores
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_difference, mean_interval
@@ -177,7 +176,7 @@ def _speed(runs: Sequence[RunRecord]) -> Criterion:
 def _distance(runs: Sequence[RunRecord]) -> tuple[Criterion, dict[str, float]]:
     def last(metric: str) -> dict[str, float]:
         rows = {run.name: row for run in runs if (row := run.last(metric)) is not None}
-        return {name: value for name, row in rows.items() if (value := finite(row.value)) is not None}
+        return {name: value for name, row in rows.items() if (value := finite_number(row.value)) is not None}
 
     help_ = (
         "Distance of the hidden states from the baseline's on the same tokens, relative to the baseline's norm, mean "

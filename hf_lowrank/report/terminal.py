@@ -58,7 +58,10 @@ def terminal_table(runs: Iterable[Any], width: int | None = None, *, study: Path
     several = any(row.seeds > 1 for group in compared for row in group.standings.rows)
     order = _METHOD_COLUMNS if several else _RUN_COLUMNS
     headings = _method_headings(compared) if several else _run_headings(compared)
-    lines = [_method_lines(group) if several else _run_lines(group) for group in compared]
+    lines: list[list[Line]] = [
+        [{c.id: cell.text for c, cell in zip(g.columns, row, strict=True)} for row in g.cells] for g in compared
+    ]
+    lines = [_method_lines(group) for group in compared] if several else lines
     wanted = [name for name in order if name in headings]
     widths = {name: max(map(len, [*headings[name], *(line.get(name, "—") for part in lines for line in part)]))
               for name in wanted}  # fmt: skip
@@ -81,10 +84,6 @@ def _run_headings(compared: Sequence[Group]) -> dict[str, list[str]]:
     if len({run.method for group in compared for run in group.runs}) == sum(len(group.runs) for group in compared):
         found.pop("seed")
     return found
-
-
-def _run_lines(group: Group) -> list[Line]:
-    return [{column.id: cell.text for column, cell in zip(group.columns, row, strict=True)} for row in group.cells]
 
 
 def _method_headings(compared: Sequence[Group]) -> dict[str, list[str]]:

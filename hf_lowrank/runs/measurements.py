@@ -19,11 +19,6 @@ UNDEFINED = "undefined: "
 OWN_BASELINE = "the run is its own baseline"
 
 
-def finite(value: float | None) -> float | None:
-    """`value`, or None where it is not a finite number."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One row.

@@ -41,7 +41,9 @@ def sharded_model(
     dense = dense and trajectory.adapted
     model = _bare(trajectory, step, dense)
     names = _names(model)
-    _shard(model, mesh)
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    for block in [*reversed([module for module in model.modules() if type(module).__name__ in kinds]), model]:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     stored = _stored(trajectory, step, model)
     read = _dense(trajectory, step, model, stored) if dense else stored
     loaded: dict[int, tuple[Tensor, nn.Parameter]] = {}
@@ -81,13 +83,6 @@ def _names(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in named:
         together.setdefault(id(parameter), []).append(name)
     return {name: together[id(parameter)] for name, parameter in named}
-
-
-def _shard(model: Any, mesh: DeviceMesh) -> None:
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
-    for block in reversed([module for module in model.modules() if type(module).__name__ in kinds]):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def _filled(parameter: Tensor, names: list[str], read: Reader, mesh: DeviceMesh, device: torch.device) -> nn.Parameter:

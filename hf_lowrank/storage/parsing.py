@@ -1,6 +1,7 @@
 """JSON and YAML as plain data: any invalid input raises the format's own error."""
 
 import json
+import math
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -80,3 +81,12 @@ def parse_plain_yaml(text: str) -> Any:
 def dump_yaml(data: dict[str, Any]) -> str:
     """Plain data as YAML text that `parse_yaml` reads back unchanged."""
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+
+def null_non_finite(value: Any) -> Any:
+    """A JSON document with null in place of NaN and Inf."""
+    if isinstance(value, dict):
+        return {key: null_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [null_non_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,7 @@ from typing import Any
 
 from hf_lowrank.formats import byte_size, duration
 from hf_lowrank.study.engine import StudyResult
-from hf_lowrank.study.plan import MemberPlan, Plan
+from hf_lowrank.study.plan import Plan
 
 
 def print_plan(plan: Plan, console: Any) -> None:
@@ -45,7 +45,9 @@ def plan_tables(plan: Plan) -> list[Any]:
         members.add_column(column, justify=justify, no_wrap=column != "what")
     for member in plan.members:
         counts = (str(member.runs), str(member.done), _time(member.seconds))
-        members.add_row(member.member, member.what, *counts, _checkpoints(member), _size(member.memory_bytes))
+        saved = member.checkpoints and member.checkpoint_bytes
+        disk = f"{member.checkpoints} × {_size(member.checkpoint_bytes)}" if saved else "–"
+        members.add_row(member.member, member.what, *counts, disk, _size(member.memory_bytes))
     title = f"in {plan.directory}, {plan.jobs} in parallel with {plan.threads} threads each"
     stages = Table(title=title, title_justify="left")
     for column in ("stage", "units", "done", "to do", "takes about"):
@@ -57,12 +59,6 @@ def plan_tables(plan: Plan) -> list[Any]:
     total = f"about {_time(plan.seconds)} in total, {_size(plan.disk_bytes)} of disk"
     total += f", up to {_size(plan.memory_bytes)} of memory at a time" if plan.memory_bytes else ""
     return [members, stages, total]
-
-
-def _checkpoints(member: MemberPlan) -> str:
-    if not member.checkpoints or not member.checkpoint_bytes:
-        return "–"
-    return f"{member.checkpoints} × {_size(member.checkpoint_bytes)}"
 
 
 def _time(seconds: float | None) -> str:

@@ -111,11 +111,7 @@ def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None
     logger.info("corpus: %d training sequences of %d tokens", len(train), data.sequence_length)
     evaluation = held_out.spread(data.evaluation_sequences)
     statistics = _statistics(train, len(tokenizer), evaluation)
-    return Corpus(data, tokenizer, evaluation, _hex(key), train, **statistics)
-
-
-def _hex(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+    return Corpus(data, tokenizer, evaluation, hashlib.sha256(key.encode()).hexdigest(), train, **statistics)
 
 
 def _statistics(sample: SequenceStore, vocabulary: int, evaluation: EvaluationSet) -> dict[str, Any]:

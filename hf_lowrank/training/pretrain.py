@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.errors import StoppedError, UserError
 from hf_lowrank.formats import is_first_process
-from hf_lowrank.optim.engines import refuse_engines
+from hf_lowrank.optim.groups import refuse_engines
 from hf_lowrank.runs.checkpoints import is_sharded, last_resumable_checkpoint, weight_files
 from hf_lowrank.runs.layout import INDEX, TOKENIZER, WEIGHTS, step_of
 from hf_lowrank.runs.run_files import read_facts
@@ -250,7 +250,9 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
     trainer = build_trainer(recipe, args, model, corpus, sequences_per_step, callbacks)
     checkpointing.trainer = trainer
     if checkpoint is not None:
-        _check_same_sharding(checkpoint, trainer.is_fsdp_enabled)
+        if is_sharded(checkpoint) != trainer.is_fsdp_enabled:
+            written, needed = ("under", "with") if is_sharded(checkpoint) else ("without", "without")
+            raise UserError(f"{checkpoint} was written {written} FSDP2; resume the run {needed} FSDP2, as it started")
         logger.info("%s resumes from step %d", run, step_of(checkpoint))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpointing.stopped is not None:
@@ -258,12 +260,6 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
             f"{run}: stopped by SIGTERM after step {checkpointing.stopped}, which is saved; rerun to resume"
         )
     return run
-
-
-def _check_same_sharding(checkpoint: Path, sharded: bool) -> None:
-    if is_sharded(checkpoint) != sharded:
-        written, needed = ("under", "with") if is_sharded(checkpoint) else ("without", "without")
-        raise UserError(f"{checkpoint} was written {written} FSDP2; resume the run {needed} FSDP2, as it started")
 
 
 def _corpus(recipe: Recipe, run: Path) -> Corpus:

@@ -8,9 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.adapters.functional import sltrain_linear
+from hf_lowrank.adapters.functional import draw_support, keyed_generator, sltrain_linear
 from hf_lowrank.adapters.layers import CoLALinear, SLTrainLinear
-from hf_lowrank.adapters.seeding import draw_support, keyed_generator
 from hf_lowrank.errors import UserError
 
 OUT, IN, RANK, TOKENS = 24, 20, 5, 11

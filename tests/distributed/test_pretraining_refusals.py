@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.optim.engines import refuse_engines
+from hf_lowrank.optim.groups import refuse_engines
 from hf_lowrank.runs.checkpoints import why_not_resumable
 from hf_lowrank.runs.layout import SHARDED_STATE
 from hf_lowrank.runs.run_files import write_facts

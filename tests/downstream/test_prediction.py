@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from simulated_studies import simulated_table
 from sklearn.linear_model import Ridge
 
 from hf_lowrank.downstream.gathering import gather, predict
@@ -16,7 +17,6 @@ from hf_lowrank.downstream.prediction import (
     permutation_p_value,
 )
 from hf_lowrank.downstream.ridge import PENALTIES, leave_one_group_out
-from hf_lowrank.downstream.simulation import simulated_table
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, append_measurements
 from hf_lowrank.runs.scores import Score, append_scores

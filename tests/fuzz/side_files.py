@@ -41,7 +41,7 @@ CLAIMS = {
 
 def read_claims(folder, content):
     from hf_lowrank.claims.claim import read_claims
-    from hf_lowrank.claims.show import claims_table
+    from hf_lowrank.claims.examine import claims_table
 
     (folder / "claims.json").write_bytes(content)
     claims_table(read_claims(folder))

@@ -1,5 +1,6 @@
 """The ways to use an optimizer: Trainer's two, the method table, and a custom loop with accelerate."""
 
+import inspect
 import io
 import json
 
@@ -203,3 +204,14 @@ def test_state_survives_a_file_in_its_own_types(tiny_llama):
                 assert value.data_ptr() != new[key].data_ptr(), key
             else:
                 assert value == new[key], key
+
+
+@pytest.mark.parametrize("cls", [GaLoreAdamW, FiraAdamW])
+def test_signatures_list_every_option_with_its_default(cls):
+    parameters = inspect.signature(cls).parameters
+    assert list(parameters)[:5] == ["params", "lr", "betas", "eps", "weight_decay"]
+    assert parameters["scale"].default == 0.25
+    assert parameters["rank"].default is None
+    assert set(cls.settings.model_fields) <= set(parameters)
+    assert ("residual" in parameters) == (cls is FiraAdamW)
+    assert parameters["update_proj_gap"].kind is inspect.Parameter.KEYWORD_ONLY

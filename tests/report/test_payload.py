@@ -12,10 +12,11 @@ from scipy import stats
 
 from hf_lowrank.claims.results import load_results
 from hf_lowrank.report.answer import groups
-from hf_lowrank.report.colours import looks
+from hf_lowrank.report.members import looks
 from hf_lowrank.report.payload import payload
-from hf_lowrank.report.schema import Payload, jsdoc
+from hf_lowrank.report.schema import Payload
 from hf_lowrank.runs.records import load_runs
+from tests.report.payload_types import jsdoc
 
 ASSETS = Path(str(resources.files("hf_lowrank.report"))) / "assets"
 METHODS = ("full_rank", "galore", "fira")

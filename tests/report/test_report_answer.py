@@ -11,7 +11,7 @@ from hf_lowrank.claims.results import StudyResults
 from hf_lowrank.formats import big_count, byte_size, duration, join_words, loss_text, significant
 from hf_lowrank.report import terminal_table
 from hf_lowrank.report.answer import groups, verdict
-from hf_lowrank.report.colours import DARK_GROUND, LIGHT_GROUND, looks
+from hf_lowrank.report.members import DARK_GROUND, LIGHT_GROUND, looks
 from hf_lowrank.report.payload import payload
 from hf_lowrank.report.plots import loss_curves, trends
 from hf_lowrank.runs.records import load_runs

@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 from hf_lowrank.errors import UserError
 from hf_lowrank.metrics import describe
 from hf_lowrank.report import plots
-from hf_lowrank.report.colours import looks
+from hf_lowrank.report.members import looks
 from hf_lowrank.report.plots import (
     PLOTS,
     barrier_matrix,

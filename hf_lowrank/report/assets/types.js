@@ -1,4 +1,4 @@
-/* Written by `python -m hf_lowrank.report.schema`: what DATA holds. Comments only; not in the page. */
+/* Written by `make format` from `schema.py`: what DATA holds. Comments only; not in the page. */
 
 /**
  * Points of a line, and the ends of their 95 % intervals where they have any.
