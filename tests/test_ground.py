@@ -214,7 +214,8 @@ class TestOptions:
             "scale", "proj_type", "subspace", "residual", "norm_growth_limit"
         ]  # fmt: skip
         (frugal,) = [settings for heading, settings in sections.items() if heading.startswith("frugal:")]
-        assert frugal[0].choices == {"blocks": settings_of(FrugalSettings)["subspace"].choices["blocks"]}
+        (subspace,) = [setting for setting in frugal if setting.name == "subspace"]
+        assert subspace.choices == {"blocks": settings_of(FrugalSettings)["subspace"].choices["blocks"]}
 
 
 def test_import_is_light():

@@ -59,14 +59,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, loader: type[yaml.SafeLoader] = _Loader) -> Any:
+def parse_yaml(text: str, *, plain: bool = False) -> Any:
     """`text` as plain data.
 
     Raises:
         yaml.YAMLError: invalid YAML, or a value that cannot be constructed, e.g. 2001-99-99.
     """
     try:
-        return yaml.load(text, Loader=loader)
+        return yaml.safe_load(text) if plain else yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise yaml.YAMLError(TOO_DEEP) from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
@@ -75,7 +75,7 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = _Loader) -> Any:
 
 def parse_plain_yaml(text: str) -> Any:
     """`parse_yaml` as other programs read it: 1e-3 is a string, and the last of duplicate keys counts."""
-    return parse_yaml(text, yaml.SafeLoader)
+    return parse_yaml(text, plain=True)
 
 
 def dump_yaml(data: dict[str, Any]) -> str:

@@ -286,7 +286,7 @@ RESULTS = {
                 "p_value": 0.01,
                 "n": 5,
                 "test": "paired t",
-                "reason": None,
+                "reason": "the interval lies above zero",
                 "details": [{"label": "galore", "effect": 0.5, "p_value": 0.01, "n": 5}],
             }
         ],
