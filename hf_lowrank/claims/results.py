@@ -17,6 +17,19 @@ CLAIMS, SWEEP, FAILURES = "claims.json", "sweep.json", "failures.json"
 Entry = TypeVar("Entry")
 
 
+# The questions of `hf-lowrank predict`, in order: title and explanation.
+QUESTIONS = {
+    "unseen_method": (
+        "A method not seen",
+        "Each method is left out in turn, with all its runs: its seeds are one observation. This gives the verdict.",
+    ),
+    "unseen_run": (
+        "A run not seen, of a known method",
+        "Everything is centred within its method, and each run is left out in turn.",
+    ),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """One run of the learning-rate sweep."""
@@ -65,7 +78,7 @@ def load_results(folder: Path | None) -> StudyResults:
         raise UserError(f"{folder}: no such study folder; give the folder that holds runs/ and {CLAIMS}")
     claims = read_result(folder / CLAIMS) or {}
     prediction = read_prediction(folder) or {}
-    predicted = finite_number(prediction.get("gain")) is not None and isinstance(prediction.get("seen"), list)
+    predicted = all(isinstance(prediction.get(name), Mapping) for name in QUESTIONS)
     return StudyResults(
         folder=folder,
         claims=_entries(folder / CLAIMS, claims.get("claims", []), parse_claim),

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_lowrank.downstream.prediction import Prediction, Table
+import numpy as np
+
+from hf_lowrank.downstream.prediction import Answer, Prediction, QuestionName, Table
+from hf_lowrank.formats import pluralize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,51 +16,73 @@ if TYPE_CHECKING:
 SHOWN = 8
 
 
+TITLES: dict[QuestionName, str] = {
+    "unseen_method": "A method not seen",
+    "unseen_run": "A run not seen, of a known method",
+}
+
+
 def prediction_figure(table: Table, prediction: Prediction) -> Figure:
-    """Actual against predicted scores of all checkpoints, with a marker for each run and the line of equality; one
-    panel for perplexity alone and one for perplexity and geometry.
+    """Actual against predicted scores of all checkpoints, with a marker per method and the line of equality.
+
+    A row per question that has an answer; one panel for perplexity alone and one for perplexity and geometry.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    panels = (
-        ("Perplexity alone", prediction.predicted_perplexity, prediction.r2_perplexity),
-        ("Perplexity and geometry", prediction.predicted_both, prediction.r2_both),
-    )
-    runs = table.run_of_row
-    both = [prediction.seen, prediction.predicted_perplexity, prediction.predicted_both]
-    low, high = min(float(v.min()) for v in both), max(float(v.max()) for v in both)
-    for axis, (title, predicted, r2) in zip(axes, panels, strict=True):
-        axis.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
-        for number, name in enumerate(table.runs):
-            rows = runs == number
-            marker = "osD^v<>P"[number % 8]
-            axis.plot(predicted[rows], prediction.seen[rows], marker, markersize=5, alpha=0.8, label=str(name))
-        axis.set_title(f"{title}: R² = {r2:.2f}")
-        axis.set_xlabel("predicted above-chance score")
-    axes[0].set_ylabel("actual above-chance score")
-    if len(table.runs) <= 16:
-        axes[1].legend(fontsize=6, loc="best")
-    gain = f"gain {prediction.gain:+.2f} [{prediction.gain_low:+.2f}, {prediction.gain_high:+.2f}]"
-    figure.suptitle(f"Runs left out in turn, {gain}, p = {prediction.p_value:.3f}", fontsize=10)
+    answers = [answer for answer in prediction.answers if answer.reason is None]
+    figure = Figure(figsize=(9, 4.6 * len(answers)), layout="constrained")
+    for answer, part in zip(answers, np.atleast_1d(figure.subfigures(len(answers), 1)), strict=True):
+        _draw(part, table, answer)
     return figure
 
 
+def _draw(figure: Any, table: Table, answer: Answer) -> None:
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    panels = (
+        ("Perplexity alone", answer.predicted_perplexity, answer.r2_perplexity),
+        ("Perplexity and geometry", answer.predicted_both, answer.r2_both),
+    )
+    methods = table.method_N[answer.rows]
+    both = [answer.observed, answer.predicted_perplexity, answer.predicted_both]
+    low, high = min(float(v.min()) for v in both), max(float(v.max()) for v in both)
+    centred = ", centred within methods" if answer.question == "unseen_run" else ""
+    for axis, (title, predicted, r2) in zip(axes, panels, strict=True):
+        axis.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
+        for number in np.unique(methods):
+            rows, marker = methods == number, "osD^v<>P"[number % 8]
+            axis.plot(
+                predicted[rows], answer.observed[rows], marker, markersize=5, alpha=0.8, label=table.methods[number]
+            )
+        axis.set_title(f"{title}: R² = {r2:.2f}")
+        axis.set_xlabel(f"predicted above-chance score{centred}")
+    axes[0].set_ylabel(f"actual above-chance score{centred}")
+    axes[1].legend(fontsize=6, loc="best")
+    gain = f"gain {answer.gain:+.2f} [{answer.gain_low:+.2f}, {answer.gain_high:+.2f}]"
+    counts = f"{pluralize(answer.methods, 'method')}, {pluralize(answer.runs, 'run')}"
+    figure.suptitle(f"{TITLES[answer.question]}: {gain}, p = {answer.p_value:.3f} ({counts})", fontsize=10)
+
+
 def prediction_tables(prediction: Prediction) -> list[Any]:
-    """Tables for rich: the two regressions, the largest coefficients, the best single metrics."""
-    p, interval = prediction, f"[{prediction.gain_low:+.3f}, {prediction.gain_high:+.3f}]"
+    """Tables for rich, per question: the two regressions, the largest coefficients, the best single metrics."""
+    return [table for answer in prediction.answers for table in _answer_tables(answer)]
+
+
+def _answer_tables(answer: Answer) -> list[Any]:
+    counts = ((answer.methods, "method"), (answer.runs, "run"), (answer.checkpoints, "checkpoint"))
+    title = f"{TITLES[answer.question]} ({', '.join(pluralize(count, noun) for count, noun in counts)})"
+    if answer.reason is not None:
+        return [_table(title, ("not tested",), [(answer.reason,)])]
+    interval = f"[{answer.gain_low:+.3f}, {answer.gain_high:+.3f}]"
     fits = [
-        ("perplexity", f"{p.r2_perplexity:.3f}", f"{p.spearman_perplexity:.3f}"),
-        ("perplexity + geometry", f"{p.r2_both:.3f}", f"{p.spearman_both:.3f}"),
-        ("gain", f"{p.gain:+.3f} {interval}", f"permutation p = {p.p_value:.3f}"),
+        ("perplexity", f"{answer.r2_perplexity:.3f}", f"{answer.spearman_perplexity:.3f}"),
+        ("perplexity + geometry", f"{answer.r2_both:.3f}", f"{answer.spearman_both:.3f}"),
+        ("gain", f"{answer.gain:+.3f} {interval}", f"permutation p = {answer.p_value:.3f}"),
     ]
-    weights = [(each.name, f"{each.mean:+.4f}", f"{each.spread:.4f}") for each in p.coefficients[:SHOWN]]
+    weights = [(each.name, f"{each.mean:+.4f}", f"{each.spread:.4f}") for each in answer.coefficients[:SHOWN]]
     single = [
         (each.metric, f"{each.r2_alone:.3f}", f"{each.gain:+.3f}", f"{each.spearman:.3f}")
-        for each in p.ranking[:SHOWN]
+        for each in answer.ranking[:SHOWN]
     ]
-    title = f"Downstream scores of {p.checkpoints} checkpoints, {p.runs} runs"
     return [
         _table(title, ("predictors", "R²", "Spearman ρ"), fits),
         _table("Standardised coefficients", ("predictor", "mean", "spread over fits"), weights),

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_lowrank.downstream.prediction import FEWEST_RUNS, PERMUTATIONS, Prediction, Table, analyse
+from hf_lowrank.downstream.prediction import PERMUTATIONS, Answer, Prediction, Table, analyse, too_few
+from hf_lowrank.downstream.ridge import Array
 from hf_lowrank.errors import UserError
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.layout import MEASUREMENTS, PREDICTION, SCORES
@@ -47,11 +48,12 @@ def predict(
         tasks: tasks whose above-chance scores are averaged; None: all that every run was scored on.
         metrics: ids, dimensions or groups of METRICS; None: the sixteen.
         permutations: how many.
-        seed: of permutations and bootstrap.
+        seed: of permutations.
         output: a folder for `prediction.json` and `prediction.png`; None writes nothing.
 
     Raises:
-        UserError: fewer than 8 runs have measurements and scores; the message says what each of the others lacks.
+        UserError: too few methods and too few runs have measurements and scores; the message says what each of the
+            others lacks.
     """
     table = gather(runs, tasks=tasks, metrics=metrics)
     prediction = analyse(table, permutations=permutations, seed=seed)
@@ -74,7 +76,7 @@ def gather(
     """The table of checkpoints, from the measurements and scores of runs.
 
     Raises:
-        UserError: too few runs are complete (the message says what is missing), or they share no step or task.
+        UserError: too few runs are complete (the message says what is missing), or they share no task.
     """
     chosen = (
         METRICS.sixteen if metrics is None else [m for m in METRICS.select(metrics) if m not in ("loss", "perplexity")]
@@ -98,29 +100,45 @@ def gather(
             problems.append(f"{name} has no downstream scores above chance level known (hf-lowrank evaluate {name})")
         else:
             measured[name], scored[name] = rows, scores
-    if len(measured) < FEWEST_RUNS:
+    if not measured:
         raise UserError(
-            f"prediction needs at least {FEWEST_RUNS} runs with measurements and downstream scores, got "
-            f"{len(measured)} of {len(runs)}" + "".join(f"; {problem}" for problem in problems)
+            f"prediction needs runs with measurements and downstream scores, got 0 of {len(runs)}" + _joined(problems)
         )
     notes = [f"left out: {problem}" for problem in problems]
     target = above_chance(scored, notes)
     columns = {metric: _column(measured, metric, notes) for metric in ["perplexity", *chosen]}
-    steps = _steps(list(measured), target, columns, chosen, notes)
-    names = list(measured)
+    checkpoints = _checkpoints(target, columns, chosen, notes)
+    names = list(dict.fromkeys(run for run, _ in checkpoints))
+    methods = [_method(measured[name]) for name in names]
+    titles = list(dict.fromkeys(methods))
 
-    def grid(values: Grid) -> Any:
-        return np.array([[values.get(run, {}).get(step, np.nan) for step in steps] for run in names], dtype=float)
+    def column(values: Grid) -> Array:
+        return np.array([values.get(run, {}).get(step, np.nan) for run, step in checkpoints], dtype=float)
 
-    return Table(
+    table = Table(
+        methods=titles,
         runs=names,
-        steps=steps,
         metrics=chosen,
-        log_perplexity=np.log(grid(columns["perplexity"])),
-        geometry=np.stack([grid(columns[metric]) for metric in chosen], axis=2),
-        target=grid(target),
+        method_R=np.array([titles.index(method) for method in methods], dtype=np.int64),
+        run_N=np.array([names.index(run) for run, _ in checkpoints], dtype=np.int64),
+        step_N=np.array([step for _, step in checkpoints], dtype=np.int64),
+        log_perplexity_N=np.log(column(columns["perplexity"])),
+        geometry_NP=np.stack([column(columns[metric]) for metric in chosen], axis=1),
+        target_N=column(target),
         notes=notes,
     )
+    if (reason := too_few(methods)) is not None:
+        raise UserError(f"{reason}; {len(names)} of {len(runs)} runs can take part" + _joined(problems))
+    return table
+
+
+def _joined(problems: Iterable[str]) -> str:
+    return "".join(f"; {problem}" for problem in problems)
+
+
+def _method(rows: Sequence[Measurement]) -> str:
+    """The method that a run's rows name; runs of a sweep, and of other ranks and sizes, are runs of their method."""
+    return Counter(row.method for row in rows).most_common(1)[0][0]
 
 
 def _has_tables(folder: Path) -> bool:
@@ -149,37 +167,43 @@ def _settings_key(row: Measurement) -> str:
     return json.dumps({k: v for k, v in row.settings.items() if k not in VARYING}, sort_keys=True)
 
 
-def _steps(
-    runs: list[str], target: Grid, columns: Mapping[str, Grid], metrics: Sequence[str], notes: list[str]
-) -> list[int]:
-    """The steps where all runs have a target, a perplexity, and each metric that at least half of these steps have."""
+def _checkpoints(
+    target: Grid, columns: Mapping[str, Grid], metrics: Sequence[str], notes: list[str]
+) -> list[tuple[str, int]]:
+    """The (run, step) pairs with a target, a perplexity, and each metric that at least half of every run's pairs have.
 
-    def common_steps(grid: Grid) -> set[int]:
-        return set.intersection(*(set(grid.get(run, {})) for run in runs))
-
-    every = set.union(*(set(target[run]) for run in runs))
-    steps = common_steps(target) & common_steps(columns["perplexity"])
-    if not steps:
-        raise UserError("the runs share no step with a score and a perplexity; evaluate and measure the same steps")
-    complete = {metric: common_steps(columns[metric]) & steps for metric in metrics}
-    for metric, present in complete.items():
-        if 2 * len(present) >= len(steps) and present != steps:
-            notes.append(f"{metric} is null at steps {_listed(steps - present)}: these steps are left out")
-    kept = set.intersection(steps, *(present for present in complete.values() if 2 * len(present) >= len(steps)))
+    A metric that some run lacks at most of its checkpoints does not cost the run, but is left out later.
+    """
+    pairs = {run: sorted(step for step in by_step if step in columns["perplexity"].get(run, {}))
+             for run, by_step in target.items()}  # fmt: skip
+    for run in [run for run, steps in pairs.items() if not steps]:
+        notes.append(f"left out: {run} has no step with both a score and a perplexity")
+        del pairs[run]
+    if not pairs:
+        raise UserError("no run has a step with both a score and a perplexity; evaluate and measure the same steps")
+    missing: dict[str, set[tuple[str, int]]] = {}
+    for metric in metrics:
+        known = {run: [step for step in steps if step in columns[metric].get(run, {})] for run, steps in pairs.items()}
+        if all(2 * len(known[run]) >= len(steps) for run, steps in pairs.items()):
+            missing[metric] = {(run, step) for run, steps in pairs.items() for step in set(steps) - set(known[run])}
+    for metric, lacking in missing.items():
+        if lacking:
+            steps = ", ".join(map(str, sorted({step for _, step in lacking})))
+            notes.append(f"{metric} is null at steps {steps}: these checkpoints are left out")
+    lacking = set().union(*missing.values())
+    kept = [(run, step) for run, steps in pairs.items() for step in steps if (run, step) not in lacking]
     if not kept:
-        raise UserError("no step has all metrics in all runs; measure the same metrics at the same steps everywhere")
-    if every - steps:
-        notes.append(f"steps {_listed(every - steps)} are missing in some runs: left out")
-    return sorted(kept)
-
-
-def _listed(steps: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(steps)))
+        raise UserError("no checkpoint has all metrics; measure the same metrics at the same steps")
+    return kept
 
 
 def _json_content(table: Table, prediction: Prediction) -> dict[str, Any]:
-    content = asdict(prediction)
-    for name in ("seen", "predicted_perplexity", "predicted_both"):
-        content[name] = np.asarray(content[name]).tolist()
-    content["rows"] = [[run, step] for run in table.runs for step in table.steps]
-    return null_non_finite(content)
+    def question(answer: Answer) -> dict[str, Any]:
+        content = asdict(answer)
+        for name in ("rows", "observed", "predicted_perplexity", "predicted_both"):
+            content[name] = getattr(answer, name).tolist()
+        content["rows"] = [[table.runs[table.run_N[row]], int(table.step_N[row])] for row in answer.rows]
+        return content
+
+    content = {answer.question: question(answer) for answer in prediction.answers}
+    return null_non_finite({**content, "methods": list(table.methods), "notes": list(prediction.notes)})

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from hf_lowrank.claims.results import StudyResults
+from hf_lowrank.claims.results import QUESTIONS, StudyResults
 from hf_lowrank.formats import finite_number
 from hf_lowrank.metrics import CURVES, POINTWISE, SECTIONS, describe, metric_order
 from hf_lowrank.report.answer import Group
@@ -213,17 +213,24 @@ def _trials(study: StudyResults, numbers: Mapping[str, int]) -> list[Trial]:
     ]
 
 
-def _prediction(study: StudyResults) -> Prediction | None:
-    """Predicted and actual scores; None if the file's lists are missing or differ in length."""
-    found = study.prediction or {}
-    sides = [found.get(key) for key in ("seen", "predicted_perplexity", "predicted_both")]
-    if not all(isinstance(side, list) for side in sides) or len({len(side) for side in sides if side}) != 1:
+def _predictions(study: StudyResults) -> list[Prediction]:
+    """Predicted against observed scores, per question that has an answer."""
+    content = study.prediction or {}
+    found = (_prediction(name, content[name]) for name in QUESTIONS if name in content)
+    return [prediction for prediction in found if prediction is not None]
+
+
+def _prediction(name: str, found: Mapping[str, Any]) -> Prediction | None:
+    """None if the file has no lists of one length."""
+    sides = [found.get(key) for key in ("observed", "predicted_perplexity", "predicted_both")]
+    if not all(isinstance(side, list) and side for side in sides) or len({len(side) for side in sides if side}) != 1:
         return None
-    seen, alone, both = (shorts(finite_number(value) for value in side or ()) for side in sides)
+    observed, alone, both = (shorts(finite_number(value) for value in side or ()) for side in sides)
     rows = found.get("rows")
-    rows = rows if isinstance(rows, list) and len(rows) == len(seen) else []
+    rows = rows if isinstance(rows, list) and len(rows) == len(observed) else []
     return {
-        "seen": seen,
+        "question": name,
+        "observed": observed,
         "predicted_perplexity": alone,
         "predicted_both": both,
         "rows": [[str(row[0]).rsplit("/", 1)[-1], row[1]] for row in rows],
@@ -293,7 +300,7 @@ def payload(groups: Sequence[Group], study: StudyResults, chosen: Mapping[str, T
         "scopes": list(scopes),
         "tasks": tasks,
         "sweep": _trials(study, numbers),
-        "prediction": _prediction(study),
+        "predictions": _predictions(study),
         "claims": _claims(study),
         "quantities": {
             column.id: {

@@ -167,9 +167,10 @@ class Trial(TypedDict):
 
 
 class Prediction(TypedDict):
-    """Actual and predicted downstream scores, with [run, step] of each."""
+    """Observed and predicted downstream scores, with [run, step] of each, for one question."""
 
-    seen: Numbers
+    question: str
+    observed: Numbers
     predicted_perplexity: Numbers
     predicted_both: Numbers
     rows: list[list[Any]]
@@ -204,7 +205,7 @@ class Payload(TypedDict):
     scopes: list[str]
     tasks: list[Task]
     sweep: list[Trial]
-    prediction: Prediction | None
+    predictions: list[Prediction]
     claims: list[list[Any]]
     quantities: dict[str, Quantity]
     dimensions: dict[str, str]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_lowrank.claims.claim import VERDICT_MEANING, VERDICTS, Claim, Detail
-from hf_lowrank.claims.results import StudyResults
+from hf_lowrank.claims.results import QUESTIONS, StudyResults
 from hf_lowrank.formats import finite_number, loss_text, p_text, pluralize, signed, significant
 from hf_lowrank.report.answer import Group
 from hf_lowrank.report.standings import Criterion, Standing
@@ -169,26 +169,31 @@ def _effect_view(part: Detail, unit: str, ruler: Ruler) -> dict[str, Any]:
 
 
 def prediction_view(study: StudyResults) -> dict[str, Any] | None:
-    """The prediction in words and its gain on a line; None without one."""
+    """The prediction in words, with a view per question; None without one."""
     found = study.prediction
     if found is None:
         return None
+    questions = [_question_view(name, found[name]) for name in QUESTIONS]
+    if questions[0]["reason"]:
+        answer = "Whether geometry and spectra add to perplexity for an unseen method is not tested"
+    elif questions[0]["sure"]:
+        answer = "Geometry and spectra add to perplexity: scores of methods left out are predicted better with them"
+    else:
+        answer = "Geometry and spectra are not shown to add to perplexity"
+    return {"answer": answer, "questions": questions, "notes": [str(note) for note in found.get("notes") or []]}
+
+
+def _question_view(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """One question's answer: its gain on a line, its tables; `reason` says why where there is none."""
 
     def number(key: str) -> float | None:
         return finite_number(found.get(key))
 
     gain, low, high, p = (number(key) for key in ("gain", "gain_low", "gain_high", "p_value"))
-    ruler = Ruler((gain, low, high), zero=True)
     interval = (
         f" (95 % interval {signed(low, significant)} to {signed(high, significant)})"
         if low is not None and high is not None
         else ""
-    )
-    sure = p is not None and p < 0.05 and low is not None and low > 0
-    answer = (
-        "Geometry and spectra add to perplexity: scores of runs left out are predicted better with them"
-        if sure
-        else "Geometry and spectra are not shown to add to perplexity"
     )
 
     def table(key: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -196,21 +201,24 @@ def prediction_view(study: StudyResults) -> dict[str, Any] | None:
         shown = [row for row in rows if isinstance(row, Mapping)][:8] if isinstance(rows, list) else []
         return [(str(row.get(names[0], "")), *(_or_dash(row.get(name)) for name in names[1:])) for row in shown]
 
+    title, explanation = QUESTIONS[name]
     return {
-        "answer": answer,
+        "name": name,
+        "title": title,
+        "explanation": explanation,
+        "reason": str(found.get("reason") or ("no gain is known" if gain is None else "")),
+        "sure": p is not None and p < 0.05 and low is not None and low > 0,
         "gain": "—" if gain is None else signed(gain, significant),
         "interval": interval,
         "p": "" if p is None else p_text(p),
-        "track": ruler.track(gain, low, high, zero=True),
-        "runs": found.get("runs"),
-        "checkpoints": found.get("checkpoints"),
+        "track": Ruler((gain, low, high), zero=True).track(gain, low, high, zero=True),
+        **{key: found.get(key) for key in ("methods", "runs", "checkpoints")},
         "fits": [
             (label, _or_dash(number(f"r2_{key}")), _or_dash(number(f"spearman_{key}")))
             for label, key in (("Perplexity alone", "perplexity"), ("Perplexity and geometry", "both"))
         ],
         "coefficients": table("coefficients", ("name", "mean", "spread")),
         "ranking": table("ranking", ("metric", "r2_alone", "gain", "spearman")),
-        "notes": [str(note) for note in found.get("notes") or []],
     }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hf_lowrank.downstream.prediction import FEWEST_RUNS
+from hf_lowrank.downstream.prediction import too_few
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.layout import EVALUATION_SET
@@ -71,8 +71,8 @@ def prepare(file: StudyFile, directory: Path, stages: Sequence[str], *, named: b
         if named or study.settings.evaluate.tasks is not None:
             raise file.fault("evaluate.tasks", f"{reason}; name other tasks, e.g. lowrank_paper")
         study.skipped["evaluate"] = f"{reason}; evaluate.tasks can name others"
-    if len(runs) < FEWEST_RUNS:
-        study.skipped["predict"] = f"it needs at least {FEWEST_RUNS} runs, there are {len(runs)}"
+    if (reason := too_few([study.method(run) for run in runs])) is not None:
+        study.skipped["predict"] = reason
     return study
 
 

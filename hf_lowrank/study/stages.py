@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.claims.results import SWEEP
-from hf_lowrank.downstream.prediction import FEWEST_RUNS
+from hf_lowrank.downstream.prediction import too_few
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.runs.checkpoints import last_resumable_checkpoint
 from hf_lowrank.runs.layout import MEASUREMENTS, SCORES
@@ -189,10 +189,9 @@ def choose_winners(study: Study) -> tuple[Study, list[str]]:
 
 def too_few_runs(study: Study, runs: Sequence[Run]) -> str | None:
     """Why scores cannot be predicted, None if they can."""
-    ready = sum(all((run.folder / name).is_file() for name in (MEASUREMENTS, SCORES)) for run in runs)
-    if ready >= FEWEST_RUNS:
-        return None
-    return f"it needs at least {FEWEST_RUNS} runs with measurements and scores, there are {ready}"
+    ready = [run for run in runs if all((run.folder / name).is_file() for name in (MEASUREMENTS, SCORES))]
+    reason = too_few([study.method(run) for run in ready])
+    return reason and f"{reason} with measurements and scores"
 
 
 @dataclass(frozen=True, kw_only=True)

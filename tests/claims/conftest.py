@@ -119,11 +119,13 @@ def simulation():
 def prediction(tmp_path):
     """Writes a `prediction.json`, as `hf-lowrank predict` does."""
 
-    def write(**changes):
-        content = {
-            "runs": 20, "checkpoints": 60, "r2_perplexity": 0.4, "r2_both": 0.6, "gain": 0.2, "gain_low": 0.1,
-            "gain_high": 0.3, "p_value": 0.005, "ranking": [{"metric": "update_norm", "gain": 0.15}], **changes,
+    def write(unseen_run=None, **changes):
+        answer = {
+            "methods": 8, "runs": 20, "checkpoints": 60, "reason": None, "r2_perplexity": 0.4, "r2_both": 0.6,
+            "gain": 0.2, "gain_low": 0.1, "gain_high": 0.3, "p_value": 0.005,
+            "ranking": [{"metric": "update_norm", "gain": 0.15}],
         }  # fmt: skip
+        content = {"unseen_method": {**answer, **changes}, "unseen_run": {**answer, **(unseen_run or {})}}
         path = tmp_path / "prediction.json"
         path.write_text(json.dumps(content))
         return path

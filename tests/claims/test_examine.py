@@ -303,6 +303,12 @@ def test_tasks_on_other_items_are_not_compared(simulation, tmp_path):
         ({"gain_low": -0.1}, "undecided", "includes zero, though p = 0.005"),
         ({"gain_low": None}, "undecided", "lacks a gain with interval"),
         ({"gain": -0.2, "gain_low": -0.3, "gain_high": -0.1, "p_value": 0.8}, "contradicted", "below zero"),
+        (
+            {"gain": None, "gain_low": None, "gain_high": None, "p_value": None, "reason": "5 methods are too few"},
+            "undecided",
+            "5 methods are too few",
+        ),
+        ({"unseen_run": {"gain": -9, "gain_low": -9.5, "gain_high": -8.5}}, "reproduced", "does not reach it"),
     ],
 )
 def test_the_prediction_is_judged_by_interval_and_permutation(
@@ -311,6 +317,26 @@ def test_the_prediction_is_judged_by_interval_and_permutation(
     runs = simulation.write(tmp_path / "runs")
     claim = claim_of(runs[:2], "prediction", prediction=prediction(**changes))
     assert (claim.verdict, reason in claim.reason) == (verdict, True)
+
+
+def test_the_prediction_counts_methods_and_states_both_questions(simulation, prediction, tmp_path):
+    runs = simulation.write(tmp_path / "runs")
+    refused = {"gain": None, "reason": "it has one run per method"}
+    claim = claim_of(runs[:2], "prediction", prediction=prediction(unseen_run=refused))
+    assert claim.n == 8
+    assert "Methods left out (8 methods): geometry changes R² from 0.4" in claim.sentence
+    assert "not tested, it has one run per method" in claim.sentence
+    assert {detail.label for detail in claim.details} == {"update_norm (unseen methods)", "update_norm (unseen runs)"}
+
+
+def test_a_prediction_that_takes_seeds_for_witnesses_decides_nothing(simulation, tmp_path):
+    """As versions before 0.2 wrote it."""
+    runs = simulation.write(tmp_path / "runs")[:2]
+    old = {"runs": 40, "gain": 0.05, "gain_low": 0.01, "gain_high": 0.1, "p_value": 0.005, "seen": [0.1]}
+    (tmp_path / "prediction.json").write_text(json.dumps(old))
+    claim = claim_of(runs, "prediction", prediction=tmp_path)
+    assert claim.verdict == "undecided"
+    assert "earlier version" in claim.reason
 
 
 def test_a_missing_prediction_is_no_error_and_a_damaged_one_is(simulation, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,155 +10,202 @@ from simulated_studies import simulated_table
 from sklearn.linear_model import Ridge
 
 from hf_lowrank.downstream.gathering import gather, predict
-from hf_lowrank.downstream.prediction import (
-    Table,
-    _with_usable_metrics,
-    analyse,
-    gain_interval,
-    permutation_p_value,
-)
+from hf_lowrank.downstream.prediction import analyse, answer, gain_interval, question, without_useless
 from hf_lowrank.downstream.ridge import PENALTIES, leave_one_group_out
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, append_measurements
 from hf_lowrank.runs.scores import Score, append_scores
 
 
-def reference(x, y, runs):
-    """The nested procedure, written out with scikit-learn and loops."""
+def reference(x, y, groups, weights):
+    """The nested procedure, written out with scikit-learn and loops; every group has the same total weight."""
     predicted = np.empty_like(y)
     penalties = []
+    share = weights / np.array([weights[groups == g].sum() for g in groups])
 
     def fitted(rows, penalty):
-        mean, scale = x[rows].mean(0), x[rows].std(0)
-        model = Ridge(alpha=penalty * rows.sum()).fit((x[rows] - mean) / scale, y[rows])
+        w = share[rows]
+        mean = np.average(x[rows], axis=0, weights=w)
+        scale = np.sqrt(np.average((x[rows] - mean) ** 2, axis=0, weights=w))
+        model = Ridge(alpha=penalty * w.sum()).fit((x[rows] - mean) / scale, y[rows], sample_weight=w)
         return lambda at: model.predict((x[at] - mean) / scale)
 
-    for g in np.unique(runs):
+    for g in np.unique(groups):
         errors = []
         for penalty in PENALTIES:
             error = 0.0
-            for h in np.unique(runs[runs != g]):
-                inside = (runs != g) & (runs != h)
-                error += ((fitted(inside, penalty)(runs == h) - y[runs == h]) ** 2).sum()
+            for h in np.unique(groups[groups != g]):
+                inside = (groups != g) & (groups != h)
+                error += (share[groups == h] * (fitted(inside, penalty)(groups == h) - y[groups == h]) ** 2).sum()
             errors.append(error)
         penalties.append(PENALTIES[int(np.argmin(errors))])
-        predicted[runs == g] = fitted(runs != g, penalties[-1])(runs == g)
+        predicted[groups == g] = fitted(groups != g, penalties[-1])(groups == g)
     return predicted, penalties
 
 
-def test_leave_one_group_out_is_the_nested_procedure():
-    table = simulated_table(3, runs=8, steps=3, metrics=4, effect=0.5)
-    x, y, runs = table.columns(), table.target.reshape(-1), table.run_of_row
-    predicted, folds = leave_one_group_out(x, y, runs)
-    expected, penalties = reference(x, y, runs)
-    np.testing.assert_allclose(predicted, expected, rtol=1e-9, atol=1e-10)
+def columns_of(asked):
+    return np.concatenate([asked.base_nB, asked.geometry_nP], axis=1)
+
+
+@pytest.mark.parametrize("name", ["unseen_method", "unseen_run"])
+def test_leave_one_group_out_is_the_nested_procedure(name):
+    table = ragged(simulated_table(3, methods=6, runs=2, steps=3, metrics=4, between=0.5, within=0.5))
+    asked = question(table, name)
+    predicted, folds = asked.predictions(asked.base_nB, asked.geometry_nP)
+    expected, penalties = reference(columns_of(asked), asked.target_n, asked.groups_n, asked.weights_n)
+    np.testing.assert_allclose(predicted, expected, rtol=1e-8, atol=1e-9)
     assert [fold.penalty for fold in folds] == pytest.approx(penalties)
 
 
-def test_nothing_of_the_left_out_run_reaches_its_fit():
-    table = simulated_table(1, runs=9, effect=0.5)
-    x, y, runs = table.columns(), table.target.reshape(-1), table.run_of_row
-    _, before = leave_one_group_out(x, y, runs)
+def ragged(table):
+    """The table without some checkpoints, and with one run fewer."""
+    keep = np.ones(len(table.target_N), dtype=bool)
+    keep[[1, 8, 9]] = False
+    keep[table.run_N == len(table.runs) - 1] = False
+    used, run_N = np.unique(table.run_N[keep], return_inverse=True)
+    return replace(
+        table, runs=[table.runs[r] for r in used], method_R=table.method_R[used], run_N=run_N,
+        step_N=table.step_N[keep], log_perplexity_N=table.log_perplexity_N[keep],
+        geometry_NP=table.geometry_NP[keep], target_N=table.target_N[keep],
+    )  # fmt: skip
+
+
+def test_every_method_weighs_the_same_however_many_runs_it_has():
+    asked = question(ragged(simulated_table(3, methods=6, runs=2)), "unseen_method")
+    np.testing.assert_allclose(np.bincount(asked.groups_n, asked.share_n), 1.0)
+    lone = asked.share_n[asked.groups_n == 5]
+    np.testing.assert_allclose(lone, 1 / len(lone))  # its other run is gone
+
+
+def test_within_methods_nothing_of_a_method_is_left():
+    table = simulated_table(2, methods=6, runs=3)
+    shifted = replace(
+        table, target_N=table.target_N + 5.0 * table.method_N, geometry_NP=table.geometry_NP + table.method_N[:, None]
+    )
+    for before, after in zip(
+        *(question(t, "unseen_run").predictions(*arrays(question(t, "unseen_run"))) for t in (table, shifted)),
+        strict=True,
+    ):
+        if isinstance(before, np.ndarray):
+            np.testing.assert_allclose(before, after, atol=1e-9)
+
+
+def arrays(asked):
+    return asked.base_nB, asked.geometry_nP
+
+
+def test_nothing_of_the_left_out_group_reaches_its_fit():
+    asked = question(simulated_table(1, methods=9, between=0.5), "unseen_method")
+    x, y, groups = columns_of(asked), asked.target_n, asked.groups_n
+    _, before = leave_one_group_out(x, y, groups)
     x2, y2 = x.copy(), y.copy()
-    x2[runs == 4] = 1e6 * x2[runs == 4] + 1e5
-    y2[runs == 4] = -1e6
-    _, after = leave_one_group_out(x2, y2, runs)
+    x2[groups == 4] = 1e6 * x2[groups == 4] + 1e5
+    y2[groups == 4] = -1e6
+    _, after = leave_one_group_out(x2, y2, groups)
     for name in ("mean_P", "scale_P", "mean_y", "coef_P", "penalty"):
         np.testing.assert_array_equal(getattr(before[4], name), getattr(after[4], name))
         assert not np.array_equal(getattr(before[3], name), getattr(after[3], name)) or name == "penalty"
 
 
-def test_a_planted_leak_does_not_help():
-    """A metric that tells the runs apart predicts rows of runs that were seen, and none of a run that was not."""
+def test_five_seeds_of_a_method_are_one_witness():
+    """Geometry that is a random fingerprint of the method predicts runs of known methods, and no unknown method."""
     rng = np.random.default_rng(0)
-    runs, steps = 12, 6
-    level = rng.normal(size=(runs, 1))
-    marks = np.eye(runs)[:, None, :].repeat(steps, 1) + 0.01 * rng.normal(size=(runs, steps, runs))
-    target = level + 0.05 * rng.normal(size=(runs, steps))
-    perplexity = rng.normal(size=(runs, steps))
-    names = [f"mark_{r}" for r in range(runs)]
-    table = Table([f"r{i}" for i in range(runs)], list(range(steps)), names, perplexity, marks, target)
-    y = target.reshape(-1)
-    honest, _ = leave_one_group_out(table.columns(), y, table.run_of_row)
-    split_runs = np.tile(np.arange(steps), runs)
-    leaky, _ = leave_one_group_out(table.columns(), y, split_runs)
+    table = simulated_table(0, methods=8, runs=5, steps=1)
+    fingerprints, offsets = rng.normal(size=(8, 16))[table.method_N], 0.5 * rng.normal(size=8)[table.method_N]
+    table = replace(
+        table,
+        geometry_NP=fingerprints + 0.05 * rng.normal(size=fingerprints.shape),
+        target_N=offsets - table.log_perplexity_N + 0.05 * rng.normal(size=len(offsets)),
+    )
+    perplexity = table.log_perplexity_N[:, None]
+    both = np.concatenate([perplexity, table.geometry_NP], axis=1)
+    errors = [
+        ((leave_one_group_out(x, table.target_N, table.run_N)[0] - table.target_N) ** 2).sum()
+        for x in (perplexity, both)
+    ]
+    assert errors[1] < 0.1 * errors[0]  # leaving one run out, geometry seems to explain nearly all
+    found = answer(table, question(table, "unseen_method"), permutations=39)
+    assert found.gain < 0.0
+    assert found.p_value > 0.05
 
-    def r2(p):
-        return 1 - ((p - y) ** 2).sum() / ((y - y.mean()) ** 2).sum()
 
-    assert r2(leaky) > 0.9
-    assert r2(honest) < 0.1
-
-
-def test_the_interval_covers_the_expected_gain():
+@pytest.mark.parametrize("name", ["unseen_method", "unseen_run"])
+def test_the_interval_covers_the_expected_gain(name):
     """A small share of benchmarks/prediction_calibration.py."""
+    shape = {"methods": 7, "runs": 2, "steps": 2, "metrics": 4, "between": 0.8, "within": 0.8}
     gains, intervals = [], []
-    for seed in range(60):
-        table = simulated_table(seed, effect=0.5)
-        y, runs = table.target.reshape(-1), table.run_of_row
-        base, _ = leave_one_group_out(table.columns([]), y, runs)
-        both, _ = leave_one_group_out(table.columns(), y, runs)
-        squares = ((y - y.mean()) ** 2).sum()
-        gains.append((((base - y) ** 2).sum() - ((both - y) ** 2).sum()) / squares)
-        intervals.append(gain_interval(table.target, base, both, resamples=500))
+    for seed in range(40):
+        table = simulated_table(seed, **shape)
+        asked = question(table, name)
+        both, _ = asked.predictions(asked.base_nB, asked.geometry_nP)
+        gains.append(asked.r2(both) - asked.r2(asked.base))
+        intervals.append(gain_interval(table, asked, gains[-1]))
     truth = float(np.mean(gains))
-    assert truth > 0.15
-    assert sum(low <= truth <= high for low, high in intervals) >= 54
+    assert sum(low <= truth <= high for low, high in intervals) >= 35
 
 
-def test_the_permutation_test_tells_an_effect_from_none():
-    with_effect = analyse(simulated_table(0, effect=1.0), permutations=39)
-    assert with_effect.p_value == pytest.approx(1 / 40)
-    assert with_effect.gain > 0.3
-    assert "metric_0" in {ranked.metric for ranked in with_effect.ranking[:2]}
-    assert {c.name for c in with_effect.coefficients[:3]} == {"log_perplexity", "metric_0", "metric_1"}
-    none = [permutation_p_value(table, _gain(table), permutations=19, seed=s) for s, table in _nulls(20)]
-    assert sum(p <= 0.05 for p in none) <= 4
-    assert 0.25 < float(np.mean(none)) < 0.85
+@pytest.mark.parametrize(
+    ("name", "effect", "other"),
+    [("unseen_method", {"between": 1.5}, {"within": 1.5}), ("unseen_run", {"within": 1.5}, {"between": 1.5})],
+)
+def test_each_question_finds_its_own_effect_and_not_the_other(name, effect, other):
+    shape = {"methods": 12, "runs": 3, "steps": 2, "metrics": 4}
+    found = answer_of(simulated_table(1, **shape, **effect), name)
+    assert found.p_value == pytest.approx(1 / 40)
+    assert found.gain > 0.1
+    assert {c.name for c in found.coefficients[:4]} >= {"metric_0", "metric_1"}
+    p_values = [answer_of(simulated_table(100 + seed, **shape, **other), name).p_value for seed in range(12)]
+    assert sum(p <= 0.05 for p in p_values) <= 3
+    assert 0.25 < float(np.mean(p_values)) < 0.85
 
 
-def _nulls(count):
-    return [(seed, simulated_table(900 + seed, effect=0.0)) for seed in range(count)]
+def answer_of(table, name):
+    return answer(table, question(table, name), permutations=39)
 
 
-def _gain(table):
-    y, runs = table.target.reshape(-1), table.run_of_row
-    errors = [((leave_one_group_out(table.columns(c), y, runs)[0] - y) ** 2).sum() for c in ([], None)]
-    return (errors[0] - errors[1]) / ((y - y.mean()) ** 2).sum()
+def test_too_few_methods_or_runs_leave_one_question_open():
+    few = analyse(simulated_table(0, methods=4, runs=3, within=1.0), permutations=19)
+    assert few.unseen_method.reason == "leaving a method out needs at least 6 methods, got 4"
+    assert math.isnan(few.unseen_method.gain)
+    assert few.unseen_run.reason is None
+    assert (few.unseen_run.methods, few.unseen_run.runs, few.unseen_run.checkpoints) == (4, 12, 36)
+    lone = analyse(simulated_table(0, methods=8, runs=1), permutations=19)
+    assert lone.unseen_method.reason is None
+    assert "at least 8 runs of methods with several runs, got 0" in lone.unseen_run.reason
 
 
-def test_too_few_runs_and_nothing_to_predict_are_refused():
-    with pytest.raises(UserError, match="at least 8 runs, got 7"):
-        analyse(simulated_table(0, runs=7))
-    table = simulated_table(0, runs=8)
-    flat = Table(table.runs, table.steps, table.metrics, table.log_perplexity, table.geometry, 0 * table.target)
+def test_nothing_to_predict_is_refused():
+    with pytest.raises(UserError, match=r"at least 6 methods, got 3; .* at least 8 runs .*, got 6"):
+        analyse(simulated_table(0, methods=3, runs=2))
+    table = simulated_table(0)
     with pytest.raises(UserError, match="do not vary"):
-        analyse(flat)
+        analyse(replace(table, target_N=0 * table.target_N))
 
 
 def test_constant_and_null_metrics_are_left_out_with_a_note():
-    table = simulated_table(0, runs=8, metrics=3)
-    table.geometry[:, :, 1] = 0.7
-    table.geometry[2, 0, 2] = np.nan
-    left = _with_usable_metrics(table)
+    table = simulated_table(0, metrics=3)
+    table.geometry_NP[:, 1] = 0.7
+    table.geometry_NP[7, 2] = np.nan
+    left = without_useless(table)
     assert left.metrics == ["metric_0"]
-    assert left.notes == ["metric_1 is constant: left out", "metric_2 is null in run2: left out"]
+    assert left.notes == ["metric_1 is constant: left out", "metric_2 is null in method0-seed2: left out"]
 
 
-def write_tables(folder, number, table, *, steps=None):
-    """A run directory's two tables with the numbers of a simulated one."""
+def write_tables(folder, number, table):
+    """A run directory's two tables with the numbers of a simulated run."""
     folder.mkdir()
     rows, scores = [], []
-    for s, step in enumerate(table.steps):
-        common = {"run": folder.name, "method": "full_rank", "seed": number, "step": int(step)}
-        rows.append(Measurement(**common, metric="perplexity", value=float(np.exp(table.log_perplexity[number, s]))))
+    for s, n in enumerate(np.flatnonzero(table.run_N == number)):
+        method = table.methods[table.method_R[number]]
+        common = {"run": folder.name, "method": method, "seed": number, "step": int(table.step_N[n])}
+        rows.append(Measurement(**common, metric="perplexity", value=float(np.exp(table.log_perplexity_N[n]))))
         for p, metric in enumerate(("random_sharpness", "weight_stable_rank")):
-            rows.append(Measurement(**common, metric=metric, value=float(table.geometry[number, s, p])))
-        update = math.nan if s == 0 else float(table.geometry[number, s, 2])
+            rows.append(Measurement(**common, metric=metric, value=float(table.geometry_NP[n, p])))
+        update = math.nan if s == 0 else float(table.geometry_NP[n, 2])
         rows.append(Measurement(**common, metric="update_norm", value=update, settings={"from_step": s - 1}))
         scores.append(
             Score(
-                **common, task="pylib_syntax", metric="acc", value=0.5 + 0.1 * float(table.target[number, s]),
+                **common, task="pylib_syntax", metric="acc", value=0.5 + 0.1 * float(table.target_N[n]),
                 stderr=0.01, ci_low=0.4, ci_high=0.6, n=700, chance=0.5, higher_is_better=True, group=None,
                 task_version="1", lm_eval_version="0", items="x",
             )
@@ -167,50 +215,89 @@ def write_tables(folder, number, table, *, steps=None):
     return folder
 
 
+def write_study(folder, **shape):
+    table = simulated_table(0, **{"methods": 6, "runs": 2, "steps": 3, "between": 1.0, **shape})
+    return table, [write_tables(folder / name, number, table) for number, name in enumerate(table.runs)]
+
+
 def test_predict_reads_runs_and_writes_its_answer(tmp_path):
-    table = simulated_table(0, runs=9, effect=1.0)
-    runs = [write_tables(tmp_path / f"run{i}", i, table) for i in range(9)]
+    table, runs = write_study(tmp_path)
     gathered = gather(runs, metrics=["random_sharpness", "weight_stable_rank", "update_norm"])
-    assert gathered.steps == [1, 2, 3, 4]
-    np.testing.assert_allclose(gathered.target, 0.2 * table.target[:, 1:], atol=1e-12)
-    np.testing.assert_allclose(gathered.log_perplexity, table.log_perplexity[:, 1:], atol=1e-12)
+    later = table.step_N > 0
+    assert gathered.methods == table.methods
+    assert gathered.runs == [str(run) for run in runs]
+    np.testing.assert_array_equal(gathered.step_N, table.step_N[later])
+    np.testing.assert_array_equal(gathered.method_N, table.method_N[later])
+    np.testing.assert_allclose(gathered.target_N, 0.2 * table.target_N[later], atol=1e-12)
+    np.testing.assert_allclose(gathered.log_perplexity_N, table.log_perplexity_N[later], atol=1e-12)
+    np.testing.assert_allclose(gathered.geometry_NP, table.geometry_NP[later, :3], atol=1e-12)
     prediction = predict(runs, permutations=19, output=tmp_path / "answer")
-    assert prediction.checkpoints == 36
-    assert prediction.gain > 0
+    assert [found.checkpoints for found in prediction.answers] == [24, 24]
     assert any("update_norm is null at steps 0" in note for note in prediction.notes)
     assert any(note.startswith("random_variance is null") for note in prediction.notes)
-    answer = json.loads((tmp_path / "answer" / "prediction.json").read_text())
-    assert answer["gain"] == pytest.approx(prediction.gain)
+    content = json.loads((tmp_path / "answer" / "prediction.json").read_text())
+    for found in prediction.answers:
+        assert content[found.question]["gain"] == pytest.approx(found.gain)
+        assert content[found.question]["methods"] == 6
+        assert content[found.question]["rows"][0] == [str(runs[0]), 1]
     assert (tmp_path / "answer" / "prediction.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_other_lengths_join_their_method(tmp_path):
+    """As runs of a sweep, a third as long, do."""
+    table, runs = write_study(tmp_path)
+    short = simulated_table(5, methods=6, runs=1, steps=1)
+    short = replace(short, step_N=short.step_N + 40, runs=[f"{name}-sweep" for name in short.methods])
+    more = [write_tables(tmp_path / name, number, short) for number, name in enumerate(short.runs)]
+    gathered = gather([*runs, *more], metrics=["random_sharpness", "weight_stable_rank"])
+    assert gathered.methods == table.methods
+    assert len(gathered.runs) == 18
+    assert set(gathered.step_N) == {0, 1, 2, 40}
+    np.testing.assert_array_equal(gathered.method_R, np.r_[table.method_R, np.arange(6)])
+
+
 def test_the_baseline_is_at_no_distance_from_itself(tmp_path):
-    table = simulated_table(0, runs=9, effect=1.0)
-    runs = [write_tables(tmp_path / f"run{i}", i, table) for i in range(9)]
+    table, runs = write_study(tmp_path)
     for number, run in enumerate(runs):
         rows = []
-        for s, step in enumerate(table.steps):
-            common = {"run": run.name, "method": "full_rank", "seed": number, "step": int(step)}
+        method = table.methods[table.method_R[number]]
+        for step in range(3):
+            common = {"run": run.name, "method": method, "seed": number, "step": step}
             value = (
-                {"reason": UNDEFINED + OWN_BASELINE} if number == 0 else {"value": float(s + 1), "baseline": "run0"}
+                {"reason": UNDEFINED + OWN_BASELINE}
+                if number == 0
+                else {"value": float(step + 1), "baseline": table.runs[0]}
             )
             rows += [Measurement(**common, **value, metric=m) for m in ("activation_l2", "activation_cka")]
         append_measurements(run / "measurements.jsonl", rows)
     gathered = gather(runs, metrics=["activation_l2", "activation_cka"])
-    assert gathered.steps == list(table.steps)
-    np.testing.assert_array_equal(gathered.geometry[0], [[0.0, 1.0]] * len(table.steps))
-    np.testing.assert_array_equal(gathered.geometry[5, :, 0], np.arange(len(table.steps)) + 1)
+    np.testing.assert_array_equal(gathered.step_N, table.step_N)
+    np.testing.assert_array_equal(gathered.geometry_NP[:3], [[0.0, 1.0]] * 3)
+    np.testing.assert_array_equal(gathered.geometry_NP[15:18, 0], [1.0, 2.0, 3.0])
+
+
+def test_a_metric_that_a_run_lacks_costs_the_metric_and_not_the_run(tmp_path):
+    table, runs = write_study(tmp_path)
+    for number, run in enumerate(runs[:-2]):  # as the barrier to the baseline, which one method has none of
+        method = table.methods[table.method_R[number]]
+        common = {"run": run.name, "method": method, "seed": number, "metric": "method_barrier"}
+        append_measurements(
+            run / "measurements.jsonl", [Measurement(**common, step=s, value=0.1 * s) for s in range(3)]
+        )
+    prediction = predict(runs, metrics=["random_sharpness", "method_barrier"], permutations=19)
+    assert prediction.unseen_method.methods == 6
+    assert any(note.startswith("method_barrier is null in") for note in prediction.notes)
 
 
 def test_predict_says_what_is_missing(tmp_path):
-    table = simulated_table(0, runs=8)
-    runs = [write_tables(tmp_path / f"run{i}", i, table) for i in range(8)]
+    _, runs = write_study(tmp_path, methods=4, runs=2)
     (runs[3] / "downstream.jsonl").unlink()
     (runs[5] / "measurements.jsonl").unlink()
     with pytest.raises(UserError) as fault:
         predict(runs)
     message = str(fault.value)
-    assert "got 6 of 8" in message
+    assert "at least 6 methods, got 4" in message
+    assert "6 of 8 runs can take part" in message
     assert f"{runs[3]} has no downstream scores" in message
     assert f"{runs[5]} has no perplexity" in message
     assert "\n" not in message

@@ -295,7 +295,21 @@ RESULTS = {
         {"member": "galore", "learning_rate": 1e-3, "loss": 4.0, "chosen": True, "at_edge": True, "run": "sweep/x"}
     ],
     "failures.json": [{"what": "galore-seed0", "stage": "train", "reason": "no space left"}],
-    "prediction.json": {"gain": 0.1, "gain_low": 0.0, "gain_high": 0.2, "p_value": 0.04, "runs": ["a"], "steps": [1]},
+    "prediction.json": {
+        "unseen_method": {
+            "methods": 8,
+            "runs": 8,
+            "gain": 0.1,
+            "gain_low": 0.0,
+            "gain_high": 0.2,
+            "p_value": 0.04,
+            "observed": [0.1, 0.2],
+            "predicted_perplexity": [0.1, 0.1],
+            "predicted_both": [0.1, 0.2],
+            "rows": [["a", 1], ["a", 2]],
+        },
+        "unseen_run": {"methods": 8, "runs": 0, "reason": "too few runs"},
+    },
 }
 
 

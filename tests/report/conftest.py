@@ -142,16 +142,17 @@ def fake_study(folder, methods, *, word="plain"):
                        detail("whole", 0.1) | {"part": word, "verdict": "reproduced", "reason": word}]})  # fmt: skip
     (folder / "claims.json").write_text(json.dumps({"claims": claims, "alpha": 0.05}))
     seen = [0.2 + 0.02 * i + 0.02 * draw.gauss(0, 1) for i in range(40)]
-    prediction = {
-        "runs": 8, "checkpoints": 40, "r2_perplexity": 0.61, "r2_both": 0.7, "spearman_perplexity": 0.8,
-        "spearman_both": 0.84, "gain": 0.09, "gain_low": -0.02, "gain_high": 0.2, "p_value": 0.07,
-        "coefficients": [{"name": word, "mean": 0.02, "spread": 0.01}],
+    answer = {
+        "methods": 8, "runs": 8, "checkpoints": 40, "reason": None, "r2_perplexity": 0.61, "r2_both": 0.7,
+        "spearman_perplexity": 0.8, "spearman_both": 0.84, "gain": 0.09, "gain_low": -0.02, "gain_high": 0.2,
+        "p_value": 0.07, "coefficients": [{"name": word, "mean": 0.02, "spread": 0.01}],
         "ranking": [{"metric": word, "r2_alone": 0.4, "gain": 0.03, "spearman": None}],
-        "seen": seen, "predicted_perplexity": [v + 0.05 * draw.gauss(0, 1) for v in seen],
+        "observed": seen, "predicted_perplexity": [v + 0.05 * draw.gauss(0, 1) for v in seen],
         "predicted_both": [v + 0.03 * draw.gauss(0, 1) for v in seen],
         "rows": [[f"runs/{methods[i // 5 % len(methods)]}-seed0", 50 * (i % 5)] for i in range(40)],
-        "notes": [f"left out: {word}"],
     }  # fmt: skip
+    refused = {"methods": 8, "runs": 0, "checkpoints": 0, "reason": f"too few runs of {word}", "gain": None}
+    prediction = {"unseen_method": answer, "unseen_run": refused, "notes": [f"left out: {word}"]}
     (folder / "prediction.json").write_text(json.dumps(prediction))
     rates = (1e-3, 3e-3, 1e-2, 3e-2)
     sweep = [

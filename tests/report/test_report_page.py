@@ -185,7 +185,9 @@ def test_a_study_is_shown_and_its_failures_said(make_run, make_study, page_of, t
     assert "Geometry and spectra are not shown" in text
     data = data_of(page)
     assert {entry["method"] for entry in data["sweep"]} == {0, 1, 2}
-    assert len(data["prediction"]["rows"]) == 40
+    assert [(found["question"], len(found["rows"])) for found in data["predictions"]] == [("unseen_method", 40)]
+    assert "40 checkpoints of 8 runs of 8 methods" in text
+    assert "Not tested: too few runs of oddity." in text
     order = [text.index(f'id="{name}"') for name in ("answer", "pictures", "claims", "runs", "made")]
     assert order == sorted(order)
     without, _ = page_of(runs)

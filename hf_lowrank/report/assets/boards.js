@@ -303,12 +303,12 @@
   }
 
   /* The study: predicted against actual scores, and the sweep. */
-  const predictionFigure = document.getElementById("fig-prediction");
-  if (predictionFigure) {
-    add(predictionFigure, () => {
-      const panels = LR.predictionSpecs();
+  for (const figure of document.querySelectorAll("figure.prediction")) {
+    const question = figure.dataset.question;
+    add(figure, () => {
+      const panels = LR.predictionSpecs(question);
       const hosts = cells(
-        predictionFigure.querySelector(".grid"),
+        figure.querySelector(".grid"),
         panels.map((p) => p.title),
         (title, host) => {
           plotBox(host, `Predicted and actual scores: ${title}`);
@@ -317,17 +317,16 @@
       );
       hosts.forEach((host, i) => scatter(host, panels[i].spec));
     });
-    csvButton(predictionFigure, "prediction.csv", "Predicted and actual scores", () => [
-      ["run", "step", "seen", "predicted_perplexity", "predicted_both"],
-      ...(DATA.prediction
-        ? DATA.prediction.seen.map((seen, i) => [
-            ...(DATA.prediction.rows[i] || ["", ""]),
-            seen,
-            DATA.prediction.predicted_perplexity[i],
-            DATA.prediction.predicted_both[i],
-          ])
-        : []),
-    ]);
+    csvButton(figure, `prediction-${question}.csv`, "Predicted and actual scores", () => {
+      const found = DATA.predictions.find((prediction) => prediction.question === question);
+      const rows = (found?.observed ?? []).map((observed, i) => [
+        ...(found.rows[i] || ["", ""]),
+        observed,
+        found.predicted_perplexity[i],
+        found.predicted_both[i],
+      ]);
+      return [["run", "step", "observed", "predicted_perplexity", "predicted_both"], ...rows];
+    });
   }
   const sweepFigure = document.getElementById("fig-sweep");
   if (sweepFigure) {

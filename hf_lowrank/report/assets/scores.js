@@ -70,14 +70,14 @@
     };
   }
 
-  /** Two panels: predicted from perplexity alone, and with geometry, against the actual scores. */
-  function predictionSpecs() {
-    const found = DATA.prediction;
+  /** Two panels of one question: predicted from perplexity alone, and with geometry, against the actual scores. */
+  function predictionSpecs(question) {
+    const found = DATA.predictions.find((prediction) => prediction.question === question);
     if (!found) return [];
     const methodOf = (name) => DATA.runs.find((run) => run.name === name || run.name.endsWith("/" + name))?.method;
     const panel = (key, title) => {
       const series = new Map();
-      found.seen.forEach((seen, i) => {
+      found.observed.forEach((observed, i) => {
         const [run, step] = found.rows[i] || ["", ""];
         const method = methodOf(run) ?? 0;
         if (state.hidden.has(method)) return;
@@ -85,7 +85,7 @@
           series.set(method, { label: DATA.methods[method].title, method, x: [], y: [], names: [] });
         const s = series.get(method);
         s.x.push(found[key][i]);
-        s.y.push(seen);
+        s.y.push(observed);
         s.names.push(`${run}, step ${step}`);
       });
       return {

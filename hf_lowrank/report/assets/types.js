@@ -148,9 +148,10 @@
  */
 
 /**
- * Actual and predicted downstream scores, with [run, step] of each.
+ * Observed and predicted downstream scores, with [run, step] of each, for one question.
  * @typedef {object} Prediction
- * @property {Array<number|null>} seen
+ * @property {string} question
+ * @property {Array<number|null>} observed
  * @property {Array<number|null>} predicted_perplexity
  * @property {Array<number|null>} predicted_both
  * @property {Array<Array<*>>} rows
@@ -185,7 +186,7 @@
  * @property {Array<string>} scopes
  * @property {Array<Task>} tasks
  * @property {Array<Trial>} sweep
- * @property {Prediction|null} prediction
+ * @property {Array<Prediction>} predictions
  * @property {Array<Array<*>>} claims
  * @property {Object<string, Quantity>} quantities
  * @property {Object<string, string>} dimensions

@@ -306,11 +306,11 @@ await does("study", async () => {
   if (!(await page.$("#claims"))) return true;
   await page.locator(".claim summary").first().click();
   const parts = await page.locator(".claim table.plain").first().isVisible();
-  for (const id of ["#fig-prediction", "#fig-sweep"]) {
-    await page.locator(id).scrollIntoViewIfNeeded();
+  for (const id of ["figure.prediction", "#fig-sweep"]) {
+    await page.locator(id).first().scrollIntoViewIfNeeded();
     await page.waitForTimeout(250);
   }
-  const marks = await page.locator("#fig-prediction .dots").count();
+  const marks = await page.locator("figure.prediction .dots").count();
   const rings = await page.locator("#fig-sweep circle").count();
   await page.locator("#fig-sweep .chart").focus();
   await page.keyboard.press("End");
@@ -318,7 +318,7 @@ await does("study", async () => {
   const files = [];
   for (const selector of [
     "#saveclaims",
-    "#fig-prediction .tools button",
+    "figure.prediction .tools button",
     "#fig-sweep .tools button >> nth=1",
     "#fig-tasks .tools button",
   ]) {
