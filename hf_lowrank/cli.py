@@ -261,7 +261,7 @@ def predict(
         Path | None, Option(metavar="DIR", help="Folder for prediction.json and prediction.png.")
     ] = None,
 ) -> None:
-    """Test by leave-one-run-out whether geometry adds to perplexity in predicting downstream scores."""
+    """Test, on methods and runs left out, whether geometry adds to perplexity in predicting downstream scores."""
     from hf_lowrank.downstream import predict as predict_scores
     from hf_lowrank.downstream.figures import prediction_tables
 

@@ -115,7 +115,7 @@ class PredictSettings(_Block):
     tasks: Names = Field(None, description="tasks whose mean score is predicted")
     metrics: Names = Field(None, description="candidate metrics")
     permutations: int = Field(199, ge=1, description="permutations of the test")
-    seed: int = Field(0, ge=0, description="seed of bootstrap and permutations")
+    seed: int = Field(0, ge=0, description="seed of the permutations")
 
 
 class StudySettings(_Block):
