@@ -62,13 +62,17 @@ def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05
         Detail(label=f"{one.get('metric')} ({label})", effect=finite_number(one.get("gain")), n=n, unit="R²",
                reason="single metric")
         for answer, label, n in ((of_method, "unseen methods", methods), (of_run, "unseen runs", runs))
-        for one in (answer.get("ranking") if isinstance(answer.get("ranking"), list) else [])
-        if isinstance(one, Mapping)
+        for one in _ranking(answer)
     ]  # fmt: skip
     return Claim(
         **common, verdict=verdict, effect=gain, ci_low=low, ci_high=high, p_value=p, n=methods, reason=reason,
         sentence=sentence, details=tuple(details),
     )  # fmt: skip
+
+
+def _ranking(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    found = answer.get("ranking")
+    return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else []
 
 
 def _count(answer: Mapping[str, Any], key: str) -> int:

@@ -31,7 +31,7 @@ def prediction_figure(table: Table, prediction: Prediction) -> Figure:
 
     answers = [answer for answer in prediction.answers if answer.reason is None]
     figure = Figure(figsize=(9, 4.6 * len(answers)), layout="constrained")
-    for answer, part in zip(answers, np.atleast_1d(figure.subfigures(len(answers), 1)), strict=True):
+    for part, answer in zip(figure.subfigures(len(answers), 1, squeeze=False).flat, answers, strict=True):
         _draw(part, table, answer)
     return figure
 

@@ -412,7 +412,7 @@ def _fingerprints(asked: Question) -> tuple[Array, Array]:
     """Unexplained geometry as its variation within groups (n, P) and each group's fingerprint (G, P)."""
     rest = _unexplained(asked, asked.geometry_nP)
     weighted = asked.share_n[:, None] * rest
-    fingerprint = np.stack([np.bincount(asked.groups_n, column) for column in weighted.T], axis=1)
+    fingerprint: Array = np.stack([np.bincount(asked.groups_n, column) for column in weighted.T], axis=1)
     return rest - fingerprint[asked.groups_n], fingerprint
 
 

@@ -71,7 +71,7 @@ def prepare(file: StudyFile, directory: Path, stages: Sequence[str], *, named: b
         if named or study.settings.evaluate.tasks is not None:
             raise file.fault("evaluate.tasks", f"{reason}; name other tasks, e.g. lowrank_paper")
         study.skipped["evaluate"] = f"{reason}; evaluate.tasks can name others"
-    if (reason := too_few([study.method(run) for run in runs])) is not None:
+    if (reason := too_few(study.methods_of(runs))) is not None:
         study.skipped["predict"] = reason
     return study
 

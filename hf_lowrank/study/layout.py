@@ -1,6 +1,6 @@
 """A study's runs and trials, and where each of them is on disk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,6 +99,15 @@ class Study:
         """The baseline run that `run` is compared with: the one of equal index, or the only one."""
         runs = self.runs_of(self.settings.baseline)
         return runs[0] if len(runs) == 1 else runs[run.index]
+
+    def methods_of(self, runs: Iterable[Run]) -> list[str]:
+        """Each run's method, as its measurements name it."""
+        runs = list(runs)
+        methods = {}
+        for run in {run.member: run for run in runs}.values():
+            given = self.settings.members[run.member].method or run.member
+            methods[run.member] = given if isinstance(run, ExternalRun) else self.recipe(run).method.name
+        return [methods[run.member] for run in runs]
 
     def trained_runs(self) -> list[Run]:
         """The runs whose checkpoints are all there."""

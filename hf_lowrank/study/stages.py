@@ -190,7 +190,7 @@ def choose_winners(study: Study) -> tuple[Study, list[str]]:
 def too_few_runs(study: Study, runs: Sequence[Run]) -> str | None:
     """Why scores cannot be predicted, None if they can."""
     ready = [run for run in runs if all((run.folder / name).is_file() for name in (MEASUREMENTS, SCORES))]
-    reason = too_few([study.method(run) for run in ready])
+    reason = too_few(study.methods_of(ready))
     return reason and f"{reason} with measurements and scores"
 
 
