@@ -137,7 +137,7 @@ def _close(one: str, other: str) -> bool:
 
 def facts(place: Path) -> Iterator[tuple[str, Counter[Any]]]:
     """For each file, the tensors or numbers that it holds, by name."""
-    for path in sorted(place.rglob("*")):
+    for path in sorted(path for path in place.rglob("*") if path.is_file()):
         name = path.relative_to(place).as_posix()
         if path.suffix == ".safetensors":
             yield name, Counter(digests(load_file(path)))
