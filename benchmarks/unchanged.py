@@ -150,7 +150,7 @@ def facts(place: Path) -> Iterator[tuple[str, Counter[Any]]]:
             yield name, Counter(numbers(json.loads(path.read_text(encoding="utf-8"))))
         elif path.name == "report.html":
             for payload in re.findall(r"<script[^>]*application/json[^>]*>(.*?)</script>", path.read_text(), re.S):
-                yield name, Counter(leaf for _, leaf in numbers(json.loads(payload)))
+                yield name, Counter(("page", leaf) for _, leaf in numbers(json.loads(payload)))
 
 
 def row(line: dict[str, Any]) -> Iterator[Any]:
