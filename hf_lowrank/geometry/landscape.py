@@ -320,10 +320,15 @@ def jackknife_interval(statistic: Callable[[Tensor], float], draws_D: Tensor, co
     if count < 3 or not value > 0 or not math.isfinite(value):
         return Estimate(value, math.nan, math.nan, count)
     keep = ~torch.eye(count, dtype=torch.bool)
-    left_out = torch.tensor([statistic(draws_D[rows]) for rows in keep], dtype=torch.float64)
-    if not bool((left_out > 0).all()):
+    return log_jackknife(value, [statistic(draws_D[rows]) for rows in keep], confidence)
+
+
+def log_jackknife(value: float, left_out: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """`value` with the interval that its values without each draw give its logarithm; none unless all are positive."""
+    without, count = torch.tensor(left_out, dtype=torch.float64), len(left_out)
+    if not value > 0 or not bool((without > 0).all()):
         return Estimate(value, math.nan, math.nan, count)
-    logs = left_out.log()
+    logs = without.log()
     error = math.sqrt((count - 1) / count * float((logs - logs.mean()).square().sum()))
     factor = math.exp(min(student_t_quantile((1 + confidence) / 2, count - 1) * error, 700.0))
     return Estimate(value, value / factor, value * factor, count)

@@ -1,14 +1,14 @@
 """The gradient noise scale: how large a batch must be for its gradient to be more signal than noise."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from hf_lowrank.statistics import Estimate, student_t_quantile
+from hf_lowrank.statistics import Estimate
+
+from .landscape import log_jackknife
 
 Gradient = Sequence[Tensor]
 
@@ -58,24 +58,13 @@ def noise_scale(gradients: Callable[[], Iterable[Gradient]], batch_size: int) ->
         )
         for k in range(count)
     ]
-    return _jackknife(value, left_out, count)
+    return log_jackknife(value, left_out)
 
 
 def _ratio(mean_square: float, square_of_mean: float, count: int, batch_size: int) -> float:
     signal = (count * square_of_mean - mean_square) / (count - 1)
     noise = batch_size * count * (mean_square - square_of_mean) / (count - 1)
     return max(noise, 0.0) / signal if signal > 0 else math.nan
-
-
-def _jackknife(value: float, left_out: Sequence[float], count: int) -> Estimate:
-    """`value` with an interval on its logarithm, which keeps it positive; none where an estimate is not positive."""
-    if not value > 0 or not all(other > 0 for other in left_out):
-        return Estimate(value, math.nan, math.nan, count)
-    logs = [math.log(other) for other in left_out]
-    mean = math.fsum(logs) / count
-    error = math.sqrt((count - 1) / count * math.fsum((log - mean) ** 2 for log in logs))
-    factor = math.exp(min(student_t_quantile(0.975, count - 1) * error, 700.0))
-    return Estimate(value, value / factor, value * factor, count)
 
 
 def _dot(first: Gradient, second: Gradient) -> float:
