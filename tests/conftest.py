@@ -1,5 +1,6 @@
 """What every test runs under: no network, no progress bars, one thread a worker."""
 
+import logging
 import os
 import threading
 
@@ -27,6 +28,16 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """Removes the handlers that a test's command line adds: they write to its captured stream, which is then closed."""
+    logger = logging.getLogger("hf_lowrank")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture
