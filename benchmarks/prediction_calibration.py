@@ -30,19 +30,14 @@ EFFECTS = {"none": {}, "between methods": {"between": 1.5}, "within methods": {"
 OWN = {"unseen_method": "between methods", "unseen_run": "within methods"}
 
 
-def gain_of(asked):
-    both, _ = asked.predictions(asked.base_nB, asked.geometry_nP)
-    return asked.r2(both) - asked.r2(asked.base)
-
-
 def calibrate(name, effect, simulations, permutations):
     """Rejections, coverage and the expected gain of one question under one kind of study."""
     gains, intervals, rejected = [], [], 0
     for seed in range(simulations):
         table = simulated_table(seed, **SHAPES[name], **EFFECTS[effect])
         asked = question(table, name)
-        gains.append(gain_of(asked))
-        intervals.append(gain_interval(table, asked, gains[-1]))
+        gains.append(asked.gain)
+        intervals.append(gain_interval(table, asked))
         rejected += permutation_p_value(asked, permutations=permutations, seed=seed) <= 0.05
     truth = float(np.mean(gains))
     return {

@@ -2,7 +2,7 @@
 
     python benchmarks/prediction_nano.py
 
-Reads the tables under model_cards/nano, at the last step. The study's own prediction.json took seeds for witnesses.
+Reads the tables under model_cards/nano, at the last step. The study's own prediction.json took seeds as independent.
 """
 
 import csv

@@ -45,9 +45,10 @@ METHODS = {
 }
 # Ends of intervals may differ this much where another library gives the quantile.
 ROUNDING = 1e-12
-# What differs from one run of the same code to the next.
+# Words of keys whose numbers differ from one run of the same code to the next.
 VOLATILE = re.compile(
-    r"seconds|bytes|memory|time|date|version|per_second|flos|throughput|path|folder|sha256|checksum|size|cost", re.I
+    r"(?<![a-z])(seconds?|bytes|memory|time|runtime|date|versions?|flos|throughput|folder|size|speed|costs?)(?![a-z])",
+    re.I,
 )
 
 

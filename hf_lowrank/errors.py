@@ -40,6 +40,11 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """The end of an error message: "did you mean 'a' or 'b'?", or all of `allowed` if none is close to `name`."""
     choices = sorted(allowed)

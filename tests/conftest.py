@@ -32,7 +32,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def own_logging():
-    """Removes the handlers that a test's command line adds: they write to its captured stream, which is then closed."""
+    """Removes the handlers that a test's command line adds: they write to its captured stream, closed by then."""
     logger = logging.getLogger("hf_lowrank")
     handlers, level = list(logger.handlers), logger.level
     yield

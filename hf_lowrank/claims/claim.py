@@ -74,7 +74,7 @@ class Claim:
         n: seeds of the comparison with the fewest; of the prediction, runs.
         test: how it was tested, and what each verdict means.
         reason: why this verdict.
-        sentence: what was found, with numbers, in plain words.
+        sentence: what was found, with numbers.
         details: every comparison.
     """
 
@@ -91,6 +91,13 @@ class Claim:
     reason: str = ""
     sentence: str = ""
     details: tuple[Detail, ...] = ()
+
+    @property
+    def finding(self) -> str:
+        """The sentence, followed by the reason as one of its own unless the sentence contains it."""
+        if self.reason in self.sentence:
+            return self.sentence
+        return f"{self.sentence} {self.reason[:1].upper()}{self.reason[1:]}.".strip()
 
     @property
     def overall(self) -> Detail:

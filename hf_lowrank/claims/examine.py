@@ -86,9 +86,7 @@ def claims_table(claims: Sequence[Claim], width: int | None = None) -> Table:
             table.add_column(name, justify="right")
     table.add_column("Found", ratio=5 if wide else 4)
     for claim in claims:
-        found = claim.sentence
-        if claim.verdict != "reproduced" and claim.reason not in found:
-            found += f"{' ' if found else ''}{claim.reason[:1].upper()}{claim.reason[1:]}."
+        found = claim.sentence if claim.verdict == "reproduced" else claim.finding
         words = VERDICT_WORDS[claim.verdict].replace(" at", "\nat")
         cells = [Text(claim.statement), Text(words, style=STYLES[claim.verdict])]
         table.add_row(*cells, *(_numbers(claim) if wide else ()), Text(found))

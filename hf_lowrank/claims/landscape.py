@@ -66,7 +66,7 @@ def random_sharpness(study: Study) -> Claim:
 def pca1_sharpness(study: Study) -> Claim:
     """Along the top-1 PCA direction every low-rank method is sharper than full-rank; effects: ln (method/baseline)."""
     statement = (
-        f"Along the top-1 PCA direction the order turns round: every other method is sharper than "
+        f"Along the top-1 PCA direction the order is reversed: every other method is sharper than "
         f"{study.title(study.baseline)}."
     )
     return _sharper(study, "pca1_sharpness", statement, "along the top-1 PCA direction", baseline_sharper=False)

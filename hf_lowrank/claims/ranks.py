@@ -12,7 +12,7 @@ from hf_lowrank.claims.words import (
     Part,
     claim_of_parts,
     detail,
-    listed,
+    listed_are,
     percent,
     seeds_and_step,
     too_few_seeds,
@@ -74,7 +74,7 @@ def _part(study: Study, part: str, metrics: tuple[str, str]) -> Part:
     verdict = all_of([answers[m].verdict if m in answers else "undecided" for m in study.others])
     fewest = min((len(v) for measures in samples.values() for v in measures.values()), default=0)
     if verdict == "contradicted":
-        reason = f"{listed([study.title(m) for m in same])} within 1 % of the baseline"
+        reason = f"{listed_are([study.title(m) for m in same])} within 1 % of the baseline"
     elif verdict == "reproduced":
         reason = f"every method differs by more than 1 % ({len(differ)})"
     elif missing:
@@ -84,9 +84,8 @@ def _part(study: Study, part: str, metrics: tuple[str, str]) -> Part:
     elif fewest < SEEDS_FOR_A_VERDICT:
         reason = too_few_seeds(fewest)
     else:
-        reason = (
-            f"{listed([study.title(m) for m in open_])} are neither shown to differ from the baseline nor to equal it"
-        )
+        names = listed_are([study.title(m) for m in open_])
+        reason = f"{names} shown neither to differ from the baseline nor to equal it"
     head = Detail(label=part, n=fewest, unit=LN_RATIO, part=part, verdict=verdict, reason=f"{part}: {reason}")
     details = []
     for method in study.others:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_lowrank.claims.claim import Claim, parse_claim
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.formats import finite_number
 from hf_lowrank.runs.run_files import read_prediction, read_result
 from hf_lowrank.storage.tables import row_of
 
 CLAIMS, SWEEP, FAILURES = "claims.json", "sweep.json", "failures.json"
 Entry = TypeVar("Entry")
-
 
 # The questions of `hf-lowrank predict`, in order: title and explanation.
 QUESTIONS = {
@@ -97,6 +96,6 @@ def _entries(path: Path, entries: Any, parse: Callable[[Any], Entry]) -> tuple[E
         try:
             found.append(parse(entry))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(f"{path}: entry {number} is not valid ({reason}); rerun that stage of the study") from None
     return tuple(found)

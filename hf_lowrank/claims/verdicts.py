@@ -3,14 +3,14 @@
 A seed fixes the initial weights and the order of the data for every method, so methods are compared within seeds.
 With n seeds there are 2ⁿ ways of flipping the signs of the differences, and the smallest two-sided p-value of that
 exact test is 2/2ⁿ: 0.0625 for five seeds, which no correction for several comparisons survives. Decisions
-therefore rest on Student's t, which assumes differences about normal; the exact sign-flip p-value, which assumes only
-that they are as likely above as below, is reported as well.
+therefore rest on Student's t, which assumes roughly normal differences; the exact sign-flip p-value, which assumes
+only that they are as likely above as below, is reported as well.
 
 Two kinds of claim. "Every method …" holds only if each comparison does, so each is tested at the full α and all must
 pass (an intersection–union test: the chance of saying "every" falsely is at most that of the one comparison that does
-not hold, whence no correction). It is contradicted by a single method that significantly goes the other way, and as
-any of them could by chance, these p-values are corrected by Holm. "On average …" is one test of the mean over methods
-of each seed.
+not hold, so no correction is needed). It is contradicted by a single method that significantly goes the other way, and
+since any of them could by chance, these p-values are corrected by Holm. "On average …" is one test of the mean over
+methods of each seed.
 """
 
 from __future__ import annotations
@@ -258,8 +258,8 @@ def differences(
     """For each method whether its measures differ from the baseline's; `samples` by method, then measure.
 
     A measure differs when its mean difference lies outside ± margin, p < α after Holm over all methods and measures.
-    A method does not differ when the intervals of all its `measures` lie inside ± margin, at confidence 1 − α/M for M
-    methods: as many chances of saying so falsely are made up for.
+    A method does not differ when the intervals of all its `measures` lie inside ± margin, at confidence 1 − α/M, which
+    corrects for M methods (Bonferroni).
     """
     tested = {
         method: {name: paired_test(values, confidence=1 - alpha) for name, values in found.items() if values}

@@ -109,7 +109,7 @@ def gather(
     columns = {metric: _column(measured, metric, notes) for metric in ["perplexity", *chosen]}
     checkpoints = _checkpoints(target, columns, chosen, notes)
     names = list(dict.fromkeys(run for run, _ in checkpoints))
-    methods = [_method(measured[name]) for name in names]
+    methods = [measured[name][0].method for name in names]
     titles = list(dict.fromkeys(methods))
 
     def column(values: Grid) -> Array:
@@ -134,11 +134,6 @@ def gather(
 
 def _joined(problems: Iterable[str]) -> str:
     return "".join(f"; {problem}" for problem in problems)
-
-
-def _method(rows: Sequence[Measurement]) -> str:
-    """The method that a run's rows name; runs of a sweep, and of other ranks and sizes, are runs of their method."""
-    return Counter(row.method for row in rows).most_common(1)[0][0]
 
 
 def _has_tables(folder: Path) -> bool:
@@ -181,6 +176,9 @@ def _checkpoints(
         del pairs[run]
     if not pairs:
         raise UserError("no run has a step with both a score and a perplexity; evaluate and measure the same steps")
+    unmeasured = sorted({step for run, steps in pairs.items() for step in target[run].keys() - set(steps)})
+    if unmeasured:
+        notes.append(f"left out: some runs have a score but no perplexity at steps {', '.join(map(str, unmeasured))}")
     missing: dict[str, set[tuple[str, int]]] = {}
     for metric in metrics:
         known = {run: [step for step in steps if step in columns[metric].get(run, {})] for run, steps in pairs.items()}

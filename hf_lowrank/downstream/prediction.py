@@ -4,10 +4,10 @@ Observations are nested: checkpoints in runs (seeds, learning rates, ranks), run
 a method, such as the fingerprint of its geometry and its own score, makes one observation however many seeds it has.
 So there are two questions, each with its own groups:
 
-- *unseen method*: one method is left out at a time; the interval resamples methods, and the permutation test exchanges
-  the methods' fingerprints.
-- *unseen run*, of a known method: everything is centred within its method; one run is left out at a time, resampled
-  and exchanged within its method.
+- *unseen method*: one method is left out at a time; the interval is a jackknife over methods, and the permutation test
+  exchanges the methods' fingerprints.
+- *unseen run*, of a known method: everything is centred within its method; one run is left out at a time, the interval
+  is a jackknife over runs, and runs of the same method exchange their fingerprints.
 
 Each compares two ridge regressions on the same checkpoints: log-perplexity with its square, and the same with the
 geometry metrics. A fingerprint is the mean, over a group's checkpoints, of the geometry that log-perplexity and its
@@ -167,7 +167,7 @@ class Question:
     weights_n: Array
     strata_G: Integers
 
-    @property
+    @cached_property
     def share_n(self) -> Array:
         """Weights with which every group counts the same."""
         return self.weights_n / np.bincount(self.groups_n, self.weights_n)[self.groups_n]
@@ -192,6 +192,16 @@ class Question:
     def base(self) -> Array:
         """Predictions from perplexity alone."""
         return self.predictions(self.base_nB)[0]
+
+    @cached_property
+    def both(self) -> tuple[Array, list[Fold]]:
+        """Predictions from perplexity and geometry, and the fits behind them."""
+        return self.predictions(self.base_nB, self.geometry_nP)
+
+    @property
+    def gain(self) -> float:
+        """R² of both minus R² of perplexity alone."""
+        return self.r2(self.both[0]) - self.r2(self.base)
 
 
 def too_few(method_of_runs: Sequence[str]) -> str | None:
@@ -295,9 +305,8 @@ def analyse(table: Table, *, permutations: int = PERMUTATIONS, seed: int = 0) ->
 
 def answer(table: Table, asked: Question, *, permutations: int = PERMUTATIONS, seed: int = 0) -> Answer:
     """The answer to one question."""
-    both, folds = asked.predictions(asked.base_nB, asked.geometry_nP)
-    gain = asked.r2(both) - asked.r2(asked.base)
-    low, high = gain_interval(table, asked, gain)
+    both, folds = asked.both
+    low, high = gain_interval(table, asked)
     run_n = table.run_N[asked.rows]
     return Answer(
         asked.name,
@@ -308,7 +317,7 @@ def answer(table: Table, asked: Question, *, permutations: int = PERMUTATIONS, s
         r2_both=asked.r2(both),
         spearman_perplexity=spearman(asked.target_n, asked.base),
         spearman_both=spearman(asked.target_n, both),
-        gain=gain,
+        gain=asked.gain,
         gain_low=low,
         gain_high=high,
         p_value=permutation_p_value(asked, permutations=permutations, seed=seed),
@@ -341,7 +350,7 @@ def without_useless(table: Table) -> Table:
     )  # fmt: skip
 
 
-def gain_interval(table: Table, asked: Question, gain: float) -> tuple[float, float]:
+def gain_interval(table: Table, asked: Question) -> tuple[float, float]:
     """95 % interval of the gain by the delete-one jackknife over groups, with Student's t.
 
     Everything is done anew without each group in turn: centring, penalties, fits and predictions. Resampling the
@@ -349,17 +358,12 @@ def gain_interval(table: Table, asked: Question, gain: float) -> tuple[float, fl
     covers the expected gain too rarely. Centring within methods costs a degree of freedom per method.
     """
     groups = len(asked.strata_G)
-    gains = np.array([_gain(_without(table, asked, group)) for group in range(groups)])
+    gains = np.array([_without(table, asked, group).gain for group in range(groups)])
     degrees = groups - len(np.unique(asked.strata_G))
     lost = 1.0 if asked.name == "unseen_method" else groups / degrees
     variance = lost * (groups - 1) / groups * float(((gains - gains.mean()) ** 2).sum())
     half = student_t_quantile(0.975, degrees) * math.sqrt(variance)
-    return gain - half, gain + half
-
-
-def _gain(asked: Question) -> float:
-    both, _ = asked.predictions(asked.base_nB, asked.geometry_nP)
-    return asked.r2(both) - asked.r2(asked.base)
+    return asked.gain - half, asked.gain + half
 
 
 def _without(table: Table, asked: Question, group: int) -> Question:

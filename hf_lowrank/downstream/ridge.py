@@ -54,7 +54,7 @@ def fit(moments: Moments, chosen_FG: Array, penalties_L: Array = PENALTIES) -> F
     """Fits on the groups that each row of `chosen_FG` (ones and zeros) takes.
 
     Columns are standardised by the mean and standard deviation of just these groups; one that is constant there gets
-    coefficient 0. The penalty is relative to the total weight: `penalty · ‖coef‖²` beside the mean squared error.
+    coefficient 0. `penalty · ‖coef‖²` is added to the mean squared error.
     """
     count = chosen_FG.sum(1)
     mean = chosen_FG @ moments.x_GP / count[:, None]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, first_line
 from hf_lowrank.runs.checkpoints import check_files
 from hf_lowrank.runs.layout import TOKENIZER, TOKENIZER_FILES
 from hf_lowrank.runs.trajectory import Trajectory
@@ -39,8 +39,7 @@ def load_tokenizer(trajectory: Trajectory, step: int) -> PreTrainedTokenizerBase
     try:
         return AutoTokenizer.from_pretrained(repository, revision=revision or None)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from None
+        raise UserError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from None
 
 
 def context_length(trajectory: Trajectory) -> int:

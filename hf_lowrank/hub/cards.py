@@ -69,7 +69,8 @@ def model_card(
         license: a Hub identifier; None: the previous card's, else "unknown".
         pictures: names of the pictures in `picture_folder`, as `draw` returns them.
         picture_folder: relative to the card.
-        name: the run's name; None: the recipe's."""
+        name: the run's name; None: the recipe's.
+    """
     record = _record(run, checkpoint)
     recipe = without_private_parts(dict(record.recipe))
     step = step_of(record.checkpoint) if record.checkpoint is not None else 0

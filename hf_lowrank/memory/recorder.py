@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.compat import profiled_allocation, profiler_enabled
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, first_line
 from hf_lowrank.formats import byte_size
 from hf_lowrank.memory.estimates import MemoryEstimate, estimate
 from hf_lowrank.optim.sharding import local_part
-from hf_lowrank.training.recipe import Recipe, first_line
+from hf_lowrank.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -191,7 +191,6 @@ def trade_off(runs: Sequence[RunRecord], table: Standings) -> str:
     baseline = table.baseline
     title = {row.method: row.title for row in table.rows}
     values = {name: by_seed(runs, criterion.values) for name, criterion in criteria.items()}
-
     others = sum(row.method != baseline for row in table.rows)
 
     def compared(name: str, method: str) -> Estimate | None:

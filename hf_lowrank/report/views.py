@@ -110,8 +110,8 @@ def _seeds(group: Group) -> str:
         "number is the rank."
     )
     if min(counts) < SEEDS_FOR_A_VERDICT:
-        few = "one has" if min(counts) == 1 else f"some have only {min(counts)}"
-        return f"{text} The ranks are not a verdict: of the methods, {few} too few seeds (three are needed)."
+        few = f"some methods have only {pluralize(min(counts), 'seed')}, {SEEDS_FOR_A_VERDICT} are needed"
+        return f"{text} The ranks are not a verdict: {few}."
     return text
 
 

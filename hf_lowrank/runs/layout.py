@@ -14,9 +14,7 @@ RUN/
 import re
 from pathlib import Path
 
-from hf_lowrank.storage.checksums import FILE_NAME as CHECKSUMS
-
-__all__ = ["CHECKSUMS"]
+from hf_lowrank.storage import checksums
 
 RECIPE = "recipe.yaml"
 FACTS = "facts.json"
@@ -30,6 +28,7 @@ ITEM_SCORES = "downstream"
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"
 TRAINER_STATE = "trainer_state.json"
+CHECKSUMS = checksums.FILE_NAME
 OPTIMIZER, SCHEDULER, SCALER, RANDOM_STATES = "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"
 # What Trainer writes for a sharded model instead of optimizer.pt; the metadata of each comes last.
 SHARDED_STATE = ("pytorch_model_fsdp_0", "optimizer_0")

@@ -118,7 +118,7 @@ class TrainerState:
 def read_trainer_state(checkpoint: Path) -> TrainerState | None:
     """The state in a checkpoint's folder; None where Trainer left none."""
     file = checkpoint / TRAINER_STATE
-    damage = damage_by_checksums(checkpoint, [file.name], only_listed=True)
+    damage = damage_by_checksums(checkpoint, [file.name], only_listed=not file.is_file())
     if damage is not None:
         raise UserError(f"{checkpoint}: damaged: {damage}")
     return parse_trainer_state(file) if file.is_file() else None

@@ -87,7 +87,8 @@ def check_weights(folder: Path, *, exact: bool = True) -> None:
 
     Args:
         folder: a checkpoint.
-        exact: whether surplus tensors are a fault too; older versions of transformers stored buffers."""
+        exact: whether surplus tensors are a fault too; older versions of transformers stored buffers.
+    """
     stored = _stored(folder)
     model = skeleton(folder, read_config(folder))
     if model is None:

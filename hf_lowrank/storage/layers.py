@@ -98,7 +98,7 @@ def validated(
     path: list[str] = []
     block: type[BaseModel] = model
     value: Any = data
-    # pydantic's location goes on with union branches and list indices.
+    # pydantic's location continues with union branches and list indices.
     for part in first["loc"]:
         if not isinstance(value, dict) or part not in value:
             break

@@ -132,13 +132,17 @@ class WorkerExecutor:
         self._outcomes: queue.Queue[Outcome] = queue.Queue()
 
     def start(self, unit: Unit, log: Path, slot: int = 0) -> None:
-        alive = [worker for worker in self._workers if worker.poll() is None]
-        worker = alive[0] if alive and self._fork else self._spawn(slot)
+        for worker in [worker for worker in self._workers if worker.poll() is not None]:
+            _close_input(worker)
+            self._workers.remove(worker)
+        worker = self._workers[0] if self._workers and self._fork else self._spawn(slot)
         self._running[unit.key] = worker
         stdin = cast(IO[bytes], worker.stdin)
-        with suppress(BrokenPipeError):  # its reader notices that it has ended
+        try:
             stdin.write((json.dumps({"unit": unit.plain(), "log": str(log)}) + "\n").encode())
             stdin.flush()
+        except BrokenPipeError:  # it has ended since, perhaps before its reader could know of this unit
+            self._lose(unit.key, worker)
 
     def _spawn(self, slot: int) -> subprocess.Popen[bytes]:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self._threads))
@@ -164,9 +168,13 @@ class WorkerExecutor:
                 outcome = Outcome(**json.loads(line))
                 self._running.pop(outcome.key, None)
                 self._outcomes.put(outcome)
-        status = worker.wait()
         for key in [key for key, performer in list(self._running.items()) if performer is worker]:
-            del self._running[key]
+            self._lose(key, worker)
+
+    def _lose(self, key: str, worker: subprocess.Popen[bytes]) -> None:
+        """Reports, once, that a unit's worker has ended."""
+        status = worker.wait()
+        if self._running.pop(key, None) is not None:
             self._outcomes.put(Outcome(key, _exit_reason(status)))
 
     def wait(self, seconds: float) -> list[Outcome]:
@@ -176,14 +184,18 @@ class WorkerExecutor:
 
     def stop(self) -> None:
         for worker in self._workers:
-            with suppress(BrokenPipeError):
-                cast(IO[bytes], worker.stdin).close()  # at the end of its input it ends its children and itself
+            _close_input(worker)  # at its end a worker ends its children and itself
             try:
                 worker.wait(5)
             except subprocess.TimeoutExpired:
                 worker.kill()
                 worker.wait()
         self._workers.clear()
+
+
+def _close_input(worker: subprocess.Popen[bytes]) -> None:
+    with suppress(BrokenPipeError):
+        cast(IO[bytes], worker.stdin).close()
 
 
 def preload(kind: type[Unit]) -> None:

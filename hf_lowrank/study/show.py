@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hf_lowrank.claims.results import CLAIMS
 from hf_lowrank.formats import byte_size, duration
 from hf_lowrank.study.engine import StudyResult
 from hf_lowrank.study.plan import Plan
@@ -18,7 +19,7 @@ def print_result(result: StudyResult, console: Any) -> None:
     from hf_lowrank.claims import claims_table, read_claims
     from hf_lowrank.report import terminal_table
 
-    claims = result.directory / "claims.json"
+    claims = result.directory / CLAIMS
     if result.page is not None and claims.is_file():
         found = read_claims(claims)
         if any(claim.verdict != "undecided" for claim in found):

@@ -256,7 +256,7 @@ class ResultUnit(Unit):
         return digest.hexdigest()
 
     def further_inputs(self) -> list[Path]:
-        return [Path()]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

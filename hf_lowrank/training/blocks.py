@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.errors import UserError, first_line, nearest
 from hf_lowrank.runs.weights import MOST_LAYERS
 from hf_lowrank.storage.layers import Layers
 
@@ -127,7 +127,7 @@ def checked_arguments(section: dict[str, Any], layers: Layers, *, own_optimizer:
     try:
         build_arguments(result, seed=0, output_dir=layers.path.parent)
     except (ValueError, TypeError, ImportError) as error:
-        message = str(error).strip().splitlines()[0]
+        message = first_line(error)
         culprits = [
             key for key, value in result.items() if key in message or (isinstance(value, str) and value in message)
         ]

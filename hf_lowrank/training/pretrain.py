@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -105,7 +106,7 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     if trainer.is_fsdp_enabled:
         _shard_states(trainer)
-    elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+    elif args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise UserError(
             f"FSDP (training.fsdp, or accelerate's configuration) must be left out on {args.device.type}: accelerate "
             "shards on accelerators only, and would train unsharded replicas"

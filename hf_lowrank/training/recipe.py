@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedConfig, TrainingArguments
 
-from hf_lowrank.errors import UserError, nearest
+from hf_lowrank.errors import UserError, first_line, nearest
 from hf_lowrank.methods import METHODS, Method, MethodSettings
 from hf_lowrank.storage.layers import Layers, read_layers, validated
 from hf_lowrank.training.blocks import build_arguments, build_config, checked_arguments, checked_model
@@ -232,9 +232,3 @@ def _check_buildable(recipe: Recipe, layers: Layers) -> None:
         if field in type(recipe.settings).model_fields:
             raise UserError(f"{layers.origin(f'method.{field}')}: method.{message}") from None
         raise UserError(f"{layers.path}: method: {message}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its type if the message is empty."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

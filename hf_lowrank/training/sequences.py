@@ -15,13 +15,12 @@ from huggingface_hub.utils import logging as hub_logging
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, first_line
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 DOCUMENTS_PER_BATCH = 64
-
 IGNORED = -100
 ROWS_AT_ONCE = 1024
 
@@ -62,8 +61,8 @@ def load_tokenizer(name: str, key: str = "data.tokenizer") -> PreTrainedTokenize
         with quiet_hub():
             return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{key} must be a tokenizer on the Hub or in a folder, got {name!r}: {lines[0]}") from None
+        reason = first_line(error)
+        raise UserError(f"{key} must be a tokenizer on the Hub or in a folder, got {name!r}: {reason}") from None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,7 +1,5 @@
 """Sources of text, each with training and held-out documents: the standard library, local files, Hub datasets."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json
@@ -12,16 +10,14 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import UserError, first_line
 from hf_lowrank.storage.parsing import parse_json
+from hf_lowrank.training.recipe import DataSettings
 from hf_lowrank.training.sequences import quiet_hub
-
-if TYPE_CHECKING:
-    from hf_lowrank.training.recipe import DataSettings
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +212,7 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
                 for value in batch.column(0).to_pylist():
                     yield text_of(value, str(file), text_column)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file}: not a readable Parquet file: {first_line(error)}") from None
 
 
 def text_of(value: object, where: str, text_column: str) -> str:
@@ -228,9 +224,9 @@ def text_of(value: object, where: str, text_column: str) -> str:
     return value
 
 
-def progress(items: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
+def progress(items: Iterable[Any], title: str) -> Iterable[Any]:
     """`items` with a bar that appears in a terminal after two seconds, and disappears at the end."""
-    return tqdm(items, desc=title, total=total, delay=2, disable=None, leave=False)
+    return tqdm(items, desc=title, delay=2, disable=None, leave=False)
 
 
 def hub_documents(data: DataSettings) -> Documents:
@@ -307,8 +303,7 @@ def _explained(error: Exception, data: DataSettings, split: str) -> UserError:
     """An error of `datasets` or of a library below it, in terms of the recipe's keys."""
     from datasets.exceptions import DatasetNotFoundError
 
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
+    reason = first_line(error)
     # `datasets` wraps connection errors, sometimes in the error for a dataset that does not exist.
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -322,7 +317,7 @@ def _explained(error: Exception, data: DataSettings, split: str) -> UserError:
     if isinstance(error, DatasetNotFoundError | FileNotFoundError):
         return UserError(f"{dataset} must be a dataset on the Hub that you can access, or a local folder: {reason}")
     if "BuilderConfig" in reason or "Config name is missing" in reason:
-        return UserError(f"data.subset {data.subset!r} is not among those of {dataset}: {' '.join(lines)}")
+        return UserError(f"data.subset {data.subset!r} is not among those of {dataset}: {error}")
     if "split" in reason.lower():
         return UserError(f"data.split {split!r} is not among those of {dataset}: {reason}")
     return UserError(f"{dataset} could not be read, {type(error).__name__}: {reason}")

@@ -373,6 +373,18 @@ def test_claims_come_back_as_they_were_written(simulation, prediction, tmp_path)
             read_claims(file)
 
 
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_a_finding_gives_the_reason_once_and_ends_with_a_full_stop(simulation, tmp_path, seeds):
+    simulation.seeds = range(seeds)
+    simulation.noise = 0.5
+    claims = examine(simulation.write(tmp_path))
+    assert "undecided" in {claim.verdict for claim in claims}
+    for claim in claims:
+        assert claim.finding.count(claim.reason[1:]) == 1
+        assert claim.finding.endswith(".")
+        assert not claim.finding.endswith("..")
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_table_is_readable(simulation, tmp_path, width):
     claims = examine(simulation.write(tmp_path))

@@ -20,7 +20,7 @@ from tests.distributed.sharded_training import FSDP, free_port, launched
 from tests.distributed.training import state_bytes, whole_weights
 
 SUBSPACE = {"rank": 4, "update_proj_gap": 5}
-# What a recipe's `method:` says, by the name of the case.
+# The recipe's `method:` block of each case, by its name unless it names a method.
 CASES = {
     "full_rank": {},
     "galore": SUBSPACE,
@@ -186,7 +186,7 @@ def by_trainer(path, run, way, rank=0, world=1):
 
 
 def launch(job, world, folder):
-    """`job(rank, world)` in `world` processes that meet as those of `accelerate launch` do."""
+    """`job(rank, world)` in `world` processes that are connected like those of `accelerate launch`."""
     shutil.rmtree(folder, ignore_errors=True)
     found = in_processes(world, job, folder, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     shutil.rmtree(folder)

@@ -33,7 +33,7 @@ def _started(command):
 
 
 def in_two(command):
-    """Runs `command` in two processes; both must end well."""
+    """Runs `command` in two processes; both must succeed."""
     children = _started(command)
     for child in children:
         child.join(PATIENCE)
@@ -41,7 +41,7 @@ def in_two(command):
 
 
 def lose_one(command, lost, begun):
-    """Runs `command` in two processes, kills number `lost` when `begun()`, returns how the other one ended."""
+    """Runs `command` in two processes, kills number `lost` once `begun()`, and returns the other's exit code."""
     children = _started(command)
     deadline = time.monotonic() + PATIENCE
     while not begun() and all(child.is_alive() for child in children) and time.monotonic() < deadline:

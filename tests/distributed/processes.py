@@ -1,4 +1,4 @@
-"""Several processes of one test: forks of this one, which has imported everything, that meet through a file."""
+"""Several processes for one test, forked from this one with everything imported, that connect through a file."""
 
 import os
 import time

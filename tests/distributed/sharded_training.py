@@ -1,4 +1,4 @@
-"""Trainings under accelerate's FSDP2, which shards on accelerators only: here it takes processors for some."""
+"""Training under accelerate's FSDP2, which shards on accelerators only: here CPUs pose as accelerators."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ def free_port():
 
 
 def launched(rank, world, on_accelerators=True):
-    """What `accelerate launch` tells a process; to be called in it, before anything of accelerate."""
+    """Sets what `accelerate launch` sets in a process; call it there, before anything of accelerate."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in names.items()})
     AcceleratorState._reset_state(reset_partial_state=True)

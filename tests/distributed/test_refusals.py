@@ -1,4 +1,4 @@
-"""What would train something else in silence is refused by name."""
+"""What would silently train something else is refused by name."""
 
 import logging
 from functools import partial
@@ -23,7 +23,7 @@ def message_of(function):
 
 
 def fsdp1(use_orig_params, rank, world):
-    """What is said of a model that FSDP1 wrapped, before the optimizer was made and after."""
+    """The errors for a model that FSDP1 wraps, with optimizers made after and before."""
     model = net(torch.float32)
     early = GaLoreAdamW(model, rank=2)
     inner = model
@@ -46,11 +46,11 @@ def test_fsdp1(tmp_path, use_orig_params):
 def test_deepspeed():
     model = net(torch.float32)
     optimizer = GaLoreAdamW(model, rank=2)
-    # ZeRO-1 and ZeRO-2 put one flat piece of all of a group's weights into the group, in float32.
+    # ZeRO-1 and ZeRO-2 replace a group's weights by one flat shard in float32.
     for group in optimizer.param_groups:
         group["params"] = [nn.Parameter(torch.cat([param.detach().flatten() for param in group["params"]]))]
     assert "flattened by FSDP1 or DeepSpeed ZeRO; use FSDP2" in message_of(optimizer.step)
-    for param in model.parameters():  # ZeRO-3 marks the parameters whose values it takes away
+    for param in model.parameters():  # ZeRO-3 marks the parameters that it partitions
         param.ds_id = 0
     assert "DeepSpeed ZeRO-3; use FSDP2" in message_of(lambda: GaLoreAdamW(model, rank=2))
 
@@ -125,7 +125,7 @@ def test_the_table_is_logged_once(caplog):
 
 
 def skipped(rank, world):
-    """A gradient that is not finite on one process alone: nobody steps."""
+    """A gradient that is non-finite on one process only: no process steps."""
     model = wrapped(net(torch.float32), "fsdp", world)
     optimizer = optimizer_of("fira", model)
     step_loss(model, 0, rank, world)
@@ -139,5 +139,5 @@ def skipped(rank, world):
     return torch.equal(weight.full_tensor(), before)
 
 
-def test_a_gradient_that_is_not_finite_anywhere_is_skipped_everywhere(tmp_path):
+def test_a_gradient_that_is_non_finite_on_one_process_is_skipped_on_all(tmp_path):
     assert in_processes(2, skipped, tmp_path) == [True, True]

@@ -1,4 +1,4 @@
-"""The adapters' layers, by hand and through accelerate, in one process and in several."""
+"""The adapters' layers, in a custom loop and through accelerate, in one process and in several."""
 
 import os
 from functools import partial
@@ -35,7 +35,7 @@ def adapted(name):
     torch.manual_seed(0)
     method = METHODS[name]
     model = method.build_model(config, method.settings(**({"r": 4} if name in ADAPTERS else {})), 0)
-    # Adam divides by the size of the gradient: where that is rounding alone, float32 differs in the first digit.
+    # Adam divides by the gradient's size: if that is only rounding error, float32 differs in the first digit.
     return model.double()
 
 
@@ -85,7 +85,7 @@ def trained(names, way, steps, rank=0, world=1):
     ],
 )
 @pytest.mark.timeout(1800)
-def test_several_processes_are_one(tmp_path, names, worlds, ways, steps):
+def test_several_processes_equal_one(tmp_path, names, worlds, ways, steps):
     alone = trained(names, "alone", steps)
     for way in ways:
         for world in worlds:
@@ -101,14 +101,14 @@ def test_several_processes_are_one(tmp_path, names, worlds, ways, steps):
 
 
 def by_hand(folder, rank, world):
-    """accelerate: six steps, the state saved after three; then from that state again."""
+    """Six steps under accelerate with the state saved after three, then the last three again from that state."""
     launched(rank, world)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     model = adapted("full_rank")
     optimizer = FiraAdamW(model, lr=1e-2, rank=4, update_proj_gap=2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 3))
-    # A schedule that accelerate prepares makes a step for every process.
+    # A schedule that accelerate prepares would step once per process.
     model, optimizer = accelerator.prepare(model, optimizer)
 
     def run(steps):

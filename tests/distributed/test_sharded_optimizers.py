@@ -80,7 +80,7 @@ def test_several_processes_equal_one(tmp_path, names, worlds, ways, steps):
 
 
 def silent(rank, world):
-    """Whether the basis of a divided matrix changed where rows of its gradient are zero, and where all are."""
+    """Whether the basis of a sharded matrix changes if some rows of its gradient are zero, and if all are."""
     model = wrapped(net(torch.float32), "fsdp", world)
     optimizer = make("galore-randomized", model)
     weight = model.layers[1].weight
@@ -163,7 +163,7 @@ def test_saved_in_two_processes_resumed_in_one_and_in_four(tmp_path, names, hows
 
 
 def hybrid(names, steps, rank, world):
-    """Two replicas of two shards each; the second replica's decompositions come out with other signs."""
+    """Two replicas of two shards each; the decompositions of the second replica have other signs."""
     found = {}
     if rank >= 2:
         for key, choose in SUBSPACES.items():

@@ -14,7 +14,7 @@ from hf_lowrank.downstream.prediction import analyse, answer, gain_interval, que
 from hf_lowrank.downstream.ridge import PENALTIES, leave_one_group_out
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, append_measurements
-from hf_lowrank.runs.scores import Score, append_scores
+from hf_lowrank.runs.scores import Score, append_scores, read_scores
 
 
 def reference(x, y, groups, weights):
@@ -51,7 +51,7 @@ def columns_of(asked):
 def test_leave_one_group_out_is_the_nested_procedure(name):
     table = ragged(simulated_table(3, methods=6, runs=2, steps=3, metrics=4, between=0.5, within=0.5))
     asked = question(table, name)
-    predicted, folds = asked.predictions(asked.base_nB, asked.geometry_nP)
+    predicted, folds = asked.both
     expected, penalties = reference(columns_of(asked), asked.target_n, asked.groups_n, asked.weights_n)
     np.testing.assert_allclose(predicted, expected, rtol=1e-8, atol=1e-9)
     assert [fold.penalty for fold in folds] == pytest.approx(penalties)
@@ -82,16 +82,8 @@ def test_within_methods_nothing_of_a_method_is_left():
     shifted = replace(
         table, target_N=table.target_N + 5.0 * table.method_N, geometry_NP=table.geometry_NP + table.method_N[:, None]
     )
-    for before, after in zip(
-        *(question(t, "unseen_run").predictions(*arrays(question(t, "unseen_run"))) for t in (table, shifted)),
-        strict=True,
-    ):
-        if isinstance(before, np.ndarray):
-            np.testing.assert_allclose(before, after, atol=1e-9)
-
-
-def arrays(asked):
-    return asked.base_nB, asked.geometry_nP
+    before, after = (question(t, "unseen_run").both[0] for t in (table, shifted))
+    np.testing.assert_allclose(before, after, atol=1e-9)
 
 
 def test_nothing_of_the_left_out_group_reaches_its_fit():
@@ -107,7 +99,7 @@ def test_nothing_of_the_left_out_group_reaches_its_fit():
         assert not np.array_equal(getattr(before[3], name), getattr(after[3], name)) or name == "penalty"
 
 
-def test_five_seeds_of_a_method_are_one_witness():
+def test_five_seeds_of_a_method_are_one_observation():
     """Geometry that is a random fingerprint of the method predicts runs of known methods, and no unknown method."""
     rng = np.random.default_rng(0)
     table = simulated_table(0, methods=8, runs=5, steps=1)
@@ -137,9 +129,8 @@ def test_the_interval_covers_the_expected_gain(name):
     for seed in range(40):
         table = simulated_table(seed, **shape)
         asked = question(table, name)
-        both, _ = asked.predictions(asked.base_nB, asked.geometry_nP)
-        gains.append(asked.r2(both) - asked.r2(asked.base))
-        intervals.append(gain_interval(table, asked, gains[-1]))
+        gains.append(asked.gain)
+        intervals.append(gain_interval(table, asked))
     truth = float(np.mean(gains))
     assert sum(low <= truth <= high for low, high in intervals) >= 35
 
@@ -287,6 +278,14 @@ def test_a_metric_that_a_run_lacks_costs_the_metric_and_not_the_run(tmp_path):
     prediction = predict(runs, metrics=["random_sharpness", "method_barrier"], permutations=19)
     assert prediction.unseen_method.methods == 6
     assert any(note.startswith("method_barrier is null in") for note in prediction.notes)
+
+
+def test_a_scored_step_that_was_not_measured_is_noted(tmp_path):
+    table, runs = write_study(tmp_path)
+    append_scores(runs[0] / "downstream.jsonl", [replace(read_scores(runs[0])[0], step=99)])
+    gathered = gather(runs, metrics=["random_sharpness"])
+    assert len(gathered.target_N) == len(table.target_N)
+    assert "left out: some runs have a score but no perplexity at steps 99" in gathered.notes
 
 
 def test_predict_says_what_is_missing(tmp_path):

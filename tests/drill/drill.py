@@ -1,4 +1,4 @@
-"""One drill: faults by plan, then the same call undisturbed, which comes to the same bits or names what is broken."""
+"""One drill: the faults of a plan, then the same call without faults, which gives equal bits or names the damage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.drill.world import World, lines, settle
 
 MOST_REPAIRS = 5
 STOPPED = 75
-# How a call that met a fault may end; what ends otherwise is a breach.
+# Exit statuses that a call with a fault may have; any other is a breach.
 ALLOWED: dict[str, tuple[int, ...]] = {
     "killed": (0, -9),
     "terminated": (0, STOPPED, -15),
@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[int, ...]] = {
 
 @dataclass
 class Result:
-    """What became of a drill: `survived` to the bit, or `refused` by name; with breaches it is neither."""
+    """The result of a drill: `survived` with equal bits, or `refused` by name; with breaches it is neither."""
 
     seed: int
     kind: str
@@ -44,7 +44,7 @@ class Result:
 
 
 def drill(world: World, seed: int) -> Result:
-    """Carries out the plan of a seed."""
+    """Runs the plan of a seed."""
     plan = plan_of(seed)
     if plan.kind == "study damaged":
         from tests.drill.studies import study_drill
@@ -96,53 +96,53 @@ class _Drill:
             ended = self._second(child)
         self.found.struck = self.found.struck or ended.struck
         if (2 if ended.refused else ended.status) not in ALLOWED[strike.kind]:
-            self.breach(f"{strike.kind}: not an end that it may come to", ended)
+            self.breach(f"{strike.kind}: unexpected exit status", ended)
         elif ended.status == 2 and not ended.refused:
-            self.breach(f"{strike.kind}: refused in more than a line", ended)
+            self.breach(f"{strike.kind}: refused in more than one line", ended)
         elif ended.status == STOPPED and "SIGTERM" not in ended.output:
-            self.breach("ended by SIGTERM without saying so", ended)
+            self.breach("stopped by SIGTERM without reporting it", ended)
         elif ended.status == 0 and strike.kind in ("disk full", "read-only") and ended.struck:
-            # What came after the last write.
+            # It struck after the last write.
             self.found.struck = True
         if strike.kind == "clock":
             self._shift_times(strike)
         bad = not_finite(self.run)
         if bad:
-            self.breach(f"{strike.kind}: {bad} written with weights that are no numbers", ended)
+            self.breach(f"{strike.kind}: {bad} saved with non-finite weights", ended)
 
     def _shift_times(self, strike: Strike) -> None:
-        """The clock jumped while files were written."""
+        """Changes the files' times as if the clock had jumped while they were written."""
         generator = random.Random(strike.size)
         for file in sorted(path for path in self.place.rglob("*") if path.is_file()):
             moment = file.stat().st_mtime + generator.uniform(-1e5, 1e5)
             os.utime(file, (moment, moment))
 
     def _second(self, first: Child) -> Ended:
-        """Another process gives the same call while the first stands still in the middle of its own."""
+        """Runs the same call in another process while the first is stopped in the middle of its own."""
         second = self.call(self.plan.stages).wait()
         assert second is not None
         if not (
             second.status == 0 or (second.refused and re.search("in use by another|another process", second.last_line))
         ):
-            self.breach("two at once: the second neither worked nor was told of the first", second)
-        first.go_on()
+            self.breach("two at once: the second neither succeeded nor was refused because of the first", second)
+        first.resume()
         ended = first.wait()
         assert ended is not None
         if ended.status == 2 and not re.search("in use by another|another process", ended.last_line):
             self.breach("two at once: the first was refused for another reason", ended)
         if 0 not in (ended.status, second.status):
-            self.breach("two at once: neither came to its end", ended)
+            self.breach("two at once: neither succeeded", ended)
         return ended
 
     def _ranks(self, strike: Strike) -> None:
         ends = train_in_ranks(self.recipe, self.place, self.place / "cache", strike)
         self.found.struck = ends[1].status == -9
         if self.found.struck and ends[0].status in (0, None):
-            self.breach("a rank died and the other did not end with a fault", ends[0])
+            self.breach("a rank died and the other did not fail", ends[0])
         again = train_in_ranks(self.recipe, self.place, self.place / "cache")
         for ended in again:
             if ended.status != 0:
-                self.breach("ranks: the next launch did not come to its end", ended)
+                self.breach("ranks: the next launch did not succeed", ended)
 
     def _damage(self) -> Path | None:
         damage = self.plan.damage
@@ -167,7 +167,7 @@ class _Drill:
         return file
 
     def _finish(self, broken: Path | None, stages: tuple[str, ...], *, whole: bool) -> None:
-        """Calls until the end is reached, doing what is said of the damaged file and nothing else."""
+        """Repeats the call until it succeeds, repairing the damaged file as messages say and nothing else."""
         stages = stages[1:] if self.processes > 1 else stages
         for _ in range(MOST_REPAIRS):
             ended = self.call(stages).wait()
@@ -177,19 +177,19 @@ class _Drill:
                 if not named:
                     break
                 if broken is None or not any(broken.name in said for said in named.values()):
-                    self.breach(f"checkpoints are damaged that nothing had damaged: {named}", ended)
+                    self.breach(f"checkpoints are reported as damaged that nothing damaged: {named}", ended)
                     return
                 self.found.outcome = "refused"
                 self._remove(broken)
             elif not whole and not self.plan.damage.finished:  # type: ignore[union-attr]
                 if not ended.refused:
-                    self.breach("a reader did not end in a line", ended)
+                    self.breach("a reader did not fail with one line", ended)
                 return
             elif not ended.refused:
-                self.breach("neither the end nor a refusal in one line", ended)
+                self.breach("neither success nor a one-line refusal", ended)
                 return
             elif broken is None or broken.name not in ended.reason:
-                self.breach("refused, but not for the file that is damaged", ended)
+                self.breach("refused, but not because of the damaged file", ended)
                 return
             else:
                 self.found.outcome = "refused"
@@ -197,17 +197,17 @@ class _Drill:
                     return
                 self._remove(broken, ended.last_line)
         else:
-            self.breach("what is said of the damaged file does not help", ended)
+            self.breach("following the messages about the damaged file fails", ended)
             return
         if whole:
             other = differences(snapshot(self.run), self.expected)
             if self.found.outcome == "refused" and broken is not None and broken.name == "facts.json":
-                other = [name for name in other if name != "facts.json"]  # the record of costs is lost, as was said
+                other = [name for name in other if name != "facts.json"]  # the record of costs is lost, as it says
             if other:
-                self.breach(f"another result in {other[:6]}", ended)
+                self.breach(f"different results in {other[:6]}", ended)
 
     def _remove(self, broken: Path, said: str = "") -> None:
-        """Removes what the message names: a line, a file, or a checkpoint and those that came after it."""
+        """Removes what the message names: lines from the damaged one on, a file, or a checkpoint and later ones."""
         line = re.search(r"line (\d+)", said)
         if line and broken.suffix == ".jsonl" and broken.is_file():
             rows = broken.read_bytes().split(b"\n")

@@ -1,4 +1,4 @@
-"""What goes wrong in a drill: a seed gives a plan, and nothing else does."""
+"""The faults of a drill, planned from its seed alone."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ METHODS: dict[str, dict[str, object]] = {
     "sltrain": {"r": 4},
     "low_rank": {"r": 4},
 }
-# One round of seeds. Damage has the most places to strike; what costs several processes comes once.
+# One round of seeds: damage has the most targets; faults that need several processes are slow, and come once.
 ROUND = (
     "damaged", "killed", "terminated", "two at once", "damaged", "disk full", "clock", "damaged", "killed",
     "not a number", "study damaged", "read-only", "damaged", "memory", "terminated", "damaged", "rank dies", "damaged",
     "killed", "damaged",
 )  # fmt: skip
 KINDS = tuple(sorted(set(ROUND)))
-# A second fault may follow these in the call after.
+# Faults that may strike the next call as well.
 REPEATED = ("killed", "terminated", "disk full", "read-only", "memory", "not a number")
 DAMAGES = ("truncated", "emptied", "zeroed", "flipped")
-# Every kind of file that a run is made of; the pattern is of its path below the drill's folder.
+# Every kind of file of a run, with the pattern of its path below the drill's folder.
 FILE_KINDS = {
     "recipe": "run/recipe.yaml",
     "facts": "run/facts.json",
@@ -81,9 +81,9 @@ class Strike:
 
     Attributes:
         kind: of KINDS.
-        at: the moment, as a share of the file operations of an undisturbed call.
-        delay: seconds from that moment to the signal; 0: at once.
-        size: how much: of the disk that is left, of memory, of a jump; from 0 to 1.
+        at: when, as a share of the file operations of a call without faults.
+        delay: seconds from then to the signal; 0: at once.
+        size: of the remaining disk space, of the memory, or of the clock's jump; from 0 to 1.
     """
 
     kind: str
@@ -94,14 +94,14 @@ class Strike:
 
 @dataclass(frozen=True)
 class Damage:
-    """One file that is not what was written.
+    """One damaged file.
 
     Attributes:
         file_kind: of FILE_KINDS or STUDY_FILE_KINDS.
         how: of DAMAGES.
-        place: which of several such files, and where in it; from 0 to 1.
-        finished: whether the run was finished before, or killed in its middle.
-        readers_first: whether the run is read before it is trained on.
+        place: which of several such files, and the position in it; from 0 to 1.
+        finished: whether the run was finished before, rather than killed halfway.
+        readers_first: whether the run is read before it is trained further.
     """
 
     file_kind: str
@@ -113,7 +113,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens in one drill, in this order; `evaluate` and `report`: whether these stages are among the calls'."""
+    """What happens in a drill, in this order; `evaluate` and `report`: whether the calls include these stages."""
 
     seed: int
     kind: str
@@ -131,7 +131,7 @@ class Plan:
 
 
 def plan_of(seed: int) -> Plan:
-    """The plan of a seed: its kind by the round, the rest at random."""
+    """The plan of a seed: its kind by its position in the round, the rest random."""
     generator = random.Random(seed)
     kind = ROUND[seed % len(ROUND)]
     turn = seed // len(ROUND)
@@ -178,7 +178,7 @@ def victims(folder: Path, file_kind: str) -> list[Path]:
 
 
 def damaged(content: bytes, how: str, place: float) -> bytes:
-    """The content with its damage, which always changes something."""
+    """The content with damage that always changes something."""
     at = min(int(place * len(content)), len(content) - 1)
     if how == "truncated":
         return content[:at]

@@ -1,7 +1,7 @@
-"""Faults inside a forked process: at its n-th file operation below a folder they strike.
+"""Faults in a forked process, which strike at its n-th file operation below a folder.
 
-An audit hook sees every file operation that Python code begins; an exception of it is the operation's own. What C++
-and Rust write by themselves (torch.save, safetensors) meets a limit on the size of files instead.
+An audit hook sees every file operation that Python code starts, and an exception raised in it becomes the operation's
+own. Files that C++ and Rust write by themselves (torch.save, safetensors) run into a limit on file sizes instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Moments:
-    """Counts file operations below `folder`; at number `at` it strikes once, and may refuse what changes files on."""
+    """Counts file operations below `folder`, strikes once at number `at`, and can refuse all later changes."""
 
     def __init__(self, folder: Path, at: int | None = None, strike: Callable[[], None] | None = None) -> None:
         self.count = 0
@@ -47,7 +47,7 @@ class Moments:
             if self.count == self._at and self._strike is not None:
                 self._strike()
             changes = event != "open" or (arguments[2] or 0) & WRITING
-            # A full disk lets go of files, a read-only one does not.
+            # A full disk allows removing files, a read-only one does not.
             grows = event in ("open", "os.mkdir", "os.link", "os.symlink")
             if self.refusal is not None and changes and (grows or self.refusal == errno.EROFS):
                 raise OSError(self.refusal, os.strerror(self.refusal), path)
@@ -56,7 +56,7 @@ class Moments:
 
 
 def arm(strike: Strike | None, folder: Path, operations: int, tell: Callable[[], None]) -> Moments:
-    """Prepares this process for its fault; `tell` lets the parent know that the moment has come."""
+    """Prepares this process for its fault; `tell` notifies the parent when it strikes."""
     if strike is None:
         return Moments(folder)
     at = 1 + int(strike.at * operations)

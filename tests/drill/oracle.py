@@ -1,4 +1,4 @@
-"""What must be equal, to the bit, between a run that went through faults and one that did not."""
+"""What must be bitwise equal between a run that went through faults and one that did not."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from hf_lowrank.runs.checkpoints import why_not_resumable
 from hf_lowrank.storage.checksums import damage_by_checksums
 
-# What a clock, the machine or the run's own folder decides.
+# Depends on the clock, the machine or the run's folder.
 OWN = ("training_args.bin", "checksums.json")
 TIMELY = ("runtime", "second", "memory", "checksum", "time", "peak", "versions", "torch")
 
 
 def snapshot(run: Path) -> dict[str, Any]:
-    """What a run directory holds, by file; hidden files and what differs between equal runs left out."""
+    """The contents of a run directory by file, without hidden files and what differs between equal runs."""
     found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
@@ -32,7 +32,7 @@ def snapshot(run: Path) -> dict[str, Any]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """The files that are not alike."""
+    """The files that differ."""
     return [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
 
 
@@ -48,7 +48,7 @@ def _content(path: Path) -> Any:
 
 
 def _last_rows(path: Path) -> list[str]:
-    """The rows that count, of each key the last; a failure that was made good counts no longer."""
+    """The rows that count: the last of each key, without failures that a later row mends."""
     if path.name == "measurements.jsonl":
         from hf_lowrank.runs.measurements import read_measurements
 
@@ -67,7 +67,7 @@ def _timeless(content: Any) -> Any:
 
 
 def not_finite(run: Path) -> list[str]:
-    """Weights that were written as good and are not numbers."""
+    """The complete checkpoints with non-finite weights."""
     found = []
     for path in sorted(run.glob("checkpoint-*/model.safetensors")):
         if path.parent.name != "checkpoint-0" and why_not_resumable(path.parent) is not None:
@@ -82,7 +82,7 @@ def not_finite(run: Path) -> list[str]:
 
 
 def damaged_checkpoints(run: Path) -> dict[str, str]:
-    """The checkpoints of a run that name their damage themselves."""
+    """The checkpoints of a run whose damage is detected, and what it is."""
     found = {}
     for folder in sorted(run.glob("checkpoint-*")):
         # The first checkpoint has weights only.

@@ -1,4 +1,4 @@
-"""Calls of the command line in forked processes, which have everything imported, with their faults."""
+"""Calls of the command line in forked processes, which have everything imported already, with their faults."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Ended:
     """How a process ended.
 
     Attributes:
-        status: its exit status, the negative signal, or None where it had to be ended after LONGEST_SECONDS.
+        status: its exit status, the negative signal number, or None if it was killed after LONGEST_SECONDS.
         output: all that it printed.
-        struck: whether its fault came about.
+        struck: whether its fault struck.
     """
 
     status: int | None
@@ -41,19 +41,19 @@ class Ended:
 
     @property
     def refused(self) -> bool:
-        """Whether it ended as a user's error does, or did what could be done and named what has no score: with a line
-        for it, no traceback."""
+        """Whether it ended with one line and no traceback: a user error, or the name of what has no score after
+        everything else was done."""
         start = {2: "hf-lowrank: ", 1: "hf-lowrank: without a score: "}.get(self.status or 0)
         return start is not None and self.last_line.startswith(start) and "Traceback" not in self.output
 
     @property
     def reason(self) -> str:
-        """Where it says what is wrong."""
+        """The part of the output that says what is wrong."""
         return self.last_line if self.status == 2 else self.output
 
 
 class Child:
-    """A forked process at work on a job."""
+    """A forked process that runs a job."""
 
     def __init__(self, job: Job, folder: Path, strike: Strike | None = None, operations: int = 0) -> None:
         self._strike = strike
@@ -84,7 +84,7 @@ class Child:
         self.operations = 0
 
     def wait(self, *, stopped: bool = False, within: float = LONGEST_SECONDS) -> Ended | None:
-        """Until it ends; with `stopped`, None as soon as it has stopped itself."""
+        """Waits until it ends; with `stopped`, returns None as soon as it has stopped itself."""
         deadline = time.monotonic() + within
         handles = {self._reading, self._moment}
         while True:
@@ -112,7 +112,7 @@ class Child:
                 os.waitpid(self.pid, 0)
                 return self._ended(None, handles)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
     def _signal(self) -> None:
@@ -140,7 +140,7 @@ class Child:
 
 
 def commands(lines: Sequence[Sequence[str]], before: Callable[[], None] | None = None) -> Job:
-    """Calls of `hf-lowrank`, one after the other in one process, up to the first that does not succeed."""
+    """Runs `hf-lowrank` commands in one process, one after another, until one fails."""
 
     def job() -> int:
         from hf_lowrank.cli import main
@@ -163,7 +163,7 @@ def _tell(handle: int, what: bytes = b"!") -> None:
 
 
 def _redirect(handle: int) -> None:
-    """All output goes to `handle`; handlers of the log that hold other streams are gone."""
+    """Sends all output to `handle`, and removes log handlers that hold other streams."""
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(handle, 1)

@@ -1,4 +1,4 @@
-"""Two processes that train together, one of which may die."""
+"""Two processes that train together; one of them may be killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORLD = 2
 
 
 def train_in_ranks(recipe: Path, place: Path, cache: Path, strike: Strike | None = None) -> list[Ended]:
-    """`recipes/pretrain.py` by DDP in two processes; with a strike the second dies while the first waits for it."""
+    """Trains under DDP in two processes; with a strike the second is killed while the first waits for it."""
     port = free_port()
     children = [
         Child(_job(rank, port, recipe, place, cache, strike if rank == 1 else None), place) for rank in range(WORLD)
@@ -47,7 +47,7 @@ def _job(rank: int, port: str, recipe: Path, place: Path, cache: Path, strike: S
 
 
 def _dies(strike: Strike) -> None:
-    """This process ends within a step, when the other has begun to add up gradients, or will wait for this one's."""
+    """Kills this process during a step, when the other is summing gradients or will wait for this one's."""
     import os
     import signal
     import time

@@ -1,7 +1,7 @@
-"""Drills by the seed: `python -m tests.drill.run --seeds 0:500 --output RESULTS.jsonl --summary SUMMARY.json`.
+"""Runs drills by seed: `python -m tests.drill.run --seeds 0:500 --output RESULTS.jsonl --summary SUMMARY.json`.
 
-Each drill's result is a line of the output; seeds that are there already are not drilled again, so that it can be
-stopped and continued. The last lines of a seed count. The summary is written at the end, and whenever it is stopped.
+Each drill's result is a line of the output. Seeds with a result are skipped, so that it can be stopped and resumed; of
+several lines the last counts. The summary is written at the end, and when it is stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENVIRONMENT = {
 
 
 def seeds_of(text: str) -> list[int]:
-    """The seeds that `3,17,0:500` names, each once, in that order."""
+    """The seeds that `3,17,0:500` names, without repetition, in that order."""
     seeds: dict[int, None] = {}
     for part in text.split(","):
         first, _, end = part.partition(":")
@@ -76,7 +76,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def drill_seeds(seeds: Sequence[int], output: Path | None, folder: Path, say: Any = print) -> list[dict[str, Any]]:
-    """Drills the seeds that `output` does not have yet; returns the results of all."""
+    """Runs the drills of seeds that have no result in `output`; returns the results of all."""
     from tests.drill.drill import drill
     from tests.drill.world import make_world
 
@@ -98,12 +98,12 @@ def drill_seeds(seeds: Sequence[int], output: Path | None, folder: Path, say: An
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Drills faults by the seed.")
-    parser.add_argument("--seeds", default="0:500", help="as 0:500, or 3,17, or both; in this order")
+    parser = argparse.ArgumentParser(description="Runs fault drills by seed.")
+    parser.add_argument("--seeds", default="0:500", help="e.g. 0:500, or 3,17, or both; in this order")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--output", type=Path, required=True, help="a line for each drill; continued where it is")
+    parser.add_argument("--output", type=Path, required=True, help="a line per drill; resumed if it exists")
     parser.add_argument("--summary", type=Path)
-    parser.add_argument("--folder", type=Path, help="where drills take place and breaches leave their runs")
+    parser.add_argument("--folder", type=Path, help="where drills run and breaches leave their runs")
     given = parser.parse_args()
     seeds = seeds_of(given.seeds)
     os.environ.update(ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""Drills on a finished study, one of whose files is damaged."""
+"""Drills on a finished study with one damaged file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.drill.processes import Child, Ended, Job
 from tests.drill.world import World, settle
 
 LONGEST = 3600.0
-# Prediction needs a task with a level of chance, and its items need long texts.
+# Prediction needs a task with a known chance level, whose items need long texts, and eight runs.
 DATA = {"source": "python-library", "sequence_length": 128, "vocabulary_size": 2048, "evaluation_sequences": 8}
 MEMBERS = ("full_rank", "galore")
 STUDY = {
@@ -38,7 +38,7 @@ STUDY = {
 
 
 def study_drill(world: World, plan: Plan) -> Result:
-    """Damages a file of a finished study; the same call again must mend it or name it."""
+    """Damages a file of a finished study; repeating the call must repair it or name it."""
     assert plan.damage is not None
     template = _template(world)
     expected = _results(template)
@@ -61,18 +61,18 @@ def study_drill(world: World, plan: Plan) -> Result:
         if not named:
             break
         if not any(file.name in said for said in named):
-            found.breaches.append(f"seed {plan.seed}: study refuses, but not for {file.name}: {named[:3]}")
+            found.breaches.append(f"seed {plan.seed}: study refuses, but not because of {file.name}: {named[:3]}")
             return found
         found.outcome = "refused"
         _remove(file, named)
     else:
-        found.breaches.append(f"seed {plan.seed}: what is said of {file.name} does not help: {named[:3]}")
+        found.breaches.append(f"seed {plan.seed}: following the messages about {file.name} fails: {named[:3]}")
         return found
     other = differences(_results(place / "study"), expected)
     if found.outcome == "refused" and file.name == "facts.json":
         other = [name for name in other if not name.endswith("facts.json")]
     if other:
-        found.breaches.append(f"seed {plan.seed}: {file} {plan.damage.how}: another result in {other[:6]}")
+        found.breaches.append(f"seed {plan.seed}: {file} {plan.damage.how}: different results in {other[:6]}")
     else:
         shutil.rmtree(place)
     return found
@@ -89,7 +89,7 @@ def _template(world: World) -> Path:
         place = world.fresh("study-reference", cached=False)
         ended = Child(_job(world, place, world.folder / "cache"), place).wait(within=LONGEST)
         if ended is None or ended.status != 0:
-            raise RuntimeError(f"a study without faults ended so: {ended}")
+            raise RuntimeError(f"a study without faults failed: {ended}")
         directory.parent.mkdir(exist_ok=True)
         (place / "study").rename(directory)
     return directory
@@ -122,7 +122,7 @@ def _job(world: World, place: Path, cache: Path) -> Job:
 
 
 def _results(directory: Path) -> dict[str, Any]:
-    """What of a study must be equal; reports and logs tell the time, the page is drawn from the rest."""
+    """What must be equal in a study; reports and logs contain times, and the page is drawn from the rest."""
     found = snapshot(directory)
     kept = {name: content for name, content in found.items() if not name.startswith(("logs/", "report/"))}
     for name in ("claims.json", "prediction.json", "sweep.json"):
@@ -141,7 +141,7 @@ def _unsealed(content: Any) -> Any:
 
 
 def _named(directory: Path) -> list[str]:
-    """What the readers of a study's files, and its checkpoints themselves, say of damage."""
+    """The damage that the readers of a study's files and the checks of its checkpoints report."""
     from hf_lowrank.claims.results import load_results
     from hf_lowrank.runs.records import load_run
 
@@ -158,7 +158,7 @@ def _named(directory: Path) -> list[str]:
 
 
 def _remove(file: Path, said: list[str]) -> None:
-    """Takes the file away; with a file of a checkpoint, the checkpoint and those after it."""
+    """Removes the file; if it is of a checkpoint, that checkpoint and all later ones."""
     if file.parent.name.startswith("checkpoint-"):
         step = int(file.parent.name.rpartition("-")[2])
         for folder in file.parent.parent.glob("checkpoint-*"):

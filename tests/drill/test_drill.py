@@ -1,14 +1,16 @@
-"""Seeded faults against the command line: what can go on goes on to the same bits, or is refused by name.
+"""Seeded faults against the command line: every call resumes to the same bits, or is refused by name.
 
-`HF_LOWRANK_DRILL_SEEDS=17` (or `0:500`) chooses the seeds of both tests, to repeat one that failed.
+`HF_LOWRANK_DRILL_SEEDS=17` (or `0:500`) selects the seeds of both drills, e.g. to repeat a failed one.
 """
 
 import os
 
 import pytest
 
+from hf_lowrank.downstream.prediction import too_few
 from tests.drill.faults import FILE_KINDS, KINDS, METHODS, STUDY_FILE_KINDS, plan_of
 from tests.drill.run import drill_seeds, seeds_of
+from tests.drill.studies import STUDY
 
 SHORT = "2,5,9"
 LONG = "0:500"
@@ -25,13 +27,17 @@ def test_a_short_drill(tmp_path):
     assert all(result["struck"] for result in results)
 
 
-def test_a_plan_follows_from_its_seed_and_all_are_drawn():
+def test_plans_depend_on_the_seed_alone_and_cover_everything():
     plans = [plan_of(seed) for seed in range(500)]
     assert plans == [plan_of(seed) for seed in range(500)]
     assert {plan.kind for plan in plans} == set(KINDS)
     assert {plan.method for plan in plans} == set(METHODS)
     damages = {plan.damage.file_kind for plan in plans if plan.damage}
     assert damages == {*FILE_KINDS, *STUDY_FILE_KINDS}
+
+
+def test_the_study_has_enough_runs_for_a_prediction_to_damage():
+    assert too_few([*STUDY["members"]] * len(STUDY["seeds"])) is None
 
 
 @pytest.mark.drill

@@ -1,4 +1,4 @@
-"""Where drills take place: a corpus, a recipe for each method, and what an undisturbed call makes of it."""
+"""Where drills run: a corpus, a recipe for each method, and the results of calls without faults."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class World:
     """A folder for drills.
 
     Attributes:
-        folder: holds everything.
-        references: of each method and number of processes, what a run without faults comes to.
-        operations: of each method, the file operations of such a call.
+        folder: contains everything.
+        references: results of runs without faults, by method, number of processes and whether they are scored.
+        operations: the number of file operations of each.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class World:
         return self.folder / f"{method}-{processes}.yaml"
 
     def reference(self, method: str, processes: int = 1, evaluate: bool = False) -> dict[str, Any]:
-        """What a run without faults comes to; made once."""
+        """The result of a run without faults; computed once."""
         from tests.drill.ranks import train_in_ranks
 
         key = (method, processes, evaluate)
@@ -63,7 +63,7 @@ class World:
         return self.folder / "references" / f"{method}-1-{evaluate}"
 
     def fresh(self, name: str, *, cached: bool) -> Path:
-        """A folder for one drill, with a cache of its own, filled or empty."""
+        """A folder for one drill, with its own cache, filled or empty."""
         place = self.folder / name
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
@@ -73,7 +73,7 @@ class World:
 
 
 def make_world(folder: Path) -> World:
-    """Writes corpus and recipes; imports what calls need, for all that is forked from here."""
+    """Writes corpus and recipes, and imports what the forks of this process need."""
     warm_up()
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "references", ignore_errors=True)
@@ -114,7 +114,7 @@ def warm_up() -> None:
 
 
 def settle(cache: Path) -> None:
-    """Gives a forked process its cache; a memory estimate takes as long as a run here, and has tests of its own."""
+    """Gives a forked process its cache, and no memory estimates: they take as long as a run here."""
     from hf_lowrank.memory import recorder
 
     def unknown(*_: Any, **__: Any) -> None:
@@ -138,4 +138,4 @@ def lines(recipe: Path, place: Path, stages: tuple[str, ...]) -> list[list[str]]
 
 def _check(ended: Ended | None) -> None:
     if ended is None or ended.status != 0:
-        raise RuntimeError(f"a run without faults ended so: {ended}")
+        raise RuntimeError(f"a run without faults failed: {ended}")

@@ -217,7 +217,7 @@ def test_several_processes(tiny):
     for item in ("weights", "gradients", "moments"):
         assert getattr(shared, item) == getattr(alone, item) // 4
     assert shared.activations == alone.activations
-    # Outside the blocks are embeddings, head, last norm and frequencies; two blocks are whole beside them.
+    # Outside the blocks are embeddings, head, last norm and frequencies; with them two blocks are gathered.
     block = 4 * (dense() // LAYERS + 2 * HIDDEN)
     outside = alone.weights - LAYERS * block
     resident = (alone.weights + alone.optimizer_state) // 4

@@ -118,7 +118,7 @@ def scored_rows(run, method, seed, steps, draw, loss, tasks):
 
 
 def fake_study(folder, methods, *, word="plain"):
-    """What a study writes beside its runs; `word` is put wherever text from outside may stand."""
+    """What a study writes next to its runs, with `word` wherever text from outside can appear."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
@@ -130,7 +130,7 @@ def fake_study(folder, methods, *, word="plain"):
     claims = [
         {"id": "random_sharpness", "statement": f"Full-rank is sharper along random directions ({word})",
          "verdict": verdict, "effect": centre, "ci_low": centre - 0.02, "ci_high": centre + 0.02, "unit": "nats",
-         "p_value": p, "n": 5, "test": f"Paired by seed ({word}).", "reason": f"All comparisons say so ({word}).",
+         "p_value": p, "n": 5, "test": f"Paired by seed ({word}).", "reason": f"all comparisons agree ({word})",
          "sentence": f"It rises by so much ({word}).", "details": [detail(m, centre + 0.02 * i)
                                                                      for i, m in enumerate([*methods[1:], word])]}
         for verdict, centre, p in (

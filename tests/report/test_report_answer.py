@@ -105,10 +105,10 @@ def test_runs_that_are_not_finished_cut_no_line_short(make_run):
     assert [entry["name"] for entry in entries] == ["galore-0", "fira-0"]
     assert entries[0]["loss"]["eval"]["x"][-1] == 200
     assert entries[0]["final"]["validation_loss"] == 3.3
-    assert entries[1]["final"] == {}  # its line shows how far it is, its last values stand beside no others
+    assert entries[1]["final"] == {}  # its line shows how far it is, but its last values are not compared
     (axes,) = loss_curves(paths).axes
     assert [line.get_xdata()[-1] for line in axes.lines] == [200, 200]
-    # What the finished one has not is drawn of the other.
+    # What the finished run lacks is drawn from the other.
     (paths[0] / "measurements.jsonl").unlink()
     runs = load_runs(paths)
     entries = payload(groups(runs), StudyResults(), looks({run.method for run in runs}))["runs"]
@@ -189,7 +189,7 @@ def _lab(colour, vision):
 
 @pytest.mark.parametrize("tone", ["light", "dark"])
 @pytest.mark.parametrize("vision", VISION)
-def test_methods_are_with_distinct_methods_without_colour_vision(tone, vision):
+def test_methods_are_distinguishable_without_colour_vision(tone, vision):
     chosen = looks(ALL)
     shapes = [(look.dash, look.marker) for look in chosen.values()]
     assert len(set(shapes)) == len(shapes)

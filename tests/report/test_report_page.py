@@ -182,6 +182,7 @@ def test_a_study_is_shown_and_its_failures_said(make_run, make_study, page_of, t
     badges = [" ".join(a["class"].split()[1:]) for tag, a in page.elements if a.get("class", "").startswith("badge")]
     assert badges == ["reproduced", "contradicted", "undecided", "undecided", "small reproduced"]
     assert "1 part of this study failed" in " ".join(" ".join(text.split()).replace("<strong>", "").split())
+    assert "It rises by so much (oddity). All comparisons agree (oddity).</p>" in text
     assert "Geometry and spectra are not shown" in text
     data = data_of(page)
     assert {entry["method"] for entry in data["sweep"]} == {0, 1, 2}

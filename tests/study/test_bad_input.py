@@ -41,7 +41,7 @@ CASES = {
         {"members": {"full_rank": "full_rank.yaml", "Full_Rank": "galore.yaml"}},
         ["members.Full_Rank", "members.full_rank", "Full_Rank-seed0"],
     ),
-    "a member's name that is no folder's": (
+    "a member's name that is not a folder's": (
         {"members": {"full_rank": "full_rank.yaml", "a/b": "galore.yaml"}},
         ["members.a/b"],
     ),

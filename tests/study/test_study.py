@@ -222,8 +222,15 @@ def test_the_command_runs_workers_and_reports_failures(write_study, tmp_path, ca
     assert (out / weights).read_bytes() == (finished[1] / weights).read_bytes()
 
 
-@pytest.mark.parametrize("forks", [True, False])
-def test_a_process_that_dies_fails_its_unit_alone(forks, tmp_path, write_study):
+EXECUTORS = {
+    "fork": lambda: ForkExecutor(1),
+    "worker that forks": lambda: WorkerExecutor(1),
+    "worker for each": lambda: WorkerExecutor(1, fork=False),
+}
+
+
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_a_process_that_dies_fails_its_unit_alone(kind, tmp_path, write_study):
     recipe = load_study(write_study()).settings.members["full_rank"].recipe
     long = TrainUnit(
         name="killed",
@@ -233,16 +240,37 @@ def test_a_process_that_dies_fails_its_unit_alone(forks, tmp_path, write_study):
         folder="",
         output=str(tmp_path / "a"),
     )
-    executor = ForkExecutor(1) if forks else WorkerExecutor(1, fork=False)
+    executor = EXECUTORS[kind]()
     executor.start(long, tmp_path / "log", 0)
-    os.kill(next(iter(executor._children)) if forks else executor._running[long.key].pid, signal.SIGKILL)
+    if kind == "fork":
+        os.kill(next(iter(executor._children)), signal.SIGKILL)
+    else:
+        dead = executor._running[long.key]
+        dead.kill()
+        dead.wait()
     executor.start(replace(long, name="wrong", recipe="none.yaml"), tmp_path / "other", 1)
     outcomes, deadline = {}, time.monotonic() + 120
     while len(outcomes) < 2 and time.monotonic() < deadline:
         outcomes |= {outcome.key: outcome for outcome in executor.wait(0.2)}
+    assert kind == "fork" or dead.stdin.closed
     executor.stop()
     assert outcomes["train wrong"].reason == "none.yaml: no such recipe file"
     assert "SIGKILL" in outcomes["train killed"].reason
+
+
+def test_a_unit_sent_to_a_worker_that_has_just_ended_is_reported(tmp_path, write_study, monkeypatch):
+    recipe = load_study(write_study()).settings.members["full_rank"].recipe
+    unit = TrainUnit(name="late", recipe=recipe, overrides=[], seed=0, folder="", output=str(tmp_path / "a"))
+    executor = WorkerExecutor(1)
+    worker = executor._spawn(0)
+    worker.kill()
+    worker.wait()
+    monkeypatch.setattr(worker, "poll", lambda: None)  # it was alive when it was chosen
+    executor.start(unit, tmp_path / "log")
+    (outcome,) = executor.wait(10)
+    assert outcome.key == "train late"
+    assert "SIGKILL" in outcome.reason
+    executor.stop()
 
 
 def test_the_sweep_takes_the_rate_of_the_lowest_loss(write_study, tmp_path, run):

@@ -15,7 +15,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure
 from hf_lowrank.runs.checkpoints import last_resumable_checkpoint, why_not_resumable
 from hf_lowrank.runs.records import load_run
-from hf_lowrank.runs.run_files import read_facts
+from hf_lowrank.runs.run_files import read_facts, read_trainer_state
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import FILE_NAME, damage_by_checksums, fingerprint, unsealed, write_checksums
 from hf_lowrank.training import load_recipe, pretrain
@@ -125,6 +125,15 @@ def test_invalid_entries_are_damage(tmp_path, entry):
     (tmp_path / FILE_NAME).write_text(json.dumps({"config.json": entry}))
     assert damage_by_checksums(tmp_path).startswith(f"{FILE_NAME} is unreadable: ")
     assert fingerprint(tmp_path, ["config.json"]) is None
+
+
+def test_a_trainer_state_that_checksums_do_not_list_is_damage(tmp_path):
+    assert read_trainer_state(tmp_path) is None
+    write_checksums(tmp_path)
+    assert read_trainer_state(tmp_path) is None
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
+    with pytest.raises(UserError, match=r"damaged: trainer_state\.json is not in checksums\.json"):
+        read_trainer_state(tmp_path)
 
 
 def test_an_infinite_step_is_reported(tmp_path):

@@ -12,7 +12,7 @@ from hf_lowrank.training import load_recipe
 from hf_lowrank.training.start import check_belongs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-# accelerate's own configurations and the studies stand beside the trees of recipes.
+# accelerate's own configurations and the studies are next to the trees of recipes.
 REPOSITORY_RECIPES = sorted(file for tree in ("nano", "llama_*") for file in RECIPES.glob(f"{tree}/[!_]*.yaml"))
 
 

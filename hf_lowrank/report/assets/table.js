@@ -45,7 +45,7 @@
   }
   listeners.push(filter);
 
-  /* Values, or how each method stands beside full-rank training. */
+  /* Values, or differences from the baseline. */
   for (const radio of document.querySelectorAll("input[name^=against-]")) {
     radio.checked = radio.value === "values";
     radio.addEventListener("change", () =>
