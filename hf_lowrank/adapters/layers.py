@@ -354,7 +354,7 @@ class SLTrainLinear(ReplacedLinear):
                 f"{self.layer_name}: SLTrain stores its support as 32-bit indices, so a layer must have fewer than "
                 f"2^31 entries, got {self.out_features} × {self.in_features}; exclude it by exclude_modules"
             )
-        count = round(options["sparsity"] * entries)
+        count = int(options["sparsity"] * entries)
         if not 0 < count < entries:
             raise UserError(
                 f"{self.layer_name}: sparsity {options['sparsity']} keeps {count} of {entries} entries; "

@@ -37,7 +37,7 @@ SIDE = explained(
 SUBSPACE = explained(
     "how the subspace is chosen",
     svd="the leading singular vectors of the gradient",
-    randomized="the same by subspace iteration from the last basis",
+    randomized="nearly the same space, by subspace iteration from the last basis; signs and order of its vectors differ",
     random="random and orthonormal",
     columns="random columns",
     gaussian="a random Gaussian matrix, drawn again at each step and never stored",

@@ -55,7 +55,7 @@ def test_trainable_parameters_are_the_formula(name):
     model = built(name, config, r=r, **({"sparsity": sparsity} if name == "sltrain" else {}))
     shapes = 2 * (4 * [(32, 32)] + 2 * [(48, 32)] + [(32, 48)])
     outside = 2 * 50 * 32 + 32 + 2 * 2 * 32
-    wanted = outside + sum(r * (m + n) + (round(sparsity * m * n) if name == "sltrain" else 0) for m, n in shapes)
+    wanted = outside + sum(r * (m + n) + (int(sparsity * m * n) if name == "sltrain" else 0) for m, n in shapes)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == wanted
 
 

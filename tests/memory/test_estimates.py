@@ -61,7 +61,7 @@ def test_cola_has_factors_instead_of_weights(tiny):
 
 def test_sltrain_has_values_and_positions_next_to_its_factors(tiny):
     found = estimate(tiny("sltrain"))
-    values = LAYERS * sum(round(0.03 * out * fan_in) for out, fan_in in LINEARS)
+    values = LAYERS * sum(int(0.03 * out * fan_in) for out, fan_in in LINEARS)
     assert found.factors == 4 * factors()
     assert found.sparse == 8 * values  # float32 values and int32 places
     assert found.gradients == 4 * (factors() + values + REST)
