@@ -113,7 +113,7 @@ def test_hostile_names_stay_text(make_run, make_study, page_of, tmp_path):
     assert HOSTILE in data_of(page)["metrics"]
     assert {task["task"] for task in data_of(page)["tasks"]} == {HOSTILE, "org/name<b>", "bits"}
     seen = " ".join("".join(texts) for tag, texts in page.texts.items() if tag != "script")
-    for where in ("directions (", "Paired by seed (", "All comparisons say so (", "no memory ", "left out: "):
+    for where in ("directions (", "Paired by seed (", "All comparisons agree (", "no memory ", "left out: "):
         assert where + HOSTILE.splitlines()[0] in seen
 
 
