@@ -37,7 +37,7 @@ SIDE = explained(
 SUBSPACE = explained(
     "how the subspace is chosen",
     svd="the leading singular vectors of the gradient",
-    randomized="nearly that space, by subspace iteration from the last basis; its vectors may differ in sign and order",
+    randomized="nearly that space, by subspace iteration from the last basis; its vectors differ in sign and order",
     random="random and orthonormal",
     columns="random columns",
     gaussian="a random Gaussian matrix, drawn again at each step and never stored",
