@@ -197,11 +197,20 @@ def report(
             help="A study's directory, to show its claims and prediction.",
         ),
     ] = None,
+    others: Annotated[
+        list[Path] | None,
+        Option(
+            "--other-study",
+            metavar="DIR",
+            callback=_folder("study folder"),
+            help="A study of the same methods at another size, to show side by side; repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Compare runs in a table in the terminal and on one self-contained page in DIR."""
     from hf_lowrank.report import terminal_table, write_report
 
-    page = write_report(runs, output, study=study)
+    page = write_report(runs, output, study=study, others=others or ())
     console().print(terminal_table(runs, study=study))
     typer.echo(f"page: {page}")
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.claims.results import load_results
-from hf_lowrank.errors import UserError
 from hf_lowrank.formats import duration, finite_number, pluralize
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END, own_words
 from hf_lowrank.hub.markdown import Markdown, render
@@ -18,11 +16,12 @@ from hf_lowrank.hub.pictures import Picture, draw_plots, write_pictures
 from hf_lowrank.hub.privacy import without_private
 from hf_lowrank.metrics import CURVES, POINTWISE
 from hf_lowrank.report import write_report
-from hf_lowrank.report.answer import Group, groups
-from hf_lowrank.report.members import baseline_of, looks, with_distinct_methods
+from hf_lowrank.report.answer import Group
+from hf_lowrank.report.members import looks
+from hf_lowrank.report.sizes import read_size, sizes_view
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
 from hf_lowrank.runs.measurements import Measurement
-from hf_lowrank.runs.records import RunRecord, load_runs
+from hf_lowrank.runs.records import RunRecord
 from hf_lowrank.runs.scores import Score
 from hf_lowrank.storage.files import whole_file, write_text
 
@@ -67,7 +66,13 @@ MEASUREMENT_COLUMNS = [
 SCORE_COLUMNS = list(Score.__dataclass_fields__)[: list(Score.__dataclass_fields__).index("chance") + 1]
 
 
-def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[str], *, command: str = "") -> Path:
+def render_study_card(
+    study: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    command: str = "",
+    others: Iterable[str | os.PathLike[str]] = (),
+) -> Path:
     """Writes the results of a finished study into `folder` and returns its card, `README.md`.
 
     Next to the card are `pictures/`, `answer.csv` (the table of methods), `measurements.csv` and `scores.csv` (per
@@ -78,28 +83,27 @@ def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[s
         study: the study's folder, which contains `runs/`.
         folder: created if it does not exist.
         command: the command that made the study, for the card.
+        others: folders of studies of the same methods at other sizes, to show side by side.
 
     Raises:
         UserError: it is not a study's folder, or its runs cannot be compared; nothing is written.
     """
     source, target = Path(study), Path(folder)
-    places = sorted((path for path in (source / "runs").glob("*") if path.is_dir()), key=lambda path: path.name)
-    if not places:
-        raise UserError(f"{source}: must be a study's folder, but there are no runs in {source / 'runs'}")
-    results = load_results(source)
-    runs = with_distinct_methods(load_runs(places), source)
-    compared = groups(runs, baseline_of(runs, source))
-    if len(compared) != 1:
-        raise UserError(f"{source}: its runs have {len(compared)} sizes or evaluation sets; a card is for one")
+    others = list(others)
+    size, sizes = read_size(source), [read_size(Path(other)) for other in others]
+    group, results = size.group, size.results
+    runs = sorted(group.runs, key=lambda run: run.path.name)
+    places = [run.path for run in runs]
     pictures = draw_plots(PICTURES, places, dpi=90)
     card = target / CARD
     known = looks([*(run.method for run in runs), *(rate.member for rate in results.sweep)])
     text = render(
         "study_card.md.j2",
         name=source.resolve().name.replace("_", " "),
-        group=compared[0],
-        table=methods_view(compared[0]),
-        several=any(row.seeds > 1 for row in compared[0].standings.rows),
+        group=group,
+        table=methods_view(group),
+        several=any(row.seeds > 1 for row in group.standings.rows),
+        sizes=sizes_view(size, sizes),
         own_begin=Markdown(OWN_BEGIN),
         own_words=Markdown(own_words(card.read_text(encoding="utf-8") if card.is_file() else "")),
         own_end=Markdown(OWN_END),
@@ -116,12 +120,12 @@ def render_study_card(study: str | os.PathLike[str], folder: str | os.PathLike[s
         if (source / name).is_file():
             with whole_file(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
-    write_text(target / "answer.csv", _answer(compared[0]))
+    write_text(target / "answer.csv", _answer(group))
     rows = (row for run in runs for row in _measurements(run))
     write_text(target / "measurements.csv", _csv(MEASUREMENT_COLUMNS, rows))
     scores = (vars(row) for run in runs for row in run.scores if row.group is None)
     write_text(target / "scores.csv", _csv(SCORE_COLUMNS, scores))
-    write_report(places, target, study=source)
+    write_report(places, target, study=source, others=others)
     write_text(card, without_private(text))
     return card
 

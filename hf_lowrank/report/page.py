@@ -23,6 +23,7 @@ from hf_lowrank.report.answer import Group, groups, losses_by_method
 from hf_lowrank.report.members import DARK_GROUND, LIGHT_GROUND, TitledLook, baseline_of, looks, with_distinct_methods
 from hf_lowrank.report.payload import payload, script_json
 from hf_lowrank.report.schema import MetricText, Payload, Run
+from hf_lowrank.report.sizes import Size, read_size, sizes_view
 from hf_lowrank.report.views import claims_view, methods_view, prediction_view, sweep_view
 from hf_lowrank.runs.records import RunRecord, load_runs
 from hf_lowrank.storage.files import write_text
@@ -40,7 +41,11 @@ _PACKAGES = ("hf-lowrank", "torch", "transformers", "accelerate", "peft")
 
 
 def write_report(
-    runs: Iterable[Any], output: str | os.PathLike[str], *, study: str | os.PathLike[str] | None = None
+    runs: Iterable[Any],
+    output: str | os.PathLike[str],
+    *,
+    study: str | os.PathLike[str] | None = None,
+    others: Iterable[str | os.PathLike[str]] = (),
 ) -> Path:
     """Writes `report.html` into the folder `output`, whole or not at all, and returns its path.
 
@@ -51,12 +56,14 @@ def write_report(
         runs: run folders, or objects with a `path` to one.
         output: the folder; made if there is none.
         study: a study's folder, whose claims, prediction, sweep and failures are shown too.
+        others: folders of studies of the same methods at other sizes, which are shown side by side.
 
     Raises:
-        UserError: a folder is not a run, has no checkpoint, or has a damaged file; nothing is written then.
+        UserError: a folder is not a run or a study, has no checkpoint, or has a damaged file; nothing is written then.
     """
     folder_of_study = None if study is None else Path(study)
-    page = render(with_distinct_methods(load_runs(runs), folder_of_study), load_results(folder_of_study))
+    sizes = [read_size(Path(other)) for other in others]
+    page = render(with_distinct_methods(load_runs(runs), folder_of_study), load_results(folder_of_study), sizes)
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: output must be a folder, got a file")
@@ -68,8 +75,8 @@ def write_report(
     return path
 
 
-def render(runs: Sequence[RunRecord], study: StudyResults) -> str:
-    """The page of `runs`, and of the study they belong to, as text."""
+def render(runs: Sequence[RunRecord], study: StudyResults, others: Sequence[Size] = ()) -> str:
+    """The page of `runs`, of the study they belong to, and of studies at other sizes, as text."""
     compared = groups(runs, baseline_of(runs, study.folder))
     chosen = looks([*(run.method for run in runs), *(rate.member for rate in study.sweep)])
     numbers = {name: number for number, name in enumerate(chosen)}
@@ -83,6 +90,7 @@ def render(runs: Sequence[RunRecord], study: StudyResults) -> str:
         groups=[{"group": group, **methods_view(group), "dimensions": _dimensions(group)} for group in compared],
         group_choice=_group_choice(compared, sets > 1, several_scales),
         several_scales=several_scales,
+        sizes=sizes_view(Size(compared[0], study), others),
         sets=sets,
         metric_choice=_metric_choice(metrics),
         looks=chosen,
