@@ -136,8 +136,12 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         adapted.post_init()
         return adapted.train(model.training)
 
-    def to_dense(self) -> PreTrainedModel:
-        """A new, equivalent model of the base architecture.
+    def to_dense(self, *, in_place: bool = False) -> PreTrainedModel:
+        """An equivalent model of the base architecture.
+
+        Args:
+            in_place: build it from this model's own modules, one target after another, so that both never exist side
+                by side; this model cannot be used any more. False: a new one.
 
         Raises:
             UserError: the adapter has no dense equivalent (CoLA).
@@ -150,10 +154,10 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
                     "merged; load the model itself after `import hf_lowrank`"
                 )
         shells = {id(layer): nn.Identity() for layer in layers.values()}
-        dense = copy.deepcopy(self.lm, memo=shells)
-        for name, layer in layers.items():
+        dense = self.lm if in_place else copy.deepcopy(self.lm, memo=shells)
+        for name in list(layers):
             parent, _, child = name.rpartition(".")
-            setattr(dense.get_submodule(parent), child, _dense_layer(layer))
+            setattr(dense.get_submodule(parent), child, _dense_layer(layers.pop(name)))
         if hasattr(dense, "peft_config"):
             del dense.peft_config
         dense.generation_config = copy.deepcopy(self.generation_config)

@@ -25,7 +25,7 @@ from .sharding import (
     local_tensor,
     sum_over_shards,
 )
-from .spectra import singular_vectors
+from .spectra import principal_vectors
 
 Normalize = Literal["none", "tensor", "filter"]
 BLOCK_ENTRIES = 2**18
@@ -174,7 +174,8 @@ def weight_pca_directions(
     """The top `count` PCA directions of a model's own weights.
 
     The k-th is `u_k v_kᵀ`, of unit Frobenius norm, on every matrix and the parameter itself on every one-dimensional
-    parameter. It is 0 on a matrix with fewer than k singular values.
+    parameter. It is 0 on a matrix with fewer than k singular values above rounding: the vectors of the others are
+    arbitrary.
 
     Args:
         model: parameters of one or more dimensions; more than two are seen as (first, rest).
@@ -205,8 +206,7 @@ def _vectors(matrices: Mapping[str, Tensor], count: int) -> dict[str, tuple[Tens
     """
 
     def decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
-        _, u, v = singular_vectors(as_rows(matrix), count)
-        return u.float(), v.float()
+        return principal_vectors(as_rows(matrix), count)[1:]
 
     sharded = {name: matrix for name, matrix in matrices.items() if isinstance(matrix, DTensor)}
     found = {name: decompose(matrix) for name, matrix in matrices.items() if name not in sharded}

@@ -51,6 +51,13 @@ def singular_vectors(matrix_MN: Tensor, count: int) -> tuple[Tensor, Tensor, Ten
     return sigma, u * signs, v * signs
 
 
+def principal_vectors(matrix_MN: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `singular_vectors`, in float32 and without those of singular values that are 0 to rounding."""
+    sigma, u, v = singular_vectors(matrix_MN, count)
+    rank = numerical_rank(sigma, (u.shape[0], v.shape[0]))
+    return sigma, u[:, :rank].float(), v[:, :rank].float()
+
+
 def product_singular_values(b_MR: Tensor, a_RN: Tensor, scaling: float = 1.0) -> Tensor:
     """Singular values of `scaling · B A` in O((M + N) R²), without forming it; min(M, N) of them, float64.
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import Estimate, TokenLoss, product_singular_values, singular_values
-from hf_lowrank.geometry.spectra import singular_vectors
+from hf_lowrank.geometry.spectra import principal_vectors
 from hf_lowrank.processes.placement import Placement, parameters_of
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import EVALUATION_SET, TOKENIZER
-from hf_lowrank.runs.measure_settings import MeasureSettings
+from hf_lowrank.runs.measure_settings import MeasureSettings, Space
 from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED
 from hf_lowrank.runs.selection import size_of
 from hf_lowrank.runs.trajectory import Trajectory
@@ -155,9 +155,16 @@ class RunContext:
         """What rows about a loss record of its sequences."""
         return {"evaluation": self.sequences.fingerprint[:16], "sequences": len(self.sequences)}
 
-    def settings_of(self, block: str) -> dict[str, Any]:
-        """What rows record of a block of settings and of the sequences."""
-        return {**getattr(self.settings, block).request(), **self.evaluated_on}
+    @cached_property
+    def space(self) -> Space:
+        """Whose weights are moved: the dense ones, or those of the model as it is stored. A plain model is dense."""
+        exact = self.settings.space == "dense" and self.trajectory.dense_weight_kind == "exact"
+        return "dense" if exact or not self.trajectory.adapted else "parameters"
+
+    def settings_of(self, block: str, space: Space | None = None) -> dict[str, Any]:
+        """What rows record of a block of settings, of the space of the weights (None: the run's), and of the
+        sequences."""
+        return {**getattr(self.settings, block).request(), "space": space or self.space, **self.evaluated_on}
 
     @property
     def sweep(self) -> dict[str, Any]:
@@ -206,8 +213,15 @@ class StepContext:
 
     @cached_property
     def model(self) -> Any:
-        """The checkpoint's model, placed, in float32 and eval mode."""
-        return self.run.placement.model(self.trajectory, self.step)
+        """The checkpoint's model in the space of the run, placed, in float32 and eval mode."""
+        return self._model_of(self.step)
+
+    def _model_of(self, step: int) -> Any:
+        return self.run.placement.model(self.trajectory, step, dense=self.run.space == "dense")
+
+    def weights_of(self, step: int) -> dict[str, Tensor]:
+        """The parameters of another checkpoint in the space of the run, by name."""
+        return self.run.placement.weights(self.trajectory, step, dense=self.run.space == "dense")
 
     @cached_property
     def center(self) -> float:
@@ -215,12 +229,11 @@ class StepContext:
 
     @cached_property
     def previous_weights(self) -> dict[str, Tensor]:
-        return self.run.placement.weights(self.trajectory, self.previous_step)
+        return self.weights_of(self.previous_step)
 
     @cached_property
     def previous_center(self) -> float:
-        model = self.run.placement.model(self.trajectory, self.previous_step)
-        return self.run.finite_loss(model, self.trajectory.where(self.previous_step))
+        return self.run.finite_loss(self._model_of(self.previous_step), self.trajectory.where(self.previous_step))
 
     def check_dense(self) -> None:
         """Raises UndefinedError where the layers have no dense weights that compute the same."""
@@ -231,7 +244,9 @@ class StepContext:
     def dense_model(self) -> Any:
         """The checkpoint as the plain architecture with dense weights, placed."""
         self.check_dense()
-        return self.run.placement.dense_model(self.trajectory, self.step, self.model)
+        if self.run.space == "dense":
+            return self.model
+        return self.run.placement.model(self.trajectory, self.step, dense=True)
 
     def baseline_for_comparison(self) -> Trajectory:
         """The baseline, once a comparison with it is known to be meaningful.
@@ -262,27 +277,28 @@ class StepContext:
         return base
 
     @cached_property
-    def plain_baseline_model(self) -> Any:
-        """The baseline's model of this step, placed."""
-        return self.run.placement.model(self.baseline_for_comparison(), self.step)
-
-    @cached_property
     def baseline_model(self) -> Any:
-        """The baseline's model of this step with dense weights, placed."""
-        base, model = self.baseline_for_comparison(), self.plain_baseline_model
+        """The baseline's model of this step, placed; with dense weights where it has them."""
+        base = self.baseline_for_comparison()
+        return self.run.placement.model(base, self.step, dense=base.dense_weight_kind == "exact")
+
+    @property
+    def dense_baseline_model(self) -> Any:
+        """`baseline_model`, which must have dense weights."""
+        base = self.baseline_for_comparison()
         if base.dense_weight_kind != "exact":
             name = base.run.name
             raise UndefinedError(f"the baseline {name} has no dense weights to interpolate", baseline=name)
-        return self.run.placement.dense_model(base, self.step, model)
+        return self.baseline_model
 
     @cached_property
     def baseline_center(self) -> float:
         base = self.baseline_for_comparison()
-        return self.run.finite_loss(self.plain_baseline_model, base.where(self.step))
+        return self.run.finite_loss(self.baseline_model, base.where(self.step))
 
     def forget_models(self) -> None:
         """Drops the models, so that they are loaded anew."""
-        for name in ("model", "dense_model", "plain_baseline_model", "baseline_model"):
+        for name in ("model", "dense_model", "baseline_model"):
             self.__dict__.pop(name, None)
         self.run.placement.free_memory()
 
@@ -304,21 +320,20 @@ class StepContext:
     def target_values(self) -> dict[str, Tensor]:
         """Singular values (K,) float64 of every target's dense weight; PCA directions reuse the decompositions."""
         run, step, count = self.trajectory, self.step, self.vectors_wanted
-        if count:
-            vectors = self.map_targets(lambda name: singular_vectors(run.dense_weight(step, name), count))
-            self._vectors = {name: (u.float(), v.float()) for name, (_, u, v) in vectors.items()}
-            return {name: sigma for name, (sigma, _, _) in vectors.items()}
 
-        def decompose(name: str) -> Tensor:
+        def decompose(name: str) -> tuple[Tensor, ...]:
             factors = run.low_rank_factors(step, name)
-            return (
-                singular_values(run.dense_weight(step, name)) if factors is None else product_singular_values(*factors)
-            )
+            if factors is not None:
+                return (product_singular_values(*factors),)
+            weight = run.dense_weight(step, name)
+            return principal_vectors(weight, count) if count else (singular_values(weight),)
 
-        return self.map_targets(decompose)
+        found = self.map_targets(decompose)
+        self._vectors = {name: (uv[0], uv[1]) for name, (_, *uv) in found.items() if uv}
+        return {name: sigma for name, (sigma, *_) in found.items()}
 
     def target_vectors(self, count: int) -> dict[str, tuple[Tensor, Tensor]] | None:
-        """(u, v) of the targets' weights by parameter name; None where no vectors have been computed."""
+        """(u, v) of the dense model's target weights by parameter name, where they have been computed."""
         if not self._vectors or self.vectors_wanted < count:
             return None
         shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}

@@ -104,14 +104,14 @@ def pca_rows(at: StepContext, wanted: set[str]) -> list[Row]:
 def _pca_directions(at: StepContext, count: int) -> list[RankOne]:
     chosen = at.settings.pca
     if chosen.basis == "weights":
-        known = None if hasattr(at.model, "to_dense") else at.target_vectors(count)
+        known = at.target_vectors(count) if at.run.space == "dense" else None
         return weight_pca_directions(at.model, count, normalize=chosen.normalize, known=known)
     steps = at.trajectory.steps
     if len(steps) <= count:
         raise UndefinedError(
             f"{count} directions of a trajectory need {count + 1} checkpoints, there are {len(steps)}"
         )
-    states = [at.run.placement.weights(at.trajectory, step) for step in steps]
+    states = [at.weights_of(step) for step in steps]
     return trajectory_pca_directions(states, states[0], count, normalize=chosen.normalize)[0]
 
 
@@ -130,7 +130,7 @@ def plane_rows(at: StepContext, wanted: set[str]) -> list[Row]:
 
 
 def step_rows(at: StepContext, wanted: set[str]) -> list[Row]:
-    """The barrier from the previous checkpoint, in the model's own parameters."""
+    """The barrier from the previous checkpoint."""
     if at.previous_step is None:
         return first_checkpoint_rows(wanted)
     settings = {**at.run.settings_of("path"), "from_step": at.previous_step}
@@ -142,7 +142,7 @@ def step_rows(at: StepContext, wanted: set[str]) -> list[Row]:
 def method_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """The barrier to the baseline's checkpoint of the same step, between dense weights."""
     base = at.baseline_for_comparison()
-    settings, end = at.run.settings_of("path"), parameters_of(at.baseline_model)
+    settings, end = at.run.settings_of("path", "dense"), parameters_of(at.dense_baseline_model)
     path, ends = (at.dense_model, end), (at.center, at.baseline_center)
     return _path_rows(at, "method", path, ends, wanted, settings, base.run.name)
 
@@ -152,11 +152,11 @@ def aligned_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     base = at.baseline_for_comparison()
     at.check_dense()
     at.run.placement.require_whole_models("matching hidden units")
-    start, end = parameters_of(at.dense_model), parameters_of(at.baseline_model)
+    start, end = parameters_of(at.dense_model), parameters_of(at.dense_baseline_model)
     config = at.baseline_model.config.get_text_config()
     layout = Layout(config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads)
     end = permute(end, match_weights(start, end, layout), layout)
-    path, ends, settings = (at.dense_model, end), (at.center, at.baseline_center), at.run.settings_of("path")
+    path, ends, settings = (at.dense_model, end), (at.center, at.baseline_center), at.run.settings_of("path", "dense")
     return _path_rows(at, "aligned_method", path, ends, wanted, settings, base.run.name)
 
 
@@ -212,6 +212,10 @@ def hessian_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     return rows
 
 
+def critical_settings(run: RunContext, metric: str) -> dict[str, Any]:
+    return {"space": run.space, **run.evaluated_on}
+
+
 def critical_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Critical sharpness along the gradient on the held-out sequences."""
     at.run.placement.require_whole_models("the gradient")
@@ -220,5 +224,5 @@ def critical_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     value = critical_sharpness(
         model, at.run.loss, direction, center=at.center, memory=at.settings.memory, progress=at.run.tick
     )
-    settings = {"direction": "gradient", **at.run.evaluated_on}
+    settings = {"direction": "gradient", **critical_settings(at.run, "critical_sharpness")}
     return [Row(metric="critical_sharpness", value=value, settings=settings)]

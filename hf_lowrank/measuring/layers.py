@@ -128,7 +128,7 @@ def activation_rows(at: StepContext, wanted: set[str]) -> list[Row]:
     """Metrics 14–16, of every layer (`hidden_states.0` is the embedding's output) and of the model, their mean."""
     base = at.baseline_for_comparison()
     batches = at.run.token_loss(min(at.settings.batch_tokens, BATCH_TOKENS)).batches(at.model)
-    layers = activation_similarity(at.model, at.plain_baseline_model, batches, shards=at.run.placement.shards)
+    layers = activation_similarity(at.model, at.baseline_model, batches, shards=at.run.placement.shards)
     at.run.tick()
     rows = []
     for metric in sorted(wanted):

@@ -8,7 +8,7 @@ from hf_lowrank.measuring import landscape, layers
 from hf_lowrank.measuring.context import Row, RunContext, StepContext
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.processes.launch import RECOVERABLE_ERRORS
-from hf_lowrank.runs.measure_settings import MeasureSettings
+from hf_lowrank.runs.measure_settings import MeasureSettings, Space
 from hf_lowrank.runs.measurements import UNDEFINED, Measurement
 from hf_lowrank.runs.selection import is_current, is_current_comparison, size_of, steps_of
 from hf_lowrank.runs.trajectory import Trajectory
@@ -39,12 +39,12 @@ def _sequences(run: RunContext, metric: str) -> dict[str, Any]:
     return run.evaluated_on
 
 
-def _settings(block: str) -> Request:
-    return lambda run, metric: run.settings_of(block)
+def _settings(block: str, space: Space | None = None) -> Request:
+    return lambda run, metric: run.settings_of(block, space)
 
 
-def _path(compute: Callable[[StepContext, set[str]], list[Row]]) -> Group:
-    return Group(compute, _settings("path"), lambda s: s.path.points + 1, costly=True)
+def _path(compute: Callable[[StepContext, set[str]], list[Row]], space: Space | None = None) -> Group:
+    return Group(compute, _settings("path", space), lambda s: s.path.points + 1, costly=True)
 
 
 GROUPS: dict[str, Group] = {
@@ -59,10 +59,10 @@ GROUPS: dict[str, Group] = {
     ),
     "pca": Group(landscape.pca_rows, landscape.pca_settings, lambda s: 2 * s.pca.steps * s.pca.count, costly=True),
     "step": _path(landscape.step_rows),
-    "method": _path(landscape.method_rows),
-    "aligned": _path(landscape.aligned_rows),
+    "method": _path(landscape.method_rows, "dense"),
+    "aligned": _path(landscape.aligned_rows, "dense"),
     "plane": Group(landscape.plane_rows, _settings("plane"), lambda s: (2 * s.plane.steps + 1) ** 2, costly=True),
-    "critical": Group(landscape.critical_rows, _sequences, lambda s: 15, costly=True),
+    "critical": Group(landscape.critical_rows, landscape.critical_settings, lambda s: 15, costly=True),
     "hessian": Group(
         landscape.hessian_rows,
         _settings("hessian"),

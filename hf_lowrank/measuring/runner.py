@@ -23,14 +23,14 @@ import torch
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring.context import Row, RunContext, StepContext
 from hf_lowrank.measuring.plan import GROUPS, Unit, find_baseline, missing_units, plan_run
-from hf_lowrank.metrics import METRICS
+from hf_lowrank.metrics import METRICS, POINTWISE
 from hf_lowrank.processes.launch import RECOVERABLE_ERRORS, CollectiveError, Launch, error_line, launched_processes
 from hf_lowrank.processes.placement import DeviceMap, Placement, RowSharded
 from hf_lowrank.processes.work import Progress, SharedTables, run_units
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import MEASUREMENTS
 from hf_lowrank.runs.measure_settings import MeasureSettings, resolve_settings
-from hf_lowrank.runs.measurements import Measurement, append_measurements, read_measurements
+from hf_lowrank.runs.measurements import NOT_DENSE, Measurement, append_measurements, read_measurements
 from hf_lowrank.runs.selection import (
     Run,
     check_rows_belong,
@@ -240,7 +240,7 @@ class _Session:
                 contexts[index] = replace(self.contexts[index], placement=placement, tick=self.progress.tick)
             context = contexts[index]
             pca = context.settings.pca
-            with_vectors = "pca" in groups and pca.basis == "weights" and not context.trajectory.adapted
+            with_vectors = "pca" in groups and pca.basis == "weights" and context.space == "dense"
             at = StepContext(context, step, earlier.get(index), vectors_wanted=pca.count if with_vectors else 0)
             earlier = {index: at}
             part = self.tables.part(self.tables.files[index])
@@ -302,7 +302,19 @@ def _group_rows(at: StepContext, group: str, ids: set[str]) -> list[Row]:
         own = error.own if isinstance(error, CollectiveError) else error
         rest: dict[str, Any] = {"baseline": getattr(own, "baseline", None), "reason": error_line(error)}
         return [Row(metric=metric, settings=request(metric), **rest) for metric in sorted(ids)]
-    return [row if row.value == row.value or row.reason else replace(row, reason="the value is NaN") for row in rows]
+    return [_explained(at, row) for row in rows]
+
+
+def _explained(at: StepContext, row: Row) -> Row:
+    """The row with the reason of a NaN, and with a remark on a number that is not of dense weights."""
+    if row.value != row.value:
+        return row if row.reason else replace(row, reason="the value is NaN")
+    if row.settings.get("space") != "parameters" or row.metric in POINTWISE:
+        return row
+    exact = at.trajectory.dense_weight_kind == "exact"
+    why = "as the settings ask" if exact else "as its layers have no dense equivalent"
+    remark = f"{NOT_DENSE}moves the model's own parameters, {why}"
+    return replace(row, reason=f"{row.reason}; {remark}" if row.reason else remark)
 
 
 def _measurement(at: StepContext, row: Row) -> Measurement:

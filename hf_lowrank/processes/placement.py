@@ -48,18 +48,14 @@ class Placement:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def model(self, trajectory: Trajectory, step: int) -> Any:
-        """A checkpoint's model in float32 and eval mode."""
-        model: nn.Module = trajectory.model(step)
+    def model(self, trajectory: Trajectory, step: int, *, dense: bool = False) -> Any:
+        """A checkpoint's model in float32 and eval mode; `dense`: in its base architecture, with dense weights."""
+        model: nn.Module = trajectory.dense_model(step) if dense else trajectory.model(step)
         return model.to(self.device)
 
-    def dense_model(self, trajectory: Trajectory, step: int, model: Any) -> Any:
-        """The plain architecture with the dense weights of a checkpoint; `model`, its own model, if it is that."""
-        return model.to_dense().eval() if hasattr(model, "to_dense") else model
-
-    def weights(self, trajectory: Trajectory, step: int) -> dict[str, Tensor]:
+    def weights(self, trajectory: Trajectory, step: int, *, dense: bool = False) -> dict[str, Tensor]:
         """The parameters of a checkpoint's model by name."""
-        return parameters_of(trajectory.model(step))
+        return parameters_of(trajectory.dense_model(step) if dense else trajectory.model(step))
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """`[work(item) for item in items]` for work that evaluates no model."""
@@ -91,8 +87,8 @@ class DeviceMap(Placement):
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
 
-    def model(self, trajectory: Trajectory, step: int) -> Any:
-        return trajectory.model(step, device_map="auto")
+    def model(self, trajectory: Trajectory, step: int, *, dense: bool = False) -> Any:
+        return (trajectory.dense_model if dense else trajectory.model)(step, device_map="auto")
 
 
 class Joint(Placement):
@@ -175,18 +171,12 @@ class RowSharded(Joint):
         # A CPU group of its own, so that a process reports an error outside the group that gathers weights.
         self.shards = self.peers = ProcessGroup(self.mesh.get_group(), dist.new_group(backend="gloo"))
 
-    def model(self, trajectory: Trajectory, step: int) -> Any:
-        return self._load(trajectory, step, dense=False)
-
-    def dense_model(self, trajectory: Trajectory, step: int, model: Any) -> Any:
-        return self._load(trajectory, step, dense=True) if trajectory.adapted else model
-
-    def _load(self, trajectory: Trajectory, step: int, *, dense: bool) -> Any:
+    def model(self, trajectory: Trajectory, step: int, *, dense: bool = False) -> Any:
         self.free_memory()
         return self.synchronized(lambda: sharded_model(trajectory, step, self.mesh, self.device, dense=dense))
 
-    def weights(self, trajectory: Trajectory, step: int) -> dict[str, Tensor]:
-        return parameters_of(self.model(trajectory, step))
+    def weights(self, trajectory: Trajectory, step: int, *, dense: bool = False) -> dict[str, Tensor]:
+        return parameters_of(self.model(trajectory, step, dense=dense))
 
     def require_whole_models(self, purpose: str) -> None:
         raise UserError(f"{purpose} needs the whole model in one process; measure it without --sharded")

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.storage.layers import Layers, read_mapping, validated
 
+Space = Literal["dense", "parameters"]
+
 
 class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,6 +77,12 @@ class MeasureSettings(BaseModel):
     batch_tokens: int = Field(default=4096, ge=1, description="Tokens per batch; changes numbers by rounding only.")
     memory: Literal["copy", "low"] = Field(
         default="copy", description="low: no second copy of the weights, but slower."
+    )
+    space: Space = Field(
+        default="dense",
+        description="Whose weights landscapes and interpolation move. dense: those of the plain model with dense "
+        "weights, where there is one. parameters: what the model stores, factors included, as the study's own code "
+        "does.",
     )
     random: RandomSettings = Field(default_factory=RandomSettings)
     pca: PcaSettings = Field(default_factory=PcaSettings)

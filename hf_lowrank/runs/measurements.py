@@ -17,6 +17,8 @@ from hf_lowrank.storage.tables import append_rows, line_of, read_table, row_of
 # How the reason begins where the quantity is not defined, rather than not available.
 UNDEFINED = "undefined: "
 OWN_BASELINE = "the run is its own baseline"
+# How the remark on a number begins that was measured by moving what the model stores (`space: parameters`).
+NOT_DENSE = "not dense: "
 
 
 @dataclass(frozen=True, kw_only=True)

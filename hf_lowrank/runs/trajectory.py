@@ -140,15 +140,14 @@ class Trajectory:
         check_checkpoint(folder)
         return folder
 
-    def dense_model(self, step: int) -> PreTrainedModel:
-        """The model in the base architecture, with dense weights.
+    def dense_model(self, step: int, *, device_map: str | dict[str, Any] | None = None) -> PreTrainedModel:
+        """`model` in the base architecture, with dense weights.
 
         Raises:
-            UserError: the layers have no dense equivalent (CoLA's are non-linear).
+            UserError: as `model`, or the layers have no dense equivalent (CoLA's are non-linear).
         """
-        model = self.model(step)
-        dense: Any = getattr(model, "to_dense", None)
-        return model if dense is None else dense().eval()
+        model: Any = self.model(step, device_map=device_map)
+        return model.to_dense(in_place=True).eval() if hasattr(model, "to_dense") else model
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:

@@ -125,10 +125,10 @@ def test_a_process_that_fails_while_the_others_are_ahead(two_runs, tmp_path, mon
     def measured():
         load = placement.Placement.model
 
-        def model(self, trajectory, step):
+        def model(self, trajectory, step, **options):
             if os.environ["RANK"] == "1" and step != 10:
                 raise MemoryError("no room")
-            return load(self, trajectory, step)
+            return load(self, trajectory, step, **options)
 
         placement.Placement.model = model
         try:

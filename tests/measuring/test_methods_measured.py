@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from peft import LoraConfig
 
-from hf_lowrank.adapters import CoLAConfig, LowRankConfig, LowRankForCausalLM, SLTrainConfig
 from hf_lowrank.measuring import measure
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.trajectory import Trajectory
+from tests.measuring.adapted import ADAPTERS, write_adapted
 
 SMALL = {"random": {"draws": 2, "steps": 1}, "pca": {"count": 2}, "path": {"points": 1}, "sequences": 4}
-ADAPTERS = {
-    "cola": CoLAConfig(r=4),
-    "low_rank": CoLAConfig(r=4, bottleneck_act="linear"),
-    "sltrain": SLTrainConfig(r=4, sparsity=0.1),
-    "relora": LoraConfig(r=4),
-}
-
-
-def write_adapted(folder, full, adapter, method):
-    """Checkpoints 0, 10 and 20 of an adapted model of the full-rank run's shape, moved by seeded noise."""
-    torch.manual_seed(0)
-    base = copy.deepcopy(Trajectory(full).config)
-    model = LowRankForCausalLM(LowRankConfig(base_config=base, adapter_config=adapter)).eval()
-    generator = torch.Generator().manual_seed(3)
-    for step in (0, 10, 20):
-        if step:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        model.save_pretrained(folder / f"checkpoint-{step}")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"seed": 0, "method": {"name": method}}))
-    Trajectory(full).evaluation_set().save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=list(ADAPTERS))
 def measured(request, tmp_path_factory, make_run):
     folder = tmp_path_factory.mktemp(request.param)
     full = make_run(folder / "full_rank-0")
-    run = write_adapted(folder / request.param, full, ADAPTERS[request.param], request.param)
+    run = write_adapted(folder / request.param, full, request.param)
     return request.param, run, measure(run, baseline=full, settings=SMALL, steps=20)
 
 
@@ -98,7 +72,7 @@ def test_low_memory_gives_the_same_numbers(measured, tmp_path):
 
 def test_what_has_no_meaning_beside_one_run_is_measured_beside_another(tmp_path, make_run):
     galore, full_rank = (make_run(tmp_path / name, noise_seed=seed) for name, seed in (("galore-0", 2), ("full-0", 3)))
-    cola = write_adapted(tmp_path / "cola-0", full_rank, ADAPTERS["cola"], "cola")
+    cola = write_adapted(tmp_path / "cola-0", full_rank, "cola")
     settings = {"metrics": "method_barrier", "steps": "last", "settings": SMALL}
     measure(galore, baseline=cola, **settings)
     rows = measure(galore, baseline=full_rank, **settings)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from functools import partial
 
 import pytest
 import torch
-import yaml
 from torch.distributed.tensor import DTensor
 
-from hf_lowrank.adapters import CoLAConfig, LowRankConfig, LowRankForCausalLM, SLTrainConfig
 from hf_lowrank.cli import main
 from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import Gaussian, TokenLoss, movable, random_curve, trajectory_pca_directions
@@ -26,6 +23,7 @@ from hf_lowrank.runs.measurements import read_measurements
 from hf_lowrank.runs.trajectory import Trajectory
 from tests.distributed.processes import in_processes
 from tests.distributed.sharded_training import launched
+from tests.measuring.adapted import write_adapted
 
 # Five sequences of twelve tokens, two at a time: with two processes a batch of two each, and one that does not go up.
 SMALL = {
@@ -49,23 +47,6 @@ OTHER = {
     },
 }
 EXTRAS = ("loss", "perplexity", "random_plane", "weight_overlap", "critical_sharpness", "aligned_method_barrier")
-ADAPTERS = {"sltrain": SLTrainConfig(r=4, sparsity=0.1), "cola": CoLAConfig(r=4)}
-
-
-def write_adapted(folder, full, method):
-    torch.manual_seed(0)
-    base = copy.deepcopy(Trajectory(full).config)
-    model = LowRankForCausalLM(LowRankConfig(base_config=base, adapter_config=ADAPTERS[method])).eval()
-    generator = torch.Generator().manual_seed(3)
-    for step in (0, 10, 20):
-        if step:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        model.save_pretrained(folder / f"checkpoint-{step}")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"seed": 0, "method": {"name": method}}))
-    Trajectory(full).evaluation_set().save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +54,7 @@ def runs(tmp_path_factory, make_run):
     """A full-rank run and two adapted ones; lengths that no number of processes divides."""
     folder = tmp_path_factory.mktemp("sharded")
     full = make_run(folder / "full_rank-0", vocab_size=83, intermediate_size=49, tie_word_embeddings=True)
-    return [full, *(write_adapted(folder / f"{method}-0", full, method) for method in ADAPTERS)]
+    return [full, *(write_adapted(folder / f"{method}-0", full, method) for method in ("sltrain", "cola"))]
 
 
 def measured(runs, output, **options):
