@@ -57,9 +57,8 @@ def train(recipe: Recipe, vocabulary: int, device: torch.device, watch: Allocato
     nn.Module.to(model, device).train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if recipe.method.build_optimizer is not None:
-        optimizer = recipe.method.build_optimizer(model, recipe.settings, args)
-    else:
+    optimizer = recipe.method.optimizer(model, recipe.settings, args)
+    if optimizer is None:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         optimizer = kind([p for p in model.parameters() if p.requires_grad], **options)
     if watch is not None:

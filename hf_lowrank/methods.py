@@ -214,7 +214,8 @@ class Method:
         look: its colour, line style and marker; without one it gets a spare look that depends on its name.
         build_model: `(config, settings, seed) -> model`; the caller seeds torch's global generator, so every method
             draws the same initial weights.
-        build_optimizer: `(model, settings, args) -> optimizer`; None leaves Trainer its own AdamW.
+        build_optimizer: `(model, settings, args) -> optimizer`; without it, or where it returns None, Trainer builds
+            its own AdamW.
         build_scheduler: `(optimizer, settings, args, num_training_steps) -> scheduler`; None leaves Trainer its own.
         callbacks: `(settings, args) -> callbacks`.
     """
@@ -227,9 +228,13 @@ class Method:
     source: str = ""
     look: Look = None  # type: ignore[assignment]
     build_model: Callable[[PreTrainedConfig, Any, int], PreTrainedModel] = dense_model
-    build_optimizer: Callable[[nn.Module, Any, TrainingArguments], Optimizer] | None = None
+    build_optimizer: Callable[[nn.Module, Any, TrainingArguments], Optimizer | None] | None = None
     build_scheduler: Callable[[Optimizer, Any, TrainingArguments, int], LRScheduler] | None = None
     callbacks: Callable[[Any, TrainingArguments], Sequence[TrainerCallback]] = lambda settings, args: ()
+
+    def optimizer(self, model: nn.Module, settings: Any, args: TrainingArguments) -> Optimizer | None:
+        """Its optimizer; None leaves Trainer its own AdamW."""
+        return None if self.build_optimizer is None else self.build_optimizer(model, settings, args)
 
     def __post_init__(self) -> None:
         if self.look is None:

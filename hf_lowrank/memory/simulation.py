@@ -268,8 +268,9 @@ class _Run:
 
     def _optimizer(self) -> Optimizer:
         recipe, args, model = self._recipe, self._args, self._model
-        if recipe.method.build_optimizer is not None:
-            return recipe.method.build_optimizer(model, recipe.settings, args)
+        optimizer = recipe.method.optimizer(model, recipe.settings, args)
+        if optimizer is not None:
+            return optimizer
         decayed = decayed_names(model)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         groups = [

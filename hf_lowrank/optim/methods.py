@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from hf_lowrank.compat import LazyObject
 from hf_lowrank.methods import SEED, SOLID, TARGET_MODULES, Look, Method, MethodSettings, explained
 
 if TYPE_CHECKING:
@@ -56,7 +57,13 @@ FrugalSubspace = Annotated[Literal["svd", "randomized", "random", "columns", "bl
 
 
 class FullRankSettings(MethodSettings):
-    """Full-rank AdamW has no settings of its own."""
+    matrix_lr_scale: float | None = Field(
+        None,
+        gt=0,
+        description="learning rate of the target matrices relative to that of all other parameters; None or 1: one "
+        "rate, and Trainer's own AdamW",
+    )
+    target_modules: str | list[str] = Field("auto", description=TARGET_MODULES)
 
 
 class OptimizerSettings(MethodSettings):
@@ -207,6 +214,7 @@ ENTRIES = (
         kind="baseline",
         settings=FullRankSettings,
         look=Look("#1f1d1a", "#f3f0e8", SOLID, "circle"),
+        build_optimizer=LazyObject("hf_lowrank.optim.full_rank:build_optimizer"),
     ),
     _subspace_method(
         name="galore",

@@ -111,9 +111,10 @@ def build_trainer(
             f"FSDP (training.fsdp, or accelerate's configuration) must be left out on {args.device.type}: accelerate "
             "shards on accelerators only, and would train unsharded replicas"
         )
-    if method.build_optimizer is not None:
-        # After Trainer has moved the parameters to their device; under FSDP2 accelerate exchanges them for shards.
-        trainer.optimizer = method.build_optimizer(model, settings, args)
+    # After Trainer has moved the parameters to their device; under FSDP2 accelerate exchanges them for shards.
+    optimizer = method.optimizer(model, settings, args)
+    if optimizer is not None:
+        trainer.optimizer = optimizer
     if method.build_scheduler is not None:
         # create_optimizer returns the optimizer above, or Trainer's own if the method has none.
         scheduler: Any = method.build_scheduler(trainer.create_optimizer(), settings, args, args.max_steps)

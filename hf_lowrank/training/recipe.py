@@ -165,7 +165,11 @@ def _resolve(layers: Layers) -> Recipe:
         settings=settings,
         model=checked_model(sections["model"], layers),
         data=validated(DataSettings, sections["data"], layers, "data"),
-        training=checked_arguments(sections["training"], layers, own_optimizer=method.build_optimizer is not None),
+        training=checked_arguments(
+            sections["training"],
+            layers,
+            own_optimizer=method.build_optimizer is not None and method.kind != "baseline",
+        ),
         path=layers.path,
     )
     if recipe.data.streaming and "max_steps" not in recipe.training:
@@ -221,10 +225,9 @@ def _check_buildable(recipe: Recipe, layers: Layers) -> None:
     except Exception as error:  # transformers raises any type of error for inconsistent sizes
         raise UserError(f"{layers.path}: model cannot be built: {first_line(error)}") from None
     try:
-        if recipe.method.build_optimizer is not None:
-            optimizer = recipe.method.build_optimizer(model, recipe.settings, args)
-            if recipe.method.build_scheduler is not None and args.max_steps > 0:
-                recipe.method.build_scheduler(optimizer, recipe.settings, args, args.max_steps)
+        optimizer = recipe.method.optimizer(model, recipe.settings, args)
+        if optimizer is not None and recipe.method.build_scheduler is not None and args.max_steps > 0:
+            recipe.method.build_scheduler(optimizer, recipe.settings, args, args.max_steps)
         recipe.method.callbacks(recipe.settings, args)
     except (ValueError, TypeError, ArithmeticError) as error:
         message = first_line(error)

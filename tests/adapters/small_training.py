@@ -68,8 +68,8 @@ def train(
     )
     data = torch.randint(32, (64, 12), generator=torch.Generator().manual_seed(3))
     optimizers = (None, None)
-    if method.build_optimizer is not None:
-        optimizer = method.build_optimizer(model, options, args)
+    optimizer = method.optimizer(model, options, args)
+    if optimizer is not None:
         optimizers = (optimizer, method.build_scheduler(optimizer, options, args, steps))
     callbacks = [*method.callbacks(options, args), *([Killed(kill, moment)] if kill else [])]
     trainer = Trainer(

@@ -74,10 +74,8 @@ def _by_hand(case, way, steps, rank, world):
         learning_rate=3e-3, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-6, weight_decay=0.1, seed=0,
         get_warmup_steps=lambda steps: 2,
     )  # fmt: skip
-    optimizer = (
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, eps=1e-6, weight_decay=0.1)
-        if method.build_optimizer is None
-        else method.build_optimizer(model, settings, args)
+    optimizer = method.optimizer(model, settings, args) or torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=3e-3, eps=1e-6, weight_decay=0.1
     )
     scheduler = method.build_scheduler(optimizer, settings, args, steps) if method.build_scheduler else None
     torch.manual_seed(1 + rank)  # torch's global generator differs between processes

@@ -48,11 +48,10 @@ class Training:
         self.model.train()
         if self.args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        if recipe.method.build_optimizer is None:
+        self.optimizer = recipe.method.optimizer(self.model, recipe.settings, self.args)
+        if self.optimizer is None:
             kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind([p for p in self.model.parameters() if p.requires_grad], **options)
-        else:
-            self.optimizer = recipe.method.build_optimizer(self.model, recipe.settings, self.args)
 
     def loss(self):
         ids = torch.randint(self.vocabulary, (self.args.per_device_train_batch_size, self.length))

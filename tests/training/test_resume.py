@@ -19,6 +19,7 @@ from hf_lowrank.training.pretrain import RunTrainer
 
 METHODS = {
     "full_rank": {"name": "full_rank"},
+    "two_rates": {"name": "full_rank", "matrix_lr_scale": 0.25},
     "galore": {"name": "galore", "rank": 4, "update_proj_gap": 7},
     "fira": {"name": "fira", "rank": 4, "update_proj_gap": 7},
 }
