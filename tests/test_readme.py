@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.cli import main
 from hf_lowrank.metrics import markdown_table
+from hf_lowrank.study import load_study
+from hf_lowrank.study.layout import planned_trials
 from hf_lowrank.training import load_recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -32,11 +35,20 @@ def test_python_snippets_run(tiny_llama, tmp_path):
 
 
 def test_the_recipe_is_one(tmp_path):
-    (text,) = blocks("yaml")
+    _, text = blocks("yaml")
     assert set(yaml.safe_load(text)) == {"method", "model", "data", "training"}
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     assert load_recipe(path).method.name == "galore"
+
+
+def test_the_sweep_of_the_study_is_one(tmp_path):
+    text = blocks("yaml")[0].replace("../nano/", f"{Path(__file__).parents[1] / 'recipes' / 'nano'}/")
+    path = tmp_path / "study.yaml"
+    path.write_text(f"name: tuned\nbaseline: two_rates\n{text}")
+    trials = planned_trials(load_study(path), tmp_path)
+    assert Counter(trial.member for trial in trials) == {"galore": 8, "two_rates": 8}
+    assert all(len(trial.values) == 2 for trial in trials)
 
 
 def test_commands_are_there(capsys):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from hf_lowrank.runs.run_files import read_prediction, read_result
 from hf_lowrank.storage.tables import row_of
 
 CLAIMS, SWEEP, FAILURES = "claims.json", "sweep.json", "failures.json"
+LEARNING_RATE = "training.learning_rate"
 Entry = TypeVar("Entry")
 
 # The questions of `hf-lowrank predict`, in order: title and explanation.
@@ -31,17 +33,73 @@ QUESTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One run of the learning-rate sweep."""
+    """One run of the sweep, an entry of sweep.json.
+
+    Attributes:
+        values: what it tried, by recipe key.
+        ranges: the member's values and ranges, by recipe key; empty in files that list the learning rate alone.
+        loss: held-out, at its end; None for a trial that failed, and `failure` says why.
+        extension: whether it is one step beyond an edge.
+        edges: of the chosen trial: how many values were tried beyond its own, by key; 0 is an edge.
+    """
 
     member: str
-    learning_rate: float
+    values: Mapping[str, Any] | None = None
+    ranges: Mapping[str, Any] = field(default_factory=dict)
     loss: float | None = None
+    failure: str | None = None
     chosen: bool = False
+    extension: bool = False
+    edges: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float | None = None
     at_edge: bool = False
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate!r}")
+        if self.values is None and self.learning_rate is not None:  # a file that lists the learning rate alone
+            object.__setattr__(self, "values", {LEARNING_RATE: self.learning_rate})
+            object.__setattr__(self, "edges", {LEARNING_RATE: 0} if self.at_edge else {})
+        if not self.values or not all(isinstance(value, int | float | str) for value in self.values.values()):
+            raise ValueError(f"values must be numbers or words by recipe key, got {self.values!r:.80}")
+        if not (math.isfinite(rate := self.rate) and rate > 0):
+            raise ValueError(f"learning_rate must be a positive number, got {rate!r}")
+
+    @property
+    def tried(self) -> Mapping[str, Any]:
+        """`values`, which every entry has."""
+        assert self.values is not None
+        return self.values
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that it tried; 1 where the sweep did not try any."""
+        rate = finite_number(self.tried.get(LEARNING_RATE, 1.0))
+        return math.nan if rate is None else rate
+
+    @property
+    def at_edges(self) -> tuple[str, ...]:
+        """The keys whose edge its values are at."""
+        return tuple(key for key, distance in self.edges.items() if distance == 0)
+
+
+def value_words(values: Mapping[str, Any]) -> str:
+    """`learning rate 0.003, scale 0.25`."""
+    return ", ".join(f"{key_words(key)} {value_text(value)}" for key, value in values.items())
+
+
+def key_words(key: str) -> str:
+    """What a recipe key is called in a sentence, e.g. `learning rate`."""
+    return key.rpartition(".")[2].replace("_", " ")
+
+
+def value_text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def range_text(given: Any) -> str:
+    """`0.001, 0.003`, or `0.001 to 0.03`."""
+    if not isinstance(given, Mapping):
+        return ", ".join(map(value_text, given if isinstance(given, list) else [given]))
+    return next((" to ".join(map(value_text, ends)) for ends in given.values() if isinstance(ends, list)), "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +141,21 @@ def load_results(folder: Path | None) -> StudyResults:
         claims=_entries(folder / CLAIMS, claims.get("claims", []), parse_claim),
         alpha=finite_number(claims.get("alpha")),
         prediction=prediction if predicted else None,
-        sweep=_entries(folder / SWEEP, read_result(folder / SWEEP, list) or [], lambda entry: row_of(Trial, entry)),
+        sweep=read_sweep(folder),
         failures=_entries(
             folder / FAILURES, read_result(folder / FAILURES, list) or [], lambda entry: row_of(Failure, entry)
         ),
     )
+
+
+def read_sweep(folder: Path) -> tuple[Trial, ...]:
+    """The trials of a study's sweep; none before it.
+
+    Raises:
+        UserError: sweep.json is damaged.
+    """
+    path = folder / SWEEP
+    return _entries(path, read_result(path, list) or [], lambda entry: row_of(Trial, entry))
 
 
 def _entries(path: Path, entries: Any, parse: Callable[[Any], Entry]) -> tuple[Entry, ...]:

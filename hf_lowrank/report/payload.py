@@ -204,10 +204,10 @@ def _trials(study: StudyResults, numbers: Mapping[str, int]) -> list[Trial]:
     return [
         {
             "method": numbers[trial.member],
-            "rate": short(trial.learning_rate),
+            "rate": short(trial.rate),
             "loss": short(trial.loss, 6),
             "chosen": trial.chosen,
-            "edge": trial.at_edge,
+            "edge": bool(trial.at_edges),
         }
         for trial in study.sweep
     ]

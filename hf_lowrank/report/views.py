@@ -231,16 +231,16 @@ def sweep_view(study: StudyResults, looks: Mapping[str, Any]) -> list[dict[str, 
     """One line for each member of the sweep: its rates, which one was chosen, and whether it is at the edge."""
     found = []
     for member in dict.fromkeys(rate.member for rate in study.sweep):
-        rates = sorted((rate for rate in study.sweep if rate.member == member), key=lambda rate: rate.learning_rate)
+        rates = sorted((rate for rate in study.sweep if rate.member == member), key=lambda rate: rate.rate)
         chosen = next((rate for rate in rates if rate.chosen), None)
         found.append(
             {
                 "title": looks[member].title if member in looks else member,
                 "number": list(looks).index(member) if member in looks else None,
-                "rates": ", ".join(f"{rate.learning_rate:g}" for rate in rates),
-                "chosen": f"{chosen.learning_rate:g}" if chosen else "none",
+                "rates": ", ".join(f"{rate.rate:g}" for rate in rates),
+                "chosen": f"{chosen.rate:g}" if chosen else "none",
                 "loss": loss_text(chosen.loss) if chosen and chosen.loss is not None else "—",
-                "edge": bool(chosen and chosen.at_edge),
+                "edge": bool(chosen and chosen.at_edges),
             }
         )
     return found

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from hf_lowrank.claims.results import value_words
 from hf_lowrank.downstream.prediction import too_few
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.metrics import METRICS
@@ -36,7 +37,7 @@ def chosen_stages(file: StudyFile, wanted: str | Sequence[str] | None) -> tuple[
         if name not in STAGES:
             raise UserError(f"--stages: unknown stage {name!r}; {nearest(name, STAGES)}")
     if "sweep" in names and file.settings.sweep is None:
-        raise UserError(f"{file.path}: stage sweep needs a sweep block with learning_rate; there is none")
+        raise UserError(f"{file.path}: stage sweep needs a sweep block; there is none")
     return [stage for stage in STAGES if stage in names], True
 
 
@@ -84,8 +85,7 @@ def _check_names(file: StudyFile, runs: Sequence[Run | Trial]) -> None:
         if other is run:
             continue
         if isinstance(run, Trial) and run.member == other.member:
-            value = next(iter(run.values.values()))
-            raise file.fault("sweep.learning_rate", f"must not repeat a value, got {value:g} twice")
+            raise file.fault("sweep", f"of {run.member} must not repeat a trial, got {value_words(run.values)} twice")
         raise file.fault(
             f"members.{run.member}", f"and members.{other.member} would both have a run {run.name}; rename one of them"
         )
@@ -93,13 +93,13 @@ def _check_names(file: StudyFile, runs: Sequence[Run | Trial]) -> None:
 
 def _recipes(study: Study) -> dict[str, Recipe]:
     """The recipe of each member that is trained here; before the sweep with the values of its first trial."""
+    for trial in study.trials:
+        study.recipe(trial)
     first = {trial.member: trial for trial in reversed(study.trials)}
     assumed = replace(study, winners={name: trial.values for name, trial in first.items()} | dict(study.winners))
     recipes = {}
     for run in [run for run in study.own_runs if run.index == 0]:
         recipes[run.member] = assumed.recipe(run)
-        if run.member in first:
-            study.recipe(first[run.member])
     return recipes
 
 

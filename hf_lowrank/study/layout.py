@@ -1,11 +1,14 @@
 """A study's runs and trials, and where each of them is on disk."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_lowrank.claims.results import LEARNING_RATE, value_text
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.study.ranges import Values
 from hf_lowrank.study.spec import StudyFile, StudySettings
 from hf_lowrank.training.recipe import Recipe, load_recipe
 from hf_lowrank.training.start import is_finished
@@ -48,9 +51,14 @@ class ExternalRun(Run):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial(Folder):
-    """A run of the sweep, which tries `values`, given by dotted recipe keys."""
+    """A run of the sweep, which tries `values`, given by dotted recipe keys.
 
-    values: Mapping[str, float]
+    Attributes:
+        extension: whether it is one step beyond an edge of the member's sweep.
+    """
+
+    values: Values
+    extension: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +68,7 @@ class Study:
     Attributes:
         directory: where everything is written.
         runs: by member, then seed.
-        trials: by member, then value.
+        trials: by member, then value; without those one step beyond an edge.
         winners: the values that the sweep chose, by member; empty before the sweep.
         trajectories: the checkpoints of external runs, by run name.
         skipped: stages that cannot run, with the reason.
@@ -70,7 +78,7 @@ class Study:
     directory: Path
     runs: Sequence[Run]
     trials: Sequence[Trial]
-    winners: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    winners: Mapping[str, Values] = field(default_factory=dict)
     trajectories: Mapping[str, Trajectory] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -129,7 +137,9 @@ class Study:
         try:
             return load_recipe(path, overrides, seed, folder=self.file.path.parent)
         except UserError as error:
-            raise self.file.fault(f"members.{run.member}", str(error).replace("--set ", "set: ")) from None
+            swept = [f"--set {override}" for override in as_overrides(run.values)] if isinstance(run, Trial) else []
+            source = "sweep: " if any(override in str(error) for override in swept) else "set: "
+            raise self.file.fault(f"members.{run.member}", str(error).replace("--set ", source)) from None
 
     def recipe_arguments(self, run: Run | Trial) -> tuple[str, list[str], int]:
         """(recipe file, overrides, seed) of a run or trial that is trained here."""
@@ -137,12 +147,17 @@ class Study:
         overrides, recipe = [*self.settings.overrides, *member.overrides], member.recipe or ""
         if isinstance(run, Trial):
             assert sweep is not None
-            return recipe, [*overrides, *sweep.overrides, *as_overrides(run.values)], sweep.seed
+            length = {} if sweep.steps is None else dict.fromkeys(LENGTH, sweep.steps)
+            return recipe, [*overrides, *as_overrides(length), *sweep.overrides, *as_overrides(run.values)], sweep.seed
         values = member.values or self.winners.get(run.member, {})
         return recipe, [*overrides, *as_overrides(values)], run.seed
 
 
-def as_overrides(values: Mapping[str, float]) -> list[str]:
+# A trial is evaluated and saved at its end only.
+LENGTH = ("training.max_steps", "training.save_steps", "training.eval_steps")
+
+
+def as_overrides(values: Values) -> list[str]:
     return [f"{key}={value!r}" for key, value in values.items()]
 
 
@@ -166,8 +181,15 @@ def planned_trials(file: StudyFile, directory: Path) -> list[Trial]:
     if sweep is None:
         return []
     return [
-        Trial(member=name, values=values, folder=directory / "sweep" / f"{name}-{sweep.trial_name(values)}")
+        Trial(member=name, values=values, folder=trial_folder(directory, name, values))
         for name, member in file.settings.members.items()
         if member.is_swept
-        for values in sweep.grid()
+        for values in sweep.values_of(name, member)
     ]
+
+
+def trial_folder(directory: Path, member: str, values: Values) -> Path:
+    """Named after the values, e.g. `galore-lr0.003-scale0.25`."""
+    names = {key: "lr" if key == LEARNING_RATE else key.rpartition(".")[2] for key in values}
+    parts = [re.sub(r"[^\w.+-]", "_", f"{names[key]}{value_text(value)}") for key, value in values.items()]
+    return directory / "sweep" / "-".join([member, *parts])

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.formats import finite_number
+from hf_lowrank.claims.results import LEARNING_RATE, key_words, read_sweep, value_words
+from hf_lowrank.formats import finite_number, join_words
 from hf_lowrank.measuring.plan import GROUPS
 from hf_lowrank.memory import MemoryEstimate, estimate
 from hf_lowrank.memory.simulation import quiet_package
@@ -24,7 +25,7 @@ from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.study.checks import saved_steps
 from hf_lowrank.study.layout import ExternalRun, Run, Study, Trial
-from hf_lowrank.study.stages import STAGE_TABLE
+from hf_lowrank.study.stages import STAGE_TABLE, extensions
 from hf_lowrank.study.units import EvaluateUnit, MeasureUnit, PairsUnit, TrainUnit, Unit
 from hf_lowrank.training.recipe import Recipe
 
@@ -107,10 +108,8 @@ def _step_seconds(recipe: Recipe, vocabulary: int) -> float:
         torch.manual_seed(recipe.seed)
         model: Any = recipe.method.build_model(recipe.config(vocab_size=vocabulary), recipe.settings, recipe.seed)
         model.to(device).train()
-        build = recipe.method.build_optimizer
-        if build is not None:
-            optimizer = build(model, recipe.settings, args)
-        else:
+        optimizer = recipe.method.optimizer(model, recipe.settings, args)
+        if optimizer is None:
             trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate)
         small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
@@ -256,7 +255,8 @@ class _Estimator:
     def __init__(self, study: Study, threads: int) -> None:
         self._study, self._threads = study, threads
         self._timings = read_timings(study.directory)
-        everything: list[Run | Trial] = [*study.runs, *study.trials]
+        everything: list[Run | Trial] = [*study.runs, *study.trials, *extensions(study)]
+        self._edges = {trial.member: trial.at_edges for trial in read_sweep(study.directory) if trial.chosen}
         self._by_name = {run.name: run for run in everything}
         self._costs: dict[str, Costs] = {}
         self._recipes: dict[str, Recipe] = {}
@@ -324,12 +324,10 @@ class _Estimator:
             more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
             return MemberPlan(name, runs[0].source + more, len(runs), done)
         recipe, costs = self.recipe(name), self.costs(name)
-        rate, steps = recipe.training.get("learning_rate"), recipe.training.get("max_steps")
-        saved = saved_steps(recipe)
-        swept = "from the sweep" if name in self._study.waiting else f"{rate:g}" if rate else "default"
+        steps, saved = recipe.training.get("max_steps"), saved_steps(recipe)
         return MemberPlan(
             name,
-            f"{recipe.method.name}, learning rate {swept}",
+            f"{recipe.method.name}, {self._values(name, recipe)}",
             len(runs),
             done,
             costs.step_seconds * steps if costs.step_seconds is not None and steps else None,
@@ -337,6 +335,18 @@ class _Estimator:
             len(saved) if saved else None,
             costs.memory_bytes,
         )
+
+    def _values(self, name: str, recipe: Recipe) -> str:
+        """The learning rate of a member, or what its sweep chooses."""
+        study, rate = self._study, recipe.training.get("learning_rate")
+        sweep, member = study.settings.sweep, study.settings.members[name]
+        swept = sweep is not None and member.is_swept
+        if name in study.waiting and sweep is not None:
+            return f"{join_words([key_words(key) for key in sweep.ranges(member)])} from the sweep"
+        values = dict(study.winners.get(name, {})) if swept else {}
+        at_edge = [key_words(key) for key in self._edges.get(name, ()) if key in values]
+        said = f", at the edge of {join_words(at_edge)}" if at_edge else ""
+        return value_words({LEARNING_RATE: rate or "default", **values}) + said
 
     def disk_bytes(self, members: Sequence[MemberPlan], left: Mapping[str, float | None]) -> int | None:
         """Bytes of the checkpoints of the runs and trials that are not done."""
@@ -346,7 +356,7 @@ class _Estimator:
             if not member.checkpoint_bytes or not member.checkpoints:
                 return None
             total += (member.runs - member.done) * member.checkpoints * member.checkpoint_bytes
-        for trial in self._study.trials:
+        for trial in [run for run in self._by_name.values() if isinstance(run, Trial)]:
             if f"sweep {trial.name}" in left:
                 saved, size = saved_steps(self._study.recipe(trial)), self.costs(trial.member).checkpoint_bytes
                 total += len(saved) * size if saved and size else 0

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from hf_lowrank.claims.results import LEARNING_RATE
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.storage.layers import Layers, read_layers, validated
+from hf_lowrank.study.ranges import Values, check_ranges, grid, sample
 
 STAGES = ("sweep", "train", "measure", "evaluate", "predict", "claims", "report")
-LEARNING_RATE = "training.learning_rate"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 Steps = int | str | list[int] | None
 Names = str | list[str] | None
@@ -28,11 +29,19 @@ class _Block(BaseModel):
 class MemberSettings(_Block):
     """One of `members:`: a recipe to train by, or checkpoints that were trained elsewhere."""
 
+    title: str | None = Field(
+        None,
+        min_length=1,
+        description="its name in tables and pictures; default: the method's title or the member's name",
+    )
     recipe: str | None = Field(None, description="a recipe file")
     learning_rate: float | None = Field(
         None, gt=0, description="overrides the recipe's; excludes the member from the sweep"
     )
     overrides: list[str] = Field(default_factory=list, alias="set", description="overrides, as in `train --set`")
+    sweep: dict[str, Any] = Field(
+        default_factory=dict, description="its own values and ranges in the sweep, by recipe key; null removes a key"
+    )
     runs: list[str] | None = Field(None, min_length=1, description="folders of checkpoints, or Hub repositories")
     revisions: str | None = Field(
         None, description="runs: pattern of the revisions that are checkpoints, e.g. 'step*'"
@@ -40,7 +49,7 @@ class MemberSettings(_Block):
     method: str | None = Field(None, description="runs: name of the method in tables; default: the member's name")
 
     @property
-    def values(self) -> dict[str, float]:
+    def values(self) -> Values:
         """Its own value of each key that a sweep would choose."""
         return {} if self.learning_rate is None else {LEARNING_RATE: self.learning_rate}
 
@@ -48,11 +57,18 @@ class MemberSettings(_Block):
     def is_swept(self) -> bool:
         return self.recipe is not None and not self.values
 
+    @field_validator("sweep")
+    @classmethod
+    def _ranges(cls, ranges: dict[str, Any]) -> dict[str, Any]:
+        check_ranges(ranges)
+        return ranges
+
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if (self.recipe is None) == (self.runs is None):
             raise ValueError("must have either recipe (a file to train by) or runs (existing checkpoints)")
-        kind, others = ("recipe", ("revisions", "method")) if self.recipe else ("runs", ("learning_rate", "overrides"))
+        trained = ("learning_rate", "overrides", "sweep")
+        kind, others = ("recipe", ("revisions", "method")) if self.recipe else ("runs", trained)
         for key in others:
             if key in self.model_fields_set:
                 raise ValueError(f"{'set' if key == 'overrides' else key} must be left out of a member with {kind}")
@@ -60,27 +76,66 @@ class MemberSettings(_Block):
 
 
 class SweepSettings(_Block):
-    """`sweep:`: each member gets the learning rate with the lowest final loss."""
+    """`sweep:`: each member gets the values with the lowest final loss.
 
-    learning_rate: list[float] = Field(min_length=1, description="the learning rates to try")
-    seed: int = Field(1000, ge=0, lt=2**32, description="seed of every trial")
+    Every member has the same number of trials: all combinations of its values, or a random sample of `trials`. A
+    winner at an edge is followed by one trial one step beyond it, for each of its edges.
+    """
+
+    learning_rate: list[float] | None = Field(None, min_length=1, description="learning rates to try; short for over")
+    over: dict[str, Any] = Field(
+        default_factory=dict,
+        description="values to try by recipe key: a list, {uniform: [low, high]} or {log_uniform: [low, high]}",
+    )
+    trials: int | None = Field(None, ge=1, description="trials per member, drawn at random; default: the whole grid")
+    steps: int | None = Field(None, ge=1, description="length of every trial; default: the recipe's")
+    seed: int = Field(1000, ge=0, lt=2**32, description="seed of every trial, and of the random sample")
     overrides: list[str] = Field(default_factory=list, alias="set", description="overrides of every trial")
-
-    def grid(self) -> list[dict[str, float]]:
-        """The recipe keys and values of each trial."""
-        return [{LEARNING_RATE: rate} for rate in self.learning_rate]
-
-    def trial_name(self, values: Mapping[str, float]) -> str:
-        """What the folder of a trial is called, after the member's name."""
-        return f"lr{values[LEARNING_RATE]:g}"
 
     @field_validator("learning_rate")
     @classmethod
-    def _positive(cls, rates: list[float]) -> list[float]:
-        for rate in rates:
+    def _positive(cls, rates: list[float] | None) -> list[float] | None:
+        for rate in rates or []:
             if not (math.isfinite(rate) and rate > 0):
                 raise ValueError(f"must be above 0, got {rate}")
         return rates
+
+    @field_validator("over")
+    @classmethod
+    def _ranges(cls, over: dict[str, Any]) -> dict[str, Any]:
+        check_ranges(over)
+        return over
+
+    @model_validator(mode="after")
+    def _has_values(self) -> Self:
+        if self.learning_rate is not None and LEARNING_RATE in self.over:
+            raise ValueError(f"learning_rate must be left out, over has {LEARNING_RATE}")
+        return self
+
+    def ranges(self, member: MemberSettings) -> dict[str, Any]:
+        """What is tried for a member, by recipe key."""
+        shared = {} if self.learning_rate is None else {LEARNING_RATE: self.learning_rate}
+        merged = {**shared, **self.over, **member.sweep}
+        return {key: given for key, given in merged.items() if given is not None}
+
+    def values_of(self, name: str, member: MemberSettings) -> list[Values]:
+        """The recipe keys and values of each trial of a member; they depend on no other member.
+
+        Raises:
+            ValueError: there are not as many, to follow the member's name.
+        """
+        ranges = self.ranges(member)
+        if not ranges:
+            raise ValueError("has nothing to try")
+        if self.trials is not None:
+            try:
+                return [*sample(ranges, self.trials, f"{self.seed} {name}")]
+            except ValueError as error:
+                raise ValueError(f"has {error}, fewer than sweep.trials ({self.trials})") from None
+        for key, given in ranges.items():
+            if not isinstance(given, list):
+                raise ValueError(f"has a range, {key}: give sweep.trials, the number of trials to draw, or a list")
+        return [*grid(ranges)]
 
 
 class MeasureSettings(_Block):
@@ -201,7 +256,33 @@ def load_study(path: str | os.PathLike[str]) -> StudyFile:
     if settings.baseline not in settings.members:
         known = nearest(settings.baseline, settings.members)
         raise study.fault("baseline", f"must be one of the members, got {settings.baseline!r}; {known}")
+    _check_sweep(study)
     return study
+
+
+def _check_sweep(study: StudyFile) -> None:
+    """Every member that is swept must have as many trials as the baseline, or as the first one."""
+    members, sweep = study.settings.members, study.settings.sweep
+    counts: dict[str, int] = {}
+    for name, member in members.items():
+        key = f"members.{name}.sweep"
+        if member.sweep and (sweep is None or not member.is_swept):
+            why = "there is no sweep block" if sweep is None else "learning_rate excludes it from the sweep"
+            raise study.fault(key, f"must be left out; {why}")
+        if sweep is None or not member.is_swept:
+            continue
+        try:
+            counts[name] = len(sweep.values_of(name, member))
+        except ValueError as error:
+            raise study.fault(key if member.sweep else "sweep", f"of {name} {error}") from None
+    reference = study.settings.baseline if study.settings.baseline in counts else next(iter(counts), "")
+    for name, count in counts.items():
+        if count != counts[reference]:
+            raise study.fault(
+                f"members.{name}.sweep" if members[name].sweep else "sweep",
+                f"must give every member the same number of trials, {name} has {count} and {reference} has "
+                f"{counts[reference]}; change its values, or set sweep.trials",
+            )
 
 
 def _resolve_paths(layer: dict[str, Any], folder: Path) -> None:

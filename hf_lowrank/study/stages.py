@@ -2,23 +2,23 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.claims.results import SWEEP
+from hf_lowrank.claims.results import SWEEP, key_words, read_sweep, value_text
 from hf_lowrank.downstream.prediction import too_few
-from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.errors import UserError
 from hf_lowrank.runs.checkpoints import last_resumable_checkpoint
 from hf_lowrank.runs.layout import MEASUREMENTS, SCORES
 from hf_lowrank.runs.run_files import read_trainer_state
-from hf_lowrank.storage.checksums import sealed, unsealed
+from hf_lowrank.storage.checksums import sealed
 from hf_lowrank.storage.files import write_text
-from hf_lowrank.storage.parsing import parse_json
-from hf_lowrank.study.layout import Run, Study, Trial
+from hf_lowrank.study.layout import Run, Study, Trial, trial_folder
 from hf_lowrank.study.members import FetchUnit, fetch_unit
-from hf_lowrank.study.spec import LEARNING_RATE, StudyFile
+from hf_lowrank.study.ranges import Values, edge_distances, one_step_beyond, order
+from hf_lowrank.study.spec import StudyFile
 from hf_lowrank.study.units import (
     ClaimsUnit,
     EvaluateUnit,
@@ -30,6 +30,8 @@ from hf_lowrank.study.units import (
     TrainUnit,
     TrialUnit,
     Unit,
+    failure_of,
+    is_decided,
 )
 from hf_lowrank.training.start import is_finished
 
@@ -45,32 +47,71 @@ def final_loss(run: Path) -> float:
     return losses[-1] if losses else math.nan
 
 
+def best_of(trials: Sequence[Trial]) -> tuple[list[float], Trial | None]:
+    """The loss of each trial, NaN for one that failed, and the winner: the lowest loss, the first of equal ones."""
+    losses = [final_loss(trial.folder) for trial in trials]
+    finite = [(loss, index) for index, loss in enumerate(losses) if not math.isnan(loss)]
+    return losses, trials[min(finite)[1]] if finite else None
+
+
+def trials_by_member(study: Study) -> dict[str, list[Trial]]:
+    """The trials of each member that the study file asks for, in the order of their values."""
+    found: dict[str, list[Trial]] = {}
+    for trial in sorted(study.trials, key=lambda trial: order(trial.values)):
+        found.setdefault(trial.member, []).append(trial)
+    return {name: found[name] for name in dict.fromkeys(trial.member for trial in study.trials)}
+
+
+def extensions(study: Study) -> list[Trial]:
+    """Trials one step beyond each edge at which a member's winner lies, once all of that member's trials have ended.
+
+    They depend on the member's own trials alone. A step that its recipe does not allow is left out.
+    """
+    found: list[Trial] = []
+    for member, trials in trials_by_member(study).items():
+        if not all(is_decided(trial.folder) for trial in trials):
+            continue
+        _, winner = best_of(trials)
+        moved = one_step_beyond([trial.values for trial in trials], winner.values) if winner is not None else []
+        for values in moved:
+            folder = trial_folder(study.directory, member, values)
+            trial = Trial(member=member, values=values, folder=folder, extension=True)
+            try:
+                study.recipe(trial)
+            except UserError:
+                continue
+            found.append(trial)
+    return found
+
+
 def choose(study: Study) -> list[dict[str, Any]]:
-    """The rows of sweep.json: every trial, with each member's winner marked; ties go to the lower learning rate."""
+    """The rows of sweep.json: every trial, with each member's winner marked; of equal losses the lowest values."""
     rows: list[dict[str, Any]] = []
-    for member in dict.fromkeys(trial.member for trial in study.trials):
-        trials = sorted(
-            (trial for trial in study.trials if trial.member == member), key=lambda trial: trial.values[LEARNING_RATE]
-        )
-        losses = [final_loss(trial.folder) for trial in trials]
-        finite = [loss for loss in losses if not math.isnan(loss)]
-        best = losses.index(min(finite)) if finite else None
-        for index, (trial, loss) in enumerate(zip(trials, losses, strict=True)):
-            chosen = index == best
+    further, sweep, members = extensions(study), study.settings.sweep, study.settings.members
+    assert sweep is not None
+    for member, planned in trials_by_member(study).items():
+        trials = [*planned, *(trial for trial in further if trial.member == member)]
+        trials.sort(key=lambda trial: order(trial.values))
+        losses, winner = best_of(trials)
+        for trial, loss in zip(trials, losses, strict=True):
+            edges = edge_distances([other.values for other in trials], trial.values) if trial is winner else {}
             rows.append(
                 {
                     "member": member,
-                    "learning_rate": trial.values[LEARNING_RATE],
+                    "values": dict(trial.values),
+                    "ranges": sweep.ranges(members[member]),
                     "loss": None if math.isnan(loss) else loss,
-                    "chosen": chosen,
-                    "at_edge": chosen and len(trials) > 1 and index in (0, len(trials) - 1),
+                    "failure": failure_of(trial.folder) if math.isnan(loss) else None,
+                    "chosen": trial is winner,
+                    "extension": trial.extension,
+                    "edges": edges,
                     "run": trial.folder.relative_to(study.directory).as_posix(),
                 }
             )
     return rows
 
 
-def read_winners(file: StudyFile, directory: Path) -> dict[str, Mapping[str, float]]:
+def read_winners(file: StudyFile, directory: Path) -> dict[str, Values]:
     """Each member's chosen values according to sweep.json; empty without it.
 
     A choice from other values than those that the study asks for does not count.
@@ -78,23 +119,24 @@ def read_winners(file: StudyFile, directory: Path) -> dict[str, Mapping[str, flo
     Raises:
         UserError: the file is damaged.
     """
-    path, sweep = directory / SWEEP, file.settings.sweep
-    if sweep is None or not path.is_file():
+    sweep, members = file.settings.sweep, file.settings.members
+    if sweep is None:
         return {}
     try:
-        rows = [unsealed(row) for row in parse_json(path.read_text(encoding="utf-8"))]
-        chosen = {row["member"]: float(row["learning_rate"]) for row in rows if row["chosen"]}
-        tried: dict[str, set[float]] = {}
-        for row in rows:
-            tried.setdefault(row["member"], set()).add(float(row["learning_rate"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable sweep ({one_line(error)}); remove it") from None
-    wanted, members = set(sweep.learning_rate), file.settings.members
-    return {
-        name: {LEARNING_RATE: rate}
-        for name, rate in chosen.items()
-        if name in members and members[name].is_swept and tried[name] == wanted
-    }
+        rows = read_sweep(directory)
+    except UserError as error:
+        raise UserError(f"{error}, or remove it") from None
+    chosen = {row.member: row.tried for row in rows if row.chosen}
+    tried: dict[str, list[Values]] = {}
+    for row in rows:
+        if not row.extension:
+            tried.setdefault(row.member, []).append(row.tried)
+    winners: dict[str, Values] = {}
+    for name in [name for name, member in members.items() if member.is_swept and name in chosen]:
+        wanted = sweep.values_of(name, members[name])
+        if sorted(map(order, wanted)) == sorted(map(order, tried.get(name, []))):
+            winners[name] = {key: chosen[name][key] for key in wanted[0]}
+    return winners
 
 
 def unit_from(plain: dict[str, Any]) -> Unit:
@@ -105,6 +147,10 @@ def unit_from(plain: dict[str, Any]) -> Unit:
 
 def trial_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
     return [TrialUnit(name=trial.name, **_training(study, trial)) for trial in study.trials]
+
+
+def extension_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
+    return [TrialUnit(name=trial.name, **_training(study, trial)) for trial in extensions(study)]
 
 
 def train_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
@@ -179,10 +225,11 @@ def choose_winners(study: Study) -> tuple[Study, list[str]]:
     rows = choose(study)
     write_text(study.directory / SWEEP, json.dumps([sealed(row) for row in rows], indent=1) + "\n")
     lines = [
-        f"sweep: the best learning rate of {row['member']} is {row['learning_rate']:g}, at the edge of the grid; one "
-        "beyond it may be better"
+        f"sweep: the best {key_words(key)} of {row['member']} is {value_text(row['values'][key])}, at the edge of the "
+        "values tried; a better one may lie beyond"
         for row in rows
-        if row["at_edge"]
+        for key, distance in row["edges"].items()
+        if distance == 0
     ]
     return replace(study, winners=read_winners(study.file, study.directory)), lines
 
@@ -216,7 +263,7 @@ class Stage:
 
 # In the order in which they run; `spec.STAGES` has the same names.
 STAGE_TABLE = {
-    "sweep": Stage(batches=(trial_units,), uses_runs=False, finish=choose_winners),
+    "sweep": Stage(batches=(trial_units, extension_units), uses_runs=False, finish=choose_winners),
     "train": Stage(batches=(train_units,), uses_runs=False),
     "measure": Stage(batches=(fetch_units, measure_units, pair_units)),
     "evaluate": Stage(batches=(fetch_units, evaluate_units)),

@@ -113,7 +113,7 @@ class TrialUnit(TrainUnit):
     stage: ClassVar[str] = "sweep"
 
     def is_current(self) -> bool:
-        return is_finished(Path(self.output)) or DIVERGED in read_facts(Path(self.output))
+        return is_decided(Path(self.output))
 
     def perform(self) -> str | None:
         try:
@@ -121,6 +121,17 @@ class TrialUnit(TrainUnit):
         except DivergedError as error:
             write_facts(Path(self.output), {**read_facts(Path(self.output)), DIVERGED: str(error)})
             return str(error)
+
+
+def failure_of(trial: Path) -> str:
+    """Why a trial has no loss."""
+    said = read_facts(trial).get(DIVERGED) if trial.is_dir() else None
+    return said if isinstance(said, str) else "it did not finish"
+
+
+def is_decided(trial: Path) -> bool:
+    """Whether a trial has ended, with a loss or diverged."""
+    return is_finished(trial) or (trial.is_dir() and DIVERGED in read_facts(trial))
 
 
 @dataclass(frozen=True, kw_only=True)

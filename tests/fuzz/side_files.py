@@ -65,6 +65,20 @@ SWEEP = [
     {"member": "galore", "learning_rate": rate, "loss": 4.0, "chosen": rate == 1e-3, "at_edge": True, "run": "sweep/x"}
     for rate in (1e-3, 2e-3)
 ]
+SWEEP_OVER_TWO_KEYS = [
+    {
+        "member": "galore",
+        "values": {"training.learning_rate": rate, "method.scale": 0.25},
+        "ranges": {"training.learning_rate": [1e-3, 2e-3], "method.scale": {"uniform": [0.1, 1]}},
+        "loss": None if rate == 2e-3 else 4.0,
+        "failure": "diverged" if rate == 2e-3 else None,
+        "chosen": rate == 1e-3,
+        "extension": False,
+        "edges": {"training.learning_rate": 0} if rate == 1e-3 else {},
+        "run": "sweep/x",
+    }
+    for rate in (1e-3, 2e-3)
+]
 
 
 def read_sweep(folder, content):
@@ -305,7 +319,7 @@ def read_queue(folder, content):
 SIDE_FILES = {
     "claims": ([CLAIMS], mutations.as_json, read_claims),
     "prediction": ([PREDICTION], mutations.as_json, read_prediction),
-    "sweep": ([SWEEP], mutations.as_json, read_sweep),
+    "sweep": ([SWEEP, SWEEP_OVER_TWO_KEYS], mutations.as_json, read_sweep),
     "timings": ([{"train galore-seed0": 3.5}], mutations.as_json, read_timings),
     "stamps": ([{"claims": "0" * 64}], mutations.as_json, read_stamps),
     "run_recipe": ([RUN_RECIPE], mutations.as_yaml, read_run_recipe),

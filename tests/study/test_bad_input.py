@@ -94,7 +94,113 @@ CASES = {
     "a step that is not saved": ({"measure": {**MEASURE, "steps": [5]}}, ["measure.steps", "5", "0, 6, 12"]),
     "pairs at a step that is not saved": ({"measure": {"pairs": 7}}, ["measure.pairs", "7"]),
     "steps of no number": ({"evaluate": {"steps": "lst"}}, ["evaluate.steps", "lst"]),
-    "a rate twice": ({"sweep": {"learning_rate": [1e-3, 0.001]}}, ["sweep.learning_rate", "0.001 twice"]),
+    "a rate twice": (
+        {"sweep": {"learning_rate": [1e-3, 0.001]}},
+        ["sweep of full_rank must not repeat a trial", "learning rate 0.001 twice"],
+    ),
+    "an empty sweep": ({"sweep": {}}, ["sweep of full_rank has nothing to try"]),
+    "a rate in two places": (
+        {"sweep": {"learning_rate": [1e-3], "over": {"training.learning_rate": [1e-3]}}},
+        ["sweep", "learning_rate must be left out", "training.learning_rate"],
+    ),
+    "a swept key of the model": (
+        {"sweep": {"over": {"model.hidden_size": [16, 32]}}},
+        ["sweep.over", "model.hidden_size must be a key of training or method", "training.learning_rate"],
+    ),
+    "a swept length": ({"sweep": {"over": {"training.max_steps": [3]}}}, ["training.max_steps", "sweep.steps"]),
+    "a swept value that is a list": (
+        {"sweep": {"over": {"method.scale": [[1]]}}},
+        ["sweep.over: method.scale must have at least one value, each a number"],
+    ),
+    "a swept value twice": ({"sweep": {"over": {"method.scale": [1, 1.0]}}}, ["method.scale must not repeat", "1.0"]),
+    "a range that is a word": (
+        {"sweep": {"over": {"training.weight_decay": "low"}}},
+        [
+            "sweep.over: training.weight_decay must be a list of values, {uniform: [low, high]} or {log_uniform",
+            "'low'",
+        ],
+    ),
+    "a range of two kinds": (
+        {"sweep": {"over": {"training.weight_decay": {"uniform": [0, 1], "log_uniform": [1, 2]}}}},
+        ["training.weight_decay must be a list of values"],
+    ),
+    "a range without an end": (
+        {"sweep": {"over": {"training.weight_decay": {"uniform": [0.1]}}}},
+        ["training.weight_decay uniform must be [low, high] with low < high", "[0.1]"],
+    ),
+    "a logarithm of zero": (
+        {"sweep": {"over": {"training.weight_decay": {"log_uniform": [0, 1]}}}},
+        ["training.weight_decay log_uniform must be above 0"],
+    ),
+    "a rate that begins at zero": (
+        {"sweep": {"trials": 2, "over": {"training.learning_rate": {"uniform": [0, 1]}}}},
+        ["sweep.over: training.learning_rate must be above 0"],
+    ),
+    "a range without a number of trials": (
+        {"sweep": {"over": {"training.weight_decay": {"uniform": [0, 1]}}}},
+        ["sweep of full_rank has a range, training.weight_decay: give sweep.trials"],
+    ),
+    "a member's range": (
+        {
+            "members": {
+                "full_rank": "full_rank.yaml",
+                "g": {"recipe": "galore.yaml", "sweep": {"method.scale": {"uniform": [2, 1]}}},
+            },
+            "sweep": {"learning_rate": [1e-3]},
+        },
+        ["members.g.sweep: method.scale uniform must be [low, high]"],
+    ),
+    "members with different numbers of trials": (
+        {
+            "members": {
+                "full_rank": "full_rank.yaml",
+                "g": {"recipe": "galore.yaml", "sweep": {"method.scale": [0.25, 0.5, 1]}},
+            },
+            "sweep": {"learning_rate": [1e-3, 2e-3]},
+        },
+        ["members.g.sweep must give every member the same number of trials, g has 6 and full_rank has 2"],
+    ),
+    "a member with too few combinations": (
+        {
+            "members": {
+                "full_rank": "full_rank.yaml",
+                "g": {"recipe": "galore.yaml", "sweep": {"training.learning_rate": [1e-3, 2e-3]}},
+            },
+            "sweep": {"trials": 3, "over": {"training.learning_rate": [1e-3, 2e-3, 3e-3]}},
+        },
+        ["members.g.sweep of g has 2 combinations of values, fewer than sweep.trials (3)"],
+    ),
+    "a member's range without a sweep": (
+        {"members": {"full_rank": "full_rank.yaml", "g": {"recipe": "galore.yaml", "sweep": {"method.scale": [1]}}}},
+        ["members.g.sweep must be left out; there is no sweep block"],
+    ),
+    "a range for a fixed rate": (
+        {
+            "members": {
+                "full_rank": "full_rank.yaml",
+                "g": {"recipe": "galore.yaml", "learning_rate": 1e-3, "sweep": {"method.scale": [1]}},
+            },
+            "sweep": {"learning_rate": [1e-3]},
+        },
+        ["members.g.sweep must be left out; learning_rate excludes it"],
+    ),
+    "a swept key that a member lacks": (
+        {"sweep": {"over": {"method.scale": [0.25, 0.5]}}},
+        ["members.full_rank sweep: method.scale=0.25", "unknown key 'method.scale'", "matrix_lr_scale"],
+    ),
+    "a swept value that is not allowed": (
+        {
+            "members": {
+                "full_rank": "full_rank.yaml",
+                "g": {
+                    "recipe": "galore.yaml",
+                    "sweep": {"training.learning_rate": None, "method.scale": [0.5, -1]},
+                },
+            },
+            "sweep": {"over": {"training.learning_rate": [1e-3, 2e-3]}},
+        },
+        ["members.g sweep: method.scale=-1", "method.scale"],
+    ),
     "a rate of zero": ({"sweep": {"learning_rate": [0]}}, ["sweep.learning_rate", "0.0"]),
     "a sweep's override that names nothing": (
         {"sweep": {"learning_rate": [1e-3], "set": ["training.savesteps=3"]}},

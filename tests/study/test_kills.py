@@ -130,7 +130,7 @@ def test_twenty_kills_of_a_study_with_all_its_stages(tmp_path, corpus):
             },
         },
         "seeds": [0, 1, 2, 3],
-        "sweep": {"learning_rate": [0.001, 0.004], "seed": 9, "set": ["training.save_steps=12"]},
+        "sweep": {"learning_rate": [0.001, 0.004], "seed": 9, "steps": 8},
         "measure": {"settings": {"sequences": 4}, "pairs": "last"},
         "evaluate": {"tasks": "pylib_copy,pylib_bits_per_byte"},
         "predict": {"permutations": 19},

@@ -8,7 +8,6 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -23,9 +22,7 @@ from hf_lowrank.storage.checksums import sealed_text, unsealed
 from hf_lowrank.storage.parsing import dump_yaml
 from hf_lowrank.study import load_study, run_study
 from hf_lowrank.study.executors import ForkExecutor, WorkerExecutor
-from hf_lowrank.study.layout import Trial
 from hf_lowrank.study.plan import probe
-from hf_lowrank.study.stages import choose
 from hf_lowrank.study.units import TrainUnit
 from hf_lowrank.training import load_recipe
 from tests.study.tiny import METHODS, TRAINING, study_data, write_recipe
@@ -271,74 +268,6 @@ def test_a_unit_sent_to_a_worker_that_has_just_ended_is_reported(tmp_path, write
     assert outcome.key == "train late"
     assert "SIGKILL" in outcome.reason
     executor.stop()
-
-
-def test_the_sweep_takes_the_rate_of_the_lowest_loss(write_study, tmp_path, run):
-    rates = [1e-6, 3e-3, 1e9]
-    study = write_study(
-        members={"full_rank": "full_rank.yaml", "fixed": {"recipe": "galore.yaml", "learning_rate": 2e-3}},
-        sweep={"learning_rate": rates, "seed": 5, "set": ["training.save_steps=12"]},
-        seeds=[0],
-    )
-    out = tmp_path / "out"
-    result, said = run(study, output=out, stages="sweep,train", jobs=2)
-    assert result.failures == []
-    rows = json.loads((out / "sweep.json").read_text())
-    assert [(row["member"], row["learning_rate"], row["run"]) for row in rows] == [
-        ("full_rank", rate, f"sweep/full_rank-lr{rate:g}") for rate in rates
-    ]
-    final = []
-    for row in rows:
-        file = out / row["run"] / "checkpoint-12" / "trainer_state.json"
-        if file.exists():
-            log = json.loads(file.read_text())["log_history"]
-            final.append([entry["eval_loss"] for entry in log if "eval_loss" in entry][-1])
-        else:
-            assert row["learning_rate"] == 1e9  # it diverged and was stopped
-            final.append(math.inf)
-        assert yaml.safe_load((out / row["run"] / "recipe.yaml").read_text())["seed"] == 5
-    losses = [loss if math.isfinite(loss) else math.inf for loss in final]
-    assert [row["chosen"] for row in rows] == [loss == min(losses) for loss in losses]
-    chosen = next(row for row in rows if row["chosen"])
-    assert chosen["learning_rate"] == 3e-3
-    trained = {
-        name: yaml.safe_load((out / "runs" / name / "recipe.yaml").read_text())
-        for name in ("full_rank-seed0", "fixed-seed0")
-    }
-    assert trained["full_rank-seed0"]["training"]["learning_rate"] == 3e-3
-    assert trained["fixed-seed0"]["training"]["learning_rate"] == 2e-3
-    assert not any("edge" in line for line in said)
-    # The same call finds all of it done; overrides in another order are the same recipe.
-    data = yaml.safe_load(study.read_text())
-    data["sweep"]["set"] = ["training.logging_steps=4", *data["sweep"]["set"]]
-    study.write_text(yaml.safe_dump(data, sort_keys=False))
-    result, _ = run(study, output=out, stages="sweep,train", dry_run=True)
-    assert result.plan.left == 0
-
-
-@pytest.mark.parametrize(
-    ("losses", "chosen", "edge"),
-    [
-        ({1: 3.0, 2: 2.0, 3: 4.0}, 2, False),
-        ({1: 3.0, 2: 2.0, 3: 1.0}, 3, True),
-        ({3: 1.0, 2: 2.0, 1: math.nan}, 3, True),
-        ({1: math.nan, 2: 2.0, 3: math.nan}, 2, False),
-        ({1: 2.0, 2: 2.0, 3: 2.0}, 1, True),
-        ({1: 2.0}, 1, False),
-        ({1: math.nan, 2: math.nan}, None, False),
-    ],
-)
-def test_ties_divergence_and_edges_of_a_sweep(losses, chosen, edge, tmp_path, monkeypatch):
-    folder = tmp_path / "sweep"
-    trials = [
-        Trial(member="a", values={"training.learning_rate": rate}, folder=folder / f"a-lr{rate:g}") for rate in losses
-    ]
-    by_folder = {trial.folder: loss for trial, loss in zip(trials, losses.values(), strict=True)}
-    monkeypatch.setattr("hf_lowrank.study.stages.final_loss", by_folder.__getitem__)
-    rows = choose(SimpleNamespace(directory=tmp_path, trials=trials))
-    assert [row["learning_rate"] for row in rows if row["chosen"]] == ([] if chosen is None else [chosen])
-    assert any(row["at_edge"] for row in rows) is edge
-    assert [row["loss"] for row in rows] == [None if math.isnan(v) else v for _, v in sorted(losses.items())]
 
 
 def test_time_left_comes_from_what_has_run(finished):
