@@ -250,6 +250,17 @@ PLANE = "random_plane"
 POINTWISE = frozenset({*CURVES, PLANE, "pca_plane"})
 
 
+# Behind a name or a number that was measured by moving the parameters that an adapted model stores.
+NOT_DENSE_MARK = "†"
+NOT_DENSE_MEANING = "moves the model's own parameters instead of dense weights: not comparable with the others"
+
+
+def moves_weights(name: str) -> bool:
+    """Whether a metric or curve moves the weights of one run, in the space of the settings."""
+    about = CURVES.get(name) or METRICS.get(name)
+    return about is not None and (about.dimension == "landscape" or name.startswith("step_"))
+
+
 def describe(name: str) -> Metric:
     """The entry of a metric in a table of results; one that is unknown here gets a plain entry among the extras."""
     if name in METRICS:

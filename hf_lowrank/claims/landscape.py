@@ -35,14 +35,15 @@ from hf_lowrank.claims.words import (
     untested,
 )
 from hf_lowrank.formats import loss_text
-from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement
+from hf_lowrank.runs.measurements import NO_EQUIVALENT, OWN_BASELINE, UNDEFINED, Measurement
 
 SHARPNESS_TEST = (
     "For each method the difference of {what} of {metric} with the baseline at the last common step, paired by "
     "seed, by Student's t. Reproduced if every method's difference lies on the claimed side with two-sided p < "
     "{alpha:g} (an intersection–union test, so no correction); contradicted if at least one lies on the other side, "
     "p < {alpha:g} after Holm; else undecided. The claim's p-value is that of the comparison which decides. Details "
-    "give the exact sign-flip p-value too, which cannot fall below 2/2ⁿ for n seeds."
+    "give the exact sign-flip p-value too, which cannot fall below 2/2ⁿ for n seeds. Only numbers of dense weights "
+    "are compared; methods that have none are listed and not tested."
 )
 # A perplexity 5 % higher: what no reader would call the same loss, and several times what seeds differ by.
 MARGIN = 0.05
@@ -100,12 +101,16 @@ def _sharper(study: Study, metric: str, statement: str, where: str, *, baseline_
         for method in study.others
         if method not in decision.tested
     }
+    without = {method: why for method, why in missing.items() if why.endswith(NO_EQUIVALENT)}
+    missing = {method: why for method, why in missing.items() if method not in without}
     verdict = decision.despite(missing)
     if verdict == "contradicted":
         names = listed_are([study.title(method) for method in decision.against])
         reason = f"{names} {'sharper' if baseline_sharper else 'less sharp'} than {base_title}"
     elif verdict == "reproduced":
         reason = f"the interval of every method lies on the claimed side ({len(decision.tested)} methods)"
+    elif without and not decision.tested and not missing:
+        reason = "no other method has dense weights"
     else:
         reason = undecided_reason(decision, missing, study)
     sentence = f"Not tested: {reason}."
@@ -125,9 +130,12 @@ def _sharper(study: Study, metric: str, statement: str, where: str, *, baseline_
             f"{f'{number} the sharpness of {other}' if logs else f'{other} is {number}'}; "
             f"{seeds_and_step(decision.fewest_seeds, found.step)}."
         )
+    if without:
+        names = listed_are([study.title(method) for method in without])
+        sentence += f" {names} left out: no dense equivalent."
     return decided(
         decision, verdict, id=metric, statement=statement, unit=unit, test=test, reason=reason, sentence=sentence,
-        details=details_of(decision, missing, unit, study.title),
+        details=details_of(decision, {**missing, **without}, unit, study.title),
     )  # fmt: skip
 
 

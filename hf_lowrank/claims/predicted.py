@@ -11,6 +11,7 @@ from hf_lowrank.claims.claim import Claim, Detail, Verdict
 from hf_lowrank.claims.results import QUESTIONS
 from hf_lowrank.formats import finite_number, p_text, pluralize, significant
 from hf_lowrank.runs.layout import PREDICTION
+from hf_lowrank.runs.measurements import NOT_DENSE
 from hf_lowrank.runs.run_files import read_prediction
 
 TEST = (
@@ -58,6 +59,10 @@ def prediction_claim(path: str | os.PathLike[str] | None, *, alpha: float = 0.05
         f"Methods left out ({pluralize(methods, 'method')}): {_gain_text(of_method)} "
         f"Runs of known methods left out ({pluralize(runs, 'run')}): {_gain_text(of_run)}"
     )
+    notes = content.get("notes")
+    for note in notes if isinstance(notes, list) else ():
+        if isinstance(note, str) and note.startswith(NOT_DENSE):
+            sentence += f" {note[0].upper()}{note[1:]}."
     details = [
         Detail(label=f"{one.get('metric')} ({label})", effect=finite_number(one.get("gain")), n=n, unit="R²",
                reason="single metric")

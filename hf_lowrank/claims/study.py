@@ -217,14 +217,16 @@ def common(
 
 
 def model_values(study: Study, metric: str) -> Common[str, float]:
-    """A metric of the whole model, by method and seed."""
-    entries = (
-        (method, seed, row.step, kind_of(row.settings), row.value)
-        for (method, seed), run in study.runs.items()
-        for row in run.model_rows(metric)
-        if row.has_value
-    )
-    return common(entries, list(study.titles), null_reasons(study, metric))
+    """A metric of the whole model, by method and seed; what moves weights, on dense ones only."""
+    entries: list[tuple[str, int, int, str, float]] = []
+    reasons = null_reasons(study, metric)
+    for (method, seed), run in study.runs.items():
+        for row in run.model_rows(metric):
+            if row.has_value and (why := run.not_dense(row)) is not None:
+                reasons[method] = why
+            elif row.has_value:
+                entries.append((method, seed, row.step, kind_of(row.settings), row.value))
+    return common(entries, list(study.titles), reasons)
 
 
 def null_reasons(study: Study, metric: str, keep: Callable[[Measurement], bool] = lambda row: True) -> dict[str, str]:

@@ -16,9 +16,10 @@ import numpy as np
 from hf_lowrank.downstream.prediction import PERMUTATIONS, Answer, Prediction, Table, analyse, too_few
 from hf_lowrank.downstream.ridge import Array
 from hf_lowrank.errors import UserError
+from hf_lowrank.formats import join_words
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.layout import MEASUREMENTS, PREDICTION, SCORES
-from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, read_measurements
+from hf_lowrank.runs.measurements import NOT_DENSE, OWN_BASELINE, UNDEFINED, Measurement, read_measurements
 from hf_lowrank.runs.scores import Grid, Score, above_chance, read_scores, usable_scores
 from hf_lowrank.runs.selection import table_of
 from hf_lowrank.runs.trajectory import Trajectory
@@ -105,6 +106,7 @@ def gather(
             f"prediction needs runs with measurements and downstream scores, got 0 of {len(runs)}" + _joined(problems)
         )
     notes = [f"left out: {problem}" for problem in problems]
+    notes += _not_dense(measured, chosen)
     target = above_chance(scored, notes)
     columns = {metric: _column(measured, metric, notes) for metric in ["perplexity", *chosen]}
     checkpoints = _checkpoints(target, columns, chosen, notes)
@@ -145,6 +147,7 @@ def _column(measured: Mapping[str, Sequence[Measurement]], metric: str, notes: l
     rows = [(run, row) for run, table in measured.items() for row in table if row.metric == metric]
     own = [(run, row) for run, row in rows if metric in OF_OWN_BASELINE and row.reason == UNDEFINED + OWN_BASELINE]
     rows = [(run, row) for run, row in rows if math.isfinite(row.value)]
+    rows.sort(key=lambda found: found[1].settings.get("space") != "parameters")  # the last one of a step counts
     counts = Counter(_settings_key(row) for _, row in rows)
     if len(counts) > 1:
         notes.append(f"{metric} was measured with {len(counts)} different settings: the most frequent ones are used")
@@ -158,8 +161,29 @@ def _column(measured: Mapping[str, Sequence[Measurement]], metric: str, notes: l
     return values
 
 
+def _not_dense(measured: Mapping[str, Sequence[Measurement]], metrics: Sequence[str]) -> list[str]:
+    """Which metrics of which methods have runs whose own parameters alone were moved."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for metric in metrics:
+        methods: dict[str, None] = {}
+        for rows in measured.values():
+            own = [row for row in rows if row.metric == metric and row.has_value]
+            if {row.settings.get("space") for row in own} == {"parameters"}:
+                methods[own[0].method] = None
+        if methods:
+            found.setdefault(tuple(methods), []).append(metric)
+    return [
+        f"{NOT_DENSE}{join_words(which)} of {join_words(methods)} move{'s' * (len(which) == 1)} the model's own "
+        "parameters, those of the other methods dense weights"
+        for methods, which in found.items()
+    ]
+
+
 def _settings_key(row: Measurement) -> str:
-    return json.dumps({k: v for k, v in row.settings.items() if k not in VARYING}, sort_keys=True)
+    """The settings as one text. A method without dense weights takes part with its own parameters."""
+    settings = {key: "dense" if value == "parameters" and key == "space" else value
+                for key, value in row.settings.items() if key not in VARYING}  # fmt: skip
+    return json.dumps(settings, sort_keys=True)
 
 
 def _checkpoints(

@@ -30,7 +30,7 @@ from hf_lowrank.processes.work import Progress, SharedTables, run_units
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import MEASUREMENTS
 from hf_lowrank.runs.measure_settings import MeasureSettings, resolve_settings
-from hf_lowrank.runs.measurements import NOT_DENSE, Measurement, append_measurements, read_measurements
+from hf_lowrank.runs.measurements import NO_EQUIVALENT, NOT_DENSE, Measurement, append_measurements, read_measurements
 from hf_lowrank.runs.selection import (
     Run,
     check_rows_belong,
@@ -312,8 +312,7 @@ def _explained(at: StepContext, row: Row) -> Row:
     if row.settings.get("space") != "parameters" or row.metric in POINTWISE:
         return row
     exact = at.trajectory.dense_weight_kind == "exact"
-    why = "as the settings ask" if exact else "as its layers have no dense equivalent"
-    remark = f"{NOT_DENSE}moves the model's own parameters, {why}"
+    remark = f"{NOT_DENSE}moves the model's own parameters, as {'the settings ask' if exact else NO_EQUIVALENT}"
     return replace(row, reason=f"{row.reason}; {remark}" if row.reason else remark)
 
 

@@ -19,6 +19,7 @@ UNDEFINED = "undefined: "
 OWN_BASELINE = "the run is its own baseline"
 # How the remark on a number begins that was measured by moving what the model stores (`space: parameters`).
 NOT_DENSE = "not dense: "
+NO_EQUIVALENT = "its layers have no dense equivalent"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ from typing import Any
 
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.formats import finite_number
+from hf_lowrank.metrics import moves_weights
 from hf_lowrank.runs.checkpoints import check_files, complete_checkpoints
 from hf_lowrank.runs.evaluation_set import recorded_fingerprint
 from hf_lowrank.runs.layout import CONFIG, MEASUREMENTS, RECIPE, SCORES, step_folders
-from hf_lowrank.runs.measurements import Measurement, read_measurements
+from hf_lowrank.runs.measurements import NOT_DENSE, Measurement, read_measurements
 from hf_lowrank.runs.run_files import (
     TrainerState,
     method_of,
@@ -93,6 +94,13 @@ class RunRecord:
         rows = self.model_rows(metric)
         found = [row for row in rows if row.has_value] or rows
         return found[-1] if found else None
+
+    def not_dense(self, row: Measurement) -> str | None:
+        """Why a number is not of dense weights; None where it is, and for numbers that move no weights."""
+        space = row.settings.get("space")
+        if space is None and moves_weights(row.metric) and self.config.get("model_type") == "lowrank":
+            return f"{NOT_DENSE}measured before dense weights were moved; measure again"
+        return (row.reason or NOT_DENSE.rstrip(": ")) if space == "parameters" else None
 
     def fact(self, key: str) -> float | None:
         """A fact, if it is a finite number."""

@@ -29,6 +29,7 @@ class Simulation:
         self.updates = {"full_rank": 1.0, "galore": 0.5, "fira": 0.7, "cola": 0.6}
         self.noise = 0.02
         self.keep = lambda row: True
+        self.not_dense = {}  # by method: why its sharpness is of its own parameters
 
     def rows(self, method, seed):
         draw = np.random.default_rng([METHODS.index(method), seed])
@@ -49,7 +50,10 @@ class Simulation:
             decline = 4 * np.exp(-4 * age) + shared * 0.2
             yield row(step, "loss", self.loss[method] + decline + jitter(0.3))
             for metric, level in (("random_sharpness", self.random), ("pca1_sharpness", self.pca)):
-                yield row(step, metric, level[method] * float(np.exp(shared + jitter())) * (0.5 + age / 2))
+                value = level[method] * float(np.exp(shared + jitter())) * (0.5 + age / 2)
+                why = self.not_dense.get(method)
+                space = {"space": "parameters" if why else "dense"}
+                yield row(step, metric, value, settings=EVALUATION | space, reason=why)
             for part, level in (("weight", self.weights), ("update", self.updates)):
                 known = {} if part == "weight" else {"from_step": step - 100 if step else None}
                 if part == "update" and not step:

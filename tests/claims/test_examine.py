@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hf_lowrank.claims import Claim, Detail, claims_table, examine, read_claims, write_claims
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.measurements import NO_EQUIVALENT
 
 IDS = ["random_sharpness", "pca1_sharpness", "barriers", "activations", "downstream_order", "prediction",
        "rank_structure"]  # fmt: skip
@@ -66,6 +67,47 @@ def test_a_reverse_that_correction_takes_away_is_not_said_to_include_zero(simula
     assert 0.05 / 3 < cola.p_value < 0.05
     assert claim.verdict == "undecided"
     assert claim.reason == "CoLA goes the other way, but not significantly so among 3 comparisons"
+
+
+@pytest.mark.parametrize("metric", ["random_sharpness", "pca1_sharpness"])
+def test_sharpness_of_own_parameters_is_not_compared_with_that_of_dense_weights(simulation, tmp_path, metric):
+    """What has no dense equivalent is left out by name; what was only measured otherwise leaves the claim open."""
+    simulation.random["cola"] = simulation.pca["cola"] = 40.0
+    simulation.not_dense["cola"] = f"not dense: moves the model's own parameters, as {NO_EQUIVALENT}"
+    claim = claim_of(simulation.write(tmp_path / "none"), metric)
+    assert claim.verdict == "reproduced"
+    assert "CoLA is left out: no dense equivalent." in claim.finding
+    assert [(detail.label, detail.n) for detail in claim.details] == [("GaLore", 5), ("Fira", 5), ("CoLA", 0)]
+    assert claim.details[-1].reason == simulation.not_dense["cola"]
+    simulation.not_dense["fira"] = "not dense: moves the model's own parameters, as the settings ask"
+    claim = claim_of(simulation.write(tmp_path / "asked"), metric)
+    assert claim.verdict == "undecided"
+    assert claim.reason == f"Fira: {simulation.not_dense['fira']}"
+    assert {detail.label: detail.n for detail in claim.details} == {"GaLore": 5, "Fira": 0, "CoLA": 0}
+    del simulation.not_dense["fira"]
+    simulation.not_dense["full_rank"] = "not dense: moves the model's own parameters, as the settings ask"
+    claim = claim_of(simulation.write(tmp_path / "baseline"), metric)
+    assert claim.reason == f"Full-rank: {simulation.not_dense['full_rank']}"
+    simulation.methods = ("full_rank", "cola")
+    del simulation.not_dense["full_rank"]
+    claim = claim_of(simulation.write(tmp_path / "alone"), metric)
+    assert claim.reason == "no other method has dense weights"
+    assert claim.verdict == "undecided"
+
+
+def test_rows_of_before_the_spaces_are_not_taken_for_dense(simulation, tmp_path):
+    """Those of an adapted model moved its factors."""
+    runs = simulation.write(tmp_path)
+    for run in runs:
+        table = run / "measurements.jsonl"
+        table.write_text(table.read_text().replace(', "space": "dense"', ""))
+        checkpoint = run / "checkpoint-300"
+        checkpoint.mkdir()
+        kind = "lowrank" if run.name.startswith("cola") else "llama"
+        (checkpoint / "config.json").write_text(json.dumps({"model_type": kind}))
+    claim = claim_of(runs, "random_sharpness")
+    assert claim.verdict == "undecided"
+    assert claim.reason == "CoLA: not dense: measured before dense weights were moved; measure again"
 
 
 def test_numbers_are_those_of_the_rows(simulation, tmp_path):

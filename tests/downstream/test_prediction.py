@@ -9,11 +9,12 @@ import pytest
 from simulated_studies import simulated_table
 from sklearn.linear_model import Ridge
 
+from hf_lowrank.claims.predicted import prediction_claim
 from hf_lowrank.downstream.gathering import gather, predict
 from hf_lowrank.downstream.prediction import analyse, answer, gain_interval, question, without_useless
 from hf_lowrank.downstream.ridge import PENALTIES, leave_one_group_out
 from hf_lowrank.errors import UserError
-from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, append_measurements
+from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, append_measurements, read_measurements
 from hf_lowrank.runs.scores import Score, append_scores, read_scores
 
 
@@ -232,6 +233,34 @@ def test_predict_reads_runs_and_writes_its_answer(tmp_path):
         assert content[found.question]["methods"] == 6
         assert content[found.question]["rows"][0] == [str(runs[0]), 1]
     assert (tmp_path / "answer" / "prediction.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_own_parameters_take_part_and_the_claim_says_so(tmp_path):
+    """Where a run has both, its dense number counts, whichever was measured last."""
+    table, runs = write_study(tmp_path)
+    for number, run in enumerate(runs):
+        method = table.methods[table.method_R[number]]
+        rows = read_measurements(run)
+        for row in [row for row in rows if row.metric == "random_sharpness"]:
+            both = [
+                replace(row, settings={"space": "dense"}),
+                replace(row, value=9.0, settings={"space": "parameters"}),
+            ]
+            if method == table.methods[2]:
+                both = [replace(row, settings={"space": "parameters"})]
+            rows += both
+        rows = [row for row in rows if row.metric != "random_sharpness" or row.settings]
+        (run / "measurements.jsonl").unlink()
+        append_measurements(run / "measurements.jsonl", rows)
+    metrics = ["random_sharpness", "weight_stable_rank"]
+    np.testing.assert_allclose(gather(runs, metrics=metrics).geometry_NP, table.geometry_NP[:, :2], atol=1e-12)
+    prediction = predict(runs, metrics=metrics, permutations=19, output=tmp_path / "answer")
+    note = (
+        f"not dense: random_sharpness of {table.methods[2]} moves the model's own parameters, those of the other "
+        "methods dense weights"
+    )
+    assert note in prediction.notes
+    assert prediction_claim(tmp_path / "answer").sentence.endswith(f" N{note[1:]}.")
 
 
 def test_runs_of_other_lengths_join_their_method(tmp_path):
