@@ -175,7 +175,8 @@ def measure_pairs(
 
     Returns:
         By metric id the model's values in the given order, None where there is none; under `"reasons"`, for every
-        checkpoint, the reasons for missing values by metric id.
+        checkpoint, the reasons for missing values by metric id; under `"remarks"` those on values: spectra of a
+        surrogate, a landscape of the model's own parameters.
 
     Raises:
         UserError: numbers or steps differ, a checkpoint does not exist, or an option is not allowed.
@@ -185,6 +186,7 @@ def measure_pairs(
     wanted = METRICS.select(options.pop("metrics", METRICS.sixteen))
     values: dict[str, list[float | None]] = {metric: [] for metric in wanted}
     reasons: list[dict[str, str]] = []
+    remarks: list[dict[str, str]] = []
     for prediction, reference in zip(predictions, references, strict=True):
         (run, step), (base, base_step) = checkpoint_of(prediction), checkpoint_of(reference)
         if step != base_step:
@@ -194,8 +196,10 @@ def measure_pairs(
         found = {row.metric: row for row in rows if row.scope == "model"}
         for metric in wanted:
             values[metric].append(None if math.isnan(found[metric].value) else found[metric].value)
-        reasons.append({metric: found[metric].reason or "" for metric in wanted if values[metric][-1] is None})
-    return {**values, "reasons": reasons}
+        said = {metric: found[metric].reason or "" for metric in wanted}
+        reasons.append({metric: why for metric, why in said.items() if values[metric][-1] is None})
+        remarks.append({metric: why for metric, why in said.items() if why and values[metric][-1] is not None})
+    return {**values, "reasons": reasons, "remarks": remarks}
 
 
 def _launch(device: str | torch.device | None, sharded: bool, settings: MeasureSettings) -> tuple[Launch, Placement]:

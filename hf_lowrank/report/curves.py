@@ -23,6 +23,7 @@ class Curve:
     """Losses in nats along a line: positions `t` ascending, `mean`, and the 95 % band where there were several draws.
 
     `relative`: `t` is in units of the model's root-mean-square weight rather than of the weights themselves.
+    `dense`: False where the model's own parameters were moved instead of dense weights.
     """
 
     step: int
@@ -33,12 +34,13 @@ class Curve:
     high: tuple[float, ...] | None
     n: int | None
     relative: bool
+    dense: bool
 
 
 def curves(run: RunRecord, metric: str) -> list[Curve]:
     """The curves of `metric`, in step order; the last measured one if a step has several settings."""
     sweeps: dict[tuple[int, str | None], dict[str, dict[float, tuple[float | None, ...]]]] = {}
-    counts: dict[tuple[int, str | None], int | None] = {}
+    last_rows: dict[tuple[int, str | None, str], Measurement] = {}
     for row in run.rows:
         t = row.settings.get("t")
         if row.metric != metric or row.scope != "model" or isinstance(t, bool) or not isinstance(t, int | float):
@@ -48,11 +50,11 @@ def curves(run: RunRecord, metric: str) -> list[Curve]:
         rest = json.dumps({key: value for key, value in row.settings.items() if key != "t"}, sort_keys=True)
         line = sweeps.setdefault((row.step, row.baseline), {}).setdefault(rest, {})
         line[float(t)] = (finite_number(row.value), finite_number(row.ci_low), finite_number(row.ci_high))
-        counts[row.step, row.baseline] = row.n
+        last_rows[row.step, row.baseline, rest] = row
     found = []
     for (step, baseline), by_settings in sorted(sweeps.items(), key=lambda item: (item[0][0], item[0][1] or "")):
         settings, line = list(by_settings.items())[-1]
-        unit = _relative_unit(json.loads(settings), line)
+        unit, row = _relative_unit(json.loads(settings), line), last_rows[step, baseline, settings]
         points = sorted(line.items())
         lows = tuple(low for _, (_, low, _) in points if low is not None)
         highs = tuple(high for _, (_, _, high) in points if high is not None)
@@ -65,8 +67,9 @@ def curves(run: RunRecord, metric: str) -> list[Curve]:
                 mean=tuple(mean for _, (mean, _, _) in points),
                 low=lows if banded else None,
                 high=highs if banded else None,
-                n=counts[step, baseline],
+                n=row.n,
                 relative=unit is not None,
+                dense=run.not_dense(row) is None,
             )
         )
     return found
@@ -93,27 +96,31 @@ def last_barriers(run: RunRecord, metric: str = "method_barrier", step: int | No
 
 @dataclass(frozen=True)
 class Plane:
-    """Losses in nats over two directions: `loss[i][j]` at (x[j], y[i]), None where nothing was measured."""
+    """Losses in nats over two directions: `loss[i][j]` at (x[j], y[i]), None where nothing was measured; `dense` as
+    for a curve."""
 
     step: int
     x: tuple[float, ...]
     y: tuple[float, ...]
     loss: tuple[tuple[float | None, ...], ...]
+    dense: bool
 
 
 def plane(run: RunRecord, step: int | None = None) -> Plane | None:
     """The loss on a plane through the weights at `step` (the last measured one for None), None without any."""
-    points: dict[int, dict[tuple[float, float], float | None]] = {}
+    sweeps: dict[int, dict[str, list[Measurement]]] = {}
     for row in run.rows:
-        x, y = row.settings.get("x"), row.settings.get("y")
-        if row.metric == PLANE and isinstance(x, int | float) and isinstance(y, int | float):
-            points.setdefault(row.step, {})[float(x), float(y)] = finite_number(row.value)
-    if not points or (step is not None and step not in points):
+        if row.metric == PLANE and all(isinstance(row.settings.get(key), int | float) for key in "xy"):
+            rest = json.dumps({key: value for key, value in row.settings.items() if key not in "xy"}, sort_keys=True)
+            sweeps.setdefault(row.step, {}).setdefault(rest, []).append(row)
+    if not sweeps or (step is not None and step not in sweeps):
         return None
-    chosen = max(points) if step is None else step
-    found = points[chosen]
+    chosen = max(sweeps) if step is None else step
+    rows = list(sweeps[chosen].values())[-1]  # the last measured one if a step has several settings
+    found = {(float(row.settings["x"]), float(row.settings["y"])): finite_number(row.value) for row in rows}
     xs, ys = sorted({x for x, _ in found}), sorted({y for _, y in found})
-    return Plane(chosen, tuple(xs), tuple(ys), tuple(tuple(found.get((x, y)) for x in xs) for y in ys))
+    losses = tuple(tuple(found.get((x, y)) for x in xs) for y in ys)
+    return Plane(chosen, tuple(xs), tuple(ys), losses, run.not_dense(rows[-1]) is None)
 
 
 def _relative_unit(settings: Mapping[str, Any], line: Iterable[float]) -> float | None:

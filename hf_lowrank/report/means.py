@@ -86,6 +86,8 @@ def _mean_points(lines: Sequence[Mapping[float | None, float | None]]) -> Line:
 
 def _mean_trend(trends: Sequence[Trend]) -> Trend:
     trend: Trend = {**_mean_line(trends), "why": None, "base": None}
+    if any("own" in one for one in trends):
+        trend["own"] = 1
     tables = [one["layers"] for one in trends if "layers" in one]
     if tables:
         trend["layers"] = tables[0] if len(tables) == 1 else _mean_layers(tables)
@@ -141,4 +143,6 @@ def _mean_curve(curves: Sequence[Curve]) -> Curve:
     }
     if any("relative" in curve for curve in curves):
         mean["relative"] = 1
+    if any("own" in curve for curve in curves):
+        mean["own"] = 1
     return mean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ import yaml
 from hf_lowrank.claims.results import StudyResults, load_results
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import big_count, join_words, pluralize
-from hf_lowrank.metrics import CURVES, SECTIONS
+from hf_lowrank.metrics import CURVES, NOT_DENSE_MARK, NOT_DENSE_MEANING, SECTIONS
 from hf_lowrank.report.answer import Group, groups, losses_by_method
 from hf_lowrank.report.members import DARK_GROUND, LIGHT_GROUND, TitledLook, baseline_of, looks, with_distinct_methods
 from hf_lowrank.report.payload import payload, script_json
@@ -112,6 +113,7 @@ def render(runs: Sequence[RunRecord], study: StudyResults, others: Sequence[Size
             if about["dimension"] == "activations" and any("layers" in _of(entry, metric) for entry in data["runs"])
         ],
         planes=any(entry["plane"] for entry in data["runs"]),
+        own_parameters=f"{NOT_DENSE_MARK} {NOT_DENSE_MEANING}" if _marked(data) else "",
         layered=any("layers" in found for entry in data["runs"] for found in entry["metrics"].values()),
         barriers=len({row.baseline for run in runs for row in run.rows if row.metric == "method_barrier"}) > 1,
         tasks=data["tasks"],
@@ -180,6 +182,14 @@ def _colours(chosen: dict[str, TitledLook]) -> str:
         f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{block('dark')}}}}}\n"
         f"@media screen{{:root[data-theme=dark]{{{block('dark')}}}}}\n"
     )
+
+
+def _marked(data: Payload) -> bool:
+    """Whether anything in the page is of models' own parameters instead of dense weights."""
+    found: list[Any] = []
+    for run in data["runs"]:
+        found += [*run["metrics"].values(), *itertools.chain(*run["curves"].values()), run["plane"] or {}]
+    return any("own" in entry for entry in found)
 
 
 def _of(entry: Run, metric: str) -> Mapping[str, Any]:

@@ -74,6 +74,8 @@ def _metrics(run: RunRecord, scopes: dict[str, int]) -> dict[str, Trend]:
                     column.pop()
             for column, value in zip(columns, (row.step, *shorts((row.value, row.ci_low, row.ci_high))), strict=True):
                 column.append(value)
+            if run.not_dense(row) is not None:
+                entry["own"] = 1
     for metric, by_step in layered.items():
         names = list(dict.fromkeys(scope for layers in by_step.values() for scope in layers))
         found[metric]["layers"] = {
@@ -102,6 +104,8 @@ def _curves(run: RunRecord) -> dict[str, list[Curve]]:
                 entry["lo"], entry["hi"] = shorts(curve.low, 6), shorts(curve.high, 6)
             if curve.relative:
                 entry["relative"] = 1
+            if not curve.dense:
+                entry["own"] = 1
             if curve.baseline:
                 entry["base"] = curve.baseline
             found.setdefault(metric, []).append(entry)
@@ -113,7 +117,8 @@ def _plane(run: RunRecord) -> Plane | None:
     if found is None:
         return None
     losses = [shorts(row, 4) for row in found.loss]
-    return {"step": found.step, "x": shorts(found.x), "y": shorts(found.y), "loss": losses}
+    drawn: Plane = {"step": found.step, "x": shorts(found.x), "y": shorts(found.y), "loss": losses}
+    return drawn if found.dense else {**drawn, "own": 1}
 
 
 def _add_scores(entries: Sequence[Run], groups: Sequence[Group]) -> list[Task]:

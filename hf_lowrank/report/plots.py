@@ -7,14 +7,14 @@ intervals where there are several, and returns a `matplotlib.figure.Figure` that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.formats import finite_number
-from hf_lowrank.metrics import CURVES, describe, metric_order
+from hf_lowrank.metrics import CURVES, NOT_DENSE_MARK, NOT_DENSE_MEANING, describe, metric_order
 from hf_lowrank.report.curves import Plane, center, curves, last_barriers, plane
 from hf_lowrank.report.members import LIGHT_GROUND, looks
 from hf_lowrank.runs.measurements import Measurement
@@ -70,6 +70,7 @@ def line_curves(
     lines: dict[str, Points] = {}
     bands: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = {}
     along = CURVES[metric].axis
+    own = set()
     for run in records:
         found = [c for c in curves(run, metric) if step in (None, c.step) and baseline in (None, c.baseline)]
         curve = found[-1] if found else None
@@ -83,8 +84,10 @@ def line_curves(
             bands[run.name] = (curve.t, low, high)
         if curve.relative:
             along = "distance, in root-mean-square weights"
+        if not curve.dense:
+            own.add(run.name)
     figure, (axes,) = _figure(1)
-    _by_method(axes, records, lines, f"no {metric} was measured", bands=bands, marks=False)
+    _by_method(axes, records, lines, f"no {metric} was measured", bands=bands, marks=False, own=own)
     axes.set(xlabel=along, ylabel="rise of the loss (nats)" if rise else "loss (nats per token)")
     return _finished(figure, records)
 
@@ -114,7 +117,8 @@ def landscapes(runs: Iterable[Any], *, step: int | None = None) -> Figure:
         drawn = axis.contourf(one.x, one.y, rise, levels=levels, cmap="Blues")
         axis.contour(one.x, one.y, rise, levels=levels[1:], colors=_SOFT, linewidths=0.4)
         axis.plot(0, 0, marker="+", color=_INK, markersize=7)
-        axis.set(title=_title(run, records), aspect="equal")
+        title = _title(run, records) if one.dense else f"{_title(run, records)} {NOT_DENSE_MARK}"
+        axis.set(title=title, aspect="equal")
         axis.grid(visible=False)
     figure.colorbar(drawn, ax=list(axes), label="rise of the loss (nats)", shrink=0.8, format="%.2g")
     return _finished(figure, ())
@@ -141,7 +145,8 @@ def trends(runs: Iterable[Any], metrics: Sequence[str] | None = None) -> Figure:
             for name, found in rows.items()
             if found and all(r.has_interval for r in found)
         }
-        _by_method(axis, records, lines, f"no {metric} was measured", bands=bands)
+        own = {run.name for run in records if any(run.not_dense(row) for row in rows[run.name])}
+        _by_method(axis, records, lines, f"no {metric} was measured", bands=bands, own=own)
         axis.set_title(describe(metric).title_with_unit)
         axis.set_xlabel("step")
     return _finished(figure, records)
@@ -246,10 +251,13 @@ def solutions(runs: Iterable[Any], metrics: Sequence[str] = SOLUTIONS) -> Figure
             if points:
                 x, y = (mean_interval([float(side) for side in values]) for values in zip(*points, strict=True))
                 bars = [[[e.value - e.low], [e.high - e.value]] if e.has_interval else None for e in (x, y)]
+                own = any((row := run.last(metric)) is not None and run.not_dense(row) for run in having)
                 axis.errorbar(
                     x.value, y.value, xerr=bars[0], yerr=bars[1], color=look.light, marker=_MARKERS[look.marker],
                     markersize=6, linestyle="none", elinewidth=1, label=look.title,
                 )  # fmt: skip
+                if own:
+                    _mark(axis, x.value, y.value, look.light)
         axis.set(xlabel="perplexity", title=describe(metric).title_with_unit)
     return _finished(figure, records)
 
@@ -276,6 +284,11 @@ def _title(run: RunRecord, records: Sequence[RunRecord]) -> str:
     title = looks([run.method])[run.method].title
     twins = [other for other in records if other.method == run.method]
     return title if len(twins) == 1 else f"{title}, {run.name if run.seed is None else f'seed {run.seed}'}"
+
+
+def _mark(axes: Axes, x: float, y: float, colour: str) -> None:
+    """Marks a point whose number is of the model's own parameters instead of dense weights."""
+    axes.annotate(NOT_DENSE_MARK, (x, y), (3, 3), textcoords="offset points", color=colour, fontsize=10)
 
 
 def _layer_rows(run: RunRecord, metric: str) -> list[Measurement]:
@@ -320,8 +333,10 @@ def _by_method(
     *,
     bands: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] | None = None,
     marks: bool = True,
+    own: Collection[str] = (),
 ) -> None:
-    """One line for each method: its run with its own band, or the mean over its runs with the t interval."""
+    """One line for each method: its run with its own band, or the mean over its runs with the t interval; `own`: runs
+    whose own parameters were moved instead of dense weights."""
     drawn = False
     for method, look in looks(run.method for run in records).items():
         having = [run for run in records if run.method == method and lines.get(run.name)]
@@ -336,6 +351,8 @@ def _by_method(
             linestyle=(0, look.dash) if look.dash else "-",
             marker=_MARKERS[look.marker] if marks and len(common) <= _MOST_MARKS else None, markersize=4,
         )  # fmt: skip
+        if common and any(name in own for name in members):
+            _mark(axes, common[-1], estimates[-1].value, look.light)
         if len(members) > 1:
             low, high = zip(*((e.low, e.high) for e in estimates), strict=True)
             axes.fill_between(common, low, high, color=look.light, alpha=0.16, linewidth=0)
@@ -355,6 +372,9 @@ def _finished(figure: Figure, records: Sequence[RunRecord]) -> Figure:
         handles, labels = axes.get_legend_handles_labels()
         for handle, label in zip(handles, labels, strict=True):
             entries.setdefault(str(label), handle)
+    if any(text.get_text().endswith(NOT_DENSE_MARK) for axes in figure.axes for text in (axes.title, *axes.texts)):
+        note = f"{NOT_DENSE_MARK} {NOT_DENSE_MEANING}"
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color=_SOFT)
     if len({run.method for run in records}) > 1:
         figure.legend(
             list(entries.values()),

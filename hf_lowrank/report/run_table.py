@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Literal, NamedTuple
 
 from hf_lowrank.claims.study import titles
 from hf_lowrank.formats import big_count, byte_size, duration, loss_text, significant
-from hf_lowrank.metrics import POINTWISE, Section, describe, metric_order
+from hf_lowrank.metrics import NOT_DENSE_MARK, POINTWISE, Section, describe, metric_order
 from hf_lowrank.report.standings import downstream
 from hf_lowrank.runs.records import RunRecord
 
@@ -132,7 +132,11 @@ def _measured(runs: Sequence[RunRecord], metrics: Iterable[str]) -> _Filled:
         if row is None or not row.has_value:
             return Cell(None, "—", note="not measured" if row is None else row.reason or "no value")
         note = f"at step {row.step}" + (f", n = {row.n}" if row.n else "")
-        return _number_cell(row.value, note, *((row.ci_low, row.ci_high) if row.has_interval else ()))
+        interval = (row.ci_low, row.ci_high) if row.has_interval else ()
+        if (why := run.not_dense(row)) is None:
+            return _number_cell(row.value, note, *interval)
+        marked = _number_cell(row.value, f"{note}; {why}", *interval)
+        return replace(marked, text=f"{marked.text} {NOT_DENSE_MARK}")
 
     for metric in sorted(metrics, key=metric_order):
         about = describe(metric)

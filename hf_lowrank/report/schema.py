@@ -51,15 +51,16 @@ class Layers(TypedDict):
 
 
 class Trend(Line):
-    """A metric over steps; `why` it has no value, the run `base` that it compares with, and its layers."""
+    """A metric over steps; `why` it has no value, the run `base` it compares with, its layers; `own`: not dense."""
 
     why: str | None
     base: str | None
+    own: NotRequired[int]
     layers: NotRequired[Layers]
 
 
 class Curve(TypedDict):
-    """Loss along a line at one checkpoint; the rise is above `center`, and of a mean over runs it has its own band."""
+    """Loss along a line; the rise is above `center`, and of a mean over runs it has a band; `own`: not dense."""
 
     step: int
     t: Numbers
@@ -70,13 +71,15 @@ class Curve(TypedDict):
     rise_lo: NotRequired[Numbers]
     rise_hi: NotRequired[Numbers]
     relative: NotRequired[int]
+    own: NotRequired[int]
     base: NotRequired[str]
 
 
 class Plane(TypedDict):
-    """Loss at (x[j], y[i])."""
+    """Loss at (x[j], y[i]); `own`: not of dense weights."""
 
     step: int
+    own: NotRequired[int]
     x: Numbers
     y: Numbers
     loss: list[Numbers]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_lowrank.formats import byte_size, console, loss_text, significant
+from hf_lowrank.metrics import NOT_DENSE_MARK, NOT_DENSE_MEANING
 from hf_lowrank.report.answer import Group, groups
 from hf_lowrank.report.members import baseline_of, with_distinct_methods
 from hf_lowrank.report.standings import Standing
@@ -67,7 +68,8 @@ def terminal_table(runs: Iterable[Any], width: int | None = None, *, study: Path
               for name in wanted}  # fmt: skip
     wanted = _fitting(wanted, order, widths, console().width if width is None else width)
     table = Table(box=box.SIMPLE_HEAD, title=_title(compared), title_justify="left")
-    table.caption, table.caption_justify = _caption(compared, several), "left"
+    marked = any(NOT_DENSE_MARK in line.get(name, "") for part in lines for line in part for name in wanted)
+    table.caption, table.caption_justify = _caption(compared, several, marked), "left"
     for name in wanted:
         justify: Literal["left", "right"] = "left" if name in ("run", "method") else "right"
         table.add_column(Text("\n".join(headings[name])), justify=justify, overflow="fold")
@@ -140,7 +142,7 @@ def _title(compared: Sequence[Group]) -> Any:
     return Text(f"Runs of {' and '.join(parts)}; losses compare only within one", style="bold")
 
 
-def _caption(compared: Sequence[Group], several: bool) -> Any:
+def _caption(compared: Sequence[Group], several: bool, marked: bool) -> Any:
     from rich.text import Text
 
     lines = []
@@ -152,4 +154,6 @@ def _caption(compared: Sequence[Group], several: bool) -> Any:
         stars = any(cell.tied for group in compared for row in group.standings.rows for cell in row.standings)
         ties = " * statistically tied with the best." if stars else ""
         lines.append(f"± is half the 95 % interval over seeds.{ties}")
+    if marked:
+        lines.append(f"{NOT_DENSE_MARK} {NOT_DENSE_MEANING}.")
     return Text("\n".join(lines))

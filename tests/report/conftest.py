@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_lowrank.metrics import METRICS, moves_weights
+
 KINDS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -167,6 +169,16 @@ def fake_study(folder, methods, *, word="plain"):
     return folder
 
 
+def space_of(method, metric, settings):
+    """CoLA's own parameters are moved, the dense weights of the others."""
+    if not moves_weights(metric):
+        return {}
+    if method != "cola":
+        return {"settings": {**settings, "space": "dense"}}
+    reason = "not dense: moves the model's own parameters" if metric in METRICS else None
+    return {"settings": {**settings, "space": "parameters"}, "reason": reason}
+
+
 def measured_rows(run, method, seed, steps, blocks, draw, loss, activations, barriers):
     def row(
         step, metric, value, scope="model", low=None, high=None, n=None, baseline=None, settings=None, reason=None
@@ -175,7 +187,7 @@ def measured_rows(run, method, seed, steps, blocks, draw, loss, activations, bar
             "run": run, "method": method, "seed": seed, "step": step, "metric": metric, "scope": scope,
             "value": value, "ci_low": low, "ci_high": high, "n": n, "baseline": baseline,
             "settings": settings or {}, "reason": None,
-        }  # fmt: skip
+        } | space_of(method, metric, settings or {})  # fmt: skip
 
     character = 0.7 + 0.6 * random.Random(method).random()
     layers = [f"model.layers.{block}.{kind}" for block in range(blocks) for kind in KINDS]

@@ -145,3 +145,18 @@ def test_a_method_of_one_run_has_no_means_and_pairs_of_methods_have_a_barrier(da
 def test_the_scripts_hold_no_quantiles():
     for file in ASSETS.glob("*.js"):
         assert not re.search(r"12\.706|1\.96|quantile", file.read_text(encoding="utf-8")), file.name
+
+
+def test_numbers_of_own_parameters_are_marked(make_run):
+    """In trends, curves, planes and means, and nowhere else."""
+    runs = load_runs(
+        [make_run(f"{m}-seed{seed}", m, seed, activations=True) for m in ("fira", "cola") for seed in (0, 1)]
+    )
+    found = payload(groups(runs), load_results(None), looks([run.method for run in runs]))
+    names = [method["name"] for method in found["methods"]]
+    for entry in (*found["runs"], *found["means"]):
+        own = names[entry["method"]] == "cola"
+        assert ("own" in entry["metrics"]["random_sharpness"]) == own
+        assert "own" not in entry["metrics"]["weight_effective_rank"]
+        assert all(("own" in curve) == own for curve in entry["curves"]["random_curve"])
+        assert "plane" not in entry or ("own" in entry["plane"]) == own

@@ -87,7 +87,7 @@ def test_solutions_stand_at_their_means(study):
 
 def test_planes_maps_and_matrices_hold_the_measured_numbers(study):
     figure = landscapes(study)
-    assert [axes.get_title() for axes in figure.axes[:3]] == ["Full-rank, seed 0", "GaLore, seed 0", "CoLA, seed 0"]
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["Full-rank, seed 0", "GaLore, seed 0", "CoLA, seed 0 †"]
     figure = layer_step_map(study, "activation_cosine")
     assert [axes.get_title() for axes in figure.axes[:2]] == ["GaLore", "CoLA"]
     assert figure.axes[0].images[0].get_array().shape == (5, 5)
@@ -118,3 +118,27 @@ def test_matplotlib_comes_only_with_a_picture():
     names += [node.module for node in parsed.body if isinstance(node, ast.ImportFrom)]
     assert "numpy" in names
     assert not [name for name in names if name.startswith("matplotlib")]
+
+
+def marks(figure):
+    """Positions of the marks, by axes, and the footnote."""
+    found = [[text.xy for text in axes.texts if text.get_text() == "†"] for axes in figure.axes]
+    return found, figure.get_supxlabel()
+
+
+def test_what_is_not_of_dense_weights_is_marked(study):
+    note = "† moves the model's own parameters instead of dense weights: not comparable with the others"
+    figure = line_curves(study)
+    (found,), said = marks(figure)
+    cola = next(line for line in figure.axes[0].lines if line.get_label() == "CoLA")
+    assert found == [(cola.get_xdata()[-1], cola.get_ydata()[-1])]
+    assert said == note
+    found, said = marks(solutions(study, ["random_sharpness", "activation_cka"]))
+    assert ([len(points) for points in found], said) == ([1, 0], note)
+    found, said = marks(trends(study, ["random_sharpness", "update_norm"]))
+    assert ([len(points) for points in found], said) == ([1, 0], note)
+    assert landscapes(study).get_supxlabel() == note
+    dense = [run for run in study if "cola" not in run.name]
+    for figure in (line_curves(dense), landscapes(dense), solutions(dense), line_curves(study, "method_path")):
+        assert marks(figure)[1] == ""
+        assert not any(marks(figure)[0])

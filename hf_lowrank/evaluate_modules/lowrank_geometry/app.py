@@ -21,8 +21,11 @@ def compare(checkpoint: str, baseline: str, evaluation_text: str) -> list[list[s
             result = MODULE.compute(predictions=[checkpoint.strip()], references=[baseline.strip()], **options)
         except ValueError as error:
             raise gr.Error(str(error)) from None
-    reasons = result.pop("reasons")[0]
-    return [[name, f"{v:.6g}" if v is not None else reasons[name]] for name, (v,) in result.items()]
+    (reasons,), (remarks,) = result.pop("reasons"), result.pop("remarks")
+    said = {name: f" ({remark})" for name, remark in remarks.items()}
+    return [
+        [name, f"{v:.6g}{said.get(name, '')}" if v is not None else reasons[name]] for name, (v,) in result.items()
+    ]
 
 
 demo = gr.Interface(

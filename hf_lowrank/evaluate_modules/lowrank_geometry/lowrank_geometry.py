@@ -23,7 +23,7 @@ Args:
         the run.
 Returns:
     a dict with a list of values for each metric, in the order of the predictions, None where there is no value; and
-    under "reasons", for each prediction, the reasons by metric.
+    under "reasons", for each prediction, the reasons by metric, and under "remarks" the remarks on values.
 Examples:
     >>> import evaluate
     >>> from hf_lowrank.evaluate_modules import path

@@ -161,7 +161,7 @@
       const hosts = cells(
         grid,
         specs.map((s) => s.run),
-        (run) => html("h4", {}, swatch(run.method, 24), ` ${LR.runTitle(run)}`),
+        (run) => html("h4", {}, swatch(run.method, 24), ` ${LR.runTitle(run)}${LR.mark(run.plane)}`),
       );
       hosts.forEach((host, i) => heat(host, specs[i].spec));
       planeFigure

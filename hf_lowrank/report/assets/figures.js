@@ -5,7 +5,9 @@
   const yTitle = (id) => M(id).title + (M(id).unit ? ` (${M(id).unit})` : "");
 
   /** What every series has, of a run or of the means of a method. */
-  const named = (entry) => ({ label: runTitle(entry), method: entry.method });
+  /** Behind a name whose numbers are of the model's own parameters instead of dense weights. */
+  const mark = (found) => (found?.own ? " †" : "");
+  const named = (entry, found) => ({ label: runTitle(entry) + mark(found), method: entry.method });
 
   const steps = { label: "step" };
 
@@ -37,7 +39,7 @@
       .filter((entry) => entry.metrics[metric] && entry.metrics[metric].x.length)
       .map((entry) => {
         const { x, y, lo, hi } = entry.metrics[metric];
-        return { ...named(entry), x, y, lo, hi };
+        return { ...named(entry, entry.metrics[metric]), x, y, lo, hi };
       });
     return { x: steps, y: { label: yTitle(metric) }, series, ...options };
   }
@@ -66,7 +68,7 @@
       const { t: x, y, lo, hi, rise_lo, rise_hi, center } = curve;
       const rise = (values) => values && values.map((v) => (finite(v) ? v - center : null));
       const band = options.absolute ? { y, lo, hi } : { y: rise(y), lo: rise_lo ?? rise(lo), hi: rise_hi ?? rise(hi) };
-      series.push({ ...named(entry), x, ...band, points: false });
+      series.push({ ...named(entry, curve), x, ...band, points: false });
     }
     return {
       x: {
@@ -102,7 +104,7 @@
         hi = null,
         n = 1,
       } = finite(entry.final[id]) ? { mean: entry.final[id] } : entry.final[id];
-      const label = methodTitle(entry);
+      const label = methodTitle(entry) + mark(entry.metrics[id]);
       return { label, method: entry.method, values, mean: scaled(mean), lo: scaled(lo), hi: scaled(hi), n };
     });
     rows.sort((a, b) => a.mean - b.mean || a.method - b.method);
@@ -264,6 +266,7 @@
     layerSteps,
     layerSpecs,
     heatSpecs,
+    mark,
     planeSpecs,
     barrierSpec,
   });

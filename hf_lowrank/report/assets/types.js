@@ -28,7 +28,7 @@
  */
 
 /**
- * A metric over steps; `why` it has no value, the run `base` that it compares with, and its layers.
+ * A metric over steps; `why` it has no value, the run `base` it compares with, its layers; `own`: not dense.
  * @typedef {object} Trend
  * @property {Array<number|null>} x
  * @property {Array<number|null>} y
@@ -36,11 +36,12 @@
  * @property {Array<number|null>} [hi]
  * @property {string|null} why
  * @property {string|null} base
+ * @property {number} [own]
  * @property {Layers} [layers]
  */
 
 /**
- * Loss along a line at one checkpoint; the rise is above `center`, and of a mean over runs it has its own band.
+ * Loss along a line; the rise is above `center`, and of a mean over runs it has a band; `own`: not dense.
  * @typedef {object} Curve
  * @property {number} step
  * @property {Array<number|null>} t
@@ -51,13 +52,15 @@
  * @property {Array<number|null>} [rise_lo]
  * @property {Array<number|null>} [rise_hi]
  * @property {number} [relative]
+ * @property {number} [own]
  * @property {string} [base]
  */
 
 /**
- * Loss at (x[j], y[i]).
+ * Loss at (x[j], y[i]); `own`: not of dense weights.
  * @typedef {object} Plane
  * @property {number} step
+ * @property {number} [own]
  * @property {Array<number|null>} x
  * @property {Array<number|null>} y
  * @property {Array<Array<number|null>>} loss
