@@ -13,7 +13,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel
 
-import hf_lowrank.adapters  # noqa: F401  (registers adapted models with the Auto classes)
+from hf_lowrank.adapters import LowRankForCausalLM
+from hf_lowrank.adapters.dense import dense_weight_kind
 from hf_lowrank.downstream.sharpness import DirectionRequest, sharpness_along
 from hf_lowrank.downstream.sources import tokenizer_folder
 from hf_lowrank.errors import UserError
@@ -127,12 +128,20 @@ class LowRankLM(HFLM):
         text = [request for request in requests if not DirectionRequest.is_one(request.args[0])]
         if directions:
             self._check_same(directions)
-        sharpnesses = iter(map_over(self.replicas, self._sharpness, directions))
+        sharpnesses = iter(self._sharpnesses(directions) if directions else ())
         likelihoods = iter(self._rolling(text, disable_tqdm) if text else ())
         return [next(sharpnesses if DirectionRequest.is_one(r.args[0]) else likelihoods) for r in requests]
 
-    def _sharpness(self, text: str) -> float:
-        return sharpness_along(self.model, self.evaluation_set, DirectionRequest.from_text(text))
+    def _sharpnesses(self, directions: Sequence[str]) -> list[float]:
+        """Of dense weights where the model has them, as in `measure`."""
+        model: Any = self.model
+        if isinstance(model, LowRankForCausalLM) and dense_weight_kind(model.config.adapter_config) == "exact":
+            model = model.to_dense().eval()
+
+        def sharpness(text: str) -> float:
+            return sharpness_along(model, self.evaluation_set, DirectionRequest.from_text(text))
+
+        return map_over(self.replicas, sharpness, directions)
 
     def _rolling(self, requests: list[Any], disable_tqdm: bool) -> list[float]:
         if self.replicas is None:

@@ -21,7 +21,7 @@ from hf_lowrank.hub.metadata import name_of, read_card, tag_of, written_metadata
 from hf_lowrank.hub.pictures import PICTURES, draw, write_pictures
 from hf_lowrank.hub.privacy import without_private, without_private_parts
 from hf_lowrank.methods import METHODS
-from hf_lowrank.metrics import describe, metric_order
+from hf_lowrank.metrics import NOT_DENSE_MARK, describe, metric_order
 from hf_lowrank.runs.layout import RECIPE, step_of
 from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord, read_config_file, read_run
@@ -37,7 +37,10 @@ LIMITS = (
     "One training run with one seed; another seed gives other numbers.",
     "It was trained to compare methods, on the text named above; do not expect knowledge beyond it.",
 )
-COLA_LIMIT = "CoLA's layers have no dense weight: spectra are those of the product B A, a surrogate."
+COLA_LIMIT = (
+    "CoLA's layers have no dense weight: spectra are those of the product B A, a surrogate, and landscapes and the "
+    "step barrier are of the model's own parameters, which do not compare with those of dense weights."
+)
 COSTS = (
     ("Tokens seen", "tokens_seen", big_count),
     ("Time in training steps", "training_seconds", duration),
@@ -80,7 +83,7 @@ def model_card(
     name = name_of(name or recipe.get("name") or (repo_id or "").rpartition("/")[2] or "unnamed")
     losses = _losses(record.state, step, measured)
     metadata = written_metadata(recipe, record.config, before, license, name, losses, scores)
-    rows, notes = _metric_rows(measured)
+    rows, notes = _metric_rows(record, measured)
     planned = section(recipe, "training").get("max_steps")
     parameters = record.fact("parameters")
     body = render(
@@ -196,20 +199,22 @@ def _losses(state: TrainerState, step: int, measured: Sequence[Measurement]) -> 
     }
 
 
-def _metric_rows(rows: Sequence[Measurement]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def _metric_rows(record: RunRecord, rows: Sequence[Measurement]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     shown, notes = [], []
     for row in sorted(rows, key=lambda row: metric_order(row.metric)):
         title = describe(row.metric).title
+        not_dense = record.not_dense(row)
+        mark = "" if not_dense is None else f" {NOT_DENSE_MARK}"
         shown.append(
             {
                 "title": title,
-                "value": significant(row.value) if row.has_value else "none",
+                "value": significant(row.value) + mark if row.has_value else "none",
                 "interval": f"{significant(row.ci_low)} … {significant(row.ci_high)}" if row.has_interval else "",
                 "baseline": row.baseline or "",
             }
         )
-        if row.reason:
-            notes.append({"title": title, "reason": row.reason})
+        if why := row.reason or not_dense:
+            notes.append({"title": title + mark, "reason": why})
     return shown, notes
 
 

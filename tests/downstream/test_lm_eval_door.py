@@ -133,6 +133,19 @@ def test_sharpness_tasks_say_what_measure_says(run, tmp_path, monkeypatch):
         assert found[f"lowrank_{metric}"]["sharpness,none"] == pytest.approx(row.value, rel=1e-6)
 
 
+def test_sharpness_of_an_adapted_checkpoint_is_that_of_its_dense_weights(adapted, tmp_path):
+    run = adapted / "run"
+    lm = LowRankLM(f"{run}@7", batch_size=4, device="cpu")
+    rows = measure(run, metrics="random_sharpness,pca1_sharpness", steps=7, output=tmp_path)
+    for direction, metric in (("random", "random_sharpness"), ("pca", "pca1_sharpness")):
+        requests = direction_requests(direction)
+        instances = [Instance("loglikelihood_rolling", {}, (r.to_text(),), i) for i, r in enumerate(requests)]
+        found = lm.loglikelihood_rolling(instances, disable_tqdm=True)
+        (row,) = [r for r in rows if r.metric == metric]
+        assert row.settings["space"] == "dense"
+        assert sum(found) / len(found) == pytest.approx(row.value, rel=1e-5)
+
+
 def test_sharpness_with_another_model_class_is_refused():
     (request, *_) = direction_requests("random")
     with pytest.raises(UserError, match="lowrank_random_sharpness needs --model hf-lowrank"):

@@ -1,6 +1,7 @@
 """Cards: valid metadata, harmless text whatever the names, a person's own words kept."""
 
 import json
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -212,6 +213,21 @@ def test_own_words_survive_and_the_rest_is_new(hub, run):
     hub.requests.clear()
     push(run, "user/tiny")
     assert not [r for r in hub.requests if "/commit/" in r.path]
+
+
+def test_numbers_of_own_parameters_are_marked(run):
+    why = "not dense: moves the model's own parameters, as its layers have no dense equivalent"
+    (run / "measurements.jsonl").unlink(missing_ok=True)
+    common = {"run": "x", "method": "cola", "seed": 0, "step": 30}
+    rows = [
+        Measurement(**common, metric="random_sharpness", value=0.25, settings={"space": "parameters"}, reason=why),
+        Measurement(**common, metric="weight_stable_rank", value=4.5),
+    ]
+    append_measurements(run / "measurements.jsonl", rows)
+    card = model_card(run, "user/x")
+    assert "| Random sharpness | 0.250 † |" in card
+    assert f"Random sharpness †: {why}" in unescape(card)
+    assert "| Weight stable rank | 4.50 |" in card
 
 
 def test_a_card_without_our_marks_is_kept_whole(run):

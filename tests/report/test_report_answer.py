@@ -215,3 +215,18 @@ def test_numbers_read_as_people_write_them():
     assert [duration(v) for v in (4.25, 61, 3725)] == ["4.2 s", "1 min 01 s", "1 h 02 min"]
     assert loss_text(-0.1) == "−0.100"
     assert [join_words(list(w)) for w in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]
+
+
+def test_the_terminal_table_marks_what_is_not_of_dense_weights(make_run):
+    def printed(*methods):
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(terminal_table([make_run(f"{method}-0", method) for method in methods], width=160))
+        return console.export_text()
+
+    text = printed("cola", "galore")
+    (cola,) = [line for line in text.splitlines() if "cola-0" in line]
+    (galore,) = [line for line in text.splitlines() if "galore-0" in line]
+    assert "†" in cola
+    assert "†" not in galore
+    assert "† moves the model's own parameters instead of dense weights" in text
+    assert "†" not in printed("fira")

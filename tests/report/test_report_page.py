@@ -256,3 +256,17 @@ def test_fifty_runs_stay_small(make_run, page_of):
     shared = len(page_of([make_run("bare", measured=False)])[0])
     # Ten times the runs: 50 runs of 10 steps stay below 10 MB.
     assert shared + 10 * (len(text) - shared) < 10e6
+
+
+def test_what_is_not_of_dense_weights_is_marked_and_explained(page_of, make_run):
+    said = "† moves the model's own parameters instead of dense weights: not comparable with the others."
+    runs = [make_run("full_rank-0", "full_rank", 0), make_run("cola-0", "cola", 0, barriers=("full_rank-0",))]
+    _, page = page_of(runs)
+    assert sum(said in text for text in page.texts["p"]) == 3  # landscape, paths, table of runs
+    cells = [text for text in page.texts["td"] if text.endswith("†")]
+    assert cells
+    titled = [c["title"] for c in page.of("td") if c.get("data-id") == "random_sharpness"]
+    assert [title.partition("; ")[2] for title in titled] == ["", "not dense: moves the model's own parameters"]
+    text, page = page_of(runs[:1])
+    assert said not in text
+    assert not any("†" in cell for cell in page.texts["td"])
