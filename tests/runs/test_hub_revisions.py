@@ -13,6 +13,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure
 from hf_lowrank.runs.measurements import read_measurements
 from hf_lowrank.runs.trajectory import Trajectory
+from tests.measuring.adapted import write_adapted
 
 
 @pytest.fixture
@@ -73,6 +74,19 @@ def test_measuring_a_repository(hub, tmp_path, monkeypatch):
     assert read_measurements(tmp_path / "someone--model") == rows
     local = measure(hub.run, metrics="loss", steps=20)
     assert [row.value for row in rows if row.metric == "loss"] == [row.value for row in local]
+
+
+def test_landscapes_of_an_adapted_repository_are_of_its_dense_weights(hub, two_runs, tmp_path, monkeypatch):
+    shutil.rmtree(hub.run)
+    write_adapted(hub.run, two_runs[0], "relora")
+    monkeypatch.chdir(tmp_path)
+    settings = {"random": {"draws": 2, "steps": 1}, "pca": {"count": 2}, "path": {"points": 1}}
+    options = {"metrics": "random_sharpness,pca1_sharpness,step_barrier", "steps": 20, "settings": settings}
+    there, here = measure("someone/model", **options), measure(hub.run, **options)
+    assert [(row.metric, row.settings, row.value) for row in there] == [
+        (row.metric, row.settings, row.value) for row in here
+    ]
+    assert {row.settings["space"] for row in there} == {"dense"}
 
 
 def test_what_the_hub_refuses_is_one_line(monkeypatch):
