@@ -262,8 +262,21 @@ def test_two_processes_of_accelerate_learn_what_one_does(tiny_recipe, tmp_path, 
 
 # -- studies
 
+TUNED = [
+    "full_rank_two_rates",
+    "full_rank",
+    "low_rank",
+    "galore",
+    "fira",
+    "apollo",
+    "relora",
+    "cola",
+    "sltrain",
+    "muon",
+]
 STUDIES = {
-    "nano": ("nano", ["full_rank", "low_rank", "galore", "fira", "apollo", "relora", "cola", "sltrain"], 5),
+    "nano": ("nano", TUNED, 5),
+    "pico": ("nano", TUNED, 3),
     "quickstart": ("nano", ["full_rank", "galore", "fira", "relora", "cola", "sltrain"], 1),
     "paper_60m": ("llama_60m", list(BUILT_IN), 3),
     "paper_130m": ("llama_130m", list(BUILT_IN), 3),
@@ -281,26 +294,46 @@ def test_studies_name_recipes_that_are_there(name):
     study = load_study(RECIPES / "studies" / f"{name}.yaml").settings
     assert list(study.members) == members
     for member, settings in study.members.items():
-        assert Path(settings.recipe).resolve() == (RECIPES / tree / f"{member}.yaml").resolve()
-    assert (study.name, study.baseline, study.stages) == (name, "full_rank", None)
+        file = f"{member.removesuffix('_two_rates')}.yaml"
+        assert Path(settings.recipe).resolve() == (RECIPES / tree / file).resolve()
+    assert (study.name, study.baseline, study.stages) == (name, members[0], None)
     assert study.seeds == list(range(seeds))
-    every = recipe(tree, "full_rank").training["save_steps"]
+    overrides = dict(text.split("=") for text in study.overrides)
+    every = int(overrides.get("training.save_steps", recipe(tree, "full_rank").training["save_steps"]))
     steps = study.evaluate.steps
     assert steps in (None, "last") or all(step % every == 0 for step in steps)
     assert study.measure.preset == ("paper" if name.startswith("paper") else "fast")
     assert (study.jobs, study.threads) == ((1, None) if name.startswith("paper") else (2, 1))
 
 
-def test_the_sweep_of_the_nano_study():
-    study = load_study(RECIPES / "studies/nano.yaml").settings
-    assert study.sweep.learning_rate == [1e-3, 2.5e-3, 6e-3, 1.5e-2]
-    assert (study.sweep.seed, study.overrides) == (1000, [])
-    assert study.sweep.overrides == ["training.save_steps=400", "training.eval_steps=100"]
-    assert study.evaluate.steps == [200, 400]
+@pytest.mark.parametrize(("name", "width", "seeds", "least"), [("nano", 128, 5, 1.2), ("pico", 64, 3, 20)])
+def test_studies_that_answer_tune_every_member_alike(name, width, seeds, least):
+    study = load_study(RECIPES / f"studies/{name}.yaml").settings
+    overrides = dict(text.split("=") for text in study.overrides)
+    steps = int(overrides["training.max_steps"])
+    assert len(study.seeds) == seeds
+    assert study.sweep.seed not in study.seeds
+    assert (study.sweep.trials, study.sweep.steps) == (8, round(steps / 3))
+    for member in study.members.values():
+        ranges = study.sweep.ranges(member)
+        assert len(ranges) == 2
+        assert "training.learning_rate" in ranges
+        assert all(isinstance(given, dict) for given in ranges.values())  # no list of two, whose winner is at an edge
+    one = load_recipe(RECIPES / "nano/full_rank.yaml", study.overrides)
+    vocabulary = f"model.vocab_size={one.data.vocabulary_size}"
+    one = load_recipe(RECIPES / "nano/full_rank.yaml", [*study.overrides, vocabulary])
+    with torch.device("meta"):
+        model = one.method.build_model(one.config(), one.settings, 0)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokens = steps * one.training["per_device_train_batch_size"] * one.data.sequence_length
+    assert one.model["hidden_size"] == width
+    assert tokens / parameters >= least
+    assert study.evaluate.steps == study.measure.steps
+    assert (len(study.evaluate.steps), study.evaluate.steps[-1]) == (5, steps)
+    assert steps // int(overrides["training.save_steps"]) == 10
     assert study.measure.pairs == "last"
-    assert all(
-        load_study(RECIPES / f"studies/{name}.yaml").settings.sweep is None for name in STUDIES if name != "nano"
-    )
+    swept = {path.stem for path in (RECIPES / "studies").glob("*.yaml") if load_study(path).settings.sweep is not None}
+    assert swept == {"nano", "pico"}
 
 
 def test_strangers_are_measured_without_training():
