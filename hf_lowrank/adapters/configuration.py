@@ -1,4 +1,4 @@
-"""The config of a model whose linear layers are adapters: the base architecture's config, and the adapter's."""
+"""The config of a model that changes a base architecture: that architecture's config, and the changes."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -68,7 +68,9 @@ class LowRankConfig(PreTrainedConfig):
 
     Attributes:
         base_config: config of the dense architecture.
-        adapter_config: `peft_type` ("COLA", "SLTRAIN" or "LORA") and the options of its PEFT config, or that config.
+        adapter_config: `peft_type` ("COLA", "SLTRAIN" or "LORA") and the options of its PEFT config, or that config;
+            None for dense layers, which only `layernorm_scaling` allows.
+        layernorm_scaling: whether the norms' outputs are scaled by depth, see `hf_lowrank.adapters.norms`.
     """
 
     model_type = "lowrank"
@@ -78,6 +80,7 @@ class LowRankConfig(PreTrainedConfig):
 
     base_config: Any = None
     adapter_config: Any = None
+    layernorm_scaling: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.adapter_config is not None:

@@ -19,6 +19,7 @@ from hf_lowrank.adapters.configuration import LowRankConfig
 from hf_lowrank.adapters.dense import PREFIX, lora_dense_weight
 from hf_lowrank.adapters.layers import ReplacedLinear, check_rank, dense_linear, linear_shape
 from hf_lowrank.adapters.methods import AdapterSettings, ReLoraSettings
+from hf_lowrank.adapters.norms import fold_scaling, scale_norms
 from hf_lowrank.adapters.relora import dense_weights, reinitialise
 from hf_lowrank.compat import exclude_from_ddp
 from hf_lowrank.errors import LowRankWarning, UserError
@@ -41,7 +42,8 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
 
     Everything outside the targets (embeddings, norms, head, biases) trains. CoLA and SLTrain keep no dense weight of a
     target; LoRA keeps it frozen (ReLoRA merges into it). The dense model is built and initialised first, so that
-    everything else starts as in the dense model of the same seed.
+    everything else starts as in the dense model of the same seed. With `config.layernorm_scaling` the norms are
+    scaled, and the layers may stay dense.
 
     Raises:
         UserError: the targets match nothing, a rank does not fit, or a checkpoint lacks a tensor or has an unexpected
@@ -60,10 +62,13 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.lm = AutoModelForCausalLM.from_config(config.base_config)
         config.base_config = self.lm.config
-        adapter = config.peft_config()
-        inject(self.lm, adapter)
-        if getattr(adapter, "fan_in_fan_out", False):
-            config.adapter_config["fan_in_fan_out"] = True  # needed to read the tensors without the model
+        if config.layernorm_scaling:
+            scale_norms(self.lm)
+        if config.adapter_config is not None or not config.layernorm_scaling:
+            adapter = config.peft_config()
+            inject(self.lm, adapter)
+            if getattr(adapter, "fan_in_fan_out", False):
+                config.adapter_config["fan_in_fan_out"] = True  # needed to read the tensors without the model
         self.post_init()
         # Every rank has the same support; DDP would otherwise broadcast it in each forward pass.
         buffers = (name for name, _ in self.named_buffers())
@@ -160,6 +165,7 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
             setattr(dense.get_submodule(parent), child, _dense_layer(layers.pop(name)))
         if hasattr(dense, "peft_config"):
             del dense.peft_config
+        fold_scaling(dense)
         dense.generation_config = copy.deepcopy(self.generation_config)
         dense.config.architectures = [type(dense).__name__]
         dense.requires_grad_(True)
@@ -216,7 +222,7 @@ def _dense_layer(layer: Any) -> nn.Module:
 
 def _check_complete(source: Any, model: LowRankForCausalLM, info: dict[str, Any]) -> None:
     prefix = f"{os.fspath(source)}: " if source is not None else ""
-    method = str(model.config.adapter_config["peft_type"])
+    method = (model.config.adapter_config or {}).get("peft_type", "layernorm_scaling")
     for problem, keys in (
         ("lacks the tensor", info["missing_keys"]),
         ("has an unexpected tensor,", info["unexpected_keys"]),
@@ -239,7 +245,10 @@ def build_adapted(config: PreTrainedConfig, settings: AdapterSettings, seed: int
     Raises:
         UserError: the targets match nothing, or the rank does not fit one of them.
     """
-    return LowRankForCausalLM(LowRankConfig(base_config=config, adapter_config=settings.adapter_config(seed)))
+    own: dict[str, Any] = {"base_config": config, "adapter_config": settings.adapter_config(seed)}
+    if isinstance(config, LowRankConfig):  # of a recipe with layernorm_scaling
+        own |= {"base_config": config.base_config, "layernorm_scaling": config.layernorm_scaling}
+    return LowRankForCausalLM(LowRankConfig(**own))
 
 
 def build_relora(config: PreTrainedConfig, settings: ReLoraSettings, seed: int) -> LowRankForCausalLM:

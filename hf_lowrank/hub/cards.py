@@ -260,7 +260,7 @@ def _loading(repo_id: str, config: Mapping[str, Any], revision: str | None) -> M
     if revision is not None:
         return code
     after = (
-        "Its layers are low-rank, so `pip install hf-lowrank` first; a `dense-step-N` revision or an export "
+        "Its model class is hf_lowrank's, so `pip install hf-lowrank` first; a `dense-step-N` revision or an export "
         "(`hf-lowrank export`) loads with transformers alone."
         if adapted
         else "With hf_lowrank, all checkpoints in step order, tensor by tensor:"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.dense import PREFIX
+from hf_lowrank.adapters.norms import norm_factors
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.runs.layout import CONFIG
 from hf_lowrank.runs.trajectory import Trajectory
@@ -41,11 +42,12 @@ def sharded_model(
     dense = dense and trajectory.adapted
     model = _bare(trajectory, step, dense)
     names = _names(model)
+    folded = norm_factors(model) if dense and trajectory.config_at(step).layernorm_scaling else {}
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     for block in [*reversed([module for module in model.modules() if type(module).__name__ in kinds]), model]:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     stored = _stored(trajectory, step, model)
-    read = _dense(trajectory, step, model, stored) if dense else stored
+    read = _dense(trajectory, step, model, stored, folded) if dense else stored
     loaded: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for path, module in model.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -117,8 +119,9 @@ def _stored(trajectory: Trajectory, step: int, model: Any) -> Reader:
     return read
 
 
-def _dense(trajectory: Trajectory, step: int, model: Any, stored: Reader) -> Reader:
-    """Rows in the base architecture: for targets from the dense weight, else as the adapted model stores them."""
+def _dense(trajectory: Trajectory, step: int, model: Any, stored: Reader, folded: dict[str, float]) -> Reader:
+    """Rows in the base architecture: for targets from the dense weight, else as the adapted model stores them, times
+    the factors of `folded` by module."""
 
     def read(names: list[str], start: int, stop: int) -> Tensor:
         module, _, leaf = names[0].rpartition(".")
@@ -126,6 +129,7 @@ def _dense(trajectory: Trajectory, step: int, model: Any, stored: Reader) -> Rea
             weight = trajectory.dense_weight(step, module)
             layer: Any = model.get_submodule(module)
             return (weight.mT if isinstance(layer, Conv1D) else weight)[start:stop].clone()
-        return stored([f"{PREFIX}.{name}" for name in names] + [f"{PREFIX}.{module}.base_layer.{leaf}"], start, stop)
+        rows = stored([f"{PREFIX}.{name}" for name in names] + [f"{PREFIX}.{module}.base_layer.{leaf}"], start, stop)
+        return rows * folded[module] if module in folded else rows
 
     return read

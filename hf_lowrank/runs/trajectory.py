@@ -162,21 +162,23 @@ class Trajectory:
     def _targets(self) -> dict[str, Any]:
         """Target modules by their name in the base architecture."""
         warn_about_stacks(self._skeleton, "have no spectra")
-        if self._adapter is None:
+        if not self.adapted:
             return target_modules(self._skeleton)
-        from hf_lowrank.adapters.modeling import target_layers
+        from hf_lowrank.adapters.modeling import PREFIX, target_layers
 
+        if self._adapter is None:
+            return target_modules(self._skeleton.get_submodule(PREFIX))
         return dict(target_layers(self._skeleton))
 
     @property
     def adapted(self) -> bool:
-        """Whether the target modules are this package's layers instead of dense ones."""
-        return self._adapter is not None
+        """Whether the checkpoints are of this package's own model class instead of a plain architecture."""
+        return bool(self.config.model_type == "lowrank")
 
     @property
     def _adapter(self) -> dict[str, Any] | None:
-        """The adapter's configuration, for this package's own model type."""
-        return getattr(self.config, "adapter_config", None) if self.config.model_type == "lowrank" else None
+        """The adapter's configuration; None where the target modules are dense."""
+        return getattr(self.config, "adapter_config", None) if self.adapted else None
 
     @property
     def targets(self) -> list[str]:
@@ -219,7 +221,8 @@ class Trajectory:
 
             return dense_weight_from_tensors(module, self._getter(step), self._adapter).float()
         base = getattr(self._skeleton, "base_model_prefix", "")
-        names = (f"{module}.weight", f"{module.removeprefix(base + '.')}.weight")
+        prefix = f"{base}." if self.adapted else ""
+        names = (f"{prefix}{module}.weight", f"{module.removeprefix(base + '.')}.weight")
         name = next((name for name in names if name in self.tensor_names(step)), names[0])
         weight = self.tensor(step, name).float()
         if weight.shape != layer.weight.shape:

@@ -12,10 +12,13 @@ from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_lowrank.adapters.configuration import LowRankConfig
 from hf_lowrank.errors import UserError, first_line, nearest
 from hf_lowrank.runs.weights import MOST_LAYERS
 from hf_lowrank.storage.layers import Layers
 
+# The key of `model:` that is no field of the architecture's configuration.
+SCALING = "layernorm_scaling"
 SIZES = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
 
 # Fields that a run sets itself, by what to do instead or why.
@@ -62,11 +65,14 @@ def checked_model(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
             f"{where}: model.architecture must be a model_type of transformers, got {architecture!r}; {hint}"
         )
     config_class = CONFIG_MAPPING[architecture]
-    allowed = _fields(config_class)
+    allowed = {*_fields(config_class), SCALING}
     for key in section:
         if key != "architecture" and key not in allowed:
             known = nearest(str(key), {"architecture", *allowed})
             raise UserError(f"{layers.origin(f'model.{key}')}: unknown key {f'model.{key}'!r}; {known}")
+    if not isinstance(section.get(SCALING, False), bool):
+        where = layers.origin(f"model.{SCALING}")
+        raise UserError(f"{where}: model.{SCALING} must be true or false, got {section[SCALING]!r}")
     for key in sorted(SIZES & set(section)):
         if isinstance(section[key], int) and section[key] < 1:
             where = layers.origin(f"model.{key}")
@@ -87,8 +93,9 @@ def checked_model(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
 
 def build_config(section: dict[str, Any], **defaults: Any) -> PreTrainedConfig:
     """The configuration that `section` describes, over `defaults`; without a key-value cache."""
-    fields = {key: value for key, value in section.items() if key != "architecture"}
-    return AutoConfig.for_model(section["architecture"], **{"use_cache": False, **defaults, **fields})
+    fields = {key: value for key, value in section.items() if key not in ("architecture", SCALING)}
+    config = AutoConfig.for_model(section["architecture"], **{"use_cache": False, **defaults, **fields})
+    return LowRankConfig(base_config=config, layernorm_scaling=True) if section.get(SCALING) else config
 
 
 def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
