@@ -14,8 +14,9 @@ from hf_lowrank.optim.methods import ApolloSettings
 class ApolloAdamW(ProjectedAdamW):
     """APOLLO: `W ← W − η_t · sqrt(scale) · φ G`, with the norm-growth limiter on the scaled gradient.
 
-    The projection has N(0, 1/rank) entries, changes every `update_proj_gap` steps, and is never stored: each step
-    draws it again from the seed. APOLLO-Mini is `rank=1, scale_type="tensor", scale=128`.
+    The projection has N(0, 1/rank) entries and changes every `update_proj_gap` steps. Between refreshes it is kept,
+    which costs `rank · columns` numbers per matrix; `subspace="seeded"` stores nothing, as the paper has it, and draws
+    it again at each step. APOLLO-Mini is `rank=1, scale_type="tensor", scale=128`.
 
     Args:
         scale_type: `channel`: `φ_i = ‖N_i‖ / ‖R_i‖` per row that is not projected; `tensor`: one factor per matrix.

@@ -14,7 +14,7 @@ from hf_lowrank.optim.entries import Entry, nonzero
 from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.layout import Layout, dense_basis, make_layout
 from hf_lowrank.optim.methods import SubspaceSettings
-from hf_lowrank.optim.refresh import basis_state, choose_bases
+from hf_lowrank.optim.refresh import basis_state, choose_bases, write_bases
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.state import adam_moments
 from hf_lowrank.optim.subspaces import OF_GRADIENTS, captured_energy, gaussian_matrices, subspace_overlap
@@ -41,7 +41,8 @@ class ProjectedAdamW(TargetedAdamW):
         scale: multiplies the lifted update.
         proj_type: `std` (projects the shorter side), `reverse_std`, `right`, `left`, or `full` (both sides).
         subspace: `svd` (exact), `randomized` (subspace iteration from the last basis), `random` (orthonormal),
-            `columns` (random ones), or `gaussian` (drawn from the seed at every step, never stored).
+            `columns` (random ones), `gaussian` (a random matrix), or `seeded` (the same, drawn from the seed at every
+            step and never stored).
         stagger: spreads the refreshes of the matrices over the steps, so that no single step stalls.
         adam_variant: `official` adds ε before the bias correction and decays the updated weight, as the methods'
             own packages do; `torch` is the rule of `torch.optim.AdamW`.
@@ -176,25 +177,24 @@ class ProjectedAdamW(TargetedAdamW):
         asked = [entry for entry in due if entry.group["subspace"] in OF_GRADIENTS]
         silent = set(asked).difference(nonzero(asked))
         due = [entry for entry in due if entry not in silent or not entry.state["refreshes"]]
-        for entry, bases in zip(due, choose_bases(due), strict=True):
-            if entry in silent:
-                entry.state.update(bases)
-            else:
-                self._change_bases(entry, bases)
+        chosen = choose_bases(due)
+        again = [entry for entry in due if entry.state["refreshes"]]
+        before = {entry: self._before(entry) for entry in again}
+        write_bases(due, chosen)
+        for entry in due:
+            if entry not in silent:
+                entry.state["refreshes"] += 1
+                if self.diagnostics is not None:
+                    self._diagnose(entry, before[entry][0] if entry in before else [])
+        for entry in again:
+            self.carry_moments(entry, *before[entry])
 
-    def _change_bases(self, entry: Entry, bases: dict[str, Tensor]) -> None:
-        state, is_first = entry.state, not entry.state["refreshes"]
-        before: list[Tensor] = []
-        left_before: list[Tensor] = []
-        if not is_first and (self.diagnostics is not None or entry.group["moments"] == "rotate"):
-            before = self._basis_rows(entry)
-            left_before = _parts([entry], "left_basis") if entry.layout.both else []
-        state.update(bases)
-        state["refreshes"] += 1
-        if self.diagnostics is not None:
-            self._diagnose(entry, before)
-        if not is_first:
-            self.carry_moments(entry, before, left_before)
+    def _before(self, entry: Entry) -> tuple[list[Tensor], list[Tensor]]:
+        """Copies of the bases in use, if what follows a refresh needs them, as `carry_moments` gets them."""
+        if self.diagnostics is None and entry.group["moments"] != "rotate":
+            return [], []
+        lefts = _parts([entry], "left_basis") if entry.layout.both else []
+        return [part.clone() for part in self._basis_rows(entry)], [part.clone() for part in lefts]
 
     def carry_moments(self, entry: Entry, before: Sequence[Tensor], left_before: Sequence[Tensor]) -> None:
         """What a refresh, after the first, does to the moments; the state holds the new bases already.
@@ -204,7 +204,7 @@ class ProjectedAdamW(TargetedAdamW):
             left_before: the same of the bases that project the rows; empty unless `proj_type="full"`.
         """
         moments, layout = entry.group["moments"], entry.layout
-        if moments == "keep":
+        if moments == "keep" or not entry.age:
             return
         exp_avg, exp_avg_sq = entry.read("exp_avg"), entry.read("exp_avg_sq")
         if moments == "reset":
@@ -213,16 +213,16 @@ class ProjectedAdamW(TargetedAdamW):
             entry.state["reset_at"] = entry.state["step"]
         else:
             partition = layout.partition
+            lefts = zip(_parts([entry], "left_basis"), left_before, strict=True) if left_before else ()
+            turns_of_rows = [partition.sum(new.mT @ old) for new, old in lefts]
             for number, (old, new) in enumerate(zip(before, self._basis_rows(entry), strict=True)):
-                rotation = partition.sum(old.mT @ new)
-                for moment, power in ((exp_avg, 1), (exp_avg_sq, 2)):
-                    part = layout.parts(moment)[number]
-                    rotated = partition.for_lifting(part[None])[0].to(rotation.dtype) @ rotation.pow(power)
-                    if left_before:
-                        new_left = _parts([entry], "left_basis")[number]
-                        left_rotation = partition.sum(new_left.mT @ left_before[number])
-                        rotated = left_rotation.to(rotation.dtype).pow(power) @ rotated
-                    part.copy_(partition.own_low_rows(rotated))
+                right = partition.sum(old.mT @ new)
+                left = turns_of_rows[number].to(right.dtype) if turns_of_rows else None
+                mean, square = layout.parts(exp_avg)[number], layout.parts(exp_avg_sq)[number]
+                wholes = [partition.for_lifting(part[None])[0].to(right.dtype) for part in (mean, square)]
+                rotated = rotated_moments(wholes[0], wholes[1], right, left, age=entry.age, betas=entry.group["betas"])
+                for part, whole in zip((mean, square), rotated, strict=True):
+                    part.copy_(partition.own_low_rows(whole))
         entry.write("exp_avg", exp_avg)
         entry.write("exp_avg_sq", exp_avg_sq)
 
@@ -285,6 +285,29 @@ class ProjectedAdamW(TargetedAdamW):
         for entry in set(entries).difference(good):
             self._accumulated.pop(entry.param, None)
         return good
+
+
+def rotated_moments(
+    mean: Tensor, square: Tensor, right: Tensor, left: Tensor | None, *, age: int, betas: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Adam's moments, (rows, rank) each, carried into a new basis by LDAdam's rule (arXiv 2410.16103).
+
+    The entries are taken as independent, so that their variances, not their squares, turn with the squared matrix.
+
+    Args:
+        right: `Qᵀ Q_new`, (rank, rank).
+        left: `P_newᵀ P`, if rows are projected too.
+        age: number of Adam steps behind the moments, at least 1.
+    """
+
+    def turn(matrix: Tensor, power: int) -> Tensor:
+        matrix = matrix @ right.pow(power)
+        return matrix if left is None else left.pow(power) @ matrix
+
+    seen, seen_squares = (1 - beta**age for beta in betas)
+    variance = turn(square / seen_squares - (mean / seen).square(), 2)
+    turned = turn(mean, 1)
+    return turned, (variance + (turned / seen).square()).abs() * seen_squares
 
 
 def _parts(entries: Sequence[Entry], key: str) -> list[Tensor]:

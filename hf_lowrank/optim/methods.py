@@ -41,18 +41,20 @@ SUBSPACE = explained(
     randomized="nearly that space, by subspace iteration from the last basis; its vectors differ in sign and order",
     random="random and orthonormal",
     columns="random columns",
-    gaussian="a random Gaussian matrix, drawn again at each step and never stored",
+    gaussian="a random Gaussian matrix",
+    seeded="the same, drawn again from its seed at each step and never stored",
     blocks="whole parameters, a random share of which gets Adam until the next refresh",
 )
 MOMENTS = explained(
     "what a refresh does to Adam's moments",
     keep="leaves them as they are",
-    rotate="rotates them into the new basis",
+    rotate="turns them into the new basis, variances by LDAdam's rule (arXiv 2410.16103)",
     reset="sets them to zero",
 )
 ScaleType = Annotated[
     Literal["channel", "tensor"], explained("scaling factors", channel="one per channel", tensor="one per matrix")
 ]
+AnySubspace = Literal["svd", "randomized", "random", "columns", "gaussian", "seeded"]
 FrugalSubspace = Annotated[Literal["svd", "randomized", "random", "columns", "blocks"], SUBSPACE]
 
 
@@ -110,7 +112,7 @@ class SubspaceSettings(OptimizerSettings):
     diagnostics: bool = Field(
         False, description="log the captured gradient energy and the overlap of successive bases"
     )
-    subspace: Annotated[Literal["svd", "randomized", "random", "columns", "gaussian"], SUBSPACE] = "randomized"
+    subspace: Annotated[AnySubspace, SUBSPACE] = "randomized"
 
 
 class GaLoreSettings(SubspaceSettings):
@@ -133,7 +135,7 @@ class FiraSettings(SubspaceSettings):
 class ApolloSettings(SubspaceSettings):
     scale: ApolloScale = 1.0
     proj_type: Annotated[Literal["std", "reverse_std", "right", "left"], SIDE] = "std"
-    subspace: Annotated[Literal["svd", "randomized", "random", "columns", "gaussian"], SUBSPACE] = "gaussian"
+    subspace: Annotated[AnySubspace, SUBSPACE] = "gaussian"
     scale_type: ScaleType = "channel"
     norm_growth_limit: NormGrowthLimit = 1.01
 

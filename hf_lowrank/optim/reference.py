@@ -171,11 +171,23 @@ def refresh(G: Tensor, state: State, options: Options) -> State:
     if M is None or V is None or options.moments == "reset":
         M, V, age = torch.zeros_like(project(G, State(P=P, Q=Q))), torch.zeros_like(project(G, State(P=P, Q=Q))), 0
     elif options.moments == "rotate":
-        if P is not None and state.P is not None:
-            M, V = P.mT @ state.P @ M, (P.mT @ state.P).square() @ V
-        if Q is not None and state.Q is not None:
-            M, V = M @ (state.Q.mT @ Q), V @ (state.Q.mT @ Q).square()
+        left = None if P is None or state.P is None else P.mT @ state.P
+        right = None if Q is None or state.Q is None else state.Q.mT @ Q
+        M, V = rotate(M, V, left, right, age, options)
     return replace(state, P=P, Q=Q, M=M, V=V, age=age)
+
+
+def rotate(
+    M: Tensor, V: Tensor, left: Tensor | None, right: Tensor | None, age: int, options: Options
+) -> tuple[Tensor, Tensor]:
+    """The moments in a new basis by LDAdam's rule (arXiv 2410.16103): variances turn with the squared rotation."""
+    seen, seen_squares = (1 - beta**age for beta in options.betas)
+    means, variances = M / seen, V / seen_squares - (M / seen).square()
+    if left is not None:
+        means, variances = left @ means, left.square() @ variances
+    if right is not None:
+        means, variances = means @ right, variances @ right.square()
+    return seen * means, seen_squares * (variances + means.square()).abs()
 
 
 def project(G: Tensor, state: State) -> Tensor:

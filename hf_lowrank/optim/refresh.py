@@ -4,14 +4,17 @@ A matrix that is sharded is sent whole to one process, a different one for each 
 gives every process its rows of it. No process holds more than one round of whole matrices at a time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from hf_lowrank.compat import foreach_copy_
+from hf_lowrank.optim.batch import batch_limits
 from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.layout import Layout, RowSharded
 from hf_lowrank.optim.sharding import Sharding, local_part
@@ -21,9 +24,11 @@ from hf_lowrank.optim.subspaces import (
     OF_GRADIENTS,
     OF_INDICES,
     SUBSPACES,
+    TURN_EVERY,
     UNSTORED,
     Request,
     exact_bases,
+    is_usable,
 )
 
 SIDES = ("basis", "left_basis")
@@ -44,17 +49,24 @@ def basis_state(subspace: str, layout: Layout) -> dict[str, StateTensor]:
 
 
 def choose_bases(due: Sequence[Entry]) -> list[Bases]:
-    """New bases for each target, as its state holds them."""
+    """New bases for each target, as its state holds them.
+
+    A matrix without directions, because its gradient is zero or not finite, keeps its last basis; if it has none, it
+    gets one of zeros.
+    """
     found: list[Bases] = [{} for _ in due]
+    held: list[int] = []
     sharded: dict[tuple[Any, ...], list[int]] = {}
     for number, entry in enumerate(due):
         sharding = entry.layout.sharding
         if sharding is None or not isinstance(entry.layout.partition, RowSharded):
-            found[number] = _choose_held(entry)
+            held.append(number)
         elif _shapes(entry):
             subspace, grad = entry.group["subspace"], entry.grad
             key = (id(sharding.group), subspace, entry.layout.both, grad.dtype, grad.device)
             sharded.setdefault(key, []).append(number)
+    for number, bases in zip(held, _choose_held([due[number] for number in held]), strict=True):
+        found[number] = bases
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for entry, bases in zip(due, found, strict=True):
             if entry.layout.sharding is None:
@@ -70,6 +82,21 @@ def choose_bases(due: Sequence[Entry]) -> list[Bases]:
     return found
 
 
+def write_bases(targets: Sequence[Entry], chosen: Sequence[Bases]) -> None:
+    """Puts what `choose_bases` returned into the state: into the tensors there, if there are some."""
+    held: list[Tensor] = []
+    fresh: list[Tensor] = []
+    for entry, bases in zip(targets, chosen, strict=True):
+        for side, basis in bases.items():
+            if side in entry.state:
+                held.append(local_part(entry.state[side]))
+                fresh.append(local_part(basis))
+            else:  # a basis of one matrix may be a view of many
+                entry.state[side] = basis if isinstance(basis, DTensor) else basis.clone()
+    if held:
+        foreach_copy_(held, fresh)
+
+
 def _shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
     """The shape of one matrix's basis, by side; none for a subspace that is not stored."""
     return {side: entry.declared(side).shape or () for side in SIDES if side in entry.info.declared}
@@ -80,36 +107,52 @@ def _last(entry: Entry) -> Bases:
     return {side: entry.state[side] for side in _shapes(entry) if side in entry.state and entry.state["refreshes"]}
 
 
-def _choose_held(entry: Entry) -> Bases:
-    """The bases of matrices that this process holds whole: of an unsharded parameter, or its part of a stack."""
-    layout, indices, last = entry.layout, entry.layout.held_indices, _last(entry)
-    parts = {side: layout.parts(local_part(basis)) for side, basis in last.items()}
-    chosen = [
-        _choose(entry, matrix, index, {side: of_side[number] for side, of_side in parts.items()})
-        for number, (matrix, index) in enumerate(zip(layout.matrices(entry.grad), indices, strict=True))
+def _choose_held(targets: Sequence[Entry]) -> list[Bases]:
+    """The bases of matrices that this process holds whole: of unsharded parameters, or its part of stacks."""
+    matrices = [
+        Matrix(entry, grad, index, {side: basis[number] for side, basis in parts.items()})
+        for entry in targets
+        for parts in [{side: entry.layout.parts(local_part(basis)) for side, basis in _last(entry).items()}]
+        for number, (grad, index) in enumerate(
+            zip(entry.layout.matrices(entry.grad), entry.layout.held_indices, strict=True)
+        )
     ]
-    if not layout.stacked:
-        return chosen[0]
-    bases = {}
-    for side, shape in _shapes(entry).items():
-        dtype = entry.declared(side).dtype_for(entry.weight, "parameter")
-        stack = torch.empty((len(indices), *shape), dtype=dtype, device=entry.weight.device)
-        for part, own in zip(stack, chosen, strict=True):
-            part.copy_(own[side])
-        if layout.sharding is not None:
-            layout.sharding.synchronize_replicas([stack])
-            stack = layout.sharding.tensor(stack, (layout.count, *shape))
-        bases[side] = stack
-    return bases
+    chosen = iter(_choose(matrices))
+    found: list[Bases] = []
+    for entry in targets:
+        layout = entry.layout
+        own = [next(chosen) for _ in layout.held_indices]
+        if not layout.stacked:
+            found.append(own[0])
+            continue
+        bases = {}
+        for side, shape in _shapes(entry).items():
+            dtype = entry.declared(side).dtype_for(entry.weight, "parameter")
+            stack = torch.empty((len(own), *shape), dtype=dtype, device=entry.weight.device)
+            if own:
+                torch.stack([basis[side] for basis in own], out=stack)
+            if layout.sharding is not None:
+                layout.sharding.synchronize_replicas([stack])
+                stack = layout.sharding.tensor(stack, (layout.count, *shape))
+            bases[side] = stack
+        found.append(bases)
+    return found
 
 
 def _choose_sharded(targets: Sequence[Entry], sharding: Sharding) -> list[Bases]:
     """The bases of as many sharded matrices as there are processes, each chosen by one of them."""
     owners = [entry.layout.first_index % sharding.size for entry in targets]
     transposed = [entry.layout.transposed for entry in targets]
-    stored = [view for entry in targets for view in entry.layout.stored(entry.grad)]
-    lengths = [entry.layout.columns if entry.layout.transposed else entry.layout.rows for entry in targets]
-    grads = sharding.to_owners(stored, owners, lengths)
+    if targets[0].group["subspace"] in OF_GRADIENTS:
+        stored = [view for entry in targets for view in entry.layout.stored(entry.grad)]
+        lengths = [entry.layout.columns if entry.layout.transposed else entry.layout.rows for entry in targets]
+        grads = sharding.to_owners(stored, owners, lengths)
+    else:
+        grads = {
+            number: entry.grad.new_zeros(()).expand(_stored_shape(entry.layout))
+            for number, entry in enumerate(targets)
+            if owners[number] == sharding.rank
+        }
     last: dict[int, Bases] = {number: {} for number in grads}
     for side in _shapes(targets[0]) if targets[0].group["subspace"] in FROM_THE_LAST else ():
         held = [number for number, entry in enumerate(targets) if side in _last(entry)]
@@ -121,10 +164,13 @@ def _choose_sharded(targets: Sequence[Entry], sharding: Sharding) -> list[Bases]
             )
             for number, basis in wholes.items():
                 last[held[number]][side] = basis
-    chosen = {
-        number: _choose(targets[number], grad.mT if transposed[number] else grad, None, last[number])
+    owned = [
+        Matrix(
+            targets[number], grad.mT if transposed[number] else grad, targets[number].layout.first_index, last[number]
+        )
         for number, grad in grads.items()
-    }
+    ]
+    chosen = dict(zip(grads, _choose(owned), strict=True))
     bases: list[Bases] = [{} for _ in targets]
     for side in _shapes(targets[0]):
         shapes = [_shapes(entry)[side] for entry in targets]
@@ -136,24 +182,62 @@ def _choose_sharded(targets: Sequence[Entry], sharding: Sharding) -> list[Bases]
     return bases
 
 
-def _choose(entry: Entry, matrix: Tensor, index: int | None, last: Mapping[str, Tensor]) -> Bases:
-    """The bases of one whole oriented matrix, by side, in the type of the weight.
+def _stored_shape(layout: Layout) -> tuple[int, int]:
+    """The shape of a whole matrix as it is stored."""
+    return (layout.columns, layout.rows) if layout.transposed else (layout.rows, layout.columns)
 
-    Args:
-        index: the matrix's among all of the optimizer's; None for the only one of its parameter.
-        last: the bases in use.
+
+class Matrix(NamedTuple):
+    """One whole matrix that is due.
+
+    Attributes:
+        grad: its oriented gradient.
+        number: its place among all of the optimizer's matrices.
+        last: the bases in use, by side; none before the first choice.
     """
+
+    entry: Entry
+    grad: Tensor
+    number: int
+    last: Bases
+
+
+def _choose(matrices: Sequence[Matrix]) -> list[Bases]:
+    """The bases of whole matrices, by side, in the type of the weight; all that are alike at once."""
+    found: list[Bases] = [{} for _ in matrices]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, (entry, grad, _, last) in enumerate(matrices):
+        layout, group = entry.layout, entry.group
+        turns = bool(last) and entry.state["refreshes"] % TURN_EVERY == 0
+        key = (group["subspace"], layout.rank, layout.transposed, layout.both, bool(last), turns)
+        alike.setdefault((*key, entry.weight.dtype, grad.dtype, grad.device, grad.shape), []).append(number)
+    for (*_, turns, _, _, device, shape), numbers in alike.items():
+        limits = batch_limits(device)
+        size = max(1, limits.batch // shape.numel()) if shape.numel() <= limits.stacked else 1
+        for start in range(0, len(numbers), size):
+            chunk = numbers[start : start + size]
+            bases = _choose_alike([matrices[number] for number in chunk], turns)
+            parts = {side: stack.unbind() for side, stack in bases.items()}
+            for place, number in enumerate(chunk):
+                found[number] = {side: part[place] for side, part in parts.items()}
+    return found
+
+
+def _choose_alike(matrices: Sequence[Matrix], turns: bool) -> Bases:
+    """The bases of several whole matrices, by side, (k, …)."""
+    entry, _, _, last = matrices[0]
     layout, group, sides = entry.layout, entry.group, list(_shapes(entry))
     if not sides:
         return {}
-    if last and group["subspace"] in OF_GRADIENTS and not matrix.any():  # in a stack whose others have gradients
-        return {side: basis.clone() for side, basis in last.items()}
+    grads = stacked([matrix.grad for matrix in matrices], layout.transposed)
+    previous = {side: stacked([matrix.last[side] for matrix in matrices]) for side in last}
     request = Request(
-        grad=matrix,
+        grads=grads,
         rank=layout.rank,
         transposed=layout.transposed,
-        previous=last.get("basis"),
-        key=(group["seed"], layout.first_index if index is None else index, entry.state["refreshes"]),
+        previous=_as_start(previous.get("basis")),
+        keys=[(one.group["seed"], index, one.state["refreshes"]) for one, _, index, _ in matrices],
+        turns=turns,
     )
     choose = SUBSPACES[group["subspace"]]
     if not layout.both:
@@ -163,15 +247,37 @@ def _choose(entry: Entry, matrix: Tensor, index: int | None, last: Mapping[str, 
     else:
         other = replace(
             request,
-            grad=matrix.mT,
+            grads=grads.mT,
             transposed=not layout.transposed,
-            previous=last.get("left_basis"),
-            key=(*request.key, 1),
+            previous=_as_start(previous.get("left_basis")),
+            keys=[(*key, 1) for key in request.keys],
         )
         bases = (choose(request), choose(other))
-    return {
-        side: basis.to(entry.declared(side).dtype_for(entry.weight, "parameter")).clone(
-            memory_format=torch.contiguous_format
-        )
+    chosen = {
+        side: basis.to(entry.declared(side).dtype_for(entry.weight, "parameter")).contiguous()
         for side, basis in zip(sides, bases, strict=True)
     }
+    if group["subspace"] not in OF_GRADIENTS:
+        return chosen
+    usable = is_usable(grads)
+    for basis in bases:
+        usable &= basis.isfinite().flatten(1).all(-1)
+    return {
+        side: torch.where(usable.view(-1, *[1] * (basis.ndim - 1)), basis, previous.get(side, 0))
+        for side, basis in chosen.items()
+    }
+
+
+def _as_start(bases: Tensor | None) -> Tensor | None:
+    """The bases to iterate from: those in use, unit vectors for a basis of zeros."""
+    if bases is None or not bases.is_floating_point():
+        return bases
+    unit = torch.eye(*bases.shape[-2:], dtype=bases.dtype, device=bases.device)
+    return torch.where(bases.flatten(1).any(-1)[:, None, None], bases, unit)
+
+
+def stacked(matrices: Sequence[Tensor], transposed: bool = False) -> Tensor:
+    """Matrices in one tensor (k, rows, columns), in the memory order of the stored ones; one alone is not copied."""
+    if len(matrices) == 1:
+        return matrices[0][None]
+    return torch.stack([matrix.mT for matrix in matrices]).mT if transposed else torch.stack(list(matrices))

@@ -1,9 +1,11 @@
-"""The choice of subspace for an oriented gradient (rows × columns): `rank` directions of its row space.
+"""The choice of subspaces for oriented gradients (rows × columns): `rank` directions of their row spaces.
 
-Pure functions of tensors. A group's `subspace` names an entry of `SUBSPACES`.
+Pure functions of tensors, for all matrices of a shape at once, none of which reads a value on the host. A group's
+`subspace` names an entry of `SUBSPACES`.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,111 +25,201 @@ def draw_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(draw_seed(*key))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a choice of subspace is based on.
+    """What a choice of subspaces is based on, for k matrices of equal shape.
 
     Attributes:
-        grad: the oriented gradient (rows, columns), finite.
+        grads: the oriented gradients (k, rows, columns). One that is zero or not finite disturbs no other; whether
+            its choice is used is up to the caller.
         rank: number of directions.
-        transposed: whether `grad` is the transpose of the stored gradient.
-        previous: the basis in use (columns, rank), or None at the first choice.
-        key: seeds random draws: (seed, matrix, refresh).
+        transposed: whether `grads` are the transposes of the stored gradients.
+        previous: the bases in use (k, columns, rank), or None at the first choice.
+        keys: seeds of each matrix's random draws: (seed, matrix, refresh).
+        turns: whether bases are turned to the singular directions inside their subspace; always at the first choice.
     """
 
-    grad: Tensor
+    grads: Tensor
     rank: int
     transposed: bool
     previous: Tensor | None
-    key: tuple[int, ...]
+    keys: Sequence[tuple[int, ...]]
+    turns: bool = False
 
     @property
     def work(self) -> Tensor:
-        """The gradient in a type that decompositions support."""
-        return self.grad if self.grad.dtype == torch.float64 else self.grad.float()
+        """The gradients in a type that decompositions support."""
+        return self.grads if self.grads.dtype == torch.float64 else self.grads.float()
+
+    @property
+    def columns(self) -> int:
+        return self.grads.shape[-1]
 
 
 def exact_basis(request: Request) -> Tensor:
-    """The top right singular vectors of the gradient, (columns, rank)."""
+    """The top right singular vectors of the gradients, (k, columns, rank)."""
     return exact_bases(request)[0]
 
 
 def exact_bases(request: Request) -> tuple[Tensor, Tensor]:
-    """The top right and left singular vectors, (columns, rank) and (rows, rank), from one decomposition.
+    """The top right and left singular vectors, (k, columns, rank) and (k, rows, rank), from one decomposition.
 
-    It decomposes the gradient as stored: the signs of singular vectors depend on the call, and moments that are kept
+    It decomposes the gradients as stored: the signs of singular vectors depend on the call, and moments that are kept
     over a refresh depend on the signs.
     """
     stored = request.work.mT if request.transposed else request.work
-    left, _, right = torch.linalg.svd(stored, full_matrices=False)
-    right = right[: request.rank].mT
-    left = left[:, : request.rank]
+    left, _, right = torch.linalg.svd(torch.where(is_usable(stored)[:, None, None], stored, 0), full_matrices=False)
+    right = right[:, : request.rank].mT
+    left = left[..., : request.rank]
     return (left, right) if request.transposed else (right, left)
 
 
+def is_usable(grads: Tensor) -> Tensor:
+    """Whether each gradient has directions: is finite and not zero, (k, …) -> (k,) bool."""
+    norms = torch.linalg.vector_norm(grads.flatten(1), dim=-1, dtype=torch.promote_types(grads.dtype, torch.float32))
+    return norms.isfinite() & (norms > 0)
+
+
 OVERSAMPLING = 16
-ENOUGH_ENERGY = 0.99
-LEAST_GAIN = 0.003
-MOST_ITERATIONS = 8
+SHIFT = 0.4
+TURNING_ITERATIONS = 16
+# Weight of the last basis in the columns that are made orthonormal; its square is the share of energy that it costs.
+PULL = 1e-5
 
 
 def randomized_basis(request: Request) -> Tensor:
-    """Nearly the top right singular vectors, by subspace iteration from the basis in use (arXiv 0909.4061).
+    """Nearly the top right singular vectors, by power iteration from the basis in use (arXiv 0909.4061).
 
-    It stops when the basis captures 0.99 of the gradient's energy, in training usually after one iteration, or, for a
-    flat spectrum, when an iteration adds little. The result is rotated to the singular directions inside the subspace
-    (Rayleigh–Ritz), largest first, with signs that agree with the last basis, since moments are kept.
+    `Q ← orth(Gᵀ G Q)` twice, from a random start four times. The columns keep the order and the signs of the last
+    basis, since moments are kept. A turn (Rayleigh–Ritz) orders them by their singular values.
     """
-    grad, rank = request.work, request.rank
+    grads, rank = request.work, request.rank
     if request.previous is None:
-        width = min(rank + OVERSAMPLING, *grad.shape)
-        generator = draw_generator(grad.device, *request.key)
-        basis = torch.randn(grad.shape[-1], width, generator=generator, device=grad.device, dtype=grad.dtype)
-        basis = torch.linalg.qr(basis)[0]
-    else:
-        basis = request.previous.to(grad.dtype)
-    total = float(grad.square().sum())
-    low = grad @ basis
-    energy = float(low.square().sum())
-    for _ in range(MOST_ITERATIONS):
-        basis = torch.linalg.qr(grad.mT @ low)[0]
-        low = grad @ basis
-        before, energy = energy, float(low.square().sum())
-        if energy >= ENOUGH_ENERGY * total or energy - before <= LEAST_GAIN * energy:
-            break
-    _, turn = torch.linalg.eigh(low.mT @ low)
-    basis = basis @ turn[:, -rank:].flip(-1)
-    if request.previous is not None:
-        agreement = (basis * request.previous).sum(0)
-        basis = torch.where(agreement < 0, -basis, basis)
-    return basis
+        width = min(rank + OVERSAMPLING, *grads.shape[-2:])
+        basis = orthonormal(gaussian_matrices(grads, request.columns, width, request.keys))
+        for shift in (0.0, SHIFT, SHIFT, SHIFT):
+            basis = iterated(grads, basis, shift)
+        return turned(grads, basis)[..., :rank]
+    previous = request.previous.to(grads.dtype)
+    basis = iterated(grads, iterated(grads, previous), SHIFT)
+    if request.turns:
+        basis = turned(grads, basis)
+    return torch.where((basis * previous).sum(-2, keepdim=True) < 0, -basis, basis)
+
+
+def iterated(grads: Tensor, basis: Tensor, shift: float = 0.0) -> Tensor:
+    """`orth((GᵀG − a) Q)` of orthonormal bases (k, columns, r), where a is `shift` times the least `‖G q‖²`.
+
+    A shift brings directions just inside the subspace ahead of those just outside, as half an iteration more would.
+    `orth(Gᵀ orth(G Q))` is the same as `orth(Gᵀ G Q)`: a triangular factor on the right does not change what is made
+    orthonormal.
+    """
+    low = grads @ basis
+    norms = column_norms(low)
+    fresh = grads.mT @ (low / norms)
+    if shift:
+        least = norms.amin(-1, keepdim=True)
+        fresh -= basis * (shift * least * (least / norms))
+    return orthonormal(fresh, toward=basis)
+
+
+def turned(grads: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal bases (k, columns, r) of the same subspaces, turned to the gradients' singular directions there.
+
+    It iterates on the r × r matrices `(G Q)ᵀ G Q`, largest first: an eigendecomposition would make the host wait.
+    """
+    low = grads @ basis
+    low = low / torch.linalg.vector_norm(low, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(low.dtype).tiny)
+    inside = low.mT @ low
+    turn = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device).expand_as(inside)
+    for _ in range(TURNING_ITERATIONS):
+        turn = orthonormal(inside @ turn, toward=turn)
+    return orthonormal(basis @ turn)
+
+
+def orthonormal(tall: Tensor, toward: Tensor | None = None) -> Tensor:
+    """Orthonormal columns with the leading spans of those of k matrices, (k, n, r) with r ≤ n; no value is read.
+
+    On a CPU by Householder's QR, elsewhere by Cholesky factors of normalised columns, in float64 and once more in the
+    given type: products, which are batched, in place of decompositions.
+
+    Args:
+        toward: orthonormal columns that each takes a little of, so that those without a direction of their own, as
+            of a gradient whose rank is too small, keep theirs. They are the result where a factorisation fails.
+    """
+    scaled = tall / column_norms(tall)
+    if toward is not None:
+        scaled = scaled.add(toward, alpha=PULL)
+    if by_householder(scaled):
+        q, r = torch.linalg.qr(scaled)
+        return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :].to(q.dtype)
+    found = cholesky_qr(cholesky_qr(scaled.double()).to(scaled.dtype))
+    if toward is None:
+        return found
+    return torch.where(found.isfinite().flatten(1).all(-1)[:, None, None], found, toward)
+
+
+def by_householder(columns: Tensor) -> bool:
+    """Whether decompositions are as fast as products: a CPU's, which has no launches to save."""
+    return columns.device.type == "cpu"
+
+
+def cholesky_qr(columns: Tensor) -> Tensor:
+    """`A L⁻ᵀ` with `L Lᵀ = AᵀA`: orthonormal up to rounding times A's squared condition; NaN where there is no L."""
+    factor, failed = torch.linalg.cholesky_ex(columns.mT @ columns)
+    factor = torch.where(failed[..., None, None] == 0, factor, torch.nan)
+    return torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
+
+
+def column_norms(columns: Tensor) -> Tensor:
+    """Norms to divide columns by, (k, n, r) -> (k, 1, r); in float64 no square overflows or vanishes."""
+    norms = torch.linalg.vector_norm(columns, dim=-2, keepdim=True, dtype=torch.float64)
+    return norms.clamp(min=torch.finfo(columns.dtype).tiny).to(columns.dtype)
 
 
 def random_basis(request: Request) -> Tensor:
-    """An orthonormal basis of a random subspace, (columns, rank)."""
-    return torch.linalg.qr(gaussian_matrix(request.work, request.rank, request.key))[0]
+    """Orthonormal bases of random subspaces, (k, columns, rank)."""
+    return orthonormal(gaussian_basis(request))
 
 
-def gaussian_matrix(grad: Tensor, rank: int, key: tuple[int, ...]) -> Tensor:
-    """A (columns, rank) matrix of N(0, 1/rank) entries on `grad`'s device, in its type; it depends only on `key`."""
-    return gaussian_matrices(grad, grad.shape[-1], rank, [key])[0]
+def gaussian_basis(request: Request) -> Tensor:
+    """Matrices of N(0, 1/rank) entries, (k, columns, rank)."""
+    return gaussian_matrices(request.work, request.columns, request.rank, request.keys)
 
 
 def gaussian_matrices(like: Tensor, columns: int, rank: int, keys: Sequence[tuple[int, ...]]) -> Tensor:
-    """Such a matrix per key, (k, columns, rank)."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    wide = torch.empty(len(keys), columns, rank, device=like.device, dtype=dtype)
-    generator = torch.Generator(like.device)
-    for matrix, key in zip(wide.unbind(), keys, strict=True):
-        matrix.normal_(generator=generator.manual_seed(draw_seed(*key)))
-    return wide.mul_(rank**-0.5).to(like.dtype)
+    """A matrix of N(0, 1/rank) entries per key, (k, columns, rank), in the type and on the device of `like`.
+
+    Each depends on its key alone. All are drawn at once, by Box and Muller's transform of counters that are hashed.
+    """
+    dtype, count = torch.promote_types(like.dtype, torch.float32), columns * rank
+    bits = _hashed(keys, -(-count // 2), like.device)
+    radius = (((bits >> 32) & _LOW).to(dtype) + 0.5).mul_(2.0**-32).log_().mul_(-2 / rank).sqrt_()
+    angle = (bits & _LOW).to(dtype).mul_(2 * math.pi * 2.0**-32)
+    pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
+    return pairs[:, :count].reshape(len(keys), columns, rank).to(like.dtype)
 
 
 def random_columns(request: Request) -> Tensor:
-    """`rank` distinct random columns, ascending: (rank,) indices."""
-    generator = draw_generator(torch.device("cpu"), *request.key)
-    chosen = torch.randperm(request.grad.shape[-1], generator=generator)[: request.rank]
-    return chosen.sort().values.to(request.grad.device)
+    """`rank` distinct random columns, ascending: (k, rank) indices."""
+    order = _hashed(request.keys, request.columns, request.grads.device).argsort(-1)
+    return order[:, : request.rank].sort(-1).values
+
+
+_LOW = 2**32 - 1
+
+
+def _hashed(keys: Sequence[tuple[int, ...]], count: int, device: torch.device) -> Tensor:
+    """`count` random 64-bit integers per key, (k, count): the numbers of SplitMix64, each on its own.
+
+    A generator would need a launch per key, and its numbers depend on the device.
+    """
+    seeds = torch.tensor([draw_seed(*key) for key in keys], device=device)
+    bits = seeds[:, None] + torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        bits ^= (bits >> shift) & ((1 << (64 - shift)) - 1)  # a shift that brings in zeros
+        bits *= factor
+    return bits ^ ((bits >> 31) & ((1 << 33) - 1))
 
 
 def captured_energy(grad: Tensor, basis: Tensor, partition: Replicated = REPLICATED) -> Tensor:
@@ -142,15 +234,19 @@ def subspace_overlap(basis: Tensor, other: Tensor, partition: Replicated = REPLI
     return partition.sum(basis.mT @ other).square().sum() / basis.shape[-1]
 
 
-# By the name of a group's `subspace`. "gaussian" is drawn again at each step from its seed and never stored.
+# By the name of a group's `subspace`.
 SUBSPACES: dict[str, Callable[[Request], Tensor]] = {
     "svd": exact_basis,
     "randomized": randomized_basis,
     "random": random_basis,
     "columns": random_columns,
+    "gaussian": gaussian_basis,
 }
-UNSTORED = "gaussian"
+# Drawn again from its seed at each step, and never stored.
+UNSTORED = "seeded"
 # Those whose basis is column indices, those that depend on the gradient, and those that start from the last basis.
 OF_INDICES = ("columns",)
 OF_GRADIENTS = ("svd", "randomized")
 FROM_THE_LAST = ("randomized",)
+# Refreshes of a matrix from one turn of its basis to the next.
+TURN_EVERY = 10

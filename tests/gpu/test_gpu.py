@@ -24,9 +24,6 @@ from tests.distributed.training import net, optimizer_of, whole_weights
 
 pytestmark = pytest.mark.gpu
 
-# Methods that draw on the device, where the same seed gives other numbers.
-DRAWN_ON_THE_DEVICE = {"galore-randomized", "galore-random", "galore-gaussian", "galore-full-fast", "galore-stagger",
-                       "fira-paper", "apollo", "apollo-mini"}  # fmt: skip
 LAYERS = ("cola", "sltrain", "low_rank", "relora")
 
 
@@ -49,7 +46,7 @@ def stepped(name, device, dtype=torch.float64, steps=3, sharded=False):
     return {key: value.cpu() for key, value in whole_weights(model).items()}
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - DRAWN_ON_THE_DEVICE))
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_steps_as_on_the_cpu(name, device):
     bound = 1e-4 if name == "muon" else 1e-9  # Muon iterates in float32
     here, there = stepped(name, torch.device("cpu")), stepped(name, device)

@@ -21,12 +21,14 @@ METHOD_CASES = {
     "galore-random": partial(GaLoreAdamW, subspace="random", moments="rotate"),
     "galore-columns": partial(GaLoreAdamW, subspace="columns", moments="rotate"),
     "galore-gaussian": partial(GaLoreAdamW, subspace="gaussian", moments="rotate"),
+    "galore-seeded": partial(GaLoreAdamW, subspace="seeded", moments="rotate"),
     "galore-full": partial(GaLoreAdamW, proj_type="full", subspace="svd", moments="rotate"),
     "galore-full-fast": partial(GaLoreAdamW, proj_type="full", subspace="randomized", moments="rotate"),
     "galore-stagger": partial(GaLoreAdamW, stagger=True, subspace="random", proj_type="reverse_std", moments="reset"),
     "fira": partial(FiraAdamW, subspace="svd"),
     "fira-paper": partial(FiraAdamW, residual="paper", subspace="randomized", adam_variant="torch"),
     "apollo": ApolloAdamW,
+    "apollo-seeded": partial(ApolloAdamW, subspace="seeded"),
     "apollo-mini": partial(ApolloAdamW, scale_type="tensor", scale=128.0),
     "frugal": FrugalAdamW,
     "frugal-svd": partial(FrugalAdamW, subspace="svd", state_free_rule="sgd", moments="keep"),
@@ -392,7 +394,7 @@ def test_state_has_the_size_that_the_method_needs(name, dtype):
     asked = {"exp_avg": low * size, "exp_avg_sq": low * size}
     if name in {"galore-columns", "frugal"}:
         asked["basis"] = rank * 8
-    elif name not in {"galore-gaussian", "apollo", "apollo-mini"}:
+    elif name not in {"galore-seeded", "apollo-seeded"}:
         asked["basis"] = projected * rank * size
     if name.startswith("galore-full"):
         asked["left_basis"] = rows * rank * size

@@ -7,7 +7,7 @@ import pytest
 import torch
 from official import official
 
-from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW, core
+from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW, core, subspaces
 
 apollo_torch, fira, galore_torch = map(official, ("apollo_torch", "fira", "galore_torch"))
 
@@ -107,7 +107,12 @@ def test_apollo(monkeypatch, shape, proj_type, scale_type, rank, scale, scale_fr
         apollo_torch.APOLLOAdamW, {**group, "proj": "random"}, grads, weight_decay, watch, scale_front=scale_front
     )
     assert len({float(matrix.norm()) for matrix in matrices}) == -(-STEPS // GAP)
-    drawn = lambda like, columns, rank, keys: torch.stack([matrices[GAP * key[-1]] for key in keys])  # noqa: E731
-    monkeypatch.setattr(core, "gaussian_matrices", drawn)
-    ours = run(ApolloAdamW, group, grads, weight_decay)
-    assert_same_paths(ours, theirs)
+
+    def drawn(like, columns, rank, keys):
+        return torch.stack([matrices[GAP * key[-1]] for key in keys])
+
+    for module in (core, subspaces):
+        monkeypatch.setattr(module, "gaussian_matrices", drawn)
+    for subspace in ("gaussian", "seeded"):
+        ours = run(ApolloAdamW, group, grads, weight_decay, subspace=subspace)
+        assert_same_paths(ours, theirs)

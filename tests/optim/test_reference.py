@@ -25,9 +25,9 @@ OWN = {
     "frugal": [{"state_free_rule": "sign"}, {"state_free_rule": "sgd", "state_free_lr_ratio": 0.5}],
 }
 SUBSPACES = {
-    "galore": ("svd", "randomized", "random", "columns", "gaussian"),
+    "galore": ("svd", "randomized", "random", "columns", "gaussian", "seeded"),
     "fira": ("svd", "randomized", "random", "columns"),
-    "apollo": ("svd", "randomized", "random", "columns", "gaussian"),
+    "apollo": ("svd", "randomized", "random", "columns", "gaussian", "seeded"),
     "frugal": ("svd", "randomized", "random", "columns"),
 }
 
@@ -76,10 +76,10 @@ def bases_in_use(optimizer, param, number, options):
     if "basis" not in state:
         basis = gaussian_matrices(param, length, options.rank, [(0, number, state["refreshes"] - 1)])[0]
     elif state["basis"].is_floating_point():
-        basis = state["basis"]
+        basis = state["basis"].clone()
     else:
         basis = torch.eye(length, dtype=torch.float64)[:, state["basis"]]
-    return (state["left_basis"], basis) if left and right else (basis, None) if left else (None, basis)
+    return (state["left_basis"].clone(), basis) if left and right else (basis, None) if left else (None, basis)
 
 
 @pytest.mark.parametrize(("name", "side", "subspace", "moments", "variant", "own"), list(cases()), ids=str)
