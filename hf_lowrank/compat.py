@@ -236,10 +236,10 @@ _PRIVATE = {
     "FakeTensorMode": ("torch._subclasses.fake_tensor:FakeTensorMode",),
     "TorchDispatchMode": ("torch.utils._python_dispatch:TorchDispatchMode",),
     "active_fake_mode": ("torch._guards:detect_fake_mode",),
-    "adjust_lr": ("torch.optim._muon:_adjust_lr",),
     "all_gather_into_tensor": ("torch.distributed:all_gather_single", "torch.distributed:all_gather_into_tensor"),
     "foreach_add_": ("torch:_foreach_add_",),
     "foreach_copy_": ("torch:_foreach_copy_",),
+    "foreach_lerp_": ("torch:_foreach_lerp_",),
     "foreach_mul_": ("torch:_foreach_mul_",),
     "foreach_norm": ("torch:_foreach_norm",),
     "fused_adamw_": ("torch:_fused_adamw_",),
@@ -249,7 +249,6 @@ _PRIVATE = {
     "profiler_enabled": ("torch.autograd:_profiler_enabled",),
     "reduce_scatter_tensor": ("torch.distributed:reduce_scatter_single", "torch.distributed:reduce_scatter_tensor"),
     "tree_leaves": ("torch.utils._pytree:tree_leaves",),
-    "zeropower_via_newtonschulz": ("torch.optim._muon:_zeropower_via_newtonschulz",),
 }
 
 

@@ -22,7 +22,8 @@ from hf_lowrank.training import load_recipe
 RECIPES = Path(__file__).parents[1] / "recipes"
 TREES = ("nano", "llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b")
 BUILT_IN = (
-    "full_rank", "low_rank", "galore", "fira", "apollo", "apollo_mini", "frugal", "muon", "relora", "cola", "sltrain",
+    "full_rank", "low_rank", "galore", "fira", "apollo", "apollo_mini", "frugal", "muon", "normuon", "dion",
+    "dion2", "relora", "cola", "sltrain",
 )  # fmt: skip
 
 # hidden, MLP, layers, heads; steps, checkpoint every
@@ -95,6 +96,10 @@ PUBLISHED = {
         "prune_ratio": (0.99,) * 5,
         "max_grad_norm": (1.0,) * 5,
         "lora_alpha": (32,) * 5,
+    },
+    **{
+        name: {"weight_decay": (0.01,) * 5, "momentum": (0.95,) * 5, "adjust_lr_fn": ("spectral",) * 5}
+        for name in ("normuon", "dion", "dion2")
     },
     "low_rank": {"r": (128, 256, 256, 512, 1024)},
     "frugal": {"learning_rate": (1e-3,) * 5, "update_proj_gap": (200,) * 5, "rank": (128, 192, 256, 512, 1024)},
@@ -170,8 +175,17 @@ def test_sizes_are_the_published_ones(tree):
     assert parameters(tree, "cola") == counts[1]
 
 
+@pytest.mark.parametrize("tree", SIZES)
+@pytest.mark.parametrize("name", ["normuon", "dion", "dion2"])
+def test_matrices_get_the_published_rate_and_the_rest_that_of_full_rank(name, tree):
+    one = recipe(tree, name)
+    assert one.training["learning_rate"] == recipe(tree, "full_rank").training["learning_rate"]
+    assert one.training["learning_rate"] * one.settings.matrix_lr_scale == pytest.approx(1e-2, rel=1e-12)
+
+
 def test_where_nothing_was_published_the_file_says_so():
-    for name, tree in (("muon", "llama_60m"), ("low_rank", "llama_350m"), ("relora", "llama_1b"),
+    for name, tree in (("muon", "llama_60m"), ("normuon", "llama_60m"), ("dion", "llama_1b"), ("dion2", "llama_7b"),
+                       ("low_rank", "llama_350m"), ("relora", "llama_1b"),
                        ("full_rank", "llama_7b"), ("frugal", "llama_7b"), ("fira", "llama_7b")):  # fmt: skip
         assert (RECIPES / tree / f"{name}.yaml").read_text().startswith("# ")
 

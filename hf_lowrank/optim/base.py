@@ -36,9 +36,6 @@ logger = logging.getLogger(__name__)
 # Keys that torch, its schedulers and Trainer add to groups.
 FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "max_lr", "min_lr", "name"})
 
-# Settings that are not a group's, or whose default differs for a group.
-NOT_OF_GROUPS = frozenset({"target_modules", "target_parameters", "layerwise", "diagnostics", "rank", "seed"})
-
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 FULL_MOMENTS = adam_moments(whole=True)
 Declared = dict[str, StateTensor | int]
@@ -49,6 +46,10 @@ class TargetedAdamW(Optimizer):
 
     # Defaults, choices and bounds of the method's options.
     settings: ClassVar[type[MethodSettings]]
+    # Settings that are not a group's, or whose default differs for a group.
+    settings_of_model: ClassVar[frozenset[str]] = frozenset(
+        {"target_modules", "target_parameters", "layerwise", "diagnostics", "rank", "seed"}
+    )
     # Of all targets together.
     matrix_count: int
 
@@ -80,7 +81,7 @@ class TargetedAdamW(Optimizer):
         self._checked = False
         self._layerwise = Layerwise(self) if layerwise else None
         fields = self.settings.model_fields.items()
-        settings = {key: field.default for key, field in fields if key not in NOT_OF_GROUPS}
+        settings = {key: field.default for key, field in fields if key not in self.settings_of_model}
         for key in options:
             if key not in settings:
                 raise TypeError(f"{type(self).__name__} has no option {key!r}; {nearest(key, settings)}")

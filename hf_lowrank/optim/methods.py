@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from hf_lowrank.compat import LazyObject
-from hf_lowrank.methods import SEED, SOLID, TARGET_MODULES, Look, Method, MethodSettings, explained
+from hf_lowrank.methods import (
+    DASH_DOTTED,
+    DASHED,
+    SEED,
+    SOLID,
+    TARGET_MODULES,
+    Look,
+    Method,
+    MethodSettings,
+    explained,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,6 +65,37 @@ ScaleType = Annotated[
     Literal["channel", "tensor"], explained("scaling factors", channel="one per channel", tensor="one per matrix")
 ]
 AnySubspace = Literal["svd", "randomized", "random", "columns", "gaussian", "seeded"]
+Momentum = Annotated[float, Field(ge=0, lt=1, description="decay of the momentum")]
+NsSteps = Annotated[int, Field(ge=1, description="iterations of the orthogonalisation")]
+NsDtype = Annotated[
+    Literal["bfloat16", "float32"],
+    explained(
+        "precision of the orthogonalisation",
+        bfloat16="torch's own",
+        float32="keeps runs on different numbers of processes together; float64 for such weights",
+    ),
+]
+AdjustLr = Annotated[
+    Literal["original", "match_rms_adamw", "spectral"],
+    explained(
+        "how the learning rate depends on the shape of a matrix",
+        original="by its aspect ratio if it has more rows than columns",
+        match_rms_adamw="so that updates have the RMS of AdamW's and both can share a learning rate",
+        spectral="by the square root of rows over columns",
+    ),
+]
+Orthogonaliser = Annotated[
+    Literal["newton_schulz", "polar_express"],
+    explained(
+        "polynomials of the orthogonalisation",
+        newton_schulz="torch's one, repeated",
+        polar_express="one for each iteration, which brings singular values closer to one",
+    ),
+]
+MatrixLrScale = Annotated[
+    float,
+    Field(gt=0, description="learning rate of the target matrices relative to that of all other parameters"),
+]
 FrugalSubspace = Annotated[Literal["svd", "randomized", "random", "columns", "blocks"], SUBSPACE]
 
 
@@ -156,21 +197,39 @@ class FrugalSettings(SubspaceSettings):
 
 
 class MuonSettings(OptimizerSettings):
-    momentum: float = Field(0.95, ge=0, lt=1, description="decay of the running mean of gradients")
+    momentum: Momentum = 0.95
     nesterov: bool = Field(True, description="use Nesterov momentum")
-    ns_steps: int = Field(5, ge=1, description="Newton–Schulz iterations")
-    ns_dtype: Literal["bfloat16", "float32"] = explained(
-        "precision of Newton–Schulz",
-        "bfloat16",
-        bfloat16="torch's own",
-        float32="keeps runs on different numbers of processes together",
+    ns_steps: NsSteps = 5
+    ns_dtype: NsDtype = "bfloat16"
+    adjust_lr_fn: AdjustLr = "match_rms_adamw"
+    orthogonaliser: Orthogonaliser = "newton_schulz"
+    matrix_lr_scale: MatrixLrScale = 1.0
+
+
+class NorMuonSettings(MuonSettings):
+    nesterov: bool = Field(False, description="use Nesterov momentum")
+    adjust_lr_fn: AdjustLr = "spectral"
+    orthogonaliser: Orthogonaliser = "polar_express"
+    muon_beta2: float = Field(0.95, ge=0, lt=1, description="decay of the running mean of each row's squares")
+
+
+class DionSettings(OptimizerSettings):
+    rank: Rank = 128
+    momentum: Momentum = 0.95
+    adjust_lr_fn: AdjustLr = "spectral"
+    matrix_lr_scale: MatrixLrScale = 1.0
+
+
+class Dion2Settings(OptimizerSettings):
+    fraction: float = Field(
+        0.25, gt=0, le=1, description="share of a matrix's rows or columns, whichever are fewer, that move in a step"
     )
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] = explained(
-        "how the learning rate depends on the shape of a matrix",
-        "match_rms_adamw",
-        original="by its aspect ratio",
-        match_rms_adamw="so that updates have the RMS of AdamW's and both can share a learning rate",
-    )
+    momentum: Momentum = 0.95
+    ns_steps: NsSteps = 5
+    ns_dtype: NsDtype = "bfloat16"
+    adjust_lr_fn: AdjustLr = "spectral"
+    orthogonaliser: Orthogonaliser = "polar_express"
+    matrix_lr_scale: MatrixLrScale = 1.0
 
 
 def build_optimizer(optimizer: str) -> Callable[[nn.Module, Any, TrainingArguments], Optimizer]:
@@ -266,11 +325,41 @@ ENTRIES = (
     Method(
         name="muon",
         title="Muon",
-        summary="torch's Muon on the target matrices, AdamW on the rest.",
+        summary="Momentum, orthogonalised, on the target matrices; AdamW on the rest.",
         kind="optimizer",
         settings=MuonSettings,
         source="arXiv 2502.16982",
         look=Look("#8a5a2b", "#d3a273", SOLID, "pentagon"),
         build_optimizer=build_optimizer("hf_lowrank.optim.muon:MuonAdamW"),
+    ),
+    Method(
+        name="normuon",
+        title="NorMuon",
+        summary="Muon, with the rows of each update brought to one size by their own running means.",
+        kind="optimizer",
+        settings=NorMuonSettings,
+        source="arXiv 2510.05491",
+        look=Look("#9900e6", "#c042ff", DASH_DOTTED, "pentagon"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.normuon:NorMuonAdamW"),
+    ),
+    Method(
+        name="dion",
+        title="Dion",
+        summary="Orthogonalised momentum of low rank, by one power iteration per step.",
+        kind="optimizer",
+        settings=DionSettings,
+        source="arXiv 2504.05295",
+        look=Look("#59260d", "#e64c00", DASHED, "star"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.dion:DionAdamW"),
+    ),
+    Method(
+        name="dion2",
+        title="Dion2",
+        summary="Muon of the largest rows or columns of each momentum, while the others gather.",
+        kind="optimizer",
+        settings=Dion2Settings,
+        source="arXiv 2512.16928",
+        look=Look("#80006a", "#bd65af", DASH_DOTTED, "cross"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.dion2:Dion2AdamW"),
     ),
 )

@@ -1,54 +1,51 @@
-"""torch's Muon for the target matrices and AdamW for the rest, as one optimizer, for comparison."""
+"""Muon (arXiv 2502.16982): momentum, orthogonalised, for the target matrices; AdamW for the rest.
 
+All matrices of a shape move in one stack, so that a step launches the same operations for one of them and for a
+hundred. NorMuon, Dion and Dion2 are built on the same core.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hf_lowrank.compat import adjust_lr, zeropower_via_newtonschulz
+from hf_lowrank.compat import foreach_add_, foreach_lerp_, foreach_mul_
 from hf_lowrank.errors import UserError
+from hf_lowrank.methods import MethodSettings
 from hf_lowrank.optim.base import Declared, Params, TargetedAdamW
 from hf_lowrank.optim.batch import Batch
 from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.layout import Layout, make_layout
-from hf_lowrank.optim.methods import MuonSettings
+from hf_lowrank.optim.methods import MuonSettings, OptimizerSettings
+from hf_lowrank.optim.orthogonal import orthogonalise
 from hf_lowrank.optim.state import StateTensor
 
-A, B, C = COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-SMALLEST_NORM = 1e-7
 
+class OrthogonalAdamW(TargetedAdamW):
+    """AdamW whose target matrices move by orthogonalised momentum; base of Muon and its kin.
 
-def orthogonalise(matrix: Tensor, steps: int, dtype: str = "bfloat16") -> Tensor:
-    """Newton–Schulz: the matrix with its singular values brought close to one, in `dtype`; torch's own in bfloat16."""
-    if dtype == "bfloat16":
-        found: Tensor = zeropower_via_newtonschulz(matrix, COEFFICIENTS, steps, SMALLEST_NORM)
-        return found
-    tall = matrix.shape[0] > matrix.shape[1]
-    work = matrix.float().T if tall else matrix.float()
-    work = work / work.norm().clamp(min=SMALLEST_NORM)
-    for _ in range(steps):
-        gram = work @ work.T
-        work = torch.addmm(work, torch.addmm(gram, gram, gram, beta=B, alpha=C), work, beta=A)
-    return work.T if tall else work
-
-
-class MuonAdamW(TargetedAdamW):
-    """The update of `torch.optim.Muon` for the groups with `muon=True`, AdamW for the others.
+    A method defines `update`; it may add state and orient matrices.
 
     Args:
-        params: a model (its target modules get Muon), groups, or parameters.
-        lr: of both; `adjust_lr_fn="match_rms_adamw"` makes one rate fit both (arXiv 2502.16982).
-        momentum, nesterov, ns_steps, adjust_lr_fn: as in `torch.optim.Muon`.
-        ns_dtype: precision of Newton–Schulz. In torch's "bfloat16" a difference in a gradient's last digit becomes
-            one of a percent, so that runs on different numbers of processes visibly differ; "float32" keeps them
-            together.
+        params: a model (its target modules become targets), groups, or parameters. Groups with `muon=True` are
+            targets.
+        lr: of both; `adjust_lr_fn` makes one rate fit both, or `matrix_lr_scale` sets that of the targets apart.
+        betas, eps: of AdamW.
+        weight_decay: decoupled, of both.
+        target_modules: which linear layers are targets when `params` is a model, see `param_groups`.
+        matrix_lr_scale: what the learning rate of the targets is multiplied by when `params` is a model.
 
     The other arguments are those of `ProjectedAdamW`.
+
+    Raises:
+        UserError: an option is out of range, or a target is not a matrix; names it.
     """
 
-    settings = MuonSettings
+    settings: ClassVar[type[MethodSettings]] = OptimizerSettings
+    settings_of_model = TargetedAdamW.settings_of_model | {"matrix_lr_scale"}
 
     def __init__(
         self,
@@ -59,12 +56,17 @@ class MuonAdamW(TargetedAdamW):
         weight_decay: float = 0.0,
         *,
         target_modules: str | Sequence[str] = "auto",
+        matrix_lr_scale: float = 1.0,
         seed: int = 0,
         layerwise: bool = False,
         **options: Any,
     ) -> None:
         if isinstance(params, nn.Module):
             params = muon_groups(params, target_modules=target_modules, weight_decay=weight_decay)
+            if matrix_lr_scale != 1:
+                for group in params:
+                    group["lr"] = lr * matrix_lr_scale if group["muon"] else lr
+                params.reverse()  # Trainer logs the learning rate of the first group, which should be the recipe's
         super().__init__(
             params,
             options,
@@ -78,7 +80,7 @@ class MuonAdamW(TargetedAdamW):
             layerwise=layerwise,
         )
         if not any(group["muon"] for group in self.param_groups):
-            raise UserError("MuonAdamW needs at least one group with muon=True; pass the model itself")
+            raise UserError(f"{type(self).__name__} needs at least one group with muon=True; pass the model itself")
 
     def is_target(self, group: Mapping[str, Any]) -> bool:
         return bool(group["muon"])
@@ -86,43 +88,95 @@ class MuonAdamW(TargetedAdamW):
     def make_layout(self, group: dict[str, Any], param: Tensor, name: str) -> Layout:
         if param.ndim != 2:
             raise UserError(f"{name} of shape {tuple(param.shape)} is not a matrix; put it into a group without muon")
-        return make_layout(param, name, rank=1, proj_type="right", first_index=self.matrix_count)
+        rank, proj_type = group.get("rank", 1), self.orientation(param)
+        return make_layout(param, name, rank=rank, proj_type=proj_type, first_index=self.matrix_count)
+
+    def orientation(self, param: Tensor) -> str:
+        """The `proj_type` that orients a matrix, as for a projection: `right` as it is stored, `left` transposed."""
+        return "right"
 
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
         return {"momentum_buffer": StateTensor(shape=None, dtype="parameter")}
 
     def describe(self, group: Mapping[str, Any], layout: Layout) -> str:
-        return "Muon"
+        return type(self).__name__.removesuffix("AdamW")
 
     def batch_size(self, entry: Entry) -> int:
-        """One matrix, or one per process of those that shard it."""
-        return 1 if entry.layout.sharding is None else entry.layout.sharding.size
+        """At least one sharded matrix for each process."""
+        sharding = entry.layout.sharding
+        return max(super().batch_size(entry), 1 if sharding is None else sharding.size)
+
+
+class MuonAdamW(OrthogonalAdamW):
+    """Muon: `M ← μM + (1−μ)G`, `W ← (1 − η·wd) W − η_adjusted · orthogonalise(M)`, as in `torch.optim.Muon`.
+
+    Args:
+        momentum, nesterov, ns_steps: as in `torch.optim.Muon`.
+        ns_dtype: precision of the orthogonalisation. In torch's "bfloat16" a difference in a gradient's last digit
+            becomes one of a percent, so that runs on different numbers of processes visibly differ; "float32" keeps
+            them together.
+        adjust_lr_fn: `original` and `match_rms_adamw` as in `torch.optim.Muon`, or `spectral`.
+        orthogonaliser: `newton_schulz` as in `torch.optim.Muon`, or `polar_express` (arXiv 2505.16932).
+
+    The other arguments are those of `OrthogonalAdamW`.
+    """
+
+    settings: ClassVar[type[MethodSettings]] = MuonSettings
 
     def update(self, batch: Batch) -> None:
-        group = batch.group
-        updates = []
-        for mean, grad in zip(batch.state("momentum_buffer"), batch.grads, strict=True):
-            mean.lerp_(grad, 1 - group["momentum"])
-            updates.append(grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean)
-        rate = adjust_lr(batch.lr, group["adjust_lr_fn"], batch.entries[0].param.shape)
-        for weight, direction in zip(batch.weights, _orthogonalised(batch, updates), strict=True):
-            weight.mul_(batch.keep).add_(direction, alpha=-rate)
+        group, grads, momenta = batch.group, batch.grads, batch.state("momentum_buffer")
+        foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = stacked(momenta)
+        if group["nesterov"]:
+            updates = torch.lerp(stacked(grads), updates, group["momentum"])
+        directions = self.rescaled(batch, orthogonalised(updates, batch))
+        move_(batch, directions)
+
+    def rescaled(self, batch: Batch, directions: Tensor) -> Tensor:
+        """What a method makes of the orthogonalised momentum, (k, rows, columns)."""
+        return directions
 
 
-def _orthogonalised(batch: Batch, updates: list[Tensor]) -> list[Tensor]:
-    """Newton–Schulz of whole matrices; each sharded one by one process, which returns everyone's rows."""
+def stacked(views: Sequence[Tensor]) -> Tensor:
+    """Matrices in one new tensor, (k, rows, columns), each in the memory order that its view has."""
+    if views[0].stride(-1) == 1:
+        return torch.stack(list(views))
+    return torch.stack([view.mT for view in views]).mT
+
+
+def orthogonalised(updates: Tensor, batch: Batch) -> Tensor:
+    """Each of the matrices orthogonalised whole, in its own type; (k, rows, columns), of which this process has rows.
+
+    Sharded matrices are sent to one process each, in turn, in the type of the iterations.
+    """
     group, layout = batch.group, batch.entries[0].layout
+    wide = torch.promote_types(updates.dtype, torch.float32)
+    work = updates.to(torch.bfloat16 if group["ns_dtype"] == "bfloat16" else wide)
+    sharding = layout.sharding
+    if sharding is None:
+        return orthogonalise(work, group["ns_steps"], group["orthogonaliser"]).to(updates.dtype)
+    owners = [number % sharding.size for number in range(len(work))]
+    shape = (layout.rows, work.shape[-1])
+    wholes = sharding.to_owners(work.unbind(), owners, [shape[0]] * len(work))
+    if wholes:
+        done = orthogonalise(torch.stack(list(wholes.values())), group["ns_steps"], group["orthogonaliser"])
+        wholes = dict(zip(wholes, done.contiguous().unbind(), strict=True))
+    parts = sharding.from_owners(wholes, owners, [shape] * len(work), work)
+    return torch.stack(parts).to(updates.dtype)
 
-    def direction(matrix: Tensor) -> Tensor:
-        return orthogonalise(matrix, group["ns_steps"], group["ns_dtype"])
 
-    if layout.sharding is None:
-        return list(map(direction, updates))
-    owners = list(range(len(updates)))
-    shapes = [(layout.rows, layout.columns) for _ in updates]
-    wholes = layout.sharding.to_owners(updates, owners, [rows for rows, _ in shapes])
-    done = {i: direction(whole).to(whole.dtype).contiguous() for i, whole in wholes.items()}
-    return layout.sharding.from_owners(done, owners, shapes, updates[0])
+def move_(batch: Batch, directions: Tensor) -> None:
+    """`W ← (1 − η·wd) W − η_adjusted · directions`."""
+    rows, columns = batch.entries[0].param.shape
+    factors = {
+        "original": math.sqrt(max(1, rows / columns)),
+        "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
+        "spectral": math.sqrt(rows / columns),
+    }
+    if batch.keep != 1:
+        foreach_mul_(batch.weights, batch.keep)
+    directions = directions.to(batch.weights[0].dtype)
+    foreach_add_(batch.weights, directions.unbind(), alpha=-batch.lr * factors[batch.group["adjust_lr_fn"]])
 
 
 def muon_groups(

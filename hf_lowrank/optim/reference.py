@@ -7,6 +7,7 @@ last step returned, and returns the new weight and state; it changes nothing in 
     R = Pᵀ G Q             the projected gradient, with moments M and V of its shape
     N = M / (√V + ε)       Adam's direction without bias correction, which is part of η_t
     S                      what APOLLO, or Fira outside the subspace, makes of the gradient
+    U                      orthogonalised momentum; Dion's P and Q are bases of the momentum, V of NorMuon is per row
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from hf_lowrank.optim.orthogonal import NEWTON_SCHULZ, POLAR_EXPRESS
 
 Bases = tuple[Tensor | None, Tensor | None]
 
@@ -81,6 +84,9 @@ class Options:
     ns_steps: int = 5
     ns_dtype: torch.dtype = torch.bfloat16
     adjust_lr_fn: str = "match_rms_adamw"
+    orthogonaliser: str = "newton_schulz"
+    muon_beta2: float = 0.95
+    fraction: float = 0.25
 
 
 # The methods
@@ -136,16 +142,46 @@ def frugal_block(W: Tensor, G: Tensor, state: State, options: Options, *, chosen
 
 
 def muon(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
-    """Muon as in `torch.optim.Muon` (arXiv 2502.16982): `W ← (1 − η·wd) W − η_adjusted · NewtonSchulz(M)`."""
+    """Muon as in `torch.optim.Muon` (arXiv 2502.16982): `W ← (1 − η·wd) W − η_adjusted · orthogonalise(M)`."""
     M = torch.lerp(torch.zeros_like(G) if state.M is None else state.M, G, 1 - options.momentum)
     update = torch.lerp(G, M, options.momentum) if options.nesterov else M
-    rows, columns = W.shape
-    if options.adjust_lr_fn == "original":
-        lr = options.lr * math.sqrt(max(1, rows / columns))
-    else:
-        lr = options.lr * 0.2 * math.sqrt(max(rows, columns))
-    W = (1 - options.lr * options.weight_decay) * W - lr * newton_schulz(update, options)
-    return W, replace(state, step=state.step + 1, M=M)
+    return move(W, orthogonalise(update, options), options), replace(state, step=state.step + 1, M=M)
+
+
+def normuon(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """NorMuon (arXiv 2510.05491): U' = U / (√V + 1e-8), rescaled to ‖U‖, with V the mean squares of U's rows."""
+    M = G if state.M is None else options.momentum * state.M + G
+    U = orthogonalise(G + options.momentum * M if options.nesterov else M, options)
+    squares = U.square().mean(dim=1, keepdim=True)
+    V = (1 - options.muon_beta2) * squares + (0.0 if state.V is None else options.muon_beta2 * state.V)
+    normalised = U / (V.sqrt() + 1e-8)
+    W = move(W, normalised * (U.norm() / normalised.norm()), options)
+    return W, replace(state, step=state.step + 1, M=M, V=V)
+
+
+def dion(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """Dion (arXiv 2504.05295), of the transpose of a matrix with fewer rows than columns; Q₀ comes with the state."""
+    assert state.Q is not None
+    wide = G.shape[0] < G.shape[1]
+    M = (0.0 if state.M is None else state.M) + (G.mT if wide else G)
+    P = torch.linalg.qr(M @ state.Q)[0]
+    R = M.mT @ P
+    M = M - (1 - options.momentum) * P @ R.mT
+    Q = R / R.norm(dim=0)
+    U = P @ Q.mT
+    return move(W, U.mT if wide else U, options), replace(state, step=state.step + 1, M=M, Q=Q)
+
+
+def dion2(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """Dion2 (arXiv 2512.16928): the largest rows move, or columns of a matrix that has fewer of them."""
+    M = (torch.zeros_like(G) if state.M is None else state.M) + G
+    dim = 0 if G.shape[0] <= G.shape[1] else 1
+    count = math.ceil(options.fraction * G.shape[dim])
+    chosen = M.abs().sum(dim=1 - dim).topk(count).indices
+    selected = M.index_select(dim, chosen)
+    U = torch.zeros_like(G).index_copy(dim, chosen, orthogonalise(selected, options))
+    M = M.index_copy(dim, chosen, options.momentum * selected)
+    return move(W, U, options), replace(state, step=state.step + 1, M=M)
 
 
 # What they share
@@ -246,13 +282,26 @@ def state_free_rule(G: Tensor, options: Options) -> Tensor:
     return G.sign() if options.state_free_rule == "sign" else G
 
 
-def newton_schulz(G: Tensor, options: Options) -> Tensor:
+def orthogonalise(G: Tensor, options: Options) -> Tensor:
     """G with its singular values brought close to one, by a polynomial of degree five applied `ns_steps` times."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    polynomials = NEWTON_SCHULZ if options.orthogonaliser == "newton_schulz" else POLAR_EXPRESS
     X = G.to(options.ns_dtype)
     X = X.mT if G.shape[0] > G.shape[1] else X
-    X = X / X.norm().clamp(min=1e-7)
-    for _ in range(options.ns_steps):
+    X = X / (X.norm().clamp(min=1e-7) * (1.0 if options.orthogonaliser == "newton_schulz" else 1.02))
+    for step in range(options.ns_steps):
+        a, b, c = polynomials[min(step, len(polynomials) - 1)]
         A = X @ X.mT
         X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return (X.mT if G.shape[0] > G.shape[1] else X).to(G.dtype)
+
+
+def move(W: Tensor, U: Tensor, options: Options) -> Tensor:
+    """`W ← (1 − η·wd) W − η_adjusted · U`."""
+    rows, columns = W.shape
+    if options.adjust_lr_fn == "original":
+        factor = math.sqrt(max(1, rows / columns))
+    elif options.adjust_lr_fn == "spectral":
+        factor = math.sqrt(rows / columns)
+    else:
+        factor = 0.2 * math.sqrt(max(rows, columns))
+    return (1 - options.lr * options.weight_decay) * W - options.lr * factor * U

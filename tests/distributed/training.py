@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_lowrank.optim import FrugalAdamW, param_groups
 from hf_lowrank.optim.muon import muon_groups
 from hf_lowrank.optim.sharding import local_part
-from tests.optim.test_conformance import METHOD_CASES
+from tests.optim.test_conformance import METHOD_CASES, ORTHOGONAL, in_full_precision, own_options
 
 METHODS = {**METHOD_CASES, "frugal-blocks": partial(FrugalAdamW, subspace="blocks")}
 BATCH = 16
@@ -44,7 +44,7 @@ def net(dtype):
 
 
 def groups_of(name, model):
-    if name == "muon":
+    if name in ORTHOGONAL:
         return muon_groups(model, weight_decay=0.05)
     rank = 1 if name == "apollo-mini" else 4
     groups = param_groups(model, rank=rank, weight_decay=0.05)
@@ -57,9 +57,8 @@ def groups_of(name, model):
 def optimizer_of(name, model, **options):
     if name == "full-rank":
         return torch.optim.AdamW(model.parameters(), lr=1e-2)
-    # In bfloat16 Newton–Schulz amplifies a last-digit difference in the momentum to 1e-2.
-    own = {"ns_dtype": "float32"} if name == "muon" else {"update_proj_gap": 5}
-    return METHODS[name](groups_of(name, model), **{"lr": 1e-2, **own, **options})
+    own = own_options(name, 4, 5) if name in ORTHOGONAL else {"update_proj_gap": 5}
+    return METHODS[name](groups_of(name, model), **{"lr": 1e-2, **own, **in_full_precision(name), **options})
 
 
 def wrapped(model, way, world, mesh=None):

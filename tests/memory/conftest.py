@@ -27,7 +27,7 @@ def tiny():
     """The nano recipe of a method, with a smaller model and `key=value` changes."""
 
     def load(method, *changes):
-        rank = {"apollo_mini": (), "muon": (), "full_rank": ()}
+        rank = {"apollo_mini": (), "muon": (), "normuon": (), "dion2": (), "full_rank": ()}
         key = "r" if method in ("relora", "cola", "sltrain", "low_rank") else "rank"
         own = rank.get(method, (f"method.{key}=8",))
         return load_recipe(NANO / f"{method}.yaml", [*TINY, *own, *changes])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_conformance import METHOD_CASES, PROJECTED, loss_of, make, net, weights
+from test_conformance import METHOD_CASES, ORTHOGONAL, PROJECTED, in_full_precision, loss_of, make, net, weights
 from torch import nn
 
 from hf_lowrank.optim.subspaces import SUBSPACES
@@ -45,7 +45,7 @@ def runs():
             ("8bit", wide, {"state_dtype": "8bit"}),
         ):
             model = build()
-            rank = {} if label != "8bit" or name in {"muon", "apollo-mini"} else {"rank": 4}
+            rank = {} if label != "8bit" or name in {*ORTHOGONAL, "apollo-mini"} else {"rank": 4}
             found[f"{name} {label}"] = (model, make(name, model, **rank, **options))
     return found
 
@@ -86,7 +86,7 @@ def parallel(folder, rank, world):
     ends = {}
     for name in METHOD_CASES:
         model = net(torch.float64)
-        optimizer = make(name, model, **({"ns_dtype": "float32"} if name == "muon" else {}))
+        optimizer = make(name, model, **in_full_precision(name))
         wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
         for step in range(9):
             optimizer.zero_grad()

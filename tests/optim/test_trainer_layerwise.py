@@ -63,7 +63,10 @@ class LargestGradient(TrainerCallback):
         ("fira", {"rank": 4, "subspace": "columns", "update_proj_gap": 3}),
         ("apollo", {"rank": 4, "update_proj_gap": 3}),
         ("frugal", {"rank": 4, "update_proj_gap": 3}),
-        ("muon", {}),
+        ("muon", {"ns_dtype": "float32"}),
+        ("normuon", {"ns_dtype": "float32"}),
+        ("dion", {"rank": 4}),
+        ("dion2", {"ns_dtype": "float32"}),
     ],
 )
 @pytest.mark.parametrize("accumulation", [1, 2])

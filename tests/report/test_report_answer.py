@@ -16,7 +16,8 @@ from hf_lowrank.report.payload import payload
 from hf_lowrank.report.plots import loss_curves, trends
 from hf_lowrank.runs.records import load_runs
 
-OTHERS = ["apollo_mini", "frugal", "muon", "cola_m"]
+ORTHOGONAL = ["normuon", "dion", "dion2"]
+OTHERS = ["apollo_mini", "frugal", "muon", "cola_m", *ORTHOGONAL]
 STUDY = ["full_rank", "low_rank", "galore", "fira", "apollo", "relora", "cola", "sltrain"]
 ALL = STUDY + OTHERS
 
@@ -193,8 +194,8 @@ def test_methods_are_distinguishable_without_colour_vision(tone, vision):
     chosen = looks(ALL)
     shapes = [(look.dash, look.marker) for look in chosen.values()]
     assert len(set(shapes)) == len(shapes)
-    for a in STUDY:
-        for b in STUDY:
+    for a in STUDY + ORTHOGONAL:
+        for b in STUDY + ORTHOGONAL:
             if a < b and chosen[a].dash == chosen[b].dash:
                 apart = np.linalg.norm(_lab(getattr(chosen[a], tone), vision) - _lab(getattr(chosen[b], tone), vision))
                 assert apart > 12, (a, b, apart)
