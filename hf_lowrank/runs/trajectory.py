@@ -147,7 +147,14 @@ class Trajectory:
             UserError: as `model`, or the layers have no dense equivalent (CoLA's are non-linear).
         """
         model: Any = self.model(step, device_map=device_map)
-        return model.to_dense(in_place=True).eval() if hasattr(model, "to_dense") else model
+        if not hasattr(model, "to_dense"):
+            return model
+        dense: PreTrainedModel = model.to_dense(in_place=True).eval()
+        del model
+        for parameter in dense.parameters():
+            if parameter.device.type == "cpu":  # as loaded it keeps the whole file mapped, factors included
+                parameter.data = parameter.data.clone()
+        return dense
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,3 +236,17 @@ def test_a_dense_model_takes_the_place_of_the_adapted_one(pairs, method):
     for name, parameter in dense.named_parameters():
         assert torch.equal(parameter, copied.get_parameter(name))
     torch.testing.assert_close(dense(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs /proc")
+def test_a_dense_model_lets_go_of_the_file_with_the_factors(pairs):
+    run = pairs[1]["relora"][0]
+    maps, file = Path("/proc/self/maps"), str(run / "checkpoint-20" / "model.safetensors")
+    model = Trajectory(run).model(20)
+    assert file in maps.read_text()
+    del model
+    gc.collect()
+    dense = Trajectory(run).dense_model(20)
+    gc.collect()
+    assert file not in maps.read_text()
+    assert dense.get_input_embeddings().weight.is_contiguous()
