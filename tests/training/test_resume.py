@@ -22,6 +22,9 @@ METHODS = {
     "two_rates": {"name": "full_rank", "matrix_lr_scale": 0.25},
     "galore": {"name": "galore", "rank": 4, "update_proj_gap": 7},
     "fira": {"name": "fira", "rank": 4, "update_proj_gap": 7},
+    "normuon": {"name": "normuon"},
+    "dion": {"name": "dion", "rank": 4, "matrix_lr_scale": 5.0},
+    "dion2": {"name": "dion2", "fraction": 0.4},
 }
 STEPS, EVERY = 40, 5
 
