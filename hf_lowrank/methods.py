@@ -216,7 +216,8 @@ class Method:
             draws the same initial weights.
         build_optimizer: `(model, settings, args) -> optimizer`; without it, or where it returns None, Trainer builds
             its own AdamW.
-        build_scheduler: `(optimizer, settings, args, num_training_steps) -> scheduler`; None leaves Trainer its own.
+        build_scheduler: `(optimizer, settings, args, num_training_steps) -> scheduler`; without one, or where it
+            returns None, Trainer has its own.
         callbacks: `(settings, args) -> callbacks`.
     """
 
@@ -229,7 +230,7 @@ class Method:
     look: Look = None  # type: ignore[assignment]
     build_model: Callable[[PreTrainedConfig, Any, int], PreTrainedModel] = dense_model
     build_optimizer: Callable[[nn.Module, Any, TrainingArguments], Optimizer | None] | None = None
-    build_scheduler: Callable[[Optimizer, Any, TrainingArguments, int], LRScheduler] | None = None
+    build_scheduler: Callable[[Optimizer, Any, TrainingArguments, int], LRScheduler | None] | None = None
     callbacks: Callable[[Any, TrainingArguments], Sequence[TrainerCallback]] = lambda settings, args: ()
 
     def optimizer(self, model: nn.Module, settings: Any, args: TrainingArguments) -> Optimizer | None:

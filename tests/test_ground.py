@@ -206,7 +206,7 @@ class TestOptions:
 
     def test_shared_settings_are_listed_once(self):
         sections = dict(setting_sections(METHODS))
-        assert len(sections) == len(METHODS) + 4
+        assert len(sections) == len(METHODS) + 5
         listed = [setting.name for settings in sections.values() for setting in settings]
         assert listed.count("update_proj_gap") == listed.count("rank_pattern") == listed.count("layerwise") == 1
         (fira,) = [settings for heading, settings in sections.items() if heading.startswith("fira: Fira (arXiv")]

@@ -151,6 +151,23 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return u[:, :r] * root, root[:, None] * vt[:r]
 
 
+def balanced_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A' = √S Vᵀ (r, in) and B' = U √S (out, r) with U S Vᵀ = B A, in float32 at least.
+
+    The product is never formed: QR of both factors, and the SVD of an (r, r) matrix. The sign of each pair of singular
+    vectors makes the largest entry of the left one positive, so that rounding does not decide it.
+    """
+    wide = torch.promote_types(A.dtype, torch.float32)
+    left, left_r = torch.linalg.qr(B.to(wide))
+    right, right_r = torch.linalg.qr(A.to(wide).mT)
+    u, sigma, vt = torch.linalg.svd(left_r @ right_r.mT)
+    U = left @ u
+    largest = U.gather(0, U.abs().argmax(0, keepdim=True)).squeeze(0)
+    root = sigma.sqrt()
+    signed = torch.where(largest < 0, -root, root)
+    return signed[:, None] * (vt @ right.mT), U * signed
+
+
 def keyed_generator(seed: int, *keys: str | int) -> torch.Generator:
     """A CPU generator whose state depends on `seed` and `keys` alone.
 

@@ -29,6 +29,8 @@ class AdapterSettings(MethodSettings):
 
     peft_type: ClassVar[str]
     fixed: ClassVar[dict[str, Any]] = {}
+    # Settings of the training, which are no fields of the PEFT config.
+    of_training: ClassVar[frozenset[str]] = frozenset({"seed"})
 
     r: int = Field(128, ge=1, description="rank of the factors")
     target_modules: str | list[str] = Field("auto", description=TARGET_MODULES)
@@ -41,7 +43,7 @@ class AdapterSettings(MethodSettings):
 
     def adapter_fields(self) -> set[str]:
         """The settings that are fields of the PEFT config, under the same names."""
-        return set(type(self).model_fields) - {"seed"}
+        return set(type(self).model_fields) - self.of_training
 
     def seed_or(self, run_seed: int) -> int:
         """The method's own seed, or the run's."""
@@ -58,6 +60,19 @@ class ReplacingSettings(AdapterSettings):
         return {**super().adapter_config(seed), "seed": self.seed_or(seed)}
 
 
+class Refactorised(ReplacingSettings):
+    """Settings of a method whose factors can be refactorised."""
+
+    of_training: ClassVar[frozenset[str]] = frozenset({"seed", "refactorise_every", "recovery_steps"})
+
+    refactorise_every: int = Field(
+        0, ge=0, description="optimizer steps between refactorisations with a reset of all moments; 0 for never"
+    )
+    recovery_steps: int = Field(
+        10, ge=0, description="steps in which the learning rate climbs back after a refactorisation"
+    )
+
+
 class CoLASettings(ReplacingSettings):
     peft_type = "COLA"
 
@@ -68,14 +83,14 @@ class CoLASettings(ReplacingSettings):
     ] = False
 
 
-class LowRankSettings(ReplacingSettings):
+class LowRankSettings(Refactorised):
     """W = B A is CoLA's layer without its non-linearity."""
 
     peft_type = "COLA"
     fixed: ClassVar[dict[str, Any]] = {"bottleneck_act": "linear"}
 
 
-class SLTrainSettings(ReplacingSettings):
+class SLTrainSettings(Refactorised):
     peft_type = "SLTRAIN"
 
     lora_alpha: LoraAlpha = 32
@@ -114,6 +129,8 @@ ENTRIES = (
         settings=LowRankSettings,
         look=Look("#7b766d", "#a39e94", DOTTED, "plus"),
         build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
+        build_scheduler=LazyObject("hf_lowrank.adapters.refactorise:build_scheduler"),
+        callbacks=LazyObject("hf_lowrank.adapters.refactorise:refactorise_callbacks"),
     ),
     Method(
         name="cola",
@@ -134,6 +151,8 @@ ENTRIES = (
         source="arXiv 2406.02214",
         look=Look("#1b8fa3", "#62d0e3", DASHED, "square"),
         build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
+        build_scheduler=LazyObject("hf_lowrank.adapters.refactorise:build_scheduler"),
+        callbacks=LazyObject("hf_lowrank.adapters.refactorise:refactorise_callbacks"),
     ),
     Method(
         name="relora",

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.adapters.dense import ADAPTER, lora_dense_weight
 from hf_lowrank.adapters.functional import fill, kaiming_uniform, keyed_generator, placed_like
 from hf_lowrank.adapters.methods import Pruning, ReLoraSettings
+from hf_lowrank.adapters.restarts import inner, is_restart
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import check_options
 from hf_lowrank.targets import LINEAR_TYPES, adam_arguments, decayed_names
@@ -203,11 +204,6 @@ class ReLoraScheduler(LRScheduler):
         return [base * factor for base in self.base_lrs]
 
 
-def is_restart(step: int, restart_every: int, warm_start_steps: int = 0) -> bool:
-    """Whether a restart follows optimizer step `step`, counted from 1 like `global_step`."""
-    return step > warm_start_steps and (step - warm_start_steps) % restart_every == 0
-
-
 class ReLoraCallback(TrainerCallback):
     """Restarts at the end of every `restart_every`-th optimizer step, before that step's checkpoint is written.
 
@@ -288,7 +284,7 @@ class ReLoraCallback(TrainerCallback):
         """Merges, re-initialises and prunes after optimizer step `step`."""
         merge_and_reinit(model, seed=self.seed, step=step, adapter=self.adapter)
         prune_moments(
-            _inner(optimizer),
+            inner(optimizer),
             factors(model, self.adapter),
             mode=self.pruning,
             ratio=self.prune_ratio,
@@ -301,14 +297,10 @@ class ReLoraCallback(TrainerCallback):
         if self._warm:
             return
         for weight in dense_weights(model):
-            _inner(optimizer).state.pop(weight, None)
+            inner(optimizer).state.pop(weight, None)
             if not torch.distributed.is_initialized():
                 weight.requires_grad_(False)
                 weight.grad = None
-
-
-def _inner(optimizer: Any) -> Optimizer:
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def build_relora_optimizer(model: nn.Module, settings: ReLoraSettings, args: TrainingArguments) -> Optimizer:

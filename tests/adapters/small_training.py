@@ -67,17 +67,15 @@ def train(
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
     )
     data = torch.randint(32, (64, 12), generator=torch.Generator().manual_seed(3))
-    optimizers = (None, None)
-    optimizer = method.optimizer(model, options, args)
-    if optimizer is not None:
-        optimizers = (optimizer, method.build_scheduler(optimizer, options, args, steps))
     callbacks = [*method.callbacks(options, args), *([Killed(kill, moment)] if kill else [])]
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=[{"input_ids": row, "labels": row} for row in data],
-        optimizers=optimizers,
+        optimizers=(method.optimizer(model, options, args), None),
         callbacks=callbacks,
     )
+    if method.build_scheduler is not None:
+        trainer.lr_scheduler = method.build_scheduler(trainer.create_optimizer(), options, args, steps)
     trainer.train(resume_from_checkpoint=resume)
     return trainer

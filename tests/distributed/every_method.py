@@ -38,6 +38,8 @@ CASES = {
     "cola": {"r": 4},
     "sltrain": {"r": 4},
     "low_rank": {"r": 4},
+    "low_rank_refactorised": {"name": "low_rank", "r": 4, "refactorise_every": 4, "recovery_steps": 2},
+    "sltrain_refactorised": {"name": "sltrain", "r": 4, "refactorise_every": 4, "recovery_steps": 2},
 }
 BATCH = 8
 SHAPE = {
@@ -75,14 +77,14 @@ def _by_hand(case, way, steps, rank, world):
     model = method.build_model(LlamaConfig(vocab_size=46, **SHAPE), settings, 0).double()
     args = SimpleNamespace(
         learning_rate=3e-3, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-6, weight_decay=0.1, seed=0,
-        get_warmup_steps=lambda steps: 2,
+        get_warmup_steps=lambda steps: 2, lr_scheduler_type="linear", lr_scheduler_kwargs=None,
     )  # fmt: skip
     optimizer = method.optimizer(model, settings, args) or torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=3e-3, eps=1e-6, weight_decay=0.1
     )
     scheduler = method.build_scheduler(optimizer, settings, args, steps) if method.build_scheduler else None
     torch.manual_seed(1 + rank)  # torch's global generator differs between processes
-    restarts = method.callbacks(settings, args) if method.kind == "restarts" else ()
+    restarts = [callback for callback in method.callbacks(settings, args) if hasattr(callback, "restart")]
     accelerator, wrapped, inner = None, model, optimizer
     if way != "alone":
         AcceleratorState._reset_state(reset_partial_state=True)
