@@ -279,5 +279,5 @@ def _as_start(bases: Tensor | None) -> Tensor | None:
 def stacked(matrices: Sequence[Tensor], transposed: bool = False) -> Tensor:
     """Matrices in one tensor (k, rows, columns), in the memory order of the stored ones; one alone is not copied."""
     if len(matrices) == 1:
-        return matrices[0][None]
+        return matrices[0].unsqueeze(0)
     return torch.stack([matrix.mT for matrix in matrices]).mT if transposed else torch.stack(list(matrices))
