@@ -112,3 +112,11 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
     total = only_first + only_second
     return float(binomtest(only_first, total).pvalue) if total else 1.0
+
+
+def without_outliers(values: Sequence[float]) -> tuple[float, float]:
+    """The least and the greatest value within three interquartile ranges of the quartiles (Tukey's outer fences)."""
+    first, third = np.quantile(values, (0.25, 0.75))
+    reach = 3 * (third - first) if third > first else np.inf
+    inside = [value for value in values if first - reach <= value <= third + reach]
+    return min(inside), max(inside)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +59,10 @@ class Trial:
             object.__setattr__(self, "edges", {LEARNING_RATE: 0} if self.at_edge else {})
         if not self.values or not all(isinstance(value, int | float | str) for value in self.values.values()):
             raise ValueError(f"values must be numbers or words by recipe key, got {self.values!r:.80}")
-        if not (math.isfinite(rate := self.rate) and rate > 0):
-            raise ValueError(f"learning_rate must be a positive number, got {rate!r}")
+        if LEARNING_RATE in self.tried and not (self.rate or 0) > 0:
+            raise ValueError(f"learning_rate must be a positive number, got {self.tried[LEARNING_RATE]!r}")
+        if not all(isinstance(count, int) for count in self.edges.values()):
+            raise ValueError(f"edges must be counts by recipe key, got {self.edges!r:.80}")
 
     @property
     def tried(self) -> Mapping[str, Any]:
@@ -70,10 +71,9 @@ class Trial:
         return self.values
 
     @property
-    def rate(self) -> float:
-        """The learning rate that it tried; 1 where the sweep did not try any."""
-        rate = finite_number(self.tried.get(LEARNING_RATE, 1.0))
-        return math.nan if rate is None else rate
+    def rate(self) -> float | None:
+        """The learning rate that it tried; None where the sweep did not try any."""
+        return finite_number(self.tried.get(LEARNING_RATE))
 
     @property
     def at_edges(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from hf_lowrank.metrics import METRICS
 from hf_lowrank.processes.launch import RECOVERABLE_ERRORS
 from hf_lowrank.runs.measure_settings import MeasureSettings, Space
 from hf_lowrank.runs.measurements import UNDEFINED, Measurement
+from hf_lowrank.runs.run_files import section
 from hf_lowrank.runs.selection import is_current, is_current_comparison, size_of, steps_of
 from hf_lowrank.runs.trajectory import Trajectory
 
@@ -94,6 +95,12 @@ def find_baseline(trajectory: Trajectory, candidates: Sequence[Trajectory]) -> t
     if not same_seed:
         seeds = sorted({str(other.run.seed) for other in same_size})
         return None, f"no baseline: no full-rank run has seed {trajectory.run.seed} (there: {', '.join(seeds)})"
+    methods = [section(other.run.recipe or {}, "method") for other in same_seed]
+    if any(method != methods[0] for method in methods):
+        names = ", ".join(other.run.name for other in same_seed)
+        return None, (
+            f"no baseline: several full-rank runs have seed {trajectory.run.seed} ({names}); name one with --baseline"
+        )
     return same_seed[0], None
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+from hf_lowrank.claims.results import Trial, key_words
 from hf_lowrank.claims.study import method_order, titles
 from hf_lowrank.formats import big_count, join_words, loss_text, pluralize, significant
 from hf_lowrank.report.run_table import Cell, Column, mixed, table
@@ -41,6 +44,7 @@ class Group:
         columns: those that at least one run fills.
         cells: one row per run, one cell per column.
         mixed: metrics measured with different settings or at different steps in these runs.
+        caution: why the baseline's place may be that of its tuning, to be said before all else; empty where it is not.
         headline, standfirst: the answer in a sentence and its basis: the finished runs, if there are any.
         trade: what is lost and saved compared with the baseline; empty without one.
         standings: the table of methods.
@@ -54,16 +58,17 @@ class Group:
     columns: tuple[Column, ...]
     cells: tuple[tuple[Cell, ...], ...]
     mixed: tuple[str, ...]
+    caution: str
     headline: str
     standfirst: str
     trade: str
     standings: Standings
 
 
-def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
+def groups(runs: Sequence[RunRecord], baseline: str = BASELINE, sweep: Sequence[Trial] = ()) -> list[Group]:
     """The runs by evaluation set and size, the largest group first; runs without a set form a group of their own.
 
-    `baseline` names the method that the others are compared with.
+    `baseline` names the method that the others are compared with; `sweep` holds the trials that tuned the methods.
     """
     sets: dict[tuple[str | None, tuple[int, int] | None], list[RunRecord]] = {}
     for run in runs:
@@ -88,6 +93,7 @@ def groups(runs: Sequence[RunRecord], baseline: str = BASELINE) -> list[Group]:
                 columns=tuple(columns),
                 cells=tuple(cells),
                 mixed=mixed(members, columns),
+                caution=caution(ranked, sweep, baseline),
                 headline=headline,
                 standfirst=" ".join([standfirst, *_remarks(members)]),
                 trade=trade_off(ranked, methods),
@@ -125,6 +131,30 @@ def _scale(runs: Sequence[RunRecord], size: tuple[int, int] | None, baseline: st
     return ", ".join(parts) or "size unknown"
 
 
+def caution(runs: Sequence[RunRecord], sweep: Sequence[Trial], baseline: str) -> str:
+    """Says that the baseline, which ends worse than others, was not tuned as well as they were; empty otherwise.
+
+    It was not if they had a sweep and it had none, if they had more trials, or if its winner is at an edge.
+    """
+    means = {name: fmean(losses.values()) for name, losses in losses_by_method(runs).items()}
+    better = [name for name, loss in means.items() if baseline in means and loss < means[baseline]]
+    trials = Counter(trial.member for trial in sweep if not trial.extension)
+    most = max(better, key=lambda name: trials[name], default=None)
+    if most is None:
+        return ""
+    title = titles(means)
+    at_edges = [key for trial in sweep if trial.member == baseline and trial.chosen for key in trial.at_edges]
+    if trials[most] > trials[baseline]:
+        own = pluralize(trials[baseline], "trial") if trials[baseline] else "no trial"
+        reason = f"it had {own} in the sweep, {title[most]} had {trials[most]}"
+    elif at_edges:
+        keys = join_words([key_words(key) for key in at_edges])
+        reason = f"its best {keys} {'is' if len(at_edges) == 1 else 'are'} at the edge of the values tried"
+    else:
+        return ""
+    return f"{title[baseline]}, the baseline, may be behind because of its tuning: {reason}"
+
+
 def losses_by_method(runs: Sequence[RunRecord]) -> dict[str, dict[int, float]]:
     """Final loss by method and seed; a run without a seed counts as a seed of its own (negative)."""
     return by_seed(runs, final_losses(runs))
@@ -143,10 +173,10 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
     if not ranked:
         return "No loss was recorded", "These runs carry no validation loss; what was measured on them follows below."
     best, estimate = ranked[0]
-    at = f"perplexity {_perplexity(estimate.value)}"
+    lowest = _perplexity(estimate.value)
     if len(ranked) == 1:
         return (
-            f"{title[best]} reaches {at}",
+            f"{title[best]} reaches perplexity {lowest}",
             f"One method, {pluralize(estimate.n, 'seed')}{_interval_words(estimate)}.",
         )
     fewest, most = (choose(len(found) for found in losses.values()) for choose in (min, max))
@@ -157,7 +187,7 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
         seeds = "One seed per method" if most == 1 else seeds
         gap = loss_text(ranked[-1][1].value - estimate.value)
         return (
-            f"{title[best]} has the lowest {at}",
+            f"{title[best]} has the lowest perplexity, {lowest}",
             f"{seeds}: this describes these runs, not which method is better. The losses span {gap} nats.",
         )
     rivals = [name for name, _ in ranked[1:]]
@@ -167,9 +197,9 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
     basis = f"Over {seeds} per method, paired where seeds are common, 95 % intervals widened for {others} comparisons."
     if not tied:
         all_others = "every other method" if others > 1 else title[rivals[0]]
-        return f"{title[best]} has a lower perplexity than {all_others}: {_perplexity(estimate.value)}", basis
+        return f"{title[best]} has a lower perplexity than {all_others}: {lowest}", basis
     unclear = join_words(tied) if behind or others < 3 else "any other method"
-    headline = f"{title[best]} has the lowest mean {at}, statistically tied with {unclear}"
+    headline = f"{title[best]} has the lowest mean perplexity, {lowest}, statistically tied with {unclear}"
     return headline, basis + (f" Its loss is lower than that of {join_words(behind)}." if behind else "")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from hf_lowrank.claims.results import Trial, read_sweep
 from hf_lowrank.claims.study import in_order, registered, titles
 from hf_lowrank.methods import SPARE_LOOKS, Look
 from hf_lowrank.report.standings import BASELINE
@@ -46,20 +47,41 @@ def with_distinct_methods(runs: Sequence[RunRecord], study: Path | None = None) 
         method = (member_of(run, study) or run.method) if run.method == "unknown" else run.method
         kinds.setdefault((run.fingerprint, run.size, method), []).append(replace(run, method=method))
     renamed = {run.name: one for members in kinds.values() for run, one in _renamed(members, study)}
-    return [renamed[run.name] for run in runs]
+    titled = _titles(study)
+    return [replace(renamed[run.name], method=titled.get(member_of(run, study), renamed[run.name].method))
+            for run in runs]  # fmt: skip
 
 
 def baseline_of(runs: Sequence[RunRecord], study: Path | None) -> str:
     """The method that the others are compared with: that of the study's baseline, else full-rank training."""
+    wanted = _study_file(study).get("baseline")
+    return next((run.method for run in runs if wanted is not None and member_of(run, study) == wanted), BASELINE)
+
+
+def sweep_of(runs: Sequence[RunRecord], study: Path | None) -> tuple[Trial, ...]:
+    """The trials of a study's sweep, with its members named as the methods of their runs."""
+    trials = () if study is None else read_sweep(study)
+    names = {member: run.method for run in runs if (member := member_of(run, study)) is not None}
+    return tuple(replace(trial, member=names.get(trial.member, trial.member)) for trial in trials)
+
+
+def _study_file(study: Path | None) -> Mapping[str, Any]:
+    """What a study's file says; empty where there is none that can be read."""
     file = study / "study.yaml" if study is not None else None
     if file is None or not file.is_file():
-        return BASELINE
+        return {}
     try:
         said = parse_plain_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        said = None
-    wanted = said.get("baseline") if isinstance(said, Mapping) else None
-    return next((run.method for run in runs if wanted is not None and member_of(run, study) == wanted), BASELINE)
+        return {}
+    return said if isinstance(said, Mapping) else {}
+
+
+def _titles(study: Path | None) -> dict[str | None, str]:
+    """The titles that a study's file gives to its members."""
+    members = _study_file(study).get("members")
+    found = {name: section(members, name).get("title") for name in members} if isinstance(members, Mapping) else {}
+    return {str(name): title for name, title in found.items() if isinstance(title, str)}
 
 
 def _renamed(runs: Sequence[RunRecord], study: Path | None) -> Iterator[tuple[RunRecord, RunRecord]]:

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,15 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.formats import big_count, join_words, pluralize
 from hf_lowrank.metrics import CURVES, NOT_DENSE_MARK, NOT_DENSE_MEANING, SECTIONS
 from hf_lowrank.report.answer import Group, groups, losses_by_method
-from hf_lowrank.report.members import DARK_GROUND, LIGHT_GROUND, TitledLook, baseline_of, looks, with_distinct_methods
+from hf_lowrank.report.members import (
+    DARK_GROUND,
+    LIGHT_GROUND,
+    TitledLook,
+    baseline_of,
+    looks,
+    sweep_of,
+    with_distinct_methods,
+)
 from hf_lowrank.report.payload import payload, script_json
 from hf_lowrank.report.schema import MetricText, Payload, Run
 from hf_lowrank.report.sizes import Size, read_size, sizes_view
@@ -78,7 +87,8 @@ def write_report(
 
 def render(runs: Sequence[RunRecord], study: StudyResults, others: Sequence[Size] = ()) -> str:
     """The page of `runs`, of the study they belong to, and of studies at other sizes, as text."""
-    compared = groups(runs, baseline_of(runs, study.folder))
+    study = replace(study, sweep=sweep_of(runs, study.folder))
+    compared = groups(runs, baseline_of(runs, study.folder), study.sweep)
     chosen = looks([*(run.method for run in runs), *(rate.member for rate in study.sweep)])
     numbers = {name: number for number, name in enumerate(chosen)}
     data = payload(compared, study, chosen)
@@ -122,6 +132,7 @@ def render(runs: Sequence[RunRecord], study: StudyResults, others: Sequence[Size
         claims=claims_view(study, chosen),
         prediction=prediction_view(study),
         sweep=sweep_view(study, chosen),
+        sweep_rates=any(trial.rate is not None for trial in study.sweep),
         summary=_summary(runs),
         runs=[_made(run) for run in runs],
         packages=_versions(),

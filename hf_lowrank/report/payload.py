@@ -19,6 +19,8 @@ from hf_lowrank.report.schema import (
     Barrier,
     Curve,
     Line,
+    MethodMeans,
+    Numbers,
     Payload,
     Plane,
     Prediction,
@@ -31,6 +33,7 @@ from hf_lowrank.report.schema import (
 )
 from hf_lowrank.report.standings import downstream
 from hf_lowrank.runs.records import RunRecord, finished_or_all
+from hf_lowrank.statistics import without_outliers
 
 # More points than this change nothing about a line of a few hundred pixels.
 POINTS_PER_LINE = 400
@@ -205,6 +208,21 @@ def _barriers(groups: Sequence[Group], entries: Sequence[Run], numbers: Mapping[
     return barriers
 
 
+def _heat_scales(entries: Sequence[Run], means: Sequence[MethodMeans]) -> dict[str, Numbers]:
+    """Both ends of the scale of each metric's heat maps, by group and metric, from what is drawn: means, or runs."""
+    averaged = {(entry["group"], entry["method"]) for entry in means}
+    drawn = [*means, *(entry for entry in entries if (entry["group"], entry["method"]) not in averaged)]
+    found: dict[str, list[float]] = {}
+    for entry in drawn:
+        for metric, trend in entry["metrics"].items():
+            layers = trend.get("layers")
+            values = [
+                value for column in (layers["values"] if layers else []) for value in column if value is not None
+            ]
+            found.setdefault(f"{entry['group']} {metric}", []).extend(values)
+    return {key: [*without_outliers(values)] for key, values in found.items() if values}
+
+
 def _trials(study: StudyResults, numbers: Mapping[str, int]) -> list[Trial]:
     return [
         {
@@ -213,6 +231,7 @@ def _trials(study: StudyResults, numbers: Mapping[str, int]) -> list[Trial]:
             "loss": short(trial.loss, 6),
             "chosen": trial.chosen,
             "edge": bool(trial.at_edges),
+            "varied": len(trial.tried) > 1,
         }
         for trial in study.sweep
     ]
@@ -294,24 +313,26 @@ def payload(groups: Sequence[Group], study: StudyResults, chosen: Mapping[str, T
     tasks = _add_scores(entries, groups)
     entries = _prefer_finished(entries, {run.name for _, run in runs if run.unfinished})
     metrics = sorted({metric for entry in entries for metric in entry["metrics"]}, key=metric_order)
+    means = method_means(entries)
     return {
         "methods": [
             {"name": name, "title": look.title, "dash": list(look.dash), "marker": look.marker}
             for name, look in chosen.items()
         ],
         "runs": entries,
-        "means": method_means(entries),
+        "means": means,
         "barriers": _barriers(groups, entries, numbers),
         "scopes": list(scopes),
         "tasks": tasks,
         "sweep": _trials(study, numbers),
         "predictions": _predictions(study),
         "claims": _claims(study),
+        "heats": _heat_scales(entries, means),
         "quantities": {
             column.id: {
                 "title": describe(column.id).title if column.id in metrics else column.title,
                 "unit": column.unit,
-                "help": column.help,
+                "help": f"{column.help.removesuffix('.')}.",
                 "dimension": SECTIONS[column.group],
             }
             for column in columns.values()

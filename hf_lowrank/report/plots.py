@@ -19,7 +19,7 @@ from hf_lowrank.report.curves import Plane, center, curves, last_barriers, plane
 from hf_lowrank.report.members import LIGHT_GROUND, looks
 from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord, finished_or_all, load_runs
-from hf_lowrank.statistics import mean_interval
+from hf_lowrank.statistics import mean_interval, without_outliers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,7 +174,8 @@ def layer_profiles(runs: Iterable[Any], metric: str = "weight_effective_rank", *
 
 
 def layer_step_map(runs: Iterable[Any], metric: str = "activation_cka") -> Figure:
-    """Layer × step heat maps of a metric, one for each method (mean over its runs), all on one scale."""
+    """Layer × step heat maps of a metric, one for each method (mean over its runs), all on one scale; triangles mark
+    values beyond it."""
     records = _comparable(runs)
     tables: dict[str, dict[tuple[str, int], list[float]]] = {}
     for run in records:
@@ -183,7 +184,7 @@ def layer_step_map(runs: Iterable[Any], metric: str = "activation_cka") -> Figur
     if not tables:
         raise UserError(f"metric {metric!r} has no layers in these runs; measure it first")
     means = {m: {key: float(np.mean(values)) for key, values in table.items()} for m, table in tables.items()}
-    everything = [value for table in means.values() for value in table.values()]
+    low, high = without_outliers([value for table in means.values() for value in table.values()])
     chosen = {method: look for method, look in looks(run.method for run in records).items() if method in means}
     figure, axes = _figure(len(chosen), size=(2.6, 2.4))
     for (method, look), axis in zip(chosen.items(), axes, strict=True):
@@ -191,7 +192,11 @@ def layer_step_map(runs: Iterable[Any], metric: str = "activation_cka") -> Figur
         scopes = list(dict.fromkeys(scope for scope, _ in table))
         steps = sorted({step for _, step in table})
         grid = np.array([[table.get((scope, step), np.nan) for step in steps] for scope in scopes])
-        drawn = axis.imshow(grid, aspect="auto", cmap="Blues", vmin=min(everything), vmax=max(everything))
+        drawn = axis.imshow(grid, aspect="auto", cmap="Blues", vmin=low, vmax=high)
+        for (i, j), value in np.ndenumerate(grid):
+            if value < low or value > high:
+                marks: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6}
+                axis.text(j, i, "▴" if value > high else "▾", color="white" if value > high else "black", **marks)
         axis.set_xticks(range(len(steps)), [str(step) for step in steps], rotation=45 if len(steps) > 6 else 0)
         axis.set_yticks(range(len(scopes)), [scope.removeprefix("model.") for scope in scopes])
         axis.set(title=look.title, xlabel="step")

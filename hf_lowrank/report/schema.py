@@ -160,13 +160,14 @@ class Task(TypedDict):
 
 
 class Trial(TypedDict):
-    """One run of the learning-rate sweep."""
+    """One run of the sweep; `varied`: other keys than the learning rate were swept too."""
 
     method: int
     rate: float | None
     loss: float | None
     chosen: bool
     edge: bool
+    varied: bool
 
 
 class Prediction(TypedDict):
@@ -210,6 +211,8 @@ class Payload(TypedDict):
     sweep: list[Trial]
     predictions: list[Prediction]
     claims: list[list[Any]]
+    # Both ends of the scale of a metric's heat maps, by group and metric; values beyond them are outliers.
+    heats: dict[str, Numbers]
     quantities: dict[str, Quantity]
     dimensions: dict[str, str]
     metrics: dict[str, MetricText]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,7 +13,7 @@ from hf_lowrank.claims.results import StudyResults, load_results
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import join_words, signed, significant
 from hf_lowrank.report.answer import Group, groups, losses_by_method
-from hf_lowrank.report.members import baseline_of, with_distinct_methods
+from hf_lowrank.report.members import baseline_of, sweep_of, with_distinct_methods
 from hf_lowrank.report.standings import Standing
 from hf_lowrank.runs.records import finished_or_all, load_runs
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
@@ -37,10 +37,11 @@ def read_size(study: Path) -> Size:
     if not runs:
         raise UserError(f"{study}: must be a study's folder, but there are no runs in {study / 'runs'}")
     records = with_distinct_methods(load_runs(runs), study)
-    compared = groups(records, baseline_of(records, study))
+    results = replace(load_results(study), sweep=sweep_of(records, study))
+    compared = groups(records, baseline_of(records, study), results.sweep)
     if len(compared) != 1:
         raise UserError(f"{study}: its runs have {len(compared)} sizes or evaluation sets; they must have one")
-    return Size(compared[0], load_results(study))
+    return Size(compared[0], results)
 
 
 def sizes_view(first: Size, others: Sequence[Size]) -> dict[str, Any] | None:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_lowrank.claims.results import StudyResults
 from hf_lowrank.formats import byte_size, console, loss_text, significant
 from hf_lowrank.metrics import NOT_DENSE_MARK, NOT_DENSE_MEANING
 from hf_lowrank.report.answer import Group, groups
-from hf_lowrank.report.members import baseline_of, with_distinct_methods
+from hf_lowrank.report.members import baseline_of, looks, sweep_of, with_distinct_methods
 from hf_lowrank.report.standings import Standing
+from hf_lowrank.report.views import sweep_view
 from hf_lowrank.runs.records import load_runs
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def terminal_table(runs: Iterable[Any], width: int | None = None, *, study: Path
     from rich.text import Text
 
     named = with_distinct_methods(load_runs(runs), study)
-    compared = groups(named, baseline_of(named, study))
+    compared = groups(named, baseline_of(named, study), sweep_of(named, study))
     several = any(row.seeds > 1 for group in compared for row in group.standings.rows)
     order = _METHOD_COLUMNS if several else _RUN_COLUMNS
     headings = _method_headings(compared) if several else _run_headings(compared)
@@ -77,6 +79,25 @@ def terminal_table(runs: Iterable[Any], width: int | None = None, *, study: Path
         for line in part:
             table.add_row(*(Text(line.get(name, "—")) for name in wanted))
         table.add_section()
+    return table
+
+
+def sweep_table(runs: Iterable[Any], study: Path) -> Table | None:
+    """What the study's sweep tried for each member, and what won; None without a sweep."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    named = with_distinct_methods(load_runs(runs), study)
+    sweep = sweep_of(named, study)
+    if not sweep:
+        return None
+    table = Table(box=box.SIMPLE_HEAD, title="Tuning", title_justify="left")
+    for name in ("Method", "Trials", "Values and ranges", "Winner", "Loss", "At an edge"):
+        table.add_column(name, justify="right" if name == "Loss" else "left", overflow="fold")
+    for line in sweep_view(StudyResults(sweep=sweep), looks(trial.member for trial in sweep)):
+        cells = (line[key] for key in ("title", "trials", "ranges", "chosen", "loss", "edge"))
+        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
@@ -134,7 +155,7 @@ def _title(compared: Sequence[Group]) -> Any:
     from rich.text import Text
 
     if len(compared) == 1:
-        return Text(compared[0].headline, style="bold")
+        return Text(compared[0].caution or compared[0].headline, style="bold")
     sets = len({group.fingerprint for group in compared})
     sizes = len({group.size for group in compared})
     parts = [f"{sets} evaluation sets"] if sets > 1 else []
@@ -148,7 +169,9 @@ def _caption(compared: Sequence[Group], several: bool, marked: bool) -> Any:
     lines = []
     for group in compared:
         name = f"set {group.fingerprint[:12]}" if group.fingerprint else "no evaluation set"
-        head = f"{group.scale}, {name}: {group.headline}." if len(compared) > 1 else ""
+        head = f"{group.scale}, {name}: " if len(compared) > 1 else ""
+        head += f"{group.caution}. " if group.caution and len(compared) > 1 else ""
+        head += f"{group.headline}." if group.caution or len(compared) > 1 else ""
         lines.append(" ".join(filter(None, [head, group.trade, group.standfirst])))
     if several:
         stars = any(cell.tied for group in compared for row in group.standings.rows for cell in row.standings)

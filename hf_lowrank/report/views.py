@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hf_lowrank.claims.claim import VERDICT_MEANING, VERDICTS, Claim, Detail
-from hf_lowrank.claims.results import QUESTIONS, StudyResults
-from hf_lowrank.formats import finite_number, loss_text, p_text, pluralize, signed, significant
+from hf_lowrank.claims.results import QUESTIONS, StudyResults, Trial, key_words, range_text, value_words
+from hf_lowrank.formats import finite_number, join_words, loss_text, p_text, pluralize, signed, significant
 from hf_lowrank.report.answer import Group
 from hf_lowrank.report.standings import Criterion, Standing
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
@@ -228,19 +228,50 @@ def _or_dash(value: Any) -> str:
 
 
 def sweep_view(study: StudyResults, looks: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line for each member of the sweep: its rates, which one was chosen, and whether it is at the edge."""
+    """One line for each member of the sweep: its trials, what they tried, which one won, and how far from an edge."""
     found = []
-    for member in dict.fromkeys(rate.member for rate in study.sweep):
-        rates = sorted((rate for rate in study.sweep if rate.member == member), key=lambda rate: rate.rate)
-        chosen = next((rate for rate in rates if rate.chosen), None)
+    for member in dict.fromkeys(trial.member for trial in study.sweep):
+        trials = [trial for trial in study.sweep if trial.member == member]
+        chosen = next((trial for trial in trials if trial.chosen), None)
         found.append(
             {
                 "title": looks[member].title if member in looks else member,
                 "number": list(looks).index(member) if member in looks else None,
-                "rates": ", ".join(f"{rate.rate:g}" for rate in rates),
-                "chosen": f"{chosen.rate:g}" if chosen else "none",
+                "trials": _trials(trials),
+                "ranges": "; ".join(f"{key_words(key)} {text}" for key, text in _ranges(trials).items()),
+                "chosen": value_words(chosen.tried) if chosen else "none",
                 "loss": loss_text(chosen.loss) if chosen and chosen.loss is not None else "—",
-                "edge": bool(chosen and chosen.at_edges),
+                "edge": _edge(chosen),
             }
         )
     return found
+
+
+def _trials(trials: Sequence[Trial]) -> str:
+    """`8, 1 beyond an edge, 2 failed`."""
+    beyond, failed = (sum(flags) for flags in ([t.extension for t in trials], [t.loss is None for t in trials]))
+    parts = [str(len(trials) - beyond)]
+    parts += [f"{beyond} beyond an edge"] if beyond else []
+    return ", ".join([*parts, *([f"{failed} failed"] if failed else [])])
+
+
+def _ranges(trials: Sequence[Trial]) -> dict[str, str]:
+    """What was tried, by key: the ranges of the study file, or the values where it is a list."""
+    ranges = next((trial.ranges for trial in trials if trial.ranges), {})
+    values: dict[str, list[Any]] = {}
+    for trial in trials:
+        for key, value in trial.tried.items():
+            values.setdefault(key, []).append(value)
+    return {
+        key: range_text(ranges.get(key) or sorted(set(tried), key=lambda value: (isinstance(value, str), value)))
+        for key, tried in values.items()
+    }
+
+
+def _edge(chosen: Trial | None) -> str:
+    if chosen is None or not chosen.edges:
+        return "—"
+    if chosen.at_edges:
+        return f"yes: {join_words([key_words(key) for key in chosen.at_edges])}; better may lie beyond"
+    nearest = min(count for count in chosen.edges.values() if isinstance(count, int))
+    return f"no: {pluralize(nearest, 'value')} or more beyond"

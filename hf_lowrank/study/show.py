@@ -17,7 +17,7 @@ def print_plan(plan: Plan, console: Any) -> None:
 def print_result(result: StudyResult, console: Any) -> None:
     """The claims, the table of methods, where the page is, and what failed."""
     from hf_lowrank.claims import claims_table, read_claims
-    from hf_lowrank.report import terminal_table
+    from hf_lowrank.report.terminal import sweep_table, terminal_table
 
     claims = result.directory / CLAIMS
     if result.page is not None and claims.is_file():
@@ -27,6 +27,9 @@ def print_result(result: StudyResult, console: Any) -> None:
         else:
             print(f"{len(found)} claims of the paper tested, all undecided at this scale; the page explains why")  # noqa: T201
     if result.page is not None:
+        tuning = sweep_table(result.runs, result.directory)
+        if tuning is not None:
+            console.print(tuning)
         console.print(terminal_table(result.runs, study=result.directory))
         print(f"page: {result.page}")  # noqa: T201
     units: dict[tuple[str, str], list[str]] = {}

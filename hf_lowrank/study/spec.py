@@ -67,7 +67,7 @@ class MemberSettings(_Block):
     def _one_kind(self) -> Self:
         if (self.recipe is None) == (self.runs is None):
             raise ValueError("must have either recipe (a file to train by) or runs (existing checkpoints)")
-        trained = ("learning_rate", "overrides", "sweep")
+        trained = ("title", "learning_rate", "overrides", "sweep")
         kind, others = ("recipe", ("revisions", "method")) if self.recipe else ("runs", trained)
         for key in others:
             if key in self.model_fields_set:
@@ -256,6 +256,11 @@ def load_study(path: str | os.PathLike[str]) -> StudyFile:
     if settings.baseline not in settings.members:
         known = nearest(settings.baseline, settings.members)
         raise study.fault("baseline", f"must be one of the members, got {settings.baseline!r}; {known}")
+    titles = {name: member.title or name for name, member in settings.members.items()}
+    for name, title in titles.items():
+        others = [other for other in titles if other != name and title in (other, titles[other])]
+        if others and settings.members[name].title:
+            raise study.fault(f"members.{name}.title", f"must differ from that of {others[0]}, got {title!r}")
     _check_sweep(study)
     return study
 

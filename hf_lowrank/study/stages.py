@@ -207,8 +207,9 @@ def predict_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
 
 
 def claims_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
-    members, seeds = [run.member for run in runs], [run.seed for run in runs]
-    given: dict[str, Any] = {"baseline": study.settings.baseline, "members": members, "seeds": seeds}
+    names = {name: member.title or name for name, member in study.settings.members.items()}
+    members, seeds = [names[run.member] for run in runs], [run.seed for run in runs]
+    given: dict[str, Any] = {"baseline": names[study.settings.baseline], "members": members, "seeds": seeds}
     return [ClaimsUnit(**_result(study, runs, ClaimsUnit), **given)]
 
 

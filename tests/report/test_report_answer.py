@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hf_lowrank.claims.results import StudyResults
+from hf_lowrank.claims.results import StudyResults, Trial
 from hf_lowrank.formats import big_count, byte_size, duration, join_words, loss_text, significant
 from hf_lowrank.report import terminal_table
 from hf_lowrank.report.answer import groups, verdict
@@ -15,6 +15,7 @@ from hf_lowrank.report.members import DARK_GROUND, LIGHT_GROUND, looks
 from hf_lowrank.report.payload import payload
 from hf_lowrank.report.plots import loss_curves, trends
 from hf_lowrank.runs.records import load_runs
+from hf_lowrank.statistics import without_outliers
 
 ORTHOGONAL = ["normuon", "dion", "dion2"]
 OTHERS = ["apollo_mini", "frugal", "muon", "cola_m", *ORTHOGONAL]
@@ -24,7 +25,7 @@ ALL = STUDY + OTHERS
 
 def test_one_seed_gives_no_verdict(make_run):
     headline, standfirst = verdict(load_runs([make_run("a", "full_rank", loss=3.3), make_run("b", "fira", loss=3.2)]))
-    assert headline == "Fira has the lowest perplexity 24.5"
+    assert headline == "Fira has the lowest perplexity, 24.5"
     assert standfirst.startswith("One seed per method")
     assert "0.100 nats" in standfirst
 
@@ -39,7 +40,7 @@ def test_three_seeds_give_one_when_intervals_allow(make_run):
         runs("cola", (3.0, 3.3, 3.1)) + runs("sltrain", (3.1, 3.2, 3.15)) + runs("relora", (5.0, 5.3, 5.1))
     )
     headline, basis = verdict(close)
-    assert headline == "CoLA has the lowest mean perplexity 23.0, statistically tied with SLTrain"
+    assert headline == "CoLA has the lowest mean perplexity, 23.0, statistically tied with SLTrain"
     assert "Its loss is lower than that of ReLoRA." in basis
     assert "2 comparisons" in basis
 
@@ -231,3 +232,45 @@ def test_the_terminal_table_marks_what_is_not_of_dense_weights(make_run):
     assert "†" not in galore
     assert "† moves the model's own parameters instead of dense weights" in text
     assert "†" not in printed("fira")
+
+
+def trials_of(member, count=2, *, edge=False, extension=False):
+    return [
+        Trial(
+            member=member,
+            values={"training.learning_rate": 0.001 * (place + 1)},
+            loss=3.0,
+            chosen=place == 0,
+            edges={"training.learning_rate": 0 if edge else 1} if place == 0 else {},
+            extension=extension and place == count - 1,
+        )
+        for place in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("baseline_loss", "sweep", "said"),
+    [
+        (3.3, trials_of("full_rank", edge=True) + trials_of("fira"), "its best learning rate is at the edge"),
+        (3.3, trials_of("full_rank", 3) + trials_of("fira", 4), "it had 3 trials in the sweep, Fira had 4"),
+        (3.3, trials_of("fira", 4), "it had no trial in the sweep, Fira had 4"),
+        (3.3, trials_of("full_rank", 3) + trials_of("fira", 4, extension=True), ""),
+        (3.3, trials_of("full_rank", 4) + trials_of("fira", 4, edge=True), ""),
+        (3.3, [], ""),
+        (3.1, trials_of("full_rank", edge=True) + trials_of("fira", 4), ""),
+    ],
+)
+def test_a_baseline_that_was_tuned_less_is_said_first(make_run, baseline_loss, sweep, said):
+    runs = load_runs([make_run("a", "full_rank", loss=baseline_loss), make_run("b", "fira", loss=3.2)])
+    (group,) = groups(runs, sweep=sweep)
+    start = "Full-rank, the baseline, may be behind because of its tuning: "
+    assert group.caution.startswith(start + said) if said else group.caution == ""
+    assert group.headline.startswith("F")
+
+
+def test_an_outlier_does_not_set_the_scale_of_a_heat_map():
+    values = [0.9 + 0.001 * place for place in range(50)]
+    assert without_outliers(values) == (values[0], values[-1])
+    assert without_outliers([*values, 7.0, -3.0]) == (values[0], values[-1])
+    assert without_outliers([1.0] * 9 + [2.0]) == (1.0, 2.0)
+    assert without_outliers([5.0]) == (5.0, 5.0)

@@ -2,14 +2,17 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.report import write_report
+from hf_lowrank.hub.study_card import render_study_card
+from hf_lowrank.report import terminal_table, write_report
 from hf_lowrank.report.payload import script_json, short, thinned
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\u2028"
@@ -270,3 +273,37 @@ def test_what_is_not_of_dense_weights_is_marked_and_explained(page_of, make_run)
     text, page = page_of(runs[:1])
     assert said not in text
     assert not any("†" in cell for cell in page.texts["td"])
+
+
+def test_page_terminal_and_card_begin_with_the_caution(make_run, page_of, tmp_path):
+    runs = [
+        make_run(f"runs/{name}-seed{seed}", name, seed, loss=loss)
+        for name, loss in (("full_rank", 3.3), ("fira", 3.2))
+        for seed in range(3)
+    ]
+    study = runs[0].parent.parent
+    rows = [
+        {"member": member, "values": {"training.learning_rate": rate, "method.scale": 0.5}, "loss": 3.0,
+         "ranges": {"training.learning_rate": [0.001, 0.002], "method.scale": {"uniform": [0.1, 1]}},
+         "chosen": rate == 0.001, "edges": {"training.learning_rate": 0, "method.scale": 2} if rate == 0.001 else {}}
+        for member in ("full_rank", "fira") for rate in (0.001, 0.002)
+    ]  # fmt: skip
+    (study / "sweep.json").write_text(json.dumps(rows))
+    caution = "Full-rank, the baseline, may be behind because of its tuning: its best learning rate is at the edge of"
+    text, page = page_of(runs, study)
+    assert page.texts["h1"][0].startswith(caution)
+    assert text.index(caution) < text.index("Fira has a lower perplexity than Full-rank")
+    flat = " ".join(" ".join(page.texts[tag]) for tag in ("td",))
+    assert "learning rate 0.001, 0.002; scale 0.1 to 1" in flat
+    assert "learning rate 0.001, scale 0.5" in flat
+    assert "yes: learning rate; better may lie beyond" in flat
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(terminal_table(runs, width=200, study=study))
+    said = " ".join(shown.getvalue().split())
+    assert said.startswith(caution)
+    assert "Fira has a lower perplexity than Full-rank" in said
+    card = render_study_card(study, tmp_path / "card").read_text()
+    assert card.splitlines()[2].startswith(
+        f"**{caution} the values tried.** Fira has a lower perplexity than Full-rank"
+    )
+    assert "| Fira | 2 | learning rate 0.001, 0.002; scale 0.1 to 1 | learning rate 0.001, scale 0.5 | 3.000 |" in card

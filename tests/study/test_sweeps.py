@@ -7,11 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.console import Console
 
+from hf_lowrank.errors import UserError
+from hf_lowrank.measuring.plan import find_baseline
+from hf_lowrank.report.answer import groups
+from hf_lowrank.report.members import baseline_of, sweep_of, with_distinct_methods
+from hf_lowrank.runs.measurements import read_measurements
+from hf_lowrank.runs.records import load_runs
 from hf_lowrank.runs.run_files import read_facts
+from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.study import load_study
 from hf_lowrank.study.layout import planned_trials
 from hf_lowrank.study.ranges import edge_distances, grid, one_step_beyond, sample
+from hf_lowrank.study.show import print_result
 from hf_lowrank.study.stages import choose, read_winners
 from tests.study.test_kills import drill
 
@@ -276,3 +285,56 @@ def test_a_killed_sweep_over_two_keys_ends_with_the_same_trials_and_winner(tmp_p
         assert all(len(row["values"]) == 2 for row in own)
         assert [row["loss"] for row in own if row["chosen"]] == [min(row["loss"] for row in own)]
     assert sum(name.startswith("runs/") and name.endswith("model.safetensors") for name in expected) == 2 * 3
+
+
+def test_two_full_rank_members_are_told_apart(write_study, tmp_path, run, capsys):
+    """One rate, and two rates as the baseline: measured, claimed, shown and compared under names of their own."""
+    members = {
+        "full_rank": "full_rank.yaml",
+        "two_rates": {
+            "recipe": "full_rank.yaml",
+            "title": "Full-rank, two rates",
+            "sweep": {"method.matrix_lr_scale": [0.25, 0.5]},
+        },
+        "galore": {"recipe": "galore.yaml", "sweep": {SCALE: [0.25, 0.5]}},
+    }
+    sweep = {"over": {RATE: [1e-3, 3e-3]}, "steps": 6}
+    members["full_rank"] = {"recipe": "full_rank.yaml", "sweep": {DECAY: [0.0, 0.1]}}
+    study = write_study(members=members, baseline="two_rates", sweep=sweep, seeds=[0, 1], evaluate=None)
+    out = tmp_path / "out"
+    stages = "sweep,train,measure,claims,report"
+    result, _ = run(study, output=out, stages=stages)
+    assert result.failures == []
+    for name, method in (("full_rank", "full_rank"), ("two_rates", "full_rank"), ("galore", "galore")):
+        rows = [row for row in read_measurements(out / "runs" / f"{name}-seed1") if row.metric == "method_barrier"]
+        assert {row.method for row in rows} == {method}
+        assert {row.baseline for row in rows} == ({None} if name == "two_rates" else {"two_rates-seed1"})
+        assert all(row.has_value for row in rows if row.step > 0) is (name != "two_rates")
+    records = with_distinct_methods(load_runs(sorted((out / "runs").iterdir())), out)
+    assert baseline_of(records, out) == "Full-rank, two rates"
+    assert {record.method for record in records} == {"full_rank", "Full-rank, two rates", "galore"}
+    assert {trial.member for trial in sweep_of(records, out)} == {"full_rank", "Full-rank, two rates", "galore"}
+    (group,) = groups(records, baseline_of(records, out), sweep_of(records, out))
+    assert group.standings.baseline_title == "Full-rank, two rates"
+    beside = {row.title: row.standings[0].beside for row in group.standings.rows}
+    assert beside["Full-rank, two rates"] == "baseline"
+    assert beside["Full-rank"].endswith("%")
+    claims = {claim["id"]: claim for claim in json.loads((out / "claims.json").read_text())["claims"]}
+    labels = [part["label"] for part in claims["rank_structure"]["details"] if part["n"]]
+    assert labels == ["weights", "Full-rank, weight stable rank", "GaLore, weight stable rank"]
+    print_result(result, Console(width=160))
+    shown = capsys.readouterr().out
+    assert "Tuning" in shown
+    assert "matrix lr scale 0.25, 0.5" in shown
+    # Measured by hand, the command asks which of the two is meant.
+    trajectories = [Trajectory(out / "runs" / f"{name}-seed0") for name in members]
+    other, why = find_baseline(trajectories[2], trajectories)
+    assert other is None
+    assert "several full-rank runs have seed 0 (full_rank-seed0, two_rates-seed0); name one with --baseline" in why
+    assert run(study, output=out, stages=stages, dry_run=True)[0].plan.left == 1  # the report, which is always written
+
+
+def test_titles_must_differ(write_study):
+    members = {"full_rank": "full_rank.yaml", "galore": {"recipe": "galore.yaml", "title": "full_rank"}}
+    with pytest.raises(UserError, match=r"members\.galore\.title must differ from that of full_rank"):
+        load_study(write_study(members=members))

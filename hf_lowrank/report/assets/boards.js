@@ -141,7 +141,7 @@
     const metric = node.dataset.heat;
     const grid = node.querySelector(".grid");
     add(node, () => {
-      const { specs, low, high } = LR.heatSpecs(metric);
+      const { specs, low, high, below, above } = LR.heatSpecs(metric);
       const hosts = cells(
         grid,
         specs.map((s) => s.method),
@@ -150,7 +150,11 @@
       hosts.forEach((host, i) => heat(host, specs[i].spec));
       node
         .querySelector(".scale")
-        .replaceChildren(html("span", {}, number(low, 3)), html("i", {}), html("span", {}, number(high, 3)));
+        .replaceChildren(
+          html("span", {}, `${below ? "▾ ≤ " : ""}${number(low, 3)}`),
+          html("i", {}),
+          html("span", {}, `${above ? "▴ ≥ " : ""}${number(high, 3)}`),
+        );
     });
   }
   const planeFigure = document.getElementById("fig-planes");

@@ -1,7 +1,8 @@
 /* One line chart with bands, for every picture that has an x axis.
 
    spec = { x: {label, write?, ticks?, log?}, y: {label, write?, zero?}, refs: [{y, label}], height?,
-            series: [{label, method, x, y, lo?, hi?, points?, faint?, rings?: places marked by a ring}],
+            series: [{label, method, x, y, lo?, hi?, points?, faint?, loose?: marks without a line,
+                      rings?: places marked by a ring}],
             ends?: label the lines' ends }                                                                         */
 (() => {
   const { svg, html, number, ticks, DATA, csvText, download } = LR;
@@ -216,7 +217,7 @@
       let d = "",
         pen = false;
       s.x.forEach((v, i) => {
-        if (finite(s.y[i])) {
+        if (finite(s.y[i]) && !s.loose) {
           d += `${pen ? "L" : "M"}${X(v).toFixed(1)},${Y(s.y[i]).toFixed(1)}`;
           pen = true;
         } else pen = false;

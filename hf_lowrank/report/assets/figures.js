@@ -194,10 +194,9 @@
       return { method: entry.method, spec: { rows, columns: at, values, xLabel: "step", what: M(metric).title } };
     });
     const all = specs.flatMap((s) => s.spec.values.flat()).filter(finite);
-    const low = Math.min(...all),
-      high = Math.max(...all);
+    const [low, high] = DATA.heats[`${state.group} ${metric}`];
     for (const entry of specs) Object.assign(entry.spec, { low, high });
-    return { specs, low, high };
+    return { specs, low, high, below: all.some((v) => v < low), above: all.some((v) => v > high) };
   }
 
   /** Loss planes: one for each run, or for the first of each method, all on one scale of the rise. */

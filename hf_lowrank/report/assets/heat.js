@@ -1,6 +1,7 @@
 /* Layer × step heat maps, and a square matrix of barriers: one hue, from the ground to full strength.
 
-   spec = { rows: [label], columns: [label], values: [[row][column]], low, high, xLabel, yLabel }                  */
+   spec = { rows: [label], columns: [label], values: [[row][column]], low, high, xLabel, yLabel }
+   A triangle marks a value below `low` or above `high`.                                                           */
 (() => {
   const { svg, html, number, finite, tip, tipAtPointer } = LR;
 
@@ -59,6 +60,7 @@
     // One path for each shade: a node for every cell would be slow to lay out.
     const shades = new Map();
     const texts = [];
+    const outliers = { below: [], above: [] };
     spec.values.forEach((row, i) =>
       row.forEach((value, j) => {
         const share = finite(value)
@@ -70,6 +72,14 @@
           w = (cellWidth - gap).toFixed(2);
         if (!shades.has(shade)) shades.set(shade, []);
         shades.get(shade).push(`M${x.toFixed(2)} ${y.toFixed(2)}h${w}v${(cellHeight - gap).toFixed(2)}h-${w}z`);
+        if (finite(value) && (value < spec.low || value > spec.high)) {
+          const above = value > spec.high;
+          const r = Math.min(cellWidth, cellHeight) / 4;
+          const [cx, cy] = [left + cellWidth * (j + 0.5), top + cellHeight * (i + 0.5) + (above ? r / 2 : -r / 2)];
+          outliers[above ? "above" : "below"].push(
+            `M${(cx - r).toFixed(2)} ${cy.toFixed(2)}h${(2 * r).toFixed(2)}l${-r} ${above ? -1.5 * r : 1.5 * r}z`,
+          );
+        }
         if (spec.square && share !== null && cellWidth >= 40) {
           texts.push(
             svg(
@@ -95,6 +105,8 @@
         }),
       );
     }
+    for (const [side, cells] of Object.entries(outliers))
+      if (cells.length) root.append(svg("path", { d: cells.join(""), class: `clipped ${side}` }));
     root.append(...texts);
     host.replaceChildren(root);
     host.onpointermove = (event) => {

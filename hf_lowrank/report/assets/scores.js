@@ -106,15 +106,15 @@
     return panels;
   }
 
-  /** Loss by learning rate, the chosen rate ringed; one at the edge of what was tried says so in its label. */
+  /** Loss by learning rate, the winner ringed, one at an edge named in its label; marks alone where more was swept. */
   function sweepSpec() {
     const trials = new Map();
     for (const entry of DATA.sweep) {
-      if (state.hidden.has(entry.method) || !finite(entry.loss)) continue;
+      if (state.hidden.has(entry.method) || !finite(entry.loss) || !finite(entry.rate)) continue;
       if (!trials.has(entry.method)) trials.set(entry.method, []);
       trials.get(entry.method).push(entry);
     }
-    const rates = [...new Set(DATA.sweep.map((entry) => entry.rate))].sort((a, b) => a - b);
+    const rates = [...new Set(DATA.sweep.map((entry) => entry.rate).filter(finite))].sort((a, b) => a - b);
     const series = [...trials.entries()]
       .sort((a, b) => a[0] - b[0])
       .map(([method, entries]) => {
@@ -123,6 +123,7 @@
         const edge = entries.some((entry) => entry.chosen && entry.edge);
         return {
           label: DATA.methods[method].title + (edge ? " (at the edge)" : ""),
+          loose: entries.some((entry) => entry.varied),
           method,
           x: entries.map((e) => e.rate),
           y: entries.map((e) => e.loss),

@@ -141,13 +141,14 @@
  */
 
 /**
- * One run of the learning-rate sweep.
+ * One run of the sweep; `varied`: other keys than the learning rate were swept too.
  * @typedef {object} Trial
  * @property {number} method
  * @property {number|null} rate
  * @property {number|null} loss
  * @property {boolean} chosen
  * @property {boolean} edge
+ * @property {boolean} varied
  */
 
 /**
@@ -191,6 +192,7 @@
  * @property {Array<Trial>} sweep
  * @property {Array<Prediction>} predictions
  * @property {Array<Array<*>>} claims
+ * @property {Object<string, Array<number|null>>} heats
  * @property {Object<string, Quantity>} quantities
  * @property {Object<string, string>} dimensions
  * @property {Object<string, MetricText>} metrics
