@@ -32,6 +32,7 @@ def examine(
 
     Reads `measurements.jsonl`, `downstream.jsonl` and the training log. Compares only numbers measured with
     equal settings on the same sequences, at the last step that all methods have (`study.common`), paired by seed.
+    Sharpness is compared on dense weights alone; a method that has none is named and left out.
     Missing data make a claim undecided, with the reason; a verdict needs at least three seeds.
 
     Args:
