@@ -63,6 +63,8 @@ class EvaluationSet:
     def load(cls, path: str | os.PathLike[str]) -> EvaluationSet:
         """Reads the set from a file or from a folder that holds `evaluation.safetensors`.
 
+        A file without `attention_mask` has no padding.
+
         Raises:
             UserError: the file is missing or not a safetensors file, or its content does not match its fingerprint.
         """
@@ -74,7 +76,9 @@ class EvaluationSet:
             with safe_open(file, framework="pt") as tensors:
                 recorded = (tensors.metadata() or {}).get("fingerprint")
                 ids = tensors.get_tensor("input_ids").long()
-                mask = tensors.get_tensor("attention_mask").long()
+                names = list(tensors.keys())
+                masked = "attention_mask" in names
+                mask = tensors.get_tensor("attention_mask").long() if masked else torch.ones_like(ids)
         except SafetensorError as error:
             raise UserError(f"{file}: not a readable evaluation set: {error}") from None
         loaded = cls(ids, mask)
