@@ -42,15 +42,14 @@ PICTURES = {
     "plane": Picture("Loss on a plane", "Two random directions; the cross is this model.", "landscapes"),
     "step_path": Picture(
         CURVES["step_path"].title,
-        "The straight line from the previous checkpoint's weights (0) to these (1), above the mean of both ends: a "
-        "hill is a barrier.",
+        "The straight line from the previous checkpoint's weights (0) to these (1), above the chord: a hill is a "
+        "barrier.",
         "interpolation_paths",
         {"metric": "step_path"},
     ),
     "baseline_path": Picture(
         CURVES["method_path"].title,
-        "The straight line from these weights (0) to the baseline's (1), above the mean of both ends: a hill means "
-        "two basins.",
+        "The straight line from these weights (0) to the baseline's (1), above the chord: a hill means two basins.",
         "interpolation_paths",
     ),
     "spectra": Picture(

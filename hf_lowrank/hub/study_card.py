@@ -49,8 +49,8 @@ PICTURES = {
     ),
     "barriers": Picture(
         "Barriers between methods",
-        "The highest rise of the loss on the straight line between two methods' weights, above the mean of both ends; "
-        "0 means one basin.",
+        "The highest rise of the loss above the chord on the straight line between two methods' weights; 0 means one "
+        "basin.",
         "barrier_matrix",
     ),
     "spectra": Picture("Spectra during training", "Means over the matrices at each checkpoint.", "trends"),

@@ -75,16 +75,21 @@ def curves(run: RunRecord, metric: str) -> list[Curve]:
     return found
 
 
-def center(metric: str, t: Sequence[float | None], losses: Sequence[float | None]) -> float | None:
-    """What a curve's rise is measured from: the mean of both ends of a path, else the loss at the model itself."""
+def floor(
+    metric: str, t: Sequence[float | None], losses: Sequence[float | None]
+) -> tuple[float, float] | tuple[None, None]:
+    """What a curve's rise is measured from, as its level at 0 and its slope: the chord of a path between its ends at 0
+    and 1, else the loss at the model itself. (None, None) without any loss."""
     known = {
         position: loss for position, loss in zip(t, losses, strict=True) if position is not None and loss is not None
     }
     if not known:
-        return None
+        return None, None
     if metric.endswith("_path"):
-        return (known[min(known)] + known[max(known)]) / 2
-    return known.get(0.0, min(known.values()))
+        start, end = min(known, key=abs), min(known, key=lambda position: abs(position - 1))
+        slope = (known[end] - known[start]) / (end - start) if end != start else 0.0
+        return known[start] - slope * start, slope
+    return known.get(0.0, min(known.values())), 0.0
 
 
 def last_barriers(run: RunRecord, metric: str = "method_barrier", step: int | None = None) -> dict[str, Measurement]:

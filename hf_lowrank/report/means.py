@@ -124,11 +124,11 @@ def _mean_curves(runs: Sequence[Sequence[Curve]]) -> list[Curve]:
 
 
 def _mean_curve(curves: Sequence[Curve]) -> Curve:
-    centers = [curve["center"] or 0.0 for curve in curves]
+    floors = [(curve["center"] or 0.0, curve.get("slope") or 0.0) for curve in curves]
     lines = [dict(zip(curve["t"], curve["y"], strict=True)) for curve in curves]
     rises = [
-        {t: None if y is None else y - center for t, y in line.items()}
-        for line, center in zip(lines, centers, strict=True)
+        {t: None if t is None or y is None else y - level - slope * t for t, y in line.items()}
+        for line, (level, slope) in zip(lines, floors, strict=True)
     ]
     points, rise = _mean_points(lines), _mean_points(rises)
     mean: Curve = {
@@ -137,10 +137,12 @@ def _mean_curve(curves: Sequence[Curve]) -> Curve:
         "y": points["y"],
         "lo": points["lo"],
         "hi": points["hi"],
-        "center": short(sum(centers) / len(centers), 9),
+        "center": short(sum(level for level, _ in floors) / len(floors), 9),
         "rise_lo": rise["lo"],
         "rise_hi": rise["hi"],
     }
+    if any(slope for _, slope in floors):
+        mean["slope"] = short(sum(slope for _, slope in floors) / len(floors), 9)
     if any("relative" in curve for curve in curves):
         mean["relative"] = 1
     if any("own" in curve for curve in curves):

@@ -12,7 +12,7 @@ from hf_lowrank.claims.results import QUESTIONS, StudyResults
 from hf_lowrank.formats import finite_number
 from hf_lowrank.metrics import CURVES, POINTWISE, SECTIONS, describe, metric_order
 from hf_lowrank.report.answer import Group
-from hf_lowrank.report.curves import center, curves, last_barriers, plane
+from hf_lowrank.report.curves import curves, floor, last_barriers, plane
 from hf_lowrank.report.means import method_means
 from hf_lowrank.report.members import TitledLook
 from hf_lowrank.report.schema import (
@@ -97,12 +97,10 @@ def _curves(run: RunRecord) -> dict[str, list[Curve]]:
     for metric in CURVES:
         for curve in curves(run, metric):
             y = shorts(curve.mean, 6)
-            entry: Curve = {
-                "step": curve.step,
-                "t": shorts(curve.t),
-                "y": y,
-                "center": short(center(metric, curve.t, y), 9),
-            }
+            level, slope = floor(metric, curve.t, y)
+            entry: Curve = {"step": curve.step, "t": shorts(curve.t), "y": y, "center": short(level, 9)}
+            if slope:
+                entry["slope"] = short(slope, 9)
             if curve.low is not None and curve.high is not None:
                 entry["lo"], entry["hi"] = shorts(curve.low, 6), shorts(curve.high, 6)
             if curve.relative:

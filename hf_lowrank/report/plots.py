@@ -15,7 +15,7 @@ import numpy as np
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.formats import finite_number
 from hf_lowrank.metrics import CURVES, NOT_DENSE_MARK, NOT_DENSE_MEANING, describe, metric_order
-from hf_lowrank.report.curves import Plane, center, curves, last_barriers, plane
+from hf_lowrank.report.curves import Plane, curves, floor, last_barriers, plane
 from hf_lowrank.report.members import LIGHT_GROUND, looks
 from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord, finished_or_all, load_runs
@@ -59,9 +59,10 @@ def line_curves(
 
     Args:
         runs: the runs.
-        metric: `random_curve`, `pca1_curve`, `pcak_curve`, `step_path`, `method_path` or `aligned_method_path`.
+        metric: `random_curve`, `pca1_curve`, `pcak_curve`, `step_path`, `method_path`, `aligned_method_path` or
+            `curved_method_path`.
         step: the checkpoint; None for each run's last measured one.
-        rise: draw the rise above the trained model (above the mean of both ends for a path), not the loss itself.
+        rise: draw the rise above the trained model (above the chord for a path), not the loss itself.
         baseline: draw only paths to the run of this name; None for each run's last measured one.
     """
     if metric not in CURVES:
@@ -77,10 +78,14 @@ def line_curves(
         known = {t: v for t, v in zip(curve.t, curve.mean, strict=True) if v is not None} if curve else {}
         if curve is None or not known:
             continue
-        shift = (center(metric, curve.t, curve.mean) or 0.0) if rise else 0.0
-        lines[run.name] = {t: value - shift for t, value in known.items()}
+        level, slope = floor(metric, curve.t, curve.mean) if rise else (0.0, 0.0)
+        under = {t: (level or 0.0) + (slope or 0.0) * t for t in curve.t}
+        lines[run.name] = {t: value - under[t] for t, value in known.items()}
         if curve.low is not None and curve.high is not None:
-            low, high = (tuple(value - shift for value in side) for side in (curve.low, curve.high))
+            low, high = (
+                tuple(value - under[t] for t, value in zip(curve.t, side, strict=True))
+                for side in (curve.low, curve.high)
+            )
             bands[run.name] = (curve.t, low, high)
         if curve.relative:
             along = "distance, in root-mean-square weights"
@@ -95,7 +100,7 @@ def line_curves(
 def interpolation_paths(
     runs: Iterable[Any], *, step: int | None = None, metric: str = "method_path", baseline: str | None = None
 ) -> Figure:
-    """Loss above the mean of both ends on the straight line from each run to its baseline, by position."""
+    """Loss above the chord on the straight line from each run to its baseline, by position."""
     return line_curves(runs, metric, step=step, baseline=baseline)
 
 
@@ -221,7 +226,7 @@ def barrier_matrix(runs: Iterable[Any], *, step: int | None = None, metric: str 
     names = list(chosen)
     grid = np.array([[float(np.mean(pairs[a, b])) if (a, b) in pairs else np.nan for b in names] for a in names])
     figure, (axes,) = _figure(1, size=(1.6 + 0.75 * len(names), 1.2 + 0.6 * len(names)))
-    drawn = axes.imshow(grid, cmap="Blues", vmin=min(0.0, float(np.nanmin(grid))))
+    drawn = axes.imshow(grid, cmap="Blues", vmin=0.0)
     for (i, j), value in np.ndenumerate(grid):
         if np.isfinite(value):
             dark = value > 0.6 * np.nanmax(grid)

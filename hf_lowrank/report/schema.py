@@ -60,12 +60,13 @@ class Trend(Line):
 
 
 class Curve(TypedDict):
-    """Loss along a line; the rise is above `center`, and of a mean over runs it has a band; `own`: not dense."""
+    """Loss along a line; the rise is above `center + slope · t`, with a band in means over runs; `own`: not dense."""
 
     step: int
     t: Numbers
     y: Numbers
     center: float | None
+    slope: NotRequired[float | None]
     lo: NotRequired[Numbers]
     hi: NotRequired[Numbers]
     rise_lo: NotRequired[Numbers]

@@ -12,6 +12,7 @@ from scipy import stats
 
 from hf_lowrank.claims.results import load_results
 from hf_lowrank.report.answer import groups
+from hf_lowrank.report.curves import floor
 from hf_lowrank.report.members import looks
 from hf_lowrank.report.payload import payload
 from hf_lowrank.report.schema import Payload
@@ -123,15 +124,36 @@ def test_means_of_curves_and_layers(data):
     curve, *curves = (
         next(one for one in entry["curves"]["method_path"] if one["step"] == 200) for entry in (means, *runs)
     )
-    rises = np.array([one["y"] for one in curves]) - np.array([[one["center"]] for one in curves])
-    assert np.array(curve["y"]) - curve["center"] == pytest.approx(rises.mean(0), abs=1e-6)
-    assert curve["rise_hi"] == pytest.approx([interval(v)[1] if np.ptp(v) else 0 for v in rises.T], rel=1e-4, abs=1e-6)
+
+    def rise(one):
+        return np.array(one["y"]) - one["center"] - one["slope"] * np.array(one["t"])
+
+    rises = np.array([rise(one) for one in curves])
+    assert rises[:, [0, -1]] == pytest.approx(0, abs=1e-5)
+    assert rise(curve) == pytest.approx(rises.mean(0), abs=1e-6)
+    assert curve["slope"] == pytest.approx(np.mean([one["slope"] for one in curves]))
+    inner = slice(1, -1)
+    assert curve["rise_hi"][inner] == pytest.approx([interval(v)[1] for v in rises.T[inner]], rel=1e-3, abs=1e-5)
+    assert "slope" not in means["curves"]["random_curve"][-1]
     table = means["metrics"]["weight_stable_rank"]["layers"]
     tables = [run["metrics"]["weight_stable_rank"]["layers"] for run in runs]
     assert table["runs"] == [4] * len(table["steps"])
     values = np.array([one["values"] for one in tables])
     assert np.array(table["values"]) == pytest.approx(values.mean(0), rel=1e-4)
     assert table["lo"][0][0] == pytest.approx(interval(values[:, 0, 0])[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "t", "losses", "found"),
+    [
+        ("method_path", [0.0, 0.5, 1.0], [3.0, 4.0, 1.0], (3.0, -2.0)),
+        ("step_path", [-0.25, 0.0, 0.5, 1.0, 1.25], [9.0, 3.0, 4.0, 1.0, 9.0], (3.0, -2.0)),
+        ("random_curve", [-1.0, 0.0, 1.0], [4.0, 3.0, 5.0], (3.0, 0.0)),
+        ("method_path", [0.0, 1.0], [None, None], (None, None)),
+    ],
+)
+def test_what_a_rise_is_measured_from(metric, t, losses, found):
+    assert floor(metric, t, losses) == found
 
 
 def test_a_method_of_one_run_has_no_means_and_pairs_of_methods_have_a_barrier(data):

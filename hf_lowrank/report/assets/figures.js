@@ -65,8 +65,8 @@
       const curve = (entry.curves[metric] || []).find((c) => c.step === step);
       if (!curve) continue;
       relative ||= curve.relative;
-      const { t: x, y, lo, hi, rise_lo, rise_hi, center } = curve;
-      const rise = (values) => values && values.map((v) => (finite(v) ? v - center : null));
+      const { t: x, y, lo, hi, rise_lo, rise_hi, center, slope = 0 } = curve;
+      const rise = (values) => values && values.map((v, i) => (finite(v) ? v - center - slope * x[i] : null));
       const band = options.absolute ? { y, lo, hi } : { y: rise(y), lo: rise_lo ?? rise(lo), hi: rise_hi ?? rise(hi) };
       series.push({ ...named(entry, curve), x, ...band, points: false });
     }

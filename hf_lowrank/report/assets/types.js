@@ -41,12 +41,13 @@
  */
 
 /**
- * Loss along a line; the rise is above `center`, and of a mean over runs it has a band; `own`: not dense.
+ * Loss along a line; the rise is above `center + slope · t`, with a band in means over runs; `own`: not dense.
  * @typedef {object} Curve
  * @property {number} step
  * @property {Array<number|null>} t
  * @property {Array<number|null>} y
  * @property {number|null} center
+ * @property {number|null} [slope]
  * @property {Array<number|null>} [lo]
  * @property {Array<number|null>} [hi]
  * @property {Array<number|null>} [rise_lo]
