@@ -39,6 +39,8 @@ class Metric:
         unit: "nats", "share" (of a whole), …; empty for plain numbers.
         needs_baseline: whether it compares with the full-rank run at the same step.
         extra: not one of the sixteen; measured when named (or by `metrics="all"`).
+        reference: what its numbers are relative to, as rows record it. Rows that do not are by an earlier definition,
+            and do not count.
     """
 
     id: str
@@ -51,6 +53,7 @@ class Metric:
     unit: str = ""
     needs_baseline: bool = False
     extra: bool = False
+    reference: str = ""
 
     @property
     def short_title(self) -> str:
@@ -122,6 +125,8 @@ _NATS: dict[str, Any] = {"better": "lower", "unit": "nats"}
 _SHARE: dict[str, Any] = {"unit": "share"}
 _BASED: dict[str, Any] = {"needs_baseline": True}
 _EXTRA: dict[str, Any] = {"extra": True}
+_CHORD: dict[str, Any] = {"reference": "chord"}
+_EARLIER: dict[str, Any] = {"reference": "earlier checkpoint"}
 
 _ENTRIES = (
     Metric("random_sharpness", "landscape", "random", "Random sharpness", "",
@@ -135,11 +140,11 @@ _ENTRIES = (
            "Mean rise of the loss along the top K singular directions of the weights, averaged over them.",
            **_NATS),
     Metric("step_barrier", "interpolation", "step", "Step barrier", "",
-           "Highest loss on the straight line from the previous checkpoint to this one, above the mean of both "
-           "ends; at or below zero there is no hill.", **_NATS),
+           "Highest rise of the loss above the chord on the straight line from the previous checkpoint to this one; "
+           "0 where there is no hill.", **_CHORD, **_NATS),
     Metric("method_barrier", "interpolation", "method", "Method barrier", "",
-           "Highest loss on the straight line between this run's and the baseline's dense weights at the same "
-           "step, above the mean of both ends; a high one means another basin.", **_BASED, **_NATS),
+           "Highest rise of the loss above the chord on the straight line between this run's and the baseline's dense "
+           "weights at the same step; 0 means one basin.", **_CHORD, **_BASED, **_NATS),
     Metric("weight_effective_rank", "spectra", "weight", "Weight effective rank", "Eff. rank W",
            "exp of the entropy of a weight's normalised singular values, over min(m, n): 1 is a flat spectrum, "
            "near 0 one direction.", **_SHARE),
@@ -151,8 +156,8 @@ _ENTRIES = (
     Metric("weight_sv_fraction", "spectra", "weight", "Singular values above 0.1", "σ > 0.1",
            "Share of a weight's singular values above 0.1.", **_SHARE),
     Metric("update_norm", "spectra", "update", "Update norm", "",
-           "Frobenius norm of the change since the previous checkpoint, relative to that of the weight.",
-           **_SHARE),
+           "Frobenius norm of the change since the previous checkpoint, relative to that of the previous weight.",
+           **_EARLIER, **_SHARE),
     Metric("update_effective_rank", "spectra", "update", "Update effective rank", "Eff. rank ΔW",
            "Effective rank of the change since the previous checkpoint, over min(m, n).", **_SHARE),
     Metric("update_stable_rank", "spectra", "update", "Update stable rank", "Stable rank ΔW",
@@ -170,14 +175,18 @@ _ENTRIES = (
            "Mean negative log-likelihood per held-out token; lower is better.", **_EXTRA, **_NATS),
     Metric("perplexity", "loss", "loss", "Perplexity", "",
            "The exponential of the validation loss; lower is better.", **_EXTRA, better="lower"),
-    Metric("step_barrier_interpolated", "interpolation", "step", "Step barrier (interpolated)", "",
-           "As the step barrier, above the line between the losses of both ends.", **_EXTRA, **_NATS),
-    Metric("method_barrier_interpolated", "interpolation", "method", "Method barrier (interpolated)", "",
-           "As the method barrier, above the line between the losses of both ends.",
-           **_EXTRA, **_BASED, **_NATS),
+    Metric("step_imib", "interpolation", "step", "Step IMIB", "",
+           "Highest loss inside the step barrier's path, above the mean of both ends: often positive without a hill. "
+           "For comparison with arXiv 2605.13652.", **_EXTRA, **_NATS),
+    Metric("method_imib", "interpolation", "method", "Method IMIB", "",
+           "Highest loss inside the method barrier's path, above the mean of both ends. For comparison with arXiv "
+           "2605.13652.", **_EXTRA, **_BASED, **_NATS),
     Metric("aligned_method_barrier", "interpolation", "aligned", "Aligned method barrier", "",
            "As the method barrier, after permuting the baseline's hidden units to match.",
-           **_EXTRA, **_BASED, **_NATS),
+           **_EXTRA, **_CHORD, **_BASED, **_NATS),
+    Metric("curved_method_barrier", "interpolation", "curved", "Curved method barrier", "",
+           "As the method barrier, along a curve whose middle point was trained: a hill that it goes around does not "
+           "separate basins.", **_EXTRA, **_CHORD, **_BASED, **_NATS),
     Metric("weight_tail_exponent", "spectra", "weight", "Weight tail exponent", "",
            "Exponent of the power law of a weight's largest squared singular values; lower is a heavier tail.",
            **_EXTRA),
@@ -188,7 +197,7 @@ _ENTRIES = (
            "Overlap of the change's top singular subspaces with the baseline's; 1 is the same subspace.",
            **_EXTRA, **_BASED, **_SHARE),
     Metric("total_update_norm", "spectra", "total", "Total update norm", "",
-           "As the update norm, since the first checkpoint.", **_EXTRA, **_SHARE),
+           "As the update norm, since the first checkpoint and relative to it.", **_EXTRA, **_EARLIER, **_SHARE),
     Metric("total_update_effective_rank", "spectra", "total", "Total update effective rank", "",
            "As the update effective rank, since the first checkpoint.", **_EXTRA, **_SHARE),
     Metric("total_update_stable_rank", "spectra", "total", "Total update stable rank", "",
@@ -196,11 +205,17 @@ _ENTRIES = (
     Metric("activation_cka_debiased", "activations", "activations", "Debiased CKA", "",
            "As activation CKA, by the estimator that few positions do not push towards 1.", **_EXTRA, **_BASED),
     Metric("hessian_top", "landscape", "hessian", "Hessian top eigenvalue", "",
-           "Largest eigenvalue of the loss's Hessian, by Lanczos: the sharpest curvature in any direction.",
+           "Largest eigenvalue of the loss's Hessian, by Lanczos: the sharpest curvature in any direction. It has no "
+           "interval; a remark gives the residual, within which an eigenvalue lies.",
            **_EXTRA, **_NATS),
     Metric("hessian_trace", "landscape", "hessian", "Hessian trace", "",
            "Trace of the loss's Hessian, by Hutchinson's estimator: the sum of its curvatures.",
            **_EXTRA, **_NATS),
+    Metric("gradient_noise_scale", "landscape", "noise", "Gradient noise scale", "Noise scale",
+           "Batch size at which the gradient's noise equals its signal, from gradients on held-out sequences.",
+           **_EXTRA, unit="sequences"),
+    Metric("intrinsic_dimension", "activations", "dimension", "Intrinsic dimension", "",
+           "TwoNN's estimate of the dimension of the surface that a layer's hidden states lie near.", **_EXTRA),
     Metric("critical_sharpness", "landscape", "critical", "Critical sharpness", "",
            "2 over the smallest step along the gradient that no longer lowers the loss.",
            **_EXTRA, better="lower"),
@@ -209,6 +224,13 @@ _ENTRIES = (
            **_EXTRA, unit="nats"),
 )  # fmt: skip
 METRICS = MetricTable({metric.id: metric for metric in _ENTRIES})
+
+
+def reference_of(name: str) -> dict[str, str]:
+    """The setting that rows of a metric record about its reference; empty where it has none, or for another row."""
+    reference = METRICS[name].reference if name in METRICS else ""
+    return {"reference": reference} if reference else {}
+
 
 # Not measured on weights: computed from the table of downstream scores.
 DOWNSTREAM = Metric(
@@ -238,6 +260,10 @@ CURVES = {
         "interpolation", "Path to the baseline", "position on the path", ("method_barrier",),
         "The straight line from a run's weights (0) to the baseline's (1); both ends are trained models.",
     ),
+    "curved_method_path": Sweep(
+        "interpolation", "Curved path to the baseline", "position on the path", ("curved_method_barrier",),
+        "A curve of low loss between the same two models, its middle point trained on other held-out sequences.",
+    ),
     "aligned_method_path": Sweep(
         "interpolation", "Path to the baseline, hidden units aligned", "position on the path",
         ("aligned_method_barrier",),
@@ -246,8 +272,10 @@ CURVES = {
     ),
 }  # fmt: skip
 PLANE = "random_plane"
+# The losses of single directions behind a sweep, one row for each, by the sweep's curve.
+DIRECTIONS = {"random_curve": "random_draw", "pcak_curve": "pca_direction"}
 # Measured point by point: neither a column of a table nor a trend.
-POINTWISE = frozenset({*CURVES, PLANE, "pca_plane"})
+POINTWISE = frozenset({*CURVES, *DIRECTIONS.values(), PLANE, "pca_plane"})
 
 
 # Behind a name or a number that was measured by moving the parameters that an adapted model stores.

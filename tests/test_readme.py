@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.cli import main
 from hf_lowrank.metrics import markdown_table
+from hf_lowrank.runs.measurements import Measurement, append_measurements
 from hf_lowrank.study import load_study
 from hf_lowrank.study.layout import planned_trials
 from hf_lowrank.training import load_recipe
@@ -24,7 +25,12 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
-def test_python_snippets_run(tiny_llama, tmp_path):
+def test_python_snippets_run(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [{"direction": k, "reach": 0.1, "losses": [3.5 + k, 3.0, 3.25]} for k in range(2)]
+    who = {"run": "galore", "method": "galore", "seed": 0, "step": 400, "metric": "random_draw"}
+    draws = [Measurement(**who, value=0.375 + k / 2, settings=one) for k, one in enumerate(settings)]
+    append_measurements("runs/galore/measurements.jsonl", draws)
     rows = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(8)]
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to="none", save_strategy="no")
     names = {"model": tiny_llama, "args": args, "dataset": rows, "Trainer": Trainer}
@@ -32,6 +38,7 @@ def test_python_snippets_run(tiny_llama, tmp_path):
     assert len(snippets) >= 3
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
+    assert (names["offsets"], names["losses"]) == ([-0.1, 0.0, 0.1], [[3.5, 3.0, 3.25], [4.5, 3.0, 3.25]])
 
 
 def test_the_recipe_is_one(tmp_path):

@@ -48,10 +48,10 @@ SHARPNESS_TEST = (
 # A perplexity 5 % higher: what no reader would call the same loss, and several times what seeds differ by.
 MARGIN = 0.05
 BARRIER_TEST = (
-    "For each pair of methods of equal seed: how far the path between their dense weights rises above the worse of "
-    "its two ends, which is the barrier (above the mean of the ends) less half the difference of their losses, at "
-    "the last common step, by Student's t over seeds against a margin of {margin:g} nats (a perplexity 5 % higher). "
-    "Reproduced if every pair's rise lies above the margin with two-sided p < {alpha:g} (intersection–union, no "
+    "For each pair of methods of equal seed: the barrier, the highest rise of the loss above the chord on the "
+    "straight path between their dense weights, at the last common step, by Student's t over seeds against a margin "
+    "of {margin:g} nats (a perplexity 5 % higher). "
+    "Reproduced if every pair's barrier lies above the margin with two-sided p < {alpha:g} (intersection–union, no "
     "correction) and all pairs with dense weights were measured; contradicted if at least one lies below it, p < "
     "{alpha:g} after Holm; else undecided. Methods without dense weights are listed and not tested."
 )
@@ -140,7 +140,7 @@ def _sharper(study: Study, metric: str, statement: str, where: str, *, baseline_
 
 
 def barriers(study: Study) -> Claim:
-    """Effects: the rise above the worse end, in nats."""
+    """Effects: the barriers, in nats."""
     statement = "Any two methods are separated by a loss barrier: their basins differ, though perplexities are close."
     test = BARRIER_TEST.format(margin=MARGIN, alpha=study.alpha)
     pairs = list(itertools.combinations(study.titles, 2))
@@ -152,15 +152,12 @@ def barriers(study: Study) -> Claim:
     listed_only: dict[str, str] = {}
     for pair in pairs:
         label = study.pair_title(pair)
-        heights = found.values.get(pair, {})
-        apart = paired_differences(*(losses.get(method, {}) for method in pair))
-        if values := [height - abs(apart[seed]) / 2 for seed, height in heights.items() if seed in apart]:
+        if values := [*found.values.get(pair, {}).values()]:
             rises[label] = values
         elif why := next((undefined[method] for method in pair if method in undefined), None):
             listed_only[label] = why
         else:
-            no_losses = "no losses to compare the barrier with"
-            missing[label] = no_losses if pair in found.values else found.missing.get(pair, "not measured")
+            missing[label] = found.missing.get(pair, "not measured")
     decision = every_above(rises, level=MARGIN, alpha=study.alpha)
     verdict = decision.despite(missing)
     details = details_of(decision, {**missing, **listed_only}, "nats")
@@ -172,7 +169,7 @@ def barriers(study: Study) -> Claim:
     elif verdict == "contradicted":
         reason = f"no barrier between {listed(list(decision.against))}"
     elif verdict == "reproduced":
-        reason = f"all {len(rises)} pairs with dense weights rise by more than {MARGIN:g} nats above their worse end"
+        reason = f"all {len(rises)} pairs with dense weights have a barrier above {MARGIN:g} nats"
     elif not rises and not missing:
         reason = "no two methods have dense weights to interpolate"
     else:
@@ -183,7 +180,7 @@ def barriers(study: Study) -> Claim:
     if decision.decisive is not None:
         higher = sum(tested.effect > MARGIN for tested in decision.tested.values())
         sentence = (
-            f"Between {higher} of {len(rises)} pairs the loss rises by more than {MARGIN:g} nats above the worse end; "
+            f"Between {higher} of {len(rises)} pairs the loss rises by more than {MARGIN:g} nats above the chord; "
             f"least so between {decision.deciding}, by {interval(decision.decisive, nats, study.confidence)}; "
             f"{seeds_and_step(decision.fewest_seeds, found.step)}."
         )

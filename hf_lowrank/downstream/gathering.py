@@ -28,7 +28,9 @@ from hf_lowrank.storage.files import whole_file, write_text
 from hf_lowrank.storage.parsing import null_non_finite
 
 # The baseline compared with itself: null in its table, but a metric that lacks it would be left out here.
-OF_OWN_BASELINE = {"method_barrier": 0.0, "activation_l2": 0.0, "activation_cosine": 1.0, "activation_cka": 1.0}
+OF_OWN_BASELINE = {
+    "method_barrier": 0.0, "method_imib": 0.0, "activation_l2": 0.0, "activation_cosine": 1.0, "activation_cka": 1.0,
+}  # fmt: skip
 # Settings of measurements that differ between checkpoints.
 VARYING = {"from_step", "to_step", "t", "step"}
 

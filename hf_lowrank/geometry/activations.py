@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .directions import keyed_generator
 from .losses import returning_input
 from .sharding import ProcessGroup
 
@@ -208,4 +209,46 @@ def activation_similarity(
     found = [result for result in results if result is not None]
     if len(found) < len(layers):
         raise ValueError(f"hidden states {results.index(None)} are not finite")
+    return found
+
+
+def random_positions(total: int, count: int, seed: int) -> Tensor:
+    """At most `count` of `total` positions, drawn without replacement, ascending."""
+    return torch.randperm(total, generator=keyed_generator("positions", seed))[:count].sort().values
+
+
+@torch.no_grad()
+def sampled_hidden_states(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    positions_N: Tensor,
+    *,
+    hidden_states: HiddenStates = causal_lm_hidden_states,
+    shards: ProcessGroup | None = None,
+) -> list[Tensor]:
+    """Every layer's hidden states (N, H) at some of the unmasked positions, on the CPU.
+
+    Args:
+        model, batches, hidden_states: as for `activation_similarity`.
+        positions_N: ascending indices into the unmasked positions of all batches.
+        shards: the processes over which the model is sharded; each runs its slice of a batch, and all get the result.
+
+    Raises:
+        ValueError: a hidden state is not finite.
+    """
+    layers: list[list[Tensor]] = []
+    seen = 0
+    for ids, mask in batches:
+        rows = (mask.flatten() == 1).nonzero().squeeze(1).cpu()
+        chosen = rows[positions_N[(positions_N >= seen) & (positions_N < seen + len(rows))] - seen]
+        seen += len(rows)
+        inputs = (ids, mask) if shards is None else (shards.batch_slice(ids), shards.batch_slice(mask))
+        for index, states in enumerate(hidden_states(model, *inputs)):
+            whole = states.cpu() if shards is None else shards.gather_batch(states.cpu(), ids.shape[0])
+            if len(layers) == index:
+                layers.append([])
+            layers[index].append(whole.flatten(0, 1)[chosen].clone())
+    found = [torch.cat(parts) for parts in layers]
+    if (bad := next((i for i, x in enumerate(found) if not bool(x.isfinite().all())), None)) is not None:
+        raise ValueError(f"hidden states {bad} are not finite")
     return found

@@ -150,10 +150,10 @@ def numerical_rank(singular_values_K: Tensor, shape: tuple[int, int], epsilon: f
     return int((singular_values_K > max(shape) * epsilon * singular_values_K.max()).sum())
 
 
-def relative_norm(update_K: Tensor, weight_K: Tensor) -> float:
-    """`‖ΔW‖_F / ‖W‖_F` from the singular values of both; NaN where W is 0."""
-    base = float(weight_K.double().square().sum().sqrt())
-    return float(update_K.double().square().sum().sqrt()) / base if base > 0 else math.nan
+def relative_norm(update: Tensor, weight: Tensor) -> float:
+    """`‖ΔW‖_F / ‖W‖_F`, each from a matrix or from its singular values; NaN where W is 0."""
+    base = float(weight.double().square().sum().sqrt())
+    return float(update.double().square().sum().sqrt()) / base if base > 0 else math.nan
 
 
 def tail_exponent(singular_values_K: Tensor) -> float:

@@ -116,8 +116,7 @@ class RunContext:
     tick: Callable[[], None] = lambda: None
 
     @cached_property
-    def sequences(self) -> EvaluationSet:
-        """The held-out sequences on which losses are measured."""
+    def _all_sequences(self) -> EvaluationSet:
         chosen = self.evaluation or self.trajectory.evaluation_set()
         vocabulary = getattr(self.trajectory.config.get_text_config(), "vocab_size", None)
         largest = int(chosen.input_ids.max())
@@ -126,7 +125,18 @@ class RunContext:
                 f"{self.trajectory.path}: the evaluation sequences hold token {largest}, the model has a vocabulary "
                 f"of {vocabulary}; they were made with another tokenizer"
             )
-        return chosen.first(self.settings.sequences)
+        return chosen
+
+    @cached_property
+    def sequences(self) -> EvaluationSet:
+        """The held-out sequences on which losses are measured."""
+        return self._all_sequences.first(self.settings.sequences)
+
+    @cached_property
+    def other_sequences(self) -> EvaluationSet:
+        """The held-out sequences on which no loss is measured."""
+        every, count = self._all_sequences, len(self.sequences)
+        return EvaluationSet(every.input_ids[count:], every.attention_mask[count:])
 
     @cached_property
     def loss(self) -> TokenLoss:

@@ -2,15 +2,20 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from hf_lowrank.geometry import (
+    Estimate,
     activation_similarity,
     effective_rank,
+    intrinsic_dimension,
     product_singular_values,
+    random_positions,
     relative_norm,
+    sampled_hidden_states,
     singular_value_fraction,
     singular_values,
     spectral_gap,
@@ -19,7 +24,7 @@ from hf_lowrank.geometry import (
     tail_exponent,
 )
 from hf_lowrank.geometry.spectra import difference_factors, singular_vectors
-from hf_lowrank.measuring.context import Row, StepContext, first_checkpoint_rows, scope_rows
+from hf_lowrank.measuring.context import Row, RunContext, StepContext, first_checkpoint_rows, scope_rows
 from hf_lowrank.runs.measurements import UNDEFINED
 
 WEIGHT: dict[str, Callable[[Tensor], float]] = {
@@ -29,7 +34,7 @@ WEIGHT: dict[str, Callable[[Tensor], float]] = {
     "weight_sv_fraction": singular_value_fraction,
     "weight_tail_exponent": tail_exponent,
 }
-# From the singular values of the update and of the weight.
+# From the singular values of the update, and the weight of the earlier checkpoint or its singular values.
 UPDATE: dict[str, Callable[[Tensor, Tensor], float]] = {
     "update_norm": relative_norm,
     "update_effective_rank": lambda delta, _: effective_rank(delta) / delta.numel(),
@@ -66,20 +71,17 @@ def _update_rows(at: StepContext, start: int | None, wanted: set[str]) -> list[R
         return first_checkpoint_rows(wanted)
     run = at.trajectory
 
-    def decompose(module: str) -> Tensor:
+    def measure(module: str) -> dict[str, float]:
         new, old = run.low_rank_factors(at.step, module), run.low_rank_factors(start, module)
         if new is not None and old is not None:
-            return product_singular_values(*difference_factors(new, old))
-        return singular_values(run.dense_weight(at.step, module) - run.dense_weight(start, module))
+            delta, earlier = product_singular_values(*difference_factors(new, old)), product_singular_values(*old)
+        else:
+            earlier = run.dense_weight(start, module)
+            delta = singular_values(run.dense_weight(at.step, module) - earlier)
+        return {metric: UPDATE[metric.removeprefix("total_")](delta, earlier) for metric in wanted}
 
-    deltas = at.map_targets(decompose)
-    values = {
-        metric: {
-            name: UPDATE[metric.removeprefix("total_")](delta, at.target_values[name])
-            for name, delta in deltas.items()
-        }
-        for metric in wanted
-    }
+    found = at.map_targets(measure)
+    values = {metric: {name: row[metric] for name, row in found.items()} for metric in wanted}
     return _target_rows(at, values, settings={"from_step": start})
 
 
@@ -141,3 +143,35 @@ def activation_rows(at: StepContext, wanted: set[str]) -> list[Row]:
             baseline=base.run.name,
         )
     return rows
+
+
+def dimension_settings(run: RunContext, metric: str) -> dict[str, Any]:
+    """The settings of `intrinsic_dimension`."""
+    return {**run.settings.dimension.request(), **run.evaluated_on}
+
+
+def dimension_rows(at: StepContext, wanted: set[str]) -> list[Row]:
+    """TwoNN's intrinsic dimension of every layer's hidden states at random positions, and their mean."""
+    chosen, loss = at.settings.dimension, at.run.token_loss(min(at.settings.batch_tokens, BATCH_TOKENS))
+    positions = random_positions(int((loss.attention_mask == 1).sum()), chosen.points, chosen.seed)
+    layers = sampled_hidden_states(at.model, loss.batches(at.model), positions, shards=at.run.placement.shards)
+    at.run.tick()
+
+    def estimate(x_ND: Tensor) -> Estimate | None:
+        """None for fewer than 20 distinct points."""
+        distinct = len(x_ND.unique(dim=0))
+        return intrinsic_dimension(x_ND, discard=chosen.discard) if distinct >= 20 else None
+
+    found = {f"hidden_states.{i}": one for i, one in enumerate(at.run.placement.map(estimate, layers))}
+    rows = scope_rows(
+        "intrinsic_dimension",
+        {scope: math.nan if one is None else one.value for scope, one in found.items()},
+        kind="layer",
+        undefined="the layer has fewer than 20 distinct positions",
+        settings=dimension_settings(at.run, "intrinsic_dimension"),
+    )
+    return [_with_interval(row, found.get(row.scope)) for row in rows]
+
+
+def _with_interval(row: Row, estimate: Estimate | None) -> Row:
+    return row if estimate is None else replace(row, ci_low=estimate.low, ci_high=estimate.high, n=estimate.n)

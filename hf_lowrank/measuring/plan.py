@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from hf_lowrank.measuring import landscape, layers
 from hf_lowrank.measuring.context import Row, RunContext, StepContext
-from hf_lowrank.metrics import METRICS
+from hf_lowrank.metrics import METRICS, reference_of
 from hf_lowrank.processes.launch import RECOVERABLE_ERRORS
 from hf_lowrank.runs.measure_settings import MeasureSettings, Space
 from hf_lowrank.runs.measurements import UNDEFINED, Measurement
@@ -45,7 +45,11 @@ def _settings(block: str, space: Space | None = None) -> Request:
 
 
 def _path(compute: Callable[[StepContext, set[str]], list[Row]], space: Space | None = None) -> Group:
-    return Group(compute, _settings("path", space), lambda s: s.path.points + 1, costly=True)
+    return Group(compute, _settings("path", space), _path_evaluations, costly=True)
+
+
+def _path_evaluations(settings: MeasureSettings) -> int:
+    return settings.path.points + 5  # an end, and the refinement of the highest point
 
 
 GROUPS: dict[str, Group] = {
@@ -62,7 +66,15 @@ GROUPS: dict[str, Group] = {
     "step": _path(landscape.step_rows),
     "method": _path(landscape.method_rows, "dense"),
     "aligned": _path(landscape.aligned_rows, "dense"),
+    "curved": Group(
+        landscape.curved_rows,
+        landscape.curve_settings,
+        lambda s: s.curve.steps + s.curve.points + 6 + _path_evaluations(s),
+        costly=True,
+    ),
     "plane": Group(landscape.plane_rows, _settings("plane"), lambda s: (2 * s.plane.steps + 1) ** 2, costly=True),
+    "dimension": Group(layers.dimension_rows, layers.dimension_settings, costly=True),
+    "noise": Group(landscape.noise_rows, _settings("noise"), lambda s: 6, costly=True),
     "critical": Group(landscape.critical_rows, landscape.critical_settings, lambda s: 15, costly=True),
     "hessian": Group(
         landscape.hessian_rows,
@@ -135,7 +147,7 @@ def _missing_metrics(
 ) -> set[str]:
     """Those of `ids` without a finished model row with these settings; failed rows count as missing."""
     try:
-        requests = {metric: GROUPS[group].request(context, metric) for metric in ids}
+        requests = {metric: {**GROUPS[group].request(context, metric), **reference_of(metric)} for metric in ids}
     except RECOVERABLE_ERRORS:
         return ids  # measuring meets the same error, and it becomes the reason of the rows
     return ids - {

@@ -2,9 +2,11 @@
 
 Rows are `Measurement`s in each run's `measurements.jsonl`. Metrics of matrices or layers have a row for each (its
 dotted path is the scope) and one for the model, their mean. The curve of a sweep is kept for pictures: a row for each
-offset, of metric `random_curve` (`pca1_curve`, `pcak_curve`, `step_path`, `method_path`) and scope "model", with the
+offset, of metric `random_curve` (`pca1_curve`, `pcak_curve`, `step_path`, `method_path` …) and scope "model", with the
 offset as `settings["t"]`, the mean over directions as value and its 95 % band as interval; apart from `t` its
-`settings` are those of the sweep's metric. Of rows with the same key (all columns but the numbers, the reason and the
+`settings` are those of the sweep's metric. Each direction of a sweep is a row of metric `random_draw` or
+`pca_direction` with its sharpness as value and its losses as `settings["losses"]`; `losses_of_directions` reads them
+back. Of rows with the same key (all columns but the numbers, the reason and the
 fingerprints) the last one counts.
 """
 
@@ -23,7 +25,7 @@ import torch
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring.context import Row, RunContext, StepContext
 from hf_lowrank.measuring.plan import GROUPS, Unit, find_baseline, missing_units, plan_run
-from hf_lowrank.metrics import METRICS, POINTWISE
+from hf_lowrank.metrics import METRICS, POINTWISE, reference_of
 from hf_lowrank.processes.launch import RECOVERABLE_ERRORS, CollectiveError, Launch, error_line, launched_processes
 from hf_lowrank.processes.placement import DeviceMap, Placement, RowSharded
 from hf_lowrank.processes.work import Progress, SharedTables, run_units
@@ -322,6 +324,7 @@ def _explained(at: StepContext, row: Row) -> Row:
 
 def _measurement(at: StepContext, row: Row) -> Measurement:
     run, base = at.trajectory.run, at.run.baseline
+    row = replace(row, settings={**row.settings, **reference_of(row.metric)})
     compares = base is not None and row.baseline == base.run.name and at.step in base.steps
     return Measurement(
         run=run.name,

@@ -25,16 +25,16 @@ class _Block(BaseModel):
 class RandomSettings(_Block):
     radius: float = Field(default=0.3, gt=0, description="Largest offset |t|.")
     relative: bool = Field(default=True, description="The radius is a multiple of the root-mean-square weight.")
-    steps: int = Field(default=2, ge=1, description="Offsets on either side of 0.")
-    draws: int = Field(default=6, ge=2, description="Random directions.")
+    steps: int = Field(default=5, ge=1, description="Offsets on either side of 0.")
+    draws: int = Field(default=5, ge=2, description="Random directions.")
     normalize: Literal["none", "tensor", "filter"] = Field(default="none", description="none: unnormalised N(0, I).")
     seed: int = Field(default=0, description="Seed of the directions.")
 
 
 class PcaSettings(_Block):
     radius: float = Field(default=0.1, gt=0, description="Largest offset |t|.")
-    steps: int = Field(default=1, ge=1, description="Offsets on either side of 0.")
-    count: int = Field(default=10, ge=1, description="Directions K of pcak_sharpness.")
+    steps: int = Field(default=5, ge=1, description="Offsets on either side of 0.")
+    count: int = Field(default=5, ge=1, description="Directions K of pcak_sharpness.")
     basis: Literal["weights", "trajectory"] = Field(default="weights", description="What the PCA decomposes.")
     normalize: Literal["none", "tensor", "filter"] = Field(
         default="tensor", description="tensor: an offset of 0.1 changes every tensor by a tenth of its norm."
@@ -42,14 +42,16 @@ class PcaSettings(_Block):
 
 
 class PathSettings(_Block):
-    points: int = Field(default=3, ge=1, description="Positions strictly between the end points.")
+    points: int = Field(
+        default=9, ge=1, description="Even positions strictly between the end points; up to 4 more refine the highest."
+    )
     low: float = Field(default=0.0, le=0, description="Start of the path; below 0 extrapolates.")
     high: float = Field(default=1.0, ge=1, description="End of the path; above 1 extrapolates.")
 
 
 class PlaneSettings(_Block):
     radius: float = Field(default=0.3, gt=0, description="Largest offset in either direction, times a row's norm.")
-    steps: int = Field(default=3, ge=1, description="Offsets on either side of 0, in both directions.")
+    steps: int = Field(default=5, ge=1, description="Offsets on either side of 0, in both directions.")
     seed: int = Field(default=0, description="Seed of the two directions.")
 
 
@@ -57,6 +59,24 @@ class HessianSettings(_Block):
     iterations: int = Field(default=20, ge=2, description="Lanczos iterations at most.")
     probes: int = Field(default=6, ge=2, description="Hutchinson probes.")
     seed: int = Field(default=0, description="Seed of the start vector and of the probes.")
+
+
+class CurveSettings(_Block):
+    steps: int = Field(default=40, ge=1, description="Adam steps that train the middle point.")
+    lr: float = Field(default=3e-3, gt=0, description="Peak learning rate of the middle point.")
+    batch: int = Field(default=8, ge=1, description="Sequences per step, none of those that are measured.")
+    points: int = Field(default=9, ge=1, description="As for path.")
+    seed: int = Field(default=0, description="Seed of the positions.")
+
+
+class NoiseSettings(_Block):
+    batches: int = Field(default=8, ge=3, description="Equal batches that the sequences are split into.")
+
+
+class DimensionSettings(_Block):
+    points: int = Field(default=2000, ge=20, description="Positions at most, drawn without replacement.")
+    discard: float = Field(default=0.1, ge=0, lt=1, description="Share of the largest ratios that is left out.")
+    seed: int = Field(default=0, description="Seed of the choice of positions.")
 
 
 class OverlapSettings(_Block):
@@ -72,7 +92,7 @@ class MeasureSettings(BaseModel):
         default=16, ge=1, description="Held-out sequences, the first ones of the run; null: all."
     )
     steps: int | Literal["all"] = Field(
-        default=3, description="Number of checkpoints at which costly metrics are measured."
+        default=2, description="Number of checkpoints at which costly metrics are measured."
     )
     batch_tokens: int = Field(default=4096, ge=1, description="Tokens per batch; changes numbers by rounding only.")
     memory: Literal["copy", "low"] = Field(
@@ -89,6 +109,9 @@ class MeasureSettings(BaseModel):
     path: PathSettings = Field(default_factory=PathSettings)
     plane: PlaneSettings = Field(default_factory=PlaneSettings)
     hessian: HessianSettings = Field(default_factory=HessianSettings)
+    curve: CurveSettings = Field(default_factory=CurveSettings)
+    noise: NoiseSettings = Field(default_factory=NoiseSettings)
+    dimension: DimensionSettings = Field(default_factory=DimensionSettings)
     overlap: OverlapSettings = Field(default_factory=OverlapSettings)
 
 
@@ -102,6 +125,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "path": {"points": 19},
         "plane": {"steps": 10},
         "hessian": {"iterations": 50, "probes": 30},
+        "curve": {"steps": 1000, "batch": 32, "points": 19},
+        "noise": {"batches": 20},
     },
 }
 

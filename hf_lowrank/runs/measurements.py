@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_lowrank.errors import UserError
+from hf_lowrank.metrics import DIRECTIONS, reference_of
 from hf_lowrank.runs.layout import MEASUREMENTS
 from hf_lowrank.storage.tables import append_rows, line_of, read_table, row_of
 
@@ -20,6 +22,8 @@ OWN_BASELINE = "the run is its own baseline"
 # How the remark on a number begins that was measured by moving what the model stores (`space: parameters`).
 NOT_DENSE = "not dense: "
 NO_EQUIVALENT = "its layers have no dense equivalent"
+# What rows of single directions hold among their settings: losses at even offsets, and the largest offset.
+LOSSES, REACH = "losses", "reach"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class Measurement:
         ci_low, ci_high: 95 % interval; NaN without one.
         n: number of independent draws; None for a deterministic value.
         baseline: the baseline's run name, for metrics that compare with one.
-        settings: what defines the number apart from the checkpoint.
+        settings: what defines the number apart from the checkpoint; of a single direction also its losses.
         reason: why there is no value; with a value, a remark ("surrogate: …").
         checkpoint, baseline_checkpoint: fingerprints of the checkpoint and of its baseline (`Trajectory.fingerprint`),
             so that a different run of the same name is not mistaken for it; None where unknown.
@@ -60,7 +64,7 @@ class Measurement:
     @property
     def key(self) -> tuple[Any, ...]:
         """Identifies the measurement: a later row with the same key replaces an earlier one."""
-        settings = json.dumps(self.settings, sort_keys=True)
+        settings = _defining(self.settings, LOSSES, REACH)
         return (self.run, self.method, self.seed, self.step, self.metric, self.scope, self.baseline, settings)
 
     @property
@@ -89,13 +93,36 @@ def append_measurements(path: str | os.PathLike[str], rows: Iterable[Measurement
 def read_measurements(path: str | os.PathLike[str]) -> list[Measurement]:
     """The rows that count of a `measurements.jsonl` (or of a run directory's), in file order; none without a file.
 
-    A torn last line is skipped.
+    A torn last line and rows by an earlier definition of their metric (`Metric.reference`) are skipped.
 
     Raises:
         UserError: a line is not a measurement; names its number.
     """
     rows = read_table(path, MEASUREMENTS, _parse, lambda row: row.key, "measurement", "measure")
-    return _without_retried(rows)
+    return _without_retried([row for row in rows if reference_of(row.metric).items() <= row.settings.items()])
+
+
+def losses_of_directions(rows: Iterable[Measurement]) -> tuple[list[float], list[list[float]]]:
+    """(offsets (G,) ascending, losses (D, G) in nats) of the directions of one sweep.
+
+    Args:
+        rows: the rows of metric `random_draw` (or `pca_direction`) of one run, step and settings; others are ignored.
+
+    Raises:
+        UserError: there are none, or they are of several sweeps.
+    """
+    found = [row for row in rows if row.metric in DIRECTIONS.values()]
+    sweeps = {(*row.key[:-1], _defining(row.settings, LOSSES, REACH, "direction")) for row in found}
+    if len(sweeps) != 1:
+        raise UserError(f"rows must be the directions of one sweep, got {len(sweeps)} sweeps; choose a run and a step")
+    losses = [row.settings[LOSSES] for row in sorted(found, key=lambda row: row.settings["direction"])]
+    half = len(losses[0]) // 2
+    offsets = [k * (found[0].settings[REACH] / half) for k in range(-half, half + 1)]
+    return offsets, losses
+
+
+def _defining(settings: Mapping[str, Any], *leave_out: str) -> str:
+    return json.dumps({name: value for name, value in settings.items() if name not in leave_out}, sort_keys=True)
 
 
 def _without_retried(rows: list[Measurement]) -> list[Measurement]:

@@ -310,7 +310,7 @@ class _Estimator:
         sequences = min(resolved.sequences or recipe.data.evaluation_sequences, recipe.data.evaluation_sequences)
         if isinstance(unit, PairsUnit):
             steps = len(choose_steps(saved, measure.pairs, "all"))
-            return sequences * steps * len(unit.baselines) * (resolved.path.points + 2)
+            return sequences * steps * len(unit.baselines) * (GROUPS["method"].evaluations(resolved) + 1)
         passes = 0
         for group in {METRICS[metric].group for metric in METRICS.select(measure.metrics)}:
             chosen = choose_steps(saved, measure.steps, resolved.steps if GROUPS[group].costly else "all")

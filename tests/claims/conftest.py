@@ -10,6 +10,7 @@ METHODS = ("full_rank", "galore", "fira", "cola")
 LAYERS = 5
 STEPS = (0, 100, 200, 300)
 EVALUATION = {"evaluation": "ab" * 8, "sequences": 16}
+BARRIER = {**EVALUATION, "reference": "chord"}
 LAST = STEPS[-1]
 
 
@@ -64,7 +65,8 @@ class Simulation:
                     yield row(step, f"{part}_{kind}_rank", value, settings=known)
             if method == "full_rank":
                 yield row(step, "activation_l2", None, reason="undefined: the run is its own baseline")
-                yield row(step, "method_barrier", None, reason="undefined: the run is its own baseline")
+                own = "undefined: the run is its own baseline"
+                yield row(step, "method_barrier", None, reason=own, settings=BARRIER)
                 continue
             base = f"full_rank-seed{seed}"
             layers = [
@@ -76,11 +78,11 @@ class Simulation:
             yield row(step, "activation_l2", float(np.mean(layers)), baseline=base)
             if method == "cola":
                 why = "undefined: the layers are not linear and have no dense weights to interpolate"
-                yield row(step, "method_barrier", None, reason=why)
+                yield row(step, "method_barrier", None, reason=why, settings=BARRIER)
                 continue
             for other in self.methods[: self.methods.index(method)]:
                 value = self.barrier * age + shared * 0.2 + jitter()
-                yield row(step, "method_barrier", value, baseline=f"{other}-seed{seed}")
+                yield row(step, "method_barrier", value, baseline=f"{other}-seed{seed}", settings=BARRIER)
                 yield row(step, "method_path", 9.0, baseline=base, settings={**EVALUATION, "t": 0.5})
 
     def scores(self, method, seed):

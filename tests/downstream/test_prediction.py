@@ -14,6 +14,7 @@ from hf_lowrank.downstream.gathering import gather, predict
 from hf_lowrank.downstream.prediction import analyse, answer, gain_interval, question, without_useless
 from hf_lowrank.downstream.ridge import PENALTIES, leave_one_group_out
 from hf_lowrank.errors import UserError
+from hf_lowrank.metrics import reference_of
 from hf_lowrank.runs.measurements import OWN_BASELINE, UNDEFINED, Measurement, append_measurements, read_measurements
 from hf_lowrank.runs.scores import Score, append_scores, read_scores
 
@@ -194,7 +195,14 @@ def write_tables(folder, number, table):
         for p, metric in enumerate(("random_sharpness", "weight_stable_rank")):
             rows.append(Measurement(**common, metric=metric, value=float(table.geometry_NP[n, p])))
         update = math.nan if s == 0 else float(table.geometry_NP[n, 2])
-        rows.append(Measurement(**common, metric="update_norm", value=update, settings={"from_step": s - 1}))
+        rows.append(
+            Measurement(
+                **common,
+                metric="update_norm",
+                value=update,
+                settings={"from_step": s - 1, **reference_of("update_norm")},
+            )
+        )
         scores.append(
             Score(
                 **common, task="pylib_syntax", metric="acc", value=0.5 + 0.1 * float(table.target_N[n]),
@@ -301,6 +309,7 @@ def test_a_metric_that_a_run_lacks_costs_the_metric_and_not_the_run(tmp_path):
     for number, run in enumerate(runs[:-2]):  # as the barrier to the baseline, which one method has none of
         method = table.methods[table.method_R[number]]
         common = {"run": run.name, "method": method, "seed": number, "metric": "method_barrier"}
+        common["settings"] = reference_of("method_barrier")
         append_measurements(
             run / "measurements.jsonl", [Measurement(**common, step=s, value=0.1 * s) for s in range(3)]
         )

@@ -13,7 +13,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.hub import metric_card, model_card, push
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END
 from hf_lowrank.hub.markdown import escape, fenced, inline_code
-from hf_lowrank.metrics import METRICS
+from hf_lowrank.metrics import METRICS, reference_of
 from hf_lowrank.runs.measurements import Measurement, append_measurements
 
 HOSTILE = [
@@ -52,7 +52,7 @@ def measured_run(run):
                 Measurement(
                     run="nano-galore", method="galore", seed=0, step=step, metric=metric, value=value, reason=reason,
                     ci_low=value - 0.01, ci_high=value + 0.01, n=8, baseline="nano-full_rank",
-                    settings={"sequences": 4},
+                    settings={"sequences": 4, **reference_of(metric)},
                 )
             )  # fmt: skip
     append_measurements(run / "measurements.jsonl", rows)

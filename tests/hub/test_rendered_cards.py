@@ -16,6 +16,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.hub import model_card, push, render_cards
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END
 from hf_lowrank.hub.pictures import PICTURES, draw, most_compared
+from hf_lowrank.metrics import reference_of
 from hf_lowrank.report import write_report
 from hf_lowrank.report.plots import interpolation_paths
 from hf_lowrank.runs.measurements import Measurement, append_measurements
@@ -28,11 +29,11 @@ SPECTRA = ("weight_effective_rank", "weight_stable_rank", "update_norm")
 
 
 def measure_everything(run, baseline=BASELINE, others=("aaa-run", "zzz-run")):
-    """Rows of all that is drawn, at steps 20 and 30; paths are parabolas of a height of their own."""
+    """Rows of all that is drawn, at steps 20 and 30; paths are parabolas over a sloping chord."""
     rows = []
 
     def row(step, metric, value, **more):
-        more = {"ci_low": value - 0.01, "ci_high": value + 0.01, "n": 4, **more}
+        more = {"ci_low": value - 0.01, "ci_high": value + 0.01, "n": 4, "settings": reference_of(metric), **more}
         rows.append(Measurement(run="r", method="galore", seed=0, step=step, metric=metric, value=value, **more))
 
     for step in (20, 30):
@@ -53,7 +54,7 @@ def measure_everything(run, baseline=BASELINE, others=("aaa-run", "zzz-run")):
         for t in (0.0, 0.5, 1.0):
             row(step, "step_path", 3 + t * (1 - t), settings={"t": t})
             for height, name in enumerate((baseline, *others), start=1):
-                row(step, "method_path", 3 + height * t * (1 - t), settings={"t": t}, baseline=name)
+                row(step, "method_path", 3 + height * t * (1 - t) - 0.7 * t, settings={"t": t}, baseline=name)
         for name in (baseline, *others):
             row(step, "method_barrier", 0.25, baseline=name)
     append_measurements(run / "measurements.jsonl", rows)
@@ -164,7 +165,8 @@ def test_hostile_names_from_a_hub_are_harmless_in_card_and_report(run, tmp_path,
     scores = []
     for other in HOSTILE:
         name = f"user/{other}@step-30"
-        rows.append(Measurement(**who, metric="method_barrier", value=0.5, baseline=name, reason=other))
+        rows.append(Measurement(**who, metric="method_barrier", value=0.5, baseline=name, reason=other,
+                                settings=reference_of("method_barrier")))  # fmt: skip
         rows.append(Measurement(**who, metric="activation_cka", value=0.5, scope=f"$\\frac{other}$", baseline=name))
         scores.append({**score, "task": other, "metric": other})
     append_measurements(run / "measurements.jsonl", rows)

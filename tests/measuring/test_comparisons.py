@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,11 +15,15 @@ from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.trajectory import Trajectory
 
 SMALL = {
+    "sequences": 4,
+    "steps": 3,
     "random": {"draws": 2, "steps": 1},
-    "pca": {"count": 3},
+    "pca": {"count": 3, "steps": 1},
     "path": {"points": 3},
     "plane": {"steps": 1},
     "hessian": {"iterations": 4, "probes": 2},
+    "curve": {"steps": 3, "batch": 2, "points": 3},
+    "noise": {"batches": 4},
     "overlap": {"count": 3},
 }
 
@@ -29,7 +34,7 @@ def model_row(rows, metric, run, step=20):
 
 
 def loss_of(run):
-    chosen = run.evaluation_set()
+    chosen = run.evaluation_set().first(SMALL["sequences"])
     return g.TokenLoss(chosen.input_ids, chosen.attention_mask)
 
 
@@ -62,13 +67,21 @@ def test_barriers_against_direct_paths(everything):
         ("step_barrier", run.model(10), run.model(20)),
         ("method_barrier", run.model(20), base.model(20)),
     ):
-        grid = g.path_grid(3)
-        losses = g.interpolation_curve(start, end, loss_of(run), positions=grid)
-        row = model_row(rows, metric, "galore-0")
-        assert row.value == pytest.approx(g.loss_barrier(losses), abs=2e-7)
         path = {r.settings["t"]: r.value for r in rows if r.metric == metric.replace("barrier", "path")
                 and r.run == "galore-0" and r.step == 20}  # fmt: skip
-        assert [path[t] for t in grid.tolist()] == pytest.approx(losses.tolist(), abs=1e-6)
+        grid = g.path_grid(3)
+        t = np.array(sorted(path))
+        assert set(grid.tolist()) < set(path)
+        y = g.interpolation_curve(start, end, loss_of(run), positions=t).numpy()
+        assert [path[position] for position in t] == pytest.approx(y, abs=1e-6)
+        height = (y - ((1 - t) * y[0] + t * y[-1])).max()
+        row = model_row(rows, metric, "galore-0")
+        assert row.value == pytest.approx(height, abs=2e-7)
+        assert row.settings["reference"] == "chord"
+        inner = y[np.isin(t, grid.numpy()[1:-1])]
+        assert model_row(rows, metric.replace("barrier", "imib"), "galore-0").value == pytest.approx(
+            inner.max() - (y[0] + y[-1]) / 2, abs=2e-7
+        )
     assert model_row(rows, "method_barrier", "galore-0").baseline == "full_rank-0"
     assert model_row(rows, "step_barrier", "galore-0").settings["from_step"] == 10
 
@@ -88,7 +101,7 @@ def test_principal_directions_use_the_one_decomposition(everything):
 def test_activations_against_direct_computation(everything):
     full, galore, rows = everything
     run, base = Trajectory(galore), Trajectory(full)
-    chosen = run.evaluation_set()
+    chosen = run.evaluation_set().first(SMALL["sequences"])
     layers = g.activation_similarity(run.model(20), base.model(20), [(chosen.input_ids, chosen.attention_mask)])
     got = [r for r in rows if (r.metric, r.run, r.step) == ("activation_cka", "galore-0", 20) and r.scope != "model"]
     assert [r.scope for r in got] == [f"hidden_states.{i}" for i in range(3)]

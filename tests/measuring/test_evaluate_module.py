@@ -16,7 +16,7 @@ from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.measurements import NOT_DENSE
 from tests.measuring.adapted import write_adapted
 
-FAST = {"random": {"draws": 2, "steps": 1}, "pca": {"count": 2}, "path": {"points": 1}}
+FAST = {"random": {"draws": 2, "steps": 1}, "pca": {"count": 2, "steps": 1}, "path": {"points": 1}}
 
 
 @pytest.fixture

@@ -53,8 +53,9 @@ def test_two_processes_give_the_same_rows_as_one(two_runs, undisturbed):
 
 
 EVERYTHING = {"metrics": "all", "steps": 10, "settings": WANTED["settings"] | {
-    "random": {"draws": 3, "steps": 1}, "pca": {"count": 3}, "plane": {"steps": 1},
-    "hessian": {"iterations": 4, "probes": 3},
+    "random": {"draws": 3, "steps": 1}, "pca": {"count": 3, "steps": 1}, "plane": {"steps": 1},
+    "hessian": {"iterations": 4, "probes": 3}, "sequences": 4, "noise": {"batches": 4},
+    "curve": {"steps": 2, "batch": 2, "points": 2}, "path": {"points": 2},
 }}  # fmt: skip
 
 
@@ -79,6 +80,8 @@ def test_one_checkpoint_is_measured_by_both_to_the_bit(two_runs, tmp_path, monke
     )
     assert len(one) > 100
     assert two == one
+    measured = {row.metric for row in read_measurements(tmp_path / "two" / two_runs[1].name) if row.has_value}
+    assert measured >= {"curved_method_barrier", "gradient_noise_scale", "intrinsic_dimension", "random_draw"}
     # What goes from one evaluation to the next (the critical sharpness) and the centres are evaluated by both.
     (alone,), both = (
         [int(file.read_text()) for file in sorted(tmp_path.glob(f"{n}-*.count"))] for n in ("one", "two")

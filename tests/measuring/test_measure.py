@@ -27,12 +27,13 @@ def value(rows, metric, step, scope="model"):
 
 
 def test_spectral_rows_agree_with_numpy(two_runs):
-    rows = measure(two_runs[1], metrics="spectra", settings=SMALL)
+    rows = measure(two_runs[1], metrics="spectra,total", settings=SMALL)
     run = Trajectory(two_runs[1])
     means = []
     for name in run.targets:
         weight = run.dense_weight(20, name).double().numpy()
-        delta = weight - run.dense_weight(10, name).double().numpy()
+        earlier, first = (run.dense_weight(step, name).double().numpy() for step in (10, 0))
+        delta = weight - earlier
         for prefix, matrix in (("weight", weight), ("update", delta)):
             sigma = np.linalg.svd(matrix, compute_uv=False)
             p = sigma / sigma.sum()
@@ -46,8 +47,10 @@ def test_spectral_rows_agree_with_numpy(two_runs):
                 assert value(rows, "weight_sv_fraction", 20, name) == pytest.approx((sigma > 0.1).mean())
                 means.append(effective)
             else:
-                norm = np.linalg.norm(matrix) / np.linalg.norm(weight)
-                assert value(rows, "update_norm", 20, name) == pytest.approx(norm, rel=1e-5)
+                norm = np.linalg.norm(matrix) / np.linalg.norm(earlier)
+                assert value(rows, "update_norm", 20, name) == pytest.approx(norm, rel=1e-6)
+                total = np.linalg.norm(weight - first) / np.linalg.norm(first)
+                assert value(rows, "total_update_norm", 20, name) == pytest.approx(total, rel=1e-6)
     assert value(rows, "weight_effective_rank", 20) == pytest.approx(np.mean(means), rel=1e-6)
 
 

@@ -28,7 +28,7 @@ from tests.measuring.adapted import write_adapted
 # Five sequences of twelve tokens, two at a time: with two processes a batch of two each, and one that does not go up.
 SMALL = {
     "random": {"draws": 2, "steps": 1},
-    "pca": {"count": 2},
+    "pca": {"count": 2, "steps": 1},
     "path": {"points": 1},
     "plane": {"steps": 1},
     "sequences": 5,
@@ -38,15 +38,19 @@ OTHER = {
     "filter": {
         **SMALL,
         "random": {**SMALL["random"], "normalize": "filter"},
-        "pca": {"count": 1, "normalize": "filter"},
+        "pca": {"count": 1, "steps": 1, "normalize": "filter"},
     },
     "trajectory": {
         **SMALL,
         "random": {**SMALL["random"], "normalize": "tensor"},
-        "pca": {"count": 2, "basis": "trajectory"},
+        "pca": {"count": 2, "steps": 1, "basis": "trajectory"},
     },
 }
-EXTRAS = ("loss", "perplexity", "random_plane", "weight_overlap", "critical_sharpness", "aligned_method_barrier")
+EXTRAS = (
+    "loss", "perplexity", "random_plane", "weight_overlap", "intrinsic_dimension", "critical_sharpness",
+    "aligned_method_barrier", "curved_method_barrier", "gradient_noise_scale",
+)  # fmt: skip
+WHOLE = ("critical_sharpness", "aligned_method_barrier", "curved_method_barrier", "gradient_noise_scale")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +178,7 @@ def check_rows(alone, other):
     for name in ("all", *OTHER):
         expected, got = by_key(alone / name), by_key(other / name)
         for key, row in expected.items():
-            if row.metric in ("critical_sharpness", "aligned_method_barrier", "aligned_method_path"):
+            if row.metric in (*WHOLE, "aligned_method_path", "curved_method_path"):
                 continue
             assert got[key].reason == row.reason, key
             for field in ("value", "ci_low", "ci_high"):
@@ -186,7 +190,7 @@ def test_two_processes_that_hold_models_together_give_the_rows_of_one(alone, hal
     check_rows(alone, halves[0] / "rows")
     rows = by_key(halves[0] / "rows" / "all").values()
     with_value = {row.metric for row in rows if row.scope == "model" and math.isfinite(row.value)}
-    assert with_value >= {*METRICS.sixteen, "loss", "random_plane", "weight_overlap"}
+    assert with_value >= {*METRICS.sixteen, "loss", "random_plane", "weight_overlap", "intrinsic_dimension"}
 
 
 def test_what_needs_the_whole_model_is_a_row_that_says_so(halves):
@@ -196,7 +200,11 @@ def test_what_needs_the_whole_model_is_a_row_that_says_so(halves):
         "the gradient needs the whole model in one process; measure it without --sharded"
     )
     assert reasons["sltrain-0", "aligned_method_barrier"].startswith("matching hidden units needs the whole model")
-    assert reasons["full_rank-0", "aligned_method_barrier"] == "undefined: the run is its own baseline"
+    assert reasons["sltrain-0", "curved_method_barrier"].startswith("training a curve needs the whole model")
+    assert reasons["cola-0", "curved_method_barrier"].startswith("undefined: the layers are not linear")
+    assert reasons["sltrain-0", "gradient_noise_scale"].startswith("the gradient needs the whole model")
+    for metric in ("aligned_method_barrier", "curved_method_barrier"):
+        assert reasons["full_rank-0", metric] == "undefined: the run is its own baseline"
 
 
 def test_each_process_holds_half_of_the_weights_and_gets_them_back_bit_for_bit(runs, halves):
@@ -285,7 +293,8 @@ def test_a_lost_process_ends_the_command_and_what_is_written_stays(runs, tmp_pat
     assert written == {"loss"}
     measure(runs[0], metrics="loss,random", steps=10, settings=SMALL, output=tmp_path)
     rows = read_measurements(tmp_path / "full_rank-0")
-    assert {row.metric for row in rows} == {"loss", "random_sharpness", "random_variance", "random_curve"}
+    expected = {"loss", "random_sharpness", "random_variance", "random_curve", "random_draw"}
+    assert {row.metric for row in rows} == expected
     assert all(math.isfinite(row.value) for row in rows)
 
 

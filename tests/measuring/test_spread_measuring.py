@@ -13,7 +13,7 @@ from hf_lowrank.measuring import measure
 from hf_lowrank.runs.measurements import read_measurements
 from hf_lowrank.runs.trajectory import Trajectory
 
-SMALL = {"random": {"draws": 2, "steps": 1}, "pca": {"count": 2}, "path": {"points": 1}, "sequences": 4}
+SMALL = {"random": {"draws": 2, "steps": 1}, "pca": {"count": 2, "steps": 1}, "path": {"points": 1}, "sequences": 4}
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_lowrank.metrics import METRICS, moves_weights
+from hf_lowrank.metrics import METRICS, moves_weights, reference_of
 
 KINDS = (
     "self_attn.q_proj",
@@ -183,11 +183,12 @@ def measured_rows(run, method, seed, steps, blocks, draw, loss, activations, bar
     def row(
         step, metric, value, scope="model", low=None, high=None, n=None, baseline=None, settings=None, reason=None
     ):
+        settings = {**(settings or {}), **reference_of(metric)}
         return {
             "run": run, "method": method, "seed": seed, "step": step, "metric": metric, "scope": scope,
             "value": value, "ci_low": low, "ci_high": high, "n": n, "baseline": baseline,
-            "settings": settings or {}, "reason": None,
-        } | space_of(method, metric, settings or {})  # fmt: skip
+            "settings": settings, "reason": None,
+        } | space_of(method, metric, settings)  # fmt: skip
 
     character = 0.7 + 0.6 * random.Random(method).random()
     layers = [f"model.layers.{block}.{kind}" for block in range(blocks) for kind in KINDS]
@@ -241,7 +242,8 @@ def measured_rows(run, method, seed, steps, blocks, draw, loss, activations, bar
             yield row(step, "method_barrier", peak, baseline=other)
             for place in range(11):
                 a = place / 10
-                yield row(step, "method_path", here + 4 * peak * a * (1 - a), baseline=other, settings={"t": a})
+                height = here + 4 * peak * a * (1 - a) + (0.1 + 0.05 * seed) * a
+                yield row(step, "method_path", height, baseline=other, settings={"t": a})
 
 
 @pytest.fixture
