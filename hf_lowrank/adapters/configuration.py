@@ -91,6 +91,10 @@ class LowRankConfig(PreTrainedConfig):
         """The base architecture's text config; caches, generation and resizing read and write it."""
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """Those of the base config, which may declare some as fields (BART's `forced_eos_token_id`)."""
+        return self.base_config._get_generation_parameters()
+
     def peft_config(self) -> PeftConfig:
         """A new PEFT config of the adapter (PEFT modifies the one it gets).
 

@@ -27,8 +27,8 @@ from hf_lowrank.errors import UserError, first_line
 from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, WORKSPACE, Ledger, Peak, StandIns
 from hf_lowrank.optim.state import quantization_levels
 from hf_lowrank.targets import decayed_names
-from hf_lowrank.training.pretrain import drop_logits
 from hf_lowrank.training.recipe import Recipe
+from hf_lowrank.training.trainer import drop_logits
 
 BASES = ("basis", "left_basis")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -173,7 +173,9 @@ class RowSharded(Joint):
 
     def model(self, trajectory: Trajectory, step: int, *, dense: bool = False) -> Any:
         self.free_memory()
-        return self.synchronized(lambda: sharded_model(trajectory, step, self.mesh, self.device, dense=dense))
+        model = self.synchronized(lambda: sharded_model(trajectory, step, self.mesh, self.device, dense=dense))
+        trajectory.require_causal(model, step)
+        return model
 
     def weights(self, trajectory: Trajectory, step: int, *, dense: bool = False) -> dict[str, Tensor]:
         return parameters_of(self.model(trajectory, step, dense=dense))

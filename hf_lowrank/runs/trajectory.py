@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs.causality import check_causal
 from hf_lowrank.runs.checkpoints import check_files, weight_files
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import CONFIG, EVALUATION_SET, RECIPE, TRAINER_STATE
@@ -60,6 +61,7 @@ class Trajectory:
         self.steps: list[int] = list(self._source.steps)
         self._fingerprints: dict[int, str | None] = {}
         self._weight_files: dict[int, dict[str, Path]] = {}
+        self._known_to_be_causal = False
 
     def __repr__(self) -> str:
         return f"Trajectory({self.path!r}, steps={self.steps})"
@@ -109,7 +111,8 @@ class Trajectory:
         `device_map` places it on accelerators instead, as in transformers ("auto").
 
         Raises:
-            UserError: no such step, damaged files, or accelerators that are too small for `device_map`.
+            UserError: no such step, damaged files, accelerators that are too small for `device_map`, or an
+                architecture that is not causal.
         """
         folder = self.checked_folder(step)
         try:
@@ -132,7 +135,14 @@ class Trajectory:
                 f"{self.where(step)}: in float32 it does not fit into the memory of the accelerators ({left_out} was "
                 "left to the CPU or the disk); use more of them, or shard it with accelerate launch … --sharded"
             )
+        self.require_causal(model, step)
         return model.eval()
+
+    def require_causal(self, model: PreTrainedModel, step: int) -> None:
+        """Raises a `UserError` if `model`, that of `step`, is not causal; tried once per run."""
+        if not self._known_to_be_causal:
+            check_causal(model, self.where(step))
+            self._known_to_be_causal = True
 
     def checked_folder(self, step: int) -> Path:
         """The checkpoint's folder, once its weights are known to match its configuration and checksums."""

@@ -8,13 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    EvalPrediction,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -26,17 +24,16 @@ from transformers.utils import logging as transformers_logging
 from hf_lowrank.errors import StoppedError, UserError
 from hf_lowrank.formats import is_first_process
 from hf_lowrank.optim.groups import refuse_engines
-from hf_lowrank.runs.checkpoints import is_sharded, last_resumable_checkpoint, weight_files
-from hf_lowrank.runs.layout import INDEX, TOKENIZER, WEIGHTS, step_of
+from hf_lowrank.runs.checkpoints import is_sharded, last_resumable_checkpoint
+from hf_lowrank.runs.layout import TOKENIZER, step_of
 from hf_lowrank.runs.run_files import read_facts
-from hf_lowrank.runs.weights import quiet_transformers
 from hf_lowrank.storage.files import refusal_of
 from hf_lowrank.storage.locks import locked
 from hf_lowrank.training.callbacks import FactsRecorder, Progress, StopOnNonFinite
 from hf_lowrank.training.checkpointing import Checkpointing, is_interim, remove_interim
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
 from hf_lowrank.training.recipe import Recipe
-from hf_lowrank.training.sequences import IGNORED, HeldOutSequences, collate, load_tokenizer, padding_id
+from hf_lowrank.training.sequences import HeldOutSequences, collate, load_tokenizer, padding_id
 from hf_lowrank.training.start import (
     check_belongs,
     check_same_corpus,
@@ -46,36 +43,13 @@ from hf_lowrank.training.start import (
     is_started,
     write_start,
 )
+from hf_lowrank.training.trainer import RunTrainer
+from hf_lowrank.training.trial import OwnLoss, try_model
 
 logger = logging.getLogger(__name__)
 
 # How gloo and NCCL report that a process is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process exit")
-
-
-class RunTrainer(Trainer):
-    """Trainer resumes by the names that tensors have in a running model, and skips all others with a warning.
-
-    Some architectures are stored under other names (the head of GPT-NeoX, the experts of a mixture one by one), and
-    would resume from their initial weights. This class can go once Trainer loads those.
-    """
-
-    model: PreTrainedModel
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        has_weights = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
-        if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel) or not has_weights:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not set(self.model.state_dict()) - set(weight_files(folder)) - set(self.model.all_tied_weights_keys):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        options: Any = {"dtype": self.model.dtype, "use_safetensors": True, "output_loading_info": True}
-        with quiet_transformers():
-            loaded: Any = type(self.model).from_pretrained(folder, **options)
-        stored, info = loaded
-        if info["missing_keys"]:
-            raise UserError(f"{folder}: cannot resume: its weights do not contain {min(info['missing_keys'])}")
-        self.model.load_state_dict(stored.state_dict())
 
 
 def build_trainer(
@@ -85,8 +59,9 @@ def build_trainer(
     corpus: Corpus,
     sequences_per_step: int,
     callbacks: Sequence[TrainerCallback],
+    own_loss: OwnLoss,
 ) -> RunTrainer:
-    """The Trainer of a run, with the method's optimizer and schedule.
+    """The Trainer of a run, with the method's optimizer and schedule; `own_loss` is what `try_model` found.
 
     Raises:
         UserError: FSDP is asked for where accelerate cannot shard.
@@ -100,8 +75,7 @@ def build_trainer(
         eval_dataset=HeldOutSequences(corpus.evaluation.first(recipe.data.evaluation_sequences_in_training)),
         processing_class=corpus.tokenizer,
         callbacks=list(callbacks),
-        compute_metrics=token_loss,
-        preprocess_logits_for_metrics=drop_logits,
+        own_loss=own_loss,
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_fsdp_enabled:
@@ -128,22 +102,6 @@ def _shard_states(trainer: Trainer) -> None:
     plugin.state_dict_config = plugin.optim_state_dict_config = None  # left over from the type set before
     plugin.set_state_dict_type("SHARDED_STATE_DICT")
     plugin.cpu_ram_efficient_loading = False
-
-
-def drop_logits(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Replaces a batch's logits, which Trainer would gather over the whole evaluation set, by one entry of each."""
-    first = logits[0] if isinstance(logits, tuple) else logits
-    return first[:, :1, :1].clone()  # a view would keep all of them alive
-
-
-def token_loss(prediction: EvalPrediction) -> dict[str, float]:
-    """The mean loss per predicted token, from the batch means that Trainer assigns to each sequence of a batch.
-
-    Trainer itself weights batches by their sequences, which differs where sequences are padded. Under the name `loss`
-    the result replaces Trainer's `eval_loss`.
-    """
-    tokens = (np.asarray(prediction.label_ids)[:, 1:] != IGNORED).sum(1)
-    return {"loss": float((np.asarray(prediction.losses, dtype=np.float64) * tokens).sum() / tokens.sum())}
 
 
 class Recorder(Protocol):
@@ -221,6 +179,7 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
     if args.max_steps <= 0 and corpus.train is not None:
         args.max_steps = math.ceil(args.num_train_epochs * len(corpus.train) / sequences_per_step)
     model = _initial_model(recipe, corpus)
+    own_loss = try_model(model, corpus.evaluation, str(recipe.path))
 
     if not started:
         resources.enter_context(locked(run, "train"))
@@ -249,7 +208,7 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
         callbacks.append(recorder(recipe, args, model, facts))
         resources.callback(callbacks[-1].close)
     callbacks.append(costs)
-    trainer = build_trainer(recipe, args, model, corpus, sequences_per_step, callbacks)
+    trainer = build_trainer(recipe, args, model, corpus, sequences_per_step, callbacks, own_loss)
     checkpointing.trainer = trainer
     if checkpoint is not None:
         if is_sharded(checkpoint) != trainer.is_fsdp_enabled:

@@ -1,0 +1,126 @@
+"""A new model's first forward and backward pass, before a run begins: what fails, does nothing or cheats is named."""
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from transformers import PreTrainedModel
+
+from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs.causality import PROBED_TOKENS, check_causal
+from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.training.sequences import IGNORED, HeldOutSequences, collate
+
+logger = logging.getLogger(__name__)
+
+# What a model's own loss is: the next-token cross-entropy, that plus a mixture's auxiliary loss, or anything else.
+OwnLoss = Literal["plain", "auxiliary", "other"]
+
+TRIED_SEQUENCES = 2
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of each label that is not -100 under the logits one position before it, in nats.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), not shifted.
+    """
+    following = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    flat = logits.float().view(-1, logits.shape[-1])
+    total = functional.cross_entropy(
+        flat, following.reshape(-1).to(flat.device), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (following != IGNORED).sum()
+
+
+def auxiliary_weight(model: PreTrainedModel) -> float:
+    """How much of its auxiliary loss a mixture adds to its loss; 0 for other models."""
+    return getattr(model.config.get_text_config(), "router_aux_loss_coef", None) or 0.0
+
+
+def try_model(model: PreTrainedModel, evaluation: EvaluationSet, where: str) -> OwnLoss:
+    """Runs the model forward and backward on the start of a few sequences, and says what its own loss is.
+
+    Weights, buffers and torch's global generator stay as they are.
+
+    Raises:
+        UserError: the model is not causal or cannot compute, or an adapted layer is not used; names the module.
+    """
+    rows = EvaluationSet(
+        *(t[:TRIED_SEQUENCES, :PROBED_TOKENS] for t in (evaluation.input_ids, evaluation.attention_mask))
+    )
+    batch = collate([HeldOutSequences(rows)[index] for index in range(len(rows))])
+    entered: list[nn.Module] = []
+    names = {module: name for name, module in model.named_modules()}
+    training = model.training
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _tracing(entered) as active:
+            warnings.simplefilter("ignore")
+            check_causal(model, where, rows.input_ids)
+            outputs = model.train()(**batch)
+            outputs.loss.backward()
+    except UserError:
+        raise
+    except Exception as error:  # any operation may fail, with any error
+        inside = next((names[module] for module in reversed(active) if names.get(module)), type(model).__name__)
+        raise UserError(
+            f"{where}: the model cannot compute: {inside}: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    finally:
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+    _check_used(model, {names[module] for module in entered if module in names}, where)
+    return _own_loss(model, outputs, batch["labels"])
+
+
+@contextmanager
+def _tracing(entered: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Appends the modules that are called to `entered`, and yields those that are being called, outermost first."""
+    active: list[nn.Module] = []
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        entered.append(module)
+        active.append(module)
+
+    def leave(*_: Any) -> None:
+        active.pop()
+
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield active
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_used(model: nn.Module, called: set[str], where: str) -> None:
+    """Raises a `UserError` for an adapted layer that the module around it does not call but reads the weight of."""
+    for name, layer in model.named_modules():
+        parent = name.rpartition(".")[0]
+        if isinstance(layer, BaseTunerLayer) and name not in called and parent in called:
+            raise UserError(
+                f"{where}: {name.removeprefix('lm.')} is never called by the module around it, so its adapter would "
+                "do nothing; choose method.target_modules without it"
+            )
+
+
+def _own_loss(model: PreTrainedModel, outputs: Any, labels: Tensor) -> OwnLoss:
+    with torch.no_grad():
+        plain, extra = float(next_token_loss(outputs.logits, labels)), getattr(outputs, "aux_loss", None)
+        added = 0.0 if extra is None else auxiliary_weight(model) * float(extra)
+    own = float(outputs.loss.detach())
+    kind: OwnLoss = "other"
+    if abs(own - plain - added) <= 1e-4 * plain:
+        kind = "auxiliary" if added else "plain"
+    elif math.isfinite(own):
+        logger.info("%s: training by the next-token cross-entropy, which its own loss is not", type(model).__name__)
+    return kind
