@@ -328,6 +328,23 @@ def build_relora_scheduler(
     )
 
 
+def check_schedule(settings: ReLoraSettings, args: TrainingArguments) -> None:
+    """Raises a `UserError` if `args` ask for another schedule than ReLoRA's restarted cosine."""
+    kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    given: Any = args.lr_scheduler_kwargs or {}
+    if kind not in ("linear", "cosine", "cosine_with_min_lr"):  # linear is Trainer's default
+        raise UserError(
+            "training.lr_scheduler_type must be left out or cosine_with_min_lr with ReLoRA, which has a cosine of its "
+            f"own, restarted, got {kind!r}"
+        )
+    if given and given != {"min_lr_rate": settings.min_lr_ratio}:
+        raise UserError(
+            "training.lr_scheduler_kwargs must be left out with ReLoRA, whose cosine ends at method.min_lr_ratio, or "
+            f"{{'min_lr_rate': {settings.min_lr_ratio}}}, got {given!r}"
+        )
+
+
 def relora_callbacks(settings: ReLoraSettings, args: TrainingArguments) -> Sequence[TrainerCallback]:
+    check_schedule(settings, args)
     own = settings.model_dump(include={"restart_every", "pruning", "prune_ratio", "warm_start_steps"})
     return [ReLoraCallback(**own, seed=settings.seed_or(args.seed))]

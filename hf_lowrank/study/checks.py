@@ -1,5 +1,6 @@
 """Checks of a study before anything runs: each problem is one line."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -146,7 +147,7 @@ def saved_steps(recipe: Recipe) -> list[int] | None:
     args = recipe.arguments(recipe.path.parent)
     if args.max_steps < 1:
         return None
-    every = args.save_steps if args.save_steps >= 1 else int(args.max_steps * args.save_steps)
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.max_steps * args.save_steps)
     if args.save_strategy == "no":
         return [0, args.max_steps]
     if args.save_strategy != "steps" or every < 1:

@@ -2,13 +2,26 @@
 
 import copy
 import dataclasses
+import inspect
+import math
+import re
+import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
-from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -48,6 +61,7 @@ _RESERVED = {
     "publishing is a separate step": ("push_to_hub",),
     "a run always trains and evaluates": ("do_train", "do_eval"),
     "a run does not predict": ("do_predict",),
+    "processes split the data only": ("parallelism_config",),
 }
 RESERVED = {key: reason for reason, keys in _RESERVED.items() for key in keys}
 OPTIMIZER_KEYS = ("optim", "optim_args", "optim_target_modules")
@@ -67,7 +81,7 @@ def checked_model(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
     config_class = CONFIG_MAPPING[architecture]
     allowed = {*_fields(config_class), SCALING}
     for key in section:
-        if key != "architecture" and key not in allowed:
+        if key != "architecture" and key not in allowed and not _is_read(config_class, str(key)):
             known = nearest(str(key), {"architecture", *allowed})
             raise UserError(f"{layers.origin(f'model.{key}')}: unknown key {f'model.{key}'!r}; {known}")
     if not isinstance(section.get(SCALING, False), bool):
@@ -110,8 +124,20 @@ def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
     }
 
 
-def checked_arguments(section: dict[str, Any], layers: Layers, *, own_optimizer: bool) -> dict[str, Any]:
-    """`section` with values converted to the types of their fields; a `UserError` for the first that does not fit."""
+def _is_read(config_class: type[PreTrainedConfig], key: str) -> bool:
+    """Whether the architecture's code reads the field `key` from its configuration, which does not declare it."""
+    code = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__module__])
+    name = re.escape(key)
+    return re.search(rf'config\.{name}\b|getattr\([\w.]*config, "{name}"', code) is not None
+
+
+def checked_arguments(
+    section: dict[str, Any], layers: Layers, *, own_optimizer: bool, own_scheduler: bool
+) -> dict[str, Any]:
+    """`section` with values converted to the types of their fields; a `UserError` for the first that does not fit.
+
+    `own_optimizer` and `own_scheduler` say whether the method brings its own.
+    """
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     # transformers documents true, but its annotation is older.
     hints = {**typing.get_type_hints(TrainingArguments), "fsdp": bool | str | None}
@@ -122,18 +148,26 @@ def checked_arguments(section: dict[str, Any], layers: Layers, *, own_optimizer:
             raise UserError(f"{where}: training.{key} must be left out; {RESERVED[key]}")
         if own_optimizer and key in OPTIMIZER_KEYS:
             raise UserError(f"{where}: training.{key} must be left out; the method brings its own optimizer")
+        if own_scheduler and (key, value) == ("lr_scheduler_type", "linear"):
+            raise UserError(f"{where}: training.{key} must be left out; the method brings its own schedule")
         if key not in fields:
             known = nearest(str(key), fields - set(RESERVED))
             known = known if known.startswith("did") else "allowed: any field of transformers.TrainingArguments"
             raise UserError(f"{where}: unknown key {f'training.{key}'!r}; {known}")
         result[key] = _fitted(key, value, hints[key], where)
-    if "max_steps" in result and result["max_steps"] < 1:
-        raise UserError(
-            f"{layers.origin('training.max_steps')}: training.max_steps must be at least 1, got {result['max_steps']}"
-        )
+    for key, rule, fits in RULES:
+        if key in result and not fits(result[key]):
+            where = layers.origin(f"training.{key}")
+            raise UserError(f"{where}: training.{key} must be {rule}, got {result[key]!r}")
     try:
-        build_arguments(result, seed=0, output_dir=layers.path.parent)
-    except (ValueError, TypeError, ImportError) as error:
+        args = build_arguments(result, seed=0, output_dir=layers.path.parent)
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()  # raises for a tracker that is not installed
+        if not own_scheduler:
+            _check_schedule(args)
+        if not own_optimizer:
+            _check_optimizer(args)
+    except Exception as error:  # so do schedules, optimizers and trackers, with any type of error
         message = first_line(error)
         culprits = [
             key for key, value in result.items() if key in message or (isinstance(value, str) and value in message)
@@ -142,14 +176,64 @@ def checked_arguments(section: dict[str, Any], layers: Layers, *, own_optimizer:
             raise UserError(f"{layers.path}: training: {message}") from None
         key = f"training.{culprits[0]}"
         raise UserError(f"{layers.origin(key)}: {key}: {message}") from None
+    _check_accelerator(args.accelerator_config, layers)
     return result
+
+
+RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("max_steps", "at least 1", lambda value: value >= 1),
+    ("num_train_epochs", "a number above 0", lambda value: 0 < value < math.inf),
+    ("save_strategy", "steps, epoch or no, as every checkpoint counts", lambda value: value != "best"),
+)
+
+
+def _check_schedule(args: TrainingArguments) -> None:
+    """Builds Trainer's schedule for a dummy optimizer."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    steps = args.max_steps if args.max_steps > 0 else 1000
+    given: Any = args.lr_scheduler_kwargs
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, copy.copy(given))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise ValueError(
+            f"lr_scheduler_kwargs do not fit lr_scheduler_type {kind}, got {given!r}: {first_line(error)}"
+        ) from None
+
+
+def _check_optimizer(args: TrainingArguments) -> None:
+    """Builds Trainer's optimizer for a dummy parameter, where it needs no more than parameters."""
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    model: Any = torch.nn.Linear(2, 2, device="meta")
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if not {"params", "model", "optimizer_dict"} & set(options):
+            kind([parameter], **options)
+    except Exception as error:
+        name = getattr(args.optim, "value", args.optim)
+        raise ValueError(f"optim {name} cannot be built: {first_line(error)}") from None
+
+
+def _check_accelerator(config: Any, layers: Layers) -> None:
+    """Refuses a second setting for what another field says."""
+    twice = {
+        "gradient_accumulation_kwargs.num_steps": (
+            "num_steps" in (config.gradient_accumulation_kwargs or {}),
+            "give training.gradient_accumulation_steps",
+        ),
+        "split_batches": (config.split_batches, "training.per_device_train_batch_size is that of each process"),
+    }
+    for key, (given, remedy) in twice.items():
+        if given:
+            where = layers.origin("training.accelerator_config")
+            raise UserError(f"{where}: training.accelerator_config.{key} must be left out; {remedy}")
 
 
 def build_arguments(section: dict[str, Any], *, seed: int, output_dir: str | Path) -> TrainingArguments:
     """The `TrainingArguments` of a run: the recipe's fields over this package's defaults."""
     defaults: dict[str, Any] = {
         "report_to": "none",
-        "eval_strategy": "steps",
+        "eval_strategy": "epoch" if section.get("save_strategy") == "epoch" else "steps",
         "eval_steps": section.get("save_steps"),
         "logging_steps": 10,
         # bf16 without an accelerator requires it.

@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_lowrank.compat import set_unlogged_loss, unlogged_loss
 from hf_lowrank.errors import UserError, one_line
@@ -50,12 +51,17 @@ class Checkpointing(TrainerCallback):
     Args:
         resumed: the checkpoint that the run resumes from; None for a new run.
         write_facts: writes `facts.json`, given the step and the optimizer.
+        epoch: the steps of one pass over the training sequences, a fraction; None for a stream. To Trainer all passes
+            are one epoch, so strategies "epoch" are followed here.
     """
 
-    def __init__(self, resumed: Path | None, write_facts: Callable[[int, Any], None]) -> None:
+    def __init__(
+        self, resumed: Path | None, write_facts: Callable[[int, Any], None], epoch: Fraction | None = None
+    ) -> None:
         self.trainer: Trainer | None = None  # set once it exists
         self.stopped: int | None = None  # the step after which SIGTERM stopped the run
         self._resumed, self._write_facts = resumed, write_facts
+        self._epoch = epoch
         self._signalled = self._interim = False
         self._previous_handler: Any = None
 
@@ -66,6 +72,11 @@ class Checkpointing(TrainerCallback):
             _restore_interim(self.trainer, self._resumed)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if self._epoch is not None and state.global_step // self._epoch > (state.global_step - 1) // self._epoch:
+            passes = state.global_step // self._epoch
+            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
+            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= passes
         if state.global_step >= state.max_steps:
             control.should_save = True
             control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
@@ -78,6 +89,9 @@ class Checkpointing(TrainerCallback):
             control.should_save = True
         if control.should_save:
             check_finite(kw["model"], kw["optimizer"], args, state)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_save = control.should_log = control.should_evaluate = False  # done at the end of the step
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         run = Path(str(args.output_dir))

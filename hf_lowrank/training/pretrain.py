@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -199,7 +200,8 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
         resumed_step=step_of(checkpoint) if checkpoint else 0,
         keep_resumed=checkpoint is not None and not is_interim(checkpoint),
     )
-    checkpointing = Checkpointing(checkpoint, costs.write)
+    epoch = None if corpus.train is None else Fraction(len(corpus.train), sequences_per_step)
+    checkpointing = Checkpointing(checkpoint, costs.write, epoch)
     resources.callback(checkpointing.release)
     # The costs come last: the seconds of a step include what its other callbacks do.
     callbacks: list[Any] = [checkpointing, StopOnNonFinite(), Progress()]

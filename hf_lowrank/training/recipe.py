@@ -67,11 +67,29 @@ class DataSettings(BaseModel):
             raise ValueError("data.dataset must name a dataset with data.source hub, e.g. allenai/c4")
         if self.source == "files" and not self.train_files:
             raise ValueError("data.train_files must name at least one file with data.source files")
+        if self.held_out_split is not None and not _disjoint(self.split, self.held_out_split):
+            raise ValueError(
+                f"data.held_out_split must not be what data.split trains on, {self.split!r}, got "
+                f"{self.held_out_split!r}; leave it out to hold out a share of the documents"
+            )
         if self.streaming and self.tokenizer is None:
             raise ValueError(
                 "data.tokenizer must be given with data.streaming: a stream cannot be read twice to train one"
             )
         return self
+
+
+def _disjoint(one: str, other: str) -> bool:
+    """False if two splits of a dataset, such as `train+test[:10%]`, share one that either takes as a whole."""
+    parts = [
+        [(name.strip(), bool(bracket)) for name, bracket, _ in (part.partition("[") for part in split.split("+"))]
+        for split in (one, other)
+    ]
+    return not any(
+        (name == same or "all" in (name, same)) and not (sliced and also_sliced)
+        for name, sliced in parts[0]
+        for same, also_sliced in parts[1]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +187,16 @@ def _resolve(layers: Layers) -> Recipe:
             sections["training"],
             layers,
             own_optimizer=method.build_optimizer is not None and method.kind != "baseline",
+            own_scheduler=method.build_scheduler is not None,
         ),
         path=layers.path,
     )
     if recipe.data.streaming and "max_steps" not in recipe.training:
         raise UserError(f"{layers.path}: training.max_steps must be given with data.streaming")
+    for key in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if recipe.data.streaming and recipe.training.get(key) == "epoch":
+            where = layers.origin(f"training.{key}")
+            raise UserError(f"{where}: training.{key} must be steps or no with data.streaming, got 'epoch'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are shown when the model is built for training
         _check_buildable(recipe, layers)
@@ -232,6 +255,8 @@ def _check_buildable(recipe: Recipe, layers: Layers) -> None:
     except (ValueError, TypeError, ArithmeticError) as error:
         message = first_line(error)
         field = message.split()[0]
+        if field.startswith("training."):
+            raise UserError(f"{layers.origin(field)}: {message}") from None
         if field in type(recipe.settings).model_fields:
             raise UserError(f"{layers.origin(f'method.{field}')}: method.{message}") from None
         raise UserError(f"{layers.path}: method: {message}") from None

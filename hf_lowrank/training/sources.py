@@ -237,6 +237,8 @@ def hub_documents(data: DataSettings) -> Documents:
     """
     train = _load(data, data.split)
     held_out = train if data.held_out_split is None else _load(data, data.held_out_split)
+    if data.held_out_split is not None:
+        _check_disjoint(data, train.info.splits)
     split_by = data.held_out_share if data.held_out_split is None else held_out._fingerprint
     fingerprint = f"{train._fingerprint} {split_by} {data.text_column}"
 
@@ -251,6 +253,26 @@ def hub_documents(data: DataSettings) -> Documents:
         fingerprint=hashlib.sha256(fingerprint.encode()).hexdigest(),
         title=f"data.dataset {data.dataset!r}",
     )
+
+
+def _check_disjoint(data: DataSettings, splits: Any) -> None:
+    """Raises a `UserError` if slices such as `train[:90%]` and `train[80%:]` overlap."""
+    from datasets import ReadInstruction
+
+    lengths = {name: split.num_examples for name, split in (splits or {}).items()}
+    try:
+        one, other = (
+            ReadInstruction.from_spec(split).to_absolute(lengths) for split in (data.split, str(data.held_out_split))
+        )
+    except (ValueError, KeyError, AttributeError):  # not a dataset with lengths, or not a slice
+        return
+    for ours in one:
+        for theirs in other:
+            if ours.splitname == theirs.splitname and max(ours.from_, theirs.from_) < min(ours.to, theirs.to):
+                raise UserError(
+                    f"data.held_out_split {data.held_out_split!r} must share no rows with data.split {data.split!r}, "
+                    f"both have row {max(ours.from_, theirs.from_)} of {ours.splitname}"
+                )
 
 
 def hub_stream(data: DataSettings, split: str, *, seed: int | None = None, skip: int = 0) -> Iterator[str]:

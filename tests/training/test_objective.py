@@ -69,9 +69,7 @@ def test_label_smoothing_is_of_the_next_token_and_not_of_what_is_reported(write_
     path = write_recipe(method=METHODS[method], training__label_smoothing_factor=0.1)
     run = trained(path, tmp_path / "run")
     logs = state_of(run, 6)["log_history"]
-    assert logs[0]["loss"] == pytest.approx(
-        first_loss(path, run, 0.1), rel=1e-5
-    )
+    assert logs[0]["loss"] == pytest.approx(first_loss(path, run, 0.1), rel=1e-5)
     for entry in logs:
         if "eval_loss" in entry:
             by_hand = mean_loss(run / f"checkpoint-{entry['step']}", EvaluationSet.load(run))

@@ -18,6 +18,7 @@ from hf_lowrank.runs.checkpoints import last_resumable_checkpoint, why_not_resum
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.storage.checksums import read_sealed_text, sealed_text
 from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
+from hf_lowrank.study.checks import saved_steps
 from hf_lowrank.training import load_recipe, pretrain
 from hf_lowrank.training.sequences import train_tokenizer
 
@@ -386,3 +387,41 @@ def test_the_command_trains_and_names_the_run(write_recipe, tmp_path, capsys):
     assert printed.err.count("\n") == 1
     assert "did you mean 'galore'" in printed.err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_strategies_by_epoch_follow_the_passes_over_the_text(write_recipe, tmp_path, accumulation):
+    path = write_recipe(
+        training__max_steps=None,
+        training__num_train_epochs=3,
+        training__save_steps=None,
+        training__save_strategy="epoch",
+        training__logging_strategy="epoch",
+        training__logging_steps=None,
+        training__per_device_train_batch_size=60,
+        training__gradient_accumulation_steps=accumulation,
+    )
+    run = trained(path, tmp_path / "run")
+    facts = json.loads((run / "facts.json").read_text())
+    sequences, each = facts["train_sequences"], 60 * accumulation
+    steps = [-(-epochs * sequences // each) for epochs in (1, 2, 3)]
+    assert steps[2] < 3 * -(-sequences // each)  # a step may span two passes
+    assert sorted(int(folder.name.split("-")[1]) for folder in run.glob("checkpoint-*")) == [0, *steps]
+    history = state_of(run, steps[2])["log_history"]
+    for key in ("loss", "eval_loss"):
+        assert [entry["step"] for entry in history if key in entry] == steps
+    # It is finished, and resumes to the same end.
+    before = (run / "facts.json").read_text()
+    assert trained(path, run) == run
+    assert (run / "facts.json").read_text() == before
+    shutil.rmtree(run / f"checkpoint-{steps[2]}")
+    whole = trained(path, tmp_path / "whole")
+    assert same(weights_of(trained(path, run), steps[2]), weights_of(whole, steps[2]))
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0.4, [0, 3, 6]), (0.7, [0, 5, 6]), (4, [0, 4, 6])])
+def test_a_study_expects_the_steps_that_are_saved(write_recipe, tmp_path, every, steps):
+    recipe = load_recipe(write_recipe(training__save_steps=every))
+    run = pretrain(recipe, tmp_path / "run")
+    assert sorted(int(folder.name.split("-")[1]) for folder in run.glob("checkpoint-*")) == steps
+    assert saved_steps(recipe) == steps

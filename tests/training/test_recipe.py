@@ -123,6 +123,19 @@ WRONG = [
     (["training.max_steps=0"], ["training.max_steps must be at least 1"]),
     (["training.output_dir=x"], ["training.output_dir must be left out; give --output"]),
     (["training.lr_scheduler_type=cosin"], ["training.lr_scheduler_type", "cosin"]),
+    (["training.lr_scheduler_type=warmup_stable_decay"], ["training.lr_scheduler_type", "num_decay_steps"]),
+    (["training.lr_scheduler_type=cosine_with_min_lr"], ["training.lr_scheduler_type", "min_lr"]),
+    (["training.lr_scheduler_kwargs={num_cycle: 2}"], ["training.lr_scheduler_kwargs", "linear", "num_cycle"]),
+    (["training.optim=adamw_8bit"], ["training.optim", "adamw_8bit", "bitsandbytes"]),
+    (["training.optim=lomo"], ["training.optim", "lomo"]),
+    (["training.report_to=wandb"], ["training.report_to", "wandb"]),
+    (["training.num_train_epochs=0"], ["training.num_train_epochs must be a number above 0, got 0"]),
+    (["training.save_strategy=best"], ["training.save_strategy must be steps, epoch or no", "'best'"]),
+    (
+        ["training.accelerator_config={gradient_accumulation_kwargs: {num_steps: 4}}"],
+        ["training.accelerator_config.gradient_accumulation_kwargs.num_steps", "training.gradient_accumulation_steps"],
+    ),
+    (["training.accelerator_config={split_batches: true}"], ["training.accelerator_config.split_batches"]),
     (["training.eval_strategy=often"], ["training.eval_strategy", "often"]),
     (["model.architecture=lama"], ["model.architecture", "'lama'", "did you mean 'llama'"]),
     (["model.hiden_size=8"], ["'model.hiden_size'", "did you mean 'hidden_size'"]),
@@ -202,6 +215,73 @@ def test_a_missing_and_a_binary_file(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(UserError, match="not readable"):
         load_recipe(tmp_path / "binary.yaml")
+
+
+HUB = {"data__train_files": None, "data__held_out_files": None, "data__source": "hub", "data__dataset": "a/b"}
+
+
+@pytest.mark.parametrize(
+    ("split", "held_out", "fits"),
+    [
+        ("train", "train", False),
+        ("train", "validation", True),
+        ("train+test", "test", False),
+        ("train[:90%]", "train[90%:]", True),
+        ("train", "train[90%:]", False),
+        ("all", "test", False),
+    ],
+)
+def test_the_held_out_split_must_not_be_trained_on(write_recipe, split, held_out, fits):
+    path = write_recipe(**HUB, data__split=split, data__held_out_split=held_out)
+    if fits:
+        assert load_recipe(path).data.held_out_split == held_out
+    else:
+        with pytest.raises(UserError, match=r"data\.held_out_split must not be what data\.split trains on"):
+            load_recipe(path)
+
+
+@pytest.mark.parametrize("key", ["save_strategy", "eval_strategy", "logging_strategy"])
+def test_a_stream_has_no_epochs(write_recipe, key):
+    path = write_recipe(**HUB, data__streaming=True, data__tokenizer="a/b", **{f"training__{key}": "epoch"})
+    with pytest.raises(UserError, match=rf"training\.{key} must be steps or no with data\.streaming"):
+        load_recipe(path)
+
+
+RELORA = {"name": "relora", "r": 4, "restart_every": 2, "restart_warmup_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "part"),
+    [
+        ("constant", None, "lr_scheduler_type must be left out or cosine_with_min_lr with ReLoRA.*'constant'"),
+        ("linear", None, "lr_scheduler_type must be left out; the method brings its own schedule"),
+        ("reduce_lr_on_plateau", None, "lr_scheduler_type must be left out or"),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.2}, r"lr_scheduler_kwargs must .* {'min_lr_rate': 0\.1}"),
+        ("cosine", {"num_cycle": 3}, "lr_scheduler_kwargs must be left out"),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}, None),
+        ("cosine", None, None),
+        (None, None, None),
+    ],
+)
+def test_relora_refuses_another_schedule_than_its_own(write_recipe, kind, given, part):
+    path = write_recipe(method=RELORA, training__lr_scheduler_type=kind, training__lr_scheduler_kwargs=given)
+    if part is None:
+        assert load_recipe(path).method.name == "relora"
+    else:
+        with pytest.raises(UserError, match=part):
+            load_recipe(path)
+
+
+def test_a_field_that_only_the_architectures_code_reads_is_allowed(write_recipe):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    mixture = {"architecture": "qwen3_moe", **sizes, "moe_intermediate_size": 16, "num_experts": 4, "head_dim": 16}
+    path = write_recipe(model=mixture)
+    with torch.device("meta"):
+        recipe = load_recipe(path)
+        model = recipe.method.build_model(recipe.config(), recipe.settings, 0)
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (4 * 16, 32)
+    with pytest.raises(UserError, match=r"unknown key 'model\.head_dimm'"):
+        load_recipe(path, ["model.head_dimm=16"])
 
 
 def test_hub_needs_a_dataset_and_a_stream_a_tokenizer(write_recipe):
