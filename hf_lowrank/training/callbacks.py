@@ -12,12 +12,26 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import DivergedError
 from hf_lowrank.runs.run_files import write_facts
 
 logger = logging.getLogger(__name__)
+
+
+class KeepPadding(TrainerCallback):
+    """Keeps the padding token of a model's configuration, which Trainer would replace by the tokenizer's.
+
+    A model loaded from such a checkpoint would not train that token, which may be the end of text.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._config = model.config.get_text_config()
+        self._padding = getattr(self._config, "pad_token_id", None)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._config.pad_token_id = self._padding
 
 
 class StopOnNonFinite(TrainerCallback):

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Corpus:
         evaluation: the fixed held-out sequences; they depend on the data block alone, not on the seed.
         fingerprint: of the text, the tokenizer and the shape, hex.
         unigram_loss: of the add-one smoothed unigram model of the training tokens on `evaluation`, nats per token.
-        largest_id: the largest token id that is known to occur; the model's vocabulary must be larger.
+        counts: (V,) how often each token occurs in the training sequences; of a stream, at its beginning.
         train: the training sequences; None for a stream.
         stream_skip: documents at the head of a stream that are held out.
     """
@@ -60,7 +60,18 @@ class Corpus:
     stream_skip: int = 0
     _: KW_ONLY
     unigram_loss: float
-    largest_id: int
+    counts: np.ndarray = field(repr=False, compare=False)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id that is known to occur; the model's vocabulary must be larger."""
+        return int(max(np.flatnonzero(self.counts)[-1], self.evaluation.input_ids.max()))
+
+    def contains(self, token: int) -> bool:
+        """Whether the text is known to contain a token."""
+        mask = self.evaluation.attention_mask.bool()
+        known = token < len(self.counts) and self.counts[token] > 0
+        return bool(known or (self.evaluation.input_ids[mask] == token).any())
 
     def training_set(self, total: int, seed: int) -> Dataset:
         """`total` training sequences, in the order of `seed`."""
@@ -117,8 +128,7 @@ def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None
 def _statistics(sample: SequenceStore, vocabulary: int, evaluation: EvaluationSet) -> dict[str, Any]:
     """What a corpus derives from the token frequencies of `sample`."""
     counts = sample.counts(vocabulary)
-    largest = int(max(np.flatnonzero(counts)[-1], evaluation.input_ids.max()))
-    return {"unigram_loss": unigram_loss(counts, evaluation), "largest_id": largest}
+    return {"unigram_loss": unigram_loss(counts, evaluation), "counts": counts}
 
 
 def corpus_tokenizer(data: DataSettings) -> PreTrainedTokenizerBase:

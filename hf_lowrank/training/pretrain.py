@@ -22,15 +22,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from hf_lowrank.errors import StoppedError, UserError
+from hf_lowrank.errors import StoppedError, UserError, one_line
 from hf_lowrank.formats import is_first_process
 from hf_lowrank.optim.groups import refuse_engines
 from hf_lowrank.runs.checkpoints import is_sharded, last_resumable_checkpoint
-from hf_lowrank.runs.layout import TOKENIZER, step_of
+from hf_lowrank.runs.layout import CONFIG, TOKENIZER, checkpoint_folder, step_of
 from hf_lowrank.runs.run_files import read_facts
+from hf_lowrank.runs.weights import read_config
 from hf_lowrank.storage.files import refusal_of
 from hf_lowrank.storage.locks import locked
-from hf_lowrank.training.callbacks import FactsRecorder, Progress, StopOnNonFinite
+from hf_lowrank.training.callbacks import FactsRecorder, KeepPadding, Progress, StopOnNonFinite
 from hf_lowrank.training.checkpointing import Checkpointing, is_interim, remove_interim
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
 from hf_lowrank.training.recipe import Recipe
@@ -179,7 +180,7 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
     logger.info("training: %d sequences per step, %s on %s", sequences_per_step, workers, args.device.type)
     if args.max_steps <= 0 and corpus.train is not None:
         args.max_steps = math.ceil(args.num_train_epochs * len(corpus.train) / sequences_per_step)
-    model = _initial_model(recipe, corpus)
+    model = _initial_model(recipe, corpus, run)
     own_loss = try_model(model, corpus.evaluation, str(recipe.path))
 
     if not started:
@@ -204,7 +205,7 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
     checkpointing = Checkpointing(checkpoint, costs.write, epoch)
     resources.callback(checkpointing.release)
     # The costs come last: the seconds of a step include what its other callbacks do.
-    callbacks: list[Any] = [checkpointing, StopOnNonFinite(), Progress()]
+    callbacks: list[Any] = [checkpointing, KeepPadding(model), StopOnNonFinite(), Progress()]
     callbacks += recipe.method.callbacks(recipe.settings, args)
     if recorder is not None:
         callbacks.append(recorder(recipe, args, model, facts))
@@ -237,15 +238,18 @@ def _corpus(recipe: Recipe, run: Path) -> Corpus:
         raise UserError(f"{recipe.path}: {error}" if about_key else str(error)) from None
 
 
-def _initial_model(recipe: Recipe, corpus: Corpus) -> PreTrainedModel:
+def _initial_model(recipe: Recipe, corpus: Corpus, run: Path) -> PreTrainedModel:
     """The model with the initial weights of the recipe's seed; torch's global generator is left unchanged."""
     tokenizer = corpus.tokenizer
-    config = recipe.config(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=padding_id(tokenizer),
-    )
+    try:
+        config = recipe.config(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=_models_padding(corpus, run),
+        )
+    except Exception as error:  # transformers raises any type of error for inconsistent values
+        raise UserError(f"{recipe.path}: model: {one_line(error)}") from None
     largest = max(corpus.largest_id, padding_id(tokenizer))
     if config.vocab_size <= largest:
         raise UserError(
@@ -258,6 +262,26 @@ def _initial_model(recipe: Recipe, corpus: Corpus) -> PreTrainedModel:
             f"{recipe.path}: data.sequence_length must be at most model.max_position_embeddings ({positions}), "
             f"got {recipe.data.sequence_length}"
         )
+    given = recipe.model.get("pad_token_id")
+    if given is not None and corpus.contains(given):
+        raise UserError(
+            f"{recipe.path}: model.pad_token_id must be a token that the text does not contain, as its embedding "
+            f"would stay zero, got {given} ({tokenizer.convert_ids_to_tokens(given)!r}); leave it out"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return recipe.method.build_model(config, recipe.settings, recipe.seed)
+
+
+def _models_padding(corpus: Corpus, run: Path) -> int | None:
+    """The padding token that the model knows, whose embedding many architectures keep at zero; None for none.
+
+    Batches need none of the model: their padding is masked. A token of the text, such as an end-of-text token that
+    also pads, must train. A run that has begun keeps the one that it began with.
+    """
+    first = checkpoint_folder(run, 0) / CONFIG
+    if first.is_file():
+        config = read_config(first.parent)
+        return getattr(config, "base_config", config).pad_token_id
+    padding = corpus.tokenizer.pad_token_id
+    return None if padding is None or corpus.contains(padding) else padding

@@ -59,6 +59,7 @@ def try_model(model: PreTrainedModel, evaluation: EvaluationSet, where: str) -> 
         *(t[:TRIED_SEQUENCES, :PROBED_TOKENS] for t in (evaluation.input_ids, evaluation.attention_mask))
     )
     batch = collate([HeldOutSequences(rows)[index] for index in range(len(rows))])
+    longest = evaluation.input_ids[:1].to(model.device)
     entered: list[nn.Module] = []
     names = {module: name for name, module in model.named_modules()}
     training = model.training
@@ -66,14 +67,20 @@ def try_model(model: PreTrainedModel, evaluation: EvaluationSet, where: str) -> 
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _tracing(entered) as active:
             warnings.simplefilter("ignore")
             check_causal(model, where, rows.input_ids)
+            with torch.no_grad():
+                model.eval()(input_ids=longest)
+            entered.clear()
             outputs = model.train()(**batch)
             outputs.loss.backward()
     except UserError:
         raise
     except Exception as error:  # any operation may fail, with any error
         inside = next((names[module] for module in reversed(active) if names.get(module)), type(model).__name__)
+        hint = ""
+        if getattr(model.config.get_text_config(), "pad_token_id", 0) is None:
+            hint = "; if it needs a padding token, choose a tokenizer with one that the text does not contain"
         raise UserError(
-            f"{where}: the model cannot compute: {inside}: {type(error).__name__}: {one_line(error)}"
+            f"{where}: the model cannot compute: {inside}: {type(error).__name__}: {one_line(error)}{hint}"
         ) from error
     finally:
         model.train(training)
