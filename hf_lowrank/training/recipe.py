@@ -14,6 +14,7 @@ from hf_lowrank.errors import UserError, first_line, nearest
 from hf_lowrank.methods import METHODS, Method, MethodSettings
 from hf_lowrank.storage.layers import Layers, read_layers, validated
 from hf_lowrank.training.blocks import build_arguments, build_config, checked_arguments, checked_model
+from hf_lowrank.training.files import is_remote
 
 SECTIONS = ("name", "seed", "method", "model", "data", "training")
 HUB_KEYS = ("dataset", "subset", "revision", "split", "held_out_split", "streaming", "shuffle_buffer")
@@ -33,12 +34,15 @@ class DataSettings(BaseModel):
     held_out_split: str | None = Field(
         None, description="hub: the held-out split; default: a share of the documents, or the head of the stream"
     )
-    text_column: str = Field("text", description="hub, .jsonl and .parquet: the text column")
+    text_column: str = Field("text", description="hub and files with columns: the text column")
     streaming: bool = Field(False, description="hub: stream the dataset during training")
     shuffle_buffer: int = Field(
         0, ge=0, description="hub, streaming: documents in the shuffle buffer; 0 keeps the order"
     )
-    train_files: list[str] | None = Field(None, description="files: .txt, .jsonl or .parquet; globs are allowed")
+    train_files: list[str] | None = Field(
+        None,
+        description="files: text, JSON, CSV or Parquet, compressed or not; globs, folders and addresses (hf://, s3://)",
+    )
     held_out_files: list[str] | None = Field(
         None, description="files: held-out files; default: a share of the documents"
     )
@@ -163,7 +167,9 @@ def _resolve_paths(layer: dict[str, Any], folder: Path) -> None:
         if isinstance(names, str):
             names = [names]
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            section[key] = [str((folder / Path(name).expanduser()).absolute()) for name in names]
+            section[key] = [
+                name if is_remote(name) else str((folder / Path(name).expanduser()).absolute()) for name in names
+            ]
     tokenizer = section.get("tokenizer")
     # A Hub id and a relative path look alike; an existing folder decides.
     if isinstance(tokenizer, str) and (folder / Path(tokenizer).expanduser()).is_dir():

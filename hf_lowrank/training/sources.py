@@ -1,8 +1,6 @@
 """Sources of text, each with training and held-out documents: the standard library, local files, Hub datasets."""
 
-import glob
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -15,13 +13,14 @@ from typing import Any
 from tqdm import tqdm
 
 from hf_lowrank.errors import UserError, first_line
-from hf_lowrank.storage.parsing import parse_json
+from hf_lowrank.training.files import digest_of, expanded, read_files, suffix_of, text_of
 from hf_lowrank.training.recipe import DataSettings
 from hf_lowrank.training.sequences import quiet_hub
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+# So many text files may all be on one side of a split by hash.
+FEW_FILES = 1000
 
 UNREACHABLE = {
     "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "TimeoutError", "TransportError",
@@ -95,133 +94,47 @@ def _source_text(root: Path, name: str) -> str | None:
 def local_files(
     train_files: list[str], held_out_files: list[str] | None, held_out_share: float, text_column: str
 ) -> Documents:
-    """Local `.txt` (one document per file), `.jsonl` and `.parquet` (one per row) files; names may be globs.
+    """Files of every kind that `hf_lowrank.training.files` reads; names may be globs, folders and addresses.
 
-    Without `held_out_files`, a share of the documents is held out, chosen by a hash of each document's text.
+    Without `held_out_files`, a share of the documents is held out, chosen by a hash of each document's text; of text
+    files too few for that, the end of each.
 
     Raises:
         UserError: a file is missing, unreadable, empty, of an unknown kind, or has no such text column.
     """
-    train = _expanded(train_files, "data.train_files")
-    held_out = _expanded(held_out_files, "data.held_out_files") if held_out_files else None
+    train = expanded(train_files, "data.train_files")
+    held_out = expanded(held_out_files, "data.held_out_files") if held_out_files else None
     both = sorted({*train, *(held_out or ())})
-    shared = sorted(set(train) & set(held_out or ()))
+    shared = sorted({os.path.realpath(file) for file in train} & {os.path.realpath(file) for file in held_out or ()})
     if shared:
         raise UserError(f"{shared[0]}: data.held_out_files must not be among data.train_files")
     digest = hashlib.sha256(f"{text_column} {held_out_share} {held_out is None}".encode())
     for file in progress(both, "reading the corpus"):
-        digest.update(f"{file in train}".encode() + _file_digest(file))
+        digest.update(f"{file in train}".encode() + digest_of(file))
 
-    def documents(files: Iterable[Path], keep: Callable[[str], bool]) -> Iterator[str]:
-        for file in files:
-            for text in read_documents(file, text_column):
-                if keep(text):
+    def by_share(held: bool) -> Iterator[str]:
+        cut = len(train) <= FEW_FILES and all(suffix_of(file) == ".txt" for file in train)
+        if cut and len({is_held_out(text, held_out_share) for text in read_files(train, text_column)}) == 1:
+            for text in read_files(train, text_column):
+                yield _part(text, held_out_share, held)
+        else:
+            for text in read_files(train, text_column):
+                if is_held_out(text, held_out_share) == held:
                     yield text
 
-    def by_hash(held: bool) -> Iterator[str]:
-        return documents(train, lambda text: is_held_out(text, held_out_share) == held)
-
     return Documents(
-        train=lambda: by_hash(False) if held_out is None else documents(train, bool),
-        held_out=lambda: by_hash(True) if held_out is None else documents(held_out, bool),
+        train=lambda: by_share(False) if held_out is None else read_files(train, text_column),
+        held_out=lambda: by_share(True) if held_out is None else read_files(held_out, text_column),
         fingerprint=digest.hexdigest(),
         title=", ".join(train_files),
     )
 
 
-def _expanded(names: list[str], key: str) -> list[Path]:
-    files: list[Path] = []
-    for name in names:
-        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
-        if not found:
-            raise UserError(f"{name}: {key} matches no file")
-        for match in found:
-            file = Path(match)
-            if file.suffix not in SUFFIXES:
-                raise UserError(
-                    f"{match}: {key} must name {', '.join(SUFFIXES)} files, got {file.suffix or 'no suffix'!r}"
-                )
-            if file.is_dir():
-                raise UserError(f"{match}: {key} must name files, this is a folder; add /*{file.suffix}")
-            if not file.is_file():
-                raise UserError(f"{match}: {key} names a file that does not exist")
-            files.append(file)
-    return list(dict.fromkeys(files))
-
-
-def _file_digest(file: Path) -> bytes:
-    try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").digest()
-    except OSError as error:
-        raise UserError(f"{file}: not readable: {error.strerror}") from None
-
-
-def read_documents(file: Path, text_column: str) -> Iterator[str]:
-    """The non-empty documents of one local file.
-
-    Raises:
-        UserError: the file cannot be read, contains no text, or has no column `text_column`.
-    """
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    empty = True
-    try:
-        for text in readers[file.suffix](file, text_column):
-            if text.strip():
-                empty = False
-                yield text
-    except OSError as error:
-        raise UserError(f"{file}: not readable: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if empty:
-        raise UserError(f"{file}: the file contains no text; remove it from data.train_files and data.held_out_files")
-
-
-def _read_txt(file: Path, text_column: str) -> Iterator[str]:
-    yield file.read_text(encoding="utf-8")
-
-
-def _read_jsonl(file: Path, text_column: str) -> Iterator[str]:
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}: line {number} is not JSON: {error.msg}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{file}: line {number} must be a JSON object, got {type(row).__name__}")
-            if text_column not in row:
-                columns = ", ".join(map(str, row)) or "none"
-                raise UserError(f"{file}: line {number} has no data.text_column {text_column!r}; columns: {columns}")
-            yield text_of(row[text_column], f"{file}: line {number}", text_column)
-
-
-def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(file) as table:
-            if text_column not in table.schema_arrow.names:
-                columns = ", ".join(table.schema_arrow.names) or "none"
-                raise UserError(f"{file}: no data.text_column {text_column!r}; columns: {columns}")
-            for batch in table.iter_batches(columns=[text_column]):
-                for value in batch.column(0).to_pylist():
-                    yield text_of(value, str(file), text_column)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{file}: not a readable Parquet file: {first_line(error)}") from None
-
-
-def text_of(value: object, where: str, text_column: str) -> str:
-    """`value` if it is text, "" if it is None; a `UserError` for anything else."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: data.text_column {text_column!r} must hold text, got {type(value).__name__}")
-    return value
+def _part(text: str, held_out_share: float, held: bool) -> str:
+    """The last share of a text, held out, or what precedes it; cut after a line if there is one."""
+    middle = round(len(text) * (1 - held_out_share))
+    cut = text.rfind("\n", 0, middle) + 1 or middle
+    return text[cut:] if held else text[:cut]
 
 
 def progress(items: Iterable[Any], title: str) -> Iterable[Any]:

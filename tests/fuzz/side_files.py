@@ -220,11 +220,11 @@ DOCUMENTS = [{"text": "a document"}, {"text": "another", "url": None}]
 
 def read_documents(suffix):
     def read(folder, content):
-        from hf_lowrank.training.sources import read_documents
+        from hf_lowrank.training.files import read_files
 
         file = folder / f"text{suffix}"
         file.write_bytes(content)
-        list(read_documents(file, "text"))
+        list(read_files([str(file)], "text"))
 
     return read
 
