@@ -35,10 +35,8 @@ def why_incomplete(checkpoint: Path, *, weights: bool) -> str | None:
         return None
     if not (checkpoint / layout.CONFIG).is_file():
         return f"{layout.CONFIG} is missing"
-    if weights and not any(
-        (checkpoint / name).is_file() for name in (layout.WEIGHTS, layout.INDEX, "pytorch_model.bin")
-    ):
-        return f"{layout.WEIGHTS} is missing"
+    if weights and not any((checkpoint / name).is_file() for name in (layout.WEIGHTS, layout.INDEX)):
+        return f"{layout.WEIGHTS} is missing{_about_pickles(checkpoint)}"
     if checkpoint.name.startswith("checkpoint-") and layout.has_checksums(checkpoint.parent):
         return f"{layout.CHECKSUMS} is missing"
     # Trainer writes trainer_state.json after the weights: with it, damaged weights are damage.
@@ -149,9 +147,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if (folder / layout.WEIGHTS).is_file():
         return dict.fromkeys(tensor_names(folder / layout.WEIGHTS), folder / layout.WEIGHTS)
     if not index.is_file():
-        pickles = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
-        hint = f" ({pickles[0]} is a pickle, which is not read)" if pickles else ""
-        raise UserError(f"{folder}: {layout.WEIGHTS} is missing{hint}; convert the checkpoint to safetensors")
+        raise UserError(f"{folder}: {layout.WEIGHTS} is missing{_about_pickles(folder)}")
     try:
         names = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): folder / str(file) for name, file in names.items()}
@@ -164,6 +160,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
             raise UserError(f"{file}: missing, though {index.name} names it")
         tensor_names(file)
     return files
+
+
+def _about_pickles(folder: Path) -> str:
+    """What to add where safetensors weights are missing."""
+    pickles = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
+    return f" ({pickles[0]} is a pickle, which is not read; save the model with save_pretrained)" if pickles else ""
 
 
 def tensor_names(file: Path) -> list[str]:

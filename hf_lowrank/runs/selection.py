@@ -196,12 +196,12 @@ def resolve_evaluation_set(
     if given is None or isinstance(given, EvaluationSet):
         return given
     path = Path(given)
-    return evaluation_set_from_text(path, trajectory) if path.suffix == ".txt" else EvaluationSet.load(path)
+    return evaluation_set_from_text(path, trajectory) if path.suffix.lower() == ".txt" else EvaluationSet.load(path)
 
 
 def evaluation_set_from_text(path: Path, trajectory: Trajectory, length: int = SEQUENCE_LENGTH) -> EvaluationSet:
-    """The file's text, packed into sequences of `length` tokens of the trajectory's tokenizer; a shorter rest is
-    dropped.
+    """The file's text, packed into sequences of `length` tokens of the trajectory's tokenizer, or of as many as the
+    model has positions for; a shorter rest is dropped.
 
     Raises:
         UserError: the file is unreadable or too short, or the checkpoints have no tokenizer.
@@ -209,7 +209,7 @@ def evaluation_set_from_text(path: Path, trajectory: Trajectory, length: int = S
     from transformers import AutoTokenizer
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as UTF-8 text: {one_line(error)}") from None
     folder = trajectory.extra(TOKENIZER)
@@ -220,6 +220,8 @@ def evaluation_set_from_text(path: Path, trajectory: Trajectory, length: int = S
     except (OSError, ValueError) as error:
         raise UserError(f"{trajectory.path}: has no tokenizer: {one_line(error, 200)}") from None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    positions = getattr(trajectory.config.get_text_config(), "max_position_embeddings", None)
+    length = min(length, positions or length)
     count = len(ids) // length
     if count == 0:
         raise UserError(f"{path}: must hold at least {length} tokens, got {len(ids)}")

@@ -41,6 +41,9 @@ class FolderSource:
         self._folders = _complete_folders(path)
         self._extras = path
         if not self._folders and (path / layout.CONFIG).is_file():
+            fault = why_incomplete(path, weights=True)
+            if fault is not None:
+                raise UserError(f"{path}: not a complete checkpoint: {fault}")
             match = layout.STEP_FOLDER.fullmatch(path.resolve().name)
             self._folders = {int(match[1]) if match else _recorded_step(path): path}
             if match:

@@ -88,9 +88,7 @@ def test_remote_files_are_read_by_their_address(tmp_path, write_recipe):
     assert (whole.fingerprint, list(whole.train())) == (documents.fingerprint, list(documents.train()))
     system.pipe("/corpus/part1.jsonl", ROWS + ROWS)
     assert local_files(["memory://corpus"], None, 0.25, "text").fingerprint != documents.fingerprint
-    with pytest.raises(
-        UserError, match=r"none.jsonl: data.train_files names a file that does not exist"
-    ):
+    with pytest.raises(UserError, match=r"none.jsonl: data.train_files names a file that does not exist"):
         local_files(["memory://corpus/none.jsonl"], None, 0.25, "text")
     path = write_recipe(data__train_files=["memory://corpus/*.jsonl"])
     assert load_recipe(path).data.train_files == ["memory://corpus/*.jsonl"]
