@@ -181,6 +181,23 @@ def register_with_peft(name: str, config_cls: Any, model_cls: Any) -> None:
 # Private interfaces of transformers, peft and accelerate
 
 
+@contextmanager
+def targets_unchanged() -> Iterator[None]:
+    """Keeps PEFT from translating LoRA's targets for mixtures from the names of transformers 4.
+
+    By a table of model types it takes `gate_proj`, `up_proj` and `down_proj` for experts wherever they are, and drops
+    the shared experts and dense layers of these names.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    convert = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = convert
+
+
 def is_initialized(config: PreTrainedConfig) -> bool:
     """Whether a config is past its `__post_init__`."""
     return bool(vars(config).get("_post_init_done"))

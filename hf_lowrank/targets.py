@@ -29,6 +29,11 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear module computes what its type does: some routers inherit `nn.Linear` and return more."""
+    return type(module).forward in [kind.forward for kind in LINEAR_TYPES]
+
+
 def compiled(pattern: str, option: str = "target_modules") -> re.Pattern[str]:
     """`pattern` as a regular expression; raises UserError, naming `option`, if it is not valid."""
     try:
@@ -42,7 +47,8 @@ def target_modules(model: nn.Module, patterns: str | Sequence[str] = "auto") -> 
 
     `"auto"` selects every linear layer inside the model's repeated blocks (anything under an `nn.ModuleList`): the
     attention and MLP projections, never embeddings, norms or the output head. `"all-linear"` selects every linear
-    layer except the output head. Another string is a regular expression that must match the whole name; a sequence
+    layer except the output head. Both leave out vectors (a gate with one output) and routers with a forward pass of
+    their own. Another string is a regular expression that must match the whole name; a sequence
     contains names or name endings (`"q_proj"`, `"mlp.down_proj"`), each of which must match at least one module.
 
     Raises:
@@ -52,11 +58,12 @@ def target_modules(model: nn.Module, patterns: str | Sequence[str] = "auto") -> 
     output = getattr(model, "get_output_embeddings", lambda: None)()
     linears = {name: module for name, module in linears.items() if module is not output}
     if isinstance(patterns, str):
+        matrices = {n: module for n, module in linears.items() if is_plain(module) and 1 not in _shape(module)}
         if patterns == "all-linear":
-            chosen = linears
+            chosen = matrices
         elif patterns == "auto":
             blocks = _blocks(model)
-            chosen = {name: module for name, module in linears.items() if name.startswith(blocks)}
+            chosen = {name: module for name, module in matrices.items() if name.startswith(blocks)}
         else:
             expression = compiled(patterns)
             chosen = {name: module for name, module in linears.items() if expression.fullmatch(name)}
@@ -149,6 +156,10 @@ def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
     }
+
+
+def _shape(module: Any) -> tuple[int, ...]:
+    return tuple(module.weight.shape)
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:

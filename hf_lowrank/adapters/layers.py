@@ -29,6 +29,7 @@ from hf_lowrank.adapters.functional import (
 )
 from hf_lowrank.compat import BufferDict, offload_hook
 from hf_lowrank.errors import UserError
+from hf_lowrank.targets import is_plain
 
 INT32_LIMIT = 2**31
 
@@ -46,6 +47,15 @@ def check_rank(name: str, r: int, out_features: int, in_features: int) -> None:
         raise UserError(
             f"{name}: rank r must be at most {largest}, the smaller side of its {out_features} × {in_features} "
             f"weight, got {r}"
+        )
+
+
+def check_plain(name: str, layer: nn.Module) -> None:
+    """Raises UserError if an adapter cannot stand in for the layer, which does not compute as a linear layer does."""
+    if not is_plain(layer):
+        raise UserError(
+            f"{name}: {type(layer).__name__} has a forward pass of its own, which an adapter would replace; leave it "
+            "out of target_modules"
         )
 
 

@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.configuration import LowRankConfig
 from hf_lowrank.adapters.dense import PREFIX, lora_dense_weight
-from hf_lowrank.adapters.layers import ReplacedLinear, check_rank, dense_linear, linear_shape
+from hf_lowrank.adapters.layers import ReplacedLinear, check_plain, check_rank, dense_linear, linear_shape
 from hf_lowrank.adapters.methods import AdapterSettings, ReLoraSettings
 from hf_lowrank.adapters.norms import fold_scaling, scale_norms
 from hf_lowrank.adapters.relora import dense_weights, reinitialise
-from hf_lowrank.compat import exclude_from_ddp
+from hf_lowrank.compat import exclude_from_ddp, targets_unchanged
 from hf_lowrank.errors import LowRankWarning, UserError
 from hf_lowrank.targets import target_modules, warn_about_stacks
 
@@ -185,10 +185,12 @@ def inject(lm: nn.Module, adapter: PeftConfig) -> None:
             if patterns == "auto":
                 warn_about_stacks(lm, "remain dense")
             for name, layer in layers.items():
+                check_plain(name, layer)
                 check_rank(name, adapter.r, *linear_shape(layer))
             adapter.target_modules = sorted(layers)
             adapter.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in layers.values())
-        inject_adapter_in_model(adapter, lm)
+        with targets_unchanged():
+            inject_adapter_in_model(adapter, lm)
     if isinstance(adapter, LoraConfig):
         reinitialise(lm, seed=0, step=0)
     for parameter in lm.parameters():

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.functional import SAVED_BY_COLA_M
-from hf_lowrank.adapters.layers import CoLALinear, ReplacedLinear, SLTrainLinear
+from hf_lowrank.adapters.layers import CoLALinear, ReplacedLinear, SLTrainLinear, check_plain
 from hf_lowrank.adapters.methods import CoLASettings, ReplacingSettings, SLTrainSettings
 from hf_lowrank.compat import enable_checkpointing, register_with_peft
 from hf_lowrank.errors import UserError, nearest
@@ -159,7 +159,9 @@ class ReplacingTuner(BaseTuner):
             peft_config.target_modules = replaced | _dense_targets(model, replaced)
         elif not wanted:
             raise UserError("target_modules must name at least one module, got an empty list")
-        elif wanted != "all-linear" and not replaced:
+        elif wanted == "all-linear":
+            peft_config.target_modules = replaced | _dense_targets(model, replaced, wanted)
+        elif not replaced:
             # Each name must match a module: a misspelt one would silently leave its layers dense.
             target_modules(model, wanted if isinstance(wanted, str) else sorted(wanted))
 
@@ -197,6 +199,7 @@ class ReplacingTuner(BaseTuner):
             raise UserError(f"{name}: {self.title} replaces linear layers, but this one already has another adapter")
         if not isinstance(target, LINEAR_TYPES):
             raise UserError(f"{name}: {self.title} replaces nn.Linear and Conv1D layers, got {type(target).__name__}")
+        check_plain(name, target)
         weight = target.weight.detach()
         return self.tuner_layer_cls(target, name), weight.T if isinstance(target, Conv1D) else weight
 
@@ -239,15 +242,15 @@ class ReplacingTuner(BaseTuner):
                 layer.check_mergeable()
 
 
-def _dense_targets(model: nn.Module, replaced: set[str]) -> set[str]:
-    """The automatic targets that no adapter has replaced; may be empty if some are."""
+def _dense_targets(model: nn.Module, replaced: set[str], wanted: str = "auto") -> set[str]:
+    """The automatic targets, or all linear layers, that no adapter has replaced; may be empty if some are."""
     if not replaced:
-        found = set(target_modules(model))
+        found = set(target_modules(model, wanted))
         warn_about_stacks(model, "remain dense")
         return found
     inside = tuple(name + "." for name in replaced)
     try:
-        return {name for name in target_modules(model) if not (name + ".").startswith(inside)}
+        return {name for name in target_modules(model, wanted) if not (name + ".").startswith(inside)}
     except UserError:
         return set()
 

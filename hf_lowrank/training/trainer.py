@@ -47,7 +47,7 @@ class RunTrainer(Trainer):
 
     model: PreTrainedModel
 
-    def __init__(self, *, own_loss: OwnLoss, **options: Any) -> None:
+    def __init__(self, *, own_loss: OwnLoss = "plain", **options: Any) -> None:
         self._own_loss = own_loss
         smoothing = options["args"].label_smoothing_factor
         if smoothing or own_loss == "other":
