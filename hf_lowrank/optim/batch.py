@@ -211,6 +211,10 @@ class ProjectedBatch(Batch):
     def add_scaled_gradients_(self, scales: Tensor, alpha: float) -> None:
         """`W ← W + alpha · scales · G`, with a scale per row (k, rows) or per matrix (k,); the last use of G."""
         scales = self.partition.for_lifting(scales) if scales.ndim == 2 else scales[:, None]
+        if self.grads[0].dtype == torch.float16:  # whose range ends below many a scale
+            for weight, grad, scale in zip(self.weights, self.grads, scales.unbind(), strict=True):
+                weight.add_((alpha * scale[:, None] * grad).to(weight.dtype))
+            return
         if self.stacks:
             stack, self._stacked_grads = self._stack_of_grads(), None  # a copy, and used up here
             stack *= (scales[:, None] if self._transposed else scales[..., None]).to(stack.dtype)

@@ -51,7 +51,8 @@ class FiraAdamW(ProjectedAdamW):
         scales /= limit_growth_(norms, batch.state("residual_norm"), group["norm_growth_limit"])[:, None]
 
         # scale · lift(N) + S = lift(scale · N − share · φ R) + φ G: one product and one pass over G.
-        inside = scales[..., None].to(low.dtype) * low
+        # The scales may be above float16's range.
+        inside = (scales[..., None].to(torch.promote_types(low.dtype, torch.bfloat16)) * low).to(low.dtype)
         direction.mul_(group["scale"]).sub_(inside, alpha=share * batch.bias_gain)
         batch.lift_and_add_(direction, -batch.lr)
         batch.add_scaled_gradients_(scales, -batch.lr * batch.bias_gain)
