@@ -17,6 +17,7 @@ from hf_lowrank.adapters.norms import norm_factors
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.runs.layout import CONFIG
 from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.runs.weights import quantization_of
 
 # (names that a tensor has in the model, rows from, up to) -> those rows
 Reader = Callable[[list[str], int, int], Tensor]
@@ -39,6 +40,8 @@ def sharded_model(
         UserError: as `Trajectory.model`, or a tensor is not stored under its own name.
     """
     trajectory.checked_folder(step)
+    if quantization_of(trajectory.config_at(step)) is not None:
+        raise UserError(f"{trajectory.where(step)}: quantised weights cannot be sharded; measure it without --sharded")
     dense = dense and trajectory.adapted
     model = _bare(trajectory, step, dense)
     names = _names(model)

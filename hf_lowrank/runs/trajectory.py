@@ -1,6 +1,7 @@
 """Trajectories: a run's checkpoints in step order, as models and as dense weights, from disk or from the Hub."""
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.adapters.dense import PREFIX
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.runs.causality import check_causal
 from hf_lowrank.runs.checkpoints import check_files, weight_files
@@ -20,9 +22,18 @@ from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import CONFIG, EVALUATION_SET, RECIPE, TRAINER_STATE
 from hf_lowrank.runs.run_files import method_of, parse_recipe, parse_trainer_state, seed_of
 from hf_lowrank.runs.sources import open_source
-from hf_lowrank.runs.weights import check_checkpoint, quiet_transformers, read_config, skeleton
+from hf_lowrank.runs.weights import (
+    check_checkpoint,
+    dequantizing_options,
+    quantization_of,
+    quiet_transformers,
+    read_config,
+    skeleton,
+)
 from hf_lowrank.targets import target_modules, warn_about_stacks
 
+# A metric compares a step with the one before it and with the first.
+KEPT_STEPS = 3
 Factors = tuple[Tensor, Tensor, float]
 
 
@@ -62,6 +73,8 @@ class Trajectory:
         self._fingerprints: dict[int, str | None] = {}
         self._weight_files: dict[int, dict[str, Path]] = {}
         self._known_to_be_causal = False
+        self._loading = threading.Lock()
+        self._loaded: dict[int, dict[str, Tensor]] = {}
 
     def __repr__(self) -> str:
         return f"Trajectory({self.path!r}, steps={self.steps})"
@@ -115,17 +128,20 @@ class Trajectory:
                 architecture that is not causal.
         """
         folder = self.checked_folder(step)
+        quantization = quantization_of(self.config_at(step))
+        options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
         try:
+            if quantization is not None:
+                options |= dequantizing_options(quantization)
             with quiet_transformers():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    **({} if device_map is None else {"device_map": device_map}),
+                    folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
                 )
+                if getattr(loaded[0], "is_quantized", False):
+                    loaded = (loaded[0].dequantize().float(), loaded[1])
         except Exception as error:  # transformers raises whatever a broken file leads it to
-            raise UserError(f"{self.where(step)}: cannot be loaded: {one_line(error)}") from None
+            what = "" if quantization is None else f", its weights ({quantization.get('quant_method')}) dequantised"
+            raise UserError(f"{self.where(step)}: cannot be loaded{what}: {one_line(error)}") from None
         model, missing = loaded[0], loaded[1]["missing_keys"]
         if missing:  # transformers would use random weights instead
             raise UserError(f"{self.where(step)}: {min(missing)} is missing from its weights")
@@ -181,7 +197,7 @@ class Trajectory:
         warn_about_stacks(self._skeleton, "have no spectra")
         if not self.adapted:
             return target_modules(self._skeleton)
-        from hf_lowrank.adapters.modeling import PREFIX, target_layers
+        from hf_lowrank.adapters.modeling import target_layers
 
         if self._adapter is None:
             return target_modules(self._skeleton.get_submodule(PREFIX))
@@ -240,14 +256,30 @@ class Trajectory:
         base = getattr(self._skeleton, "base_model_prefix", "")
         prefix = f"{base}." if self.adapted else ""
         names = (f"{prefix}{module}.weight", f"{module.removeprefix(base + '.')}.weight")
-        name = next((name for name in names if name in self.tensor_names(step)), names[0])
-        weight = self.tensor(step, name).float()
+        name = next((name for name in names if name in self.tensor_names(step)), None)
+        if name is None or quantization_of(self.config) is not None:
+            name = names[0]
+            weight = self._loaded_weights(step)[name]
+        else:
+            weight = self.tensor(step, name).float()
         if weight.shape != layer.weight.shape:
             raise UserError(
                 f"{self.where(step)}: {name} has shape {tuple(weight.shape)}, "
                 f"the configuration says {tuple(layer.weight.shape)}"
             )
         return weight.mT.contiguous() if isinstance(layer, Conv1D) else weight
+
+    def _loaded_weights(self, step: int) -> dict[str, Tensor]:
+        """The targets' weights of a step by their names in the running model, which transformers loads for that:
+        architectures may store them under other names, and quantised."""
+        with self._loading:
+            if step not in self._loaded:
+                targets = {f"{PREFIX}.{name}.weight" if self.adapted else f"{name}.weight" for name in self.targets}
+                parameters = self.model(step).named_parameters()
+                self._loaded[step] = {name: weight.detach() for name, weight in parameters if name in targets}
+                while len(self._loaded) > KEPT_STEPS:
+                    del self._loaded[next(iter(self._loaded))]
+            return self._loaded[step]
 
     def low_rank_factors(self, step: int, module: str) -> Factors | None:
         """(B (out, r), A (r, in), scaling) whose product is the dense weight; None where it is not such a product."""

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -46,6 +47,25 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if not isinstance(layers, int) or not 0 <= layers <= MOST_LAYERS:
         raise UserError(f"{file}: num_hidden_layers must be between 0 and {MOST_LAYERS}, got {layers!r:.40}")
     return config
+
+
+def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """How a checkpoint's weights are quantised, as its configuration says; None where they are not."""
+    given: Any = getattr(config, "quantization_config", None)
+    return given.to_dict() if hasattr(given, "to_dict") else given
+
+
+def dequantizing_options(quantization: dict[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` needs to give plain weights where a library can while it loads.
+
+    Raises:
+        Exception: of any type: the method is unknown or its library is not installed.
+    """
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    while_loading = {"compressed-tensors": {"run_compressed": False}}
+    extra = while_loading.get(str(quantization.get("quant_method")), {"dequantize": True})
+    return {"quantization_config": AutoQuantizationConfig.from_dict({**quantization, **extra})}
 
 
 def skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel | None:
@@ -86,11 +106,11 @@ def check_weights(folder: Path, *, exact: bool = True) -> None:
     """Compares names and shapes in the safetensors files with the architecture of config.json, without any weights.
 
     Args:
-        folder: a checkpoint.
+        folder: a checkpoint; nothing is compared where its weights are quantised, in shapes of their library.
         exact: whether surplus tensors are a fault too; older versions of transformers stored buffers.
     """
-    stored = _stored(folder)
-    model = skeleton(folder, read_config(folder))
+    stored, config = _stored(folder), read_config(folder)
+    model = skeleton(folder, config) if quantization_of(config) is None else None
     if model is None:
         return
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
