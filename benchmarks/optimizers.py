@@ -26,9 +26,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 import official as packages
 from _common import SIZES, llama, machine, real_gradients, spread, versions, write_result
 
-from hf_lowrank.optim import ApolloAdamW, FiraAdamW, GaLoreAdamW, param_groups
+from hf_lowrank.optim import (
+    ApolloAdamW,
+    Dion2AdamW,
+    DionAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    MuonAdamW,
+    NorMuonAdamW,
+    param_groups,
+)
 
 GAP = 200
+TORCH_MUON = "torch's Muon, target matrices alone"
+SLOW_ON_CPU = ("hf_lowrank Muon", "hf_lowrank NorMuon", "hf_lowrank Dion", "hf_lowrank Dion2", TORCH_MUON)
+WITHOUT_REFRESH = ("AdamW", *SLOW_ON_CPU)
 Builder = Callable[[int], Optimizer]
 
 
@@ -55,6 +67,14 @@ def builders_of(model: torch.nn.Module, rank: int, with_official: bool) -> dict[
         "hf_lowrank APOLLO": ours(ApolloAdamW),
         "AdamW foreach": lambda gap: torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=True),
         "AdamW fused": lambda gap: torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True),
+    }
+    # Whose products take seconds on a CPU: there they are left out unless --only names them.
+    table |= {
+        "hf_lowrank Muon": lambda gap: MuonAdamW(model, lr=1e-5),
+        "hf_lowrank NorMuon": lambda gap: NorMuonAdamW(model, lr=1e-5),
+        "hf_lowrank Dion": lambda gap: DionAdamW(model, lr=1e-5, rank=rank),
+        "hf_lowrank Dion2": lambda gap: Dion2AdamW(model, lr=1e-5),
+        TORCH_MUON: lambda gap: torch.optim.Muon(targets, lr=1e-5),
     }
     if with_official:
         apollo_torch, fira, galore_torch = map(packages.official, ("apollo_torch", "fira", "galore_torch"))
@@ -154,6 +174,8 @@ def measure(
     builders = builders_of(model, SIZES[size][-1], with_official=True)
     if only:
         builders = {name: builder for name, builder in builders.items() if name in only}
+    elif device.type == "cpu":
+        builders = {name: builder for name, builder in builders.items() if name not in SLOW_ON_CPU}
     optimizers = {name: builder(plain + 1) for name, builder in builders.items()}
 
     def use(number: int) -> None:
@@ -185,7 +207,7 @@ def measure(
         row = rows[name]
         row["plain_step"] = spread(times[name]["plain"])
         refresh = [value - row["plain_step"]["median"] for value in times[name]["refresh"]]
-        row["refresh"] = spread(refresh) if not name.startswith("AdamW") else None
+        row["refresh"] = None if name.startswith(WITHOUT_REFRESH) else spread(refresh)
         added = max(0.0, row["refresh"]["median"]) / GAP if row["refresh"] else 0.0
         row["mean_step"] = row["plain_step"]["median"] + added
         row["state_bytes"] = state_bytes(optimizer)
