@@ -183,12 +183,14 @@ def verdict(runs: Sequence[RunRecord]) -> tuple[str, str]:
     others = len(ranked) - 1
     if fewest < SEEDS_FOR_A_VERDICT:
         few = pluralize(fewest, "seed")
-        seeds = f"Some methods have only {few}" if most > fewest else f"Only {few} per method"
-        seeds = "One seed per method" if most == 1 else seeds
-        gap = loss_text(ranked[-1][1].value - estimate.value)
+        seeds = f"only {few} of some methods" if most > fewest else f"only {few} per method"
+        seeds = "one seed per method" if most == 1 else seeds
+        worst, highest = ranked[-1]
         return (
-            f"{title[best]} has the lowest perplexity, {lowest}",
-            f"{seeds}: this describes these runs, not which method is better. The losses span {gap} nats.",
+            f"A demonstration with {seeds}: perplexity {lowest} to {_perplexity(highest.value)}",
+            f"{title[best]} ends lowest and {title[worst]} highest, {loss_text(highest.value - estimate.value)} nats "
+            f"apart. This describes these runs; which method is better takes {SEEDS_FOR_A_VERDICT} seeds or more of "
+            "each, tuned alike.",
         )
     rivals = [name for name, _ in ranked[1:]]
     behind = [title[name] for name in rivals if beaten(losses, best, name, 1.0, others)]
