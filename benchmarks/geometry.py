@@ -85,10 +85,12 @@ def landscape(shape: str, sequences: int, device: str) -> dict[str, Any]:
     loss(model)
     works: dict[str, Callable[[Timed], Any]] = {
         "random (metrics 1, 2)": lambda timed: g.random_curve(
-            model, timed, offsets=g.symmetric_grid(0.003, 2), draws=2
+            model, timed, offsets=g.symmetric_grid(0.003, 5), draws=1
         ),
-        "pca (metrics 3, 4)": lambda timed: g.pca_curve(model, timed, offsets=g.symmetric_grid(0.1, 1), count=10),
-        "barriers (metrics 5, 6)": lambda timed: g.interpolation_curve(model, other, timed, positions=g.path_grid(3)),
+        "pca (metrics 3, 4)": lambda timed: g.pca_curve(model, timed, offsets=g.symmetric_grid(0.1, 5), count=2),
+        "barriers (metrics 5, 6)": lambda timed: g.refined_path(
+            lambda positions: g.interpolation_curve(model, other, timed, positions=positions), g.path_grid(9)
+        ),
     }
     result = {}
     for name, work in works.items():
