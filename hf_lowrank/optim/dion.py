@@ -12,9 +12,8 @@ from hf_lowrank.optim.batch import Batch
 from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.layout import Layout
 from hf_lowrank.optim.methods import DionSettings
-from hf_lowrank.optim.muon import OrthogonalAdamW, move_
+from hf_lowrank.optim.muon import OrthogonalAdamW, move_, stacked
 from hf_lowrank.optim.orthogonal import orthonormal_columns
-from hf_lowrank.optim.refresh import stacked
 from hf_lowrank.optim.state import StateTensor
 from hf_lowrank.optim.subspaces import draw_generator
 
@@ -58,7 +57,7 @@ class DionAdamW(OrthogonalAdamW):
         group, layout, partition = batch.group, batch.entries[0].layout, batch.partition
         held, kept = batch.state("momentum_buffer"), batch.state("basis")
         foreach_add_(held, batch.grads)
-        M = stacked(held, layout.transposed)  # oriented, rows ≥ columns
+        M = stacked(held)  # oriented, rows ≥ columns
         M = M.to(torch.promote_types(M.dtype, torch.float32))
         last = torch.stack(partition.bases(kept)).to(M.dtype)
 

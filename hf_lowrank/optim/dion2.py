@@ -9,8 +9,7 @@ from torch.nn.functional import pad
 from hf_lowrank.compat import foreach_add_, foreach_copy_
 from hf_lowrank.optim.batch import Batch
 from hf_lowrank.optim.methods import Dion2Settings
-from hf_lowrank.optim.muon import OrthogonalAdamW, move_, orthogonalised
-from hf_lowrank.optim.refresh import stacked
+from hf_lowrank.optim.muon import OrthogonalAdamW, move_, orthogonalised, stacked
 
 
 class Dion2AdamW(OrthogonalAdamW):
@@ -38,7 +37,7 @@ class Dion2AdamW(OrthogonalAdamW):
         group, layout, partition = batch.group, batch.entries[0].layout, batch.partition
         held = batch.state("momentum_buffer")
         foreach_add_(held, batch.grads)
-        momenta = stacked(held, layout.transposed)  # oriented: the last dimension counts slices
+        momenta = stacked(held)  # oriented: the last dimension counts slices
 
         first, count, sharding = 0, momenta.shape[-1], layout.sharding
         sizes = momenta.abs().sum(-2, dtype=torch.promote_types(momenta.dtype, torch.float32))

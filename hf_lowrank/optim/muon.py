@@ -21,7 +21,6 @@ from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.layout import Layout, make_layout
 from hf_lowrank.optim.methods import MuonSettings, OptimizerSettings
 from hf_lowrank.optim.orthogonal import orthogonalise
-from hf_lowrank.optim.refresh import stacked
 from hf_lowrank.optim.state import StateTensor
 
 
@@ -136,6 +135,13 @@ class MuonAdamW(OrthogonalAdamW):
     def rescaled(self, batch: Batch, directions: Tensor) -> Tensor:
         """What a method makes of the orthogonalised momentum, (k, rows, columns)."""
         return directions
+
+
+def stacked(views: Sequence[Tensor]) -> Tensor:
+    """Matrices in one new tensor (k, rows, columns), each in the memory order of its view."""
+    if views[0].stride(-1) == 1:
+        return torch.stack(list(views))
+    return torch.stack([view.mT for view in views]).mT
 
 
 def orthogonalised(updates: Tensor, batch: Batch) -> Tensor:
