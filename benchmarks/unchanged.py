@@ -44,6 +44,7 @@ METHODS = {
     "relora": ("method.restart_every=20", "method.restart_warmup_steps=5"),
     "cola": (),
     "sltrain": (),
+    "sst": ("method.redraw_every=20", "method.redraw_warmup_steps=5"),
     "low_rank": (),
 }
 # Ends of intervals may differ this much where another library gives the quantile.

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from hf_lowrank.adapters.relora import merge_and_reinit as merge_and_reinit
     from hf_lowrank.adapters.relora import prune_moments as prune_moments
     from hf_lowrank.adapters.relora import relora_lr_factor as relora_lr_factor
+    from hf_lowrank.adapters.spectral import SSTCallback as SSTCallback
     from hf_lowrank.adapters.tuners import CoLAConfig as CoLAConfig
     from hf_lowrank.adapters.tuners import CoLAModel as CoLAModel
     from hf_lowrank.adapters.tuners import SLTrainConfig as SLTrainConfig
     from hf_lowrank.adapters.tuners import SLTrainModel as SLTrainModel
+    from hf_lowrank.adapters.tuners import SSTConfig as SSTConfig
+    from hf_lowrank.adapters.tuners import SSTModel as SSTModel
 
 __getattr__, __dir__, __all__ = lazy_imports(__name__)

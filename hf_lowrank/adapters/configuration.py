@@ -12,7 +12,7 @@ from transformers.configuration_utils import SubConfigSpec
 from hf_lowrank.compat import is_initialized, register_model
 from hf_lowrank.errors import UserError
 
-ADAPTERS = ("COLA", "SLTRAIN", "LORA")
+ADAPTERS = ("COLA", "SLTRAIN", "SST", "LORA")
 
 # Fields that record where an adapter came from.
 PROVENANCE = ("peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "runtime_config")
@@ -68,8 +68,8 @@ class LowRankConfig(PreTrainedConfig):
 
     Attributes:
         base_config: config of the dense architecture.
-        adapter_config: `peft_type` ("COLA", "SLTRAIN" or "LORA") and the options of its PEFT config, or that config;
-            None for dense layers, which only `layernorm_scaling` allows.
+        adapter_config: `peft_type` (one of `ADAPTERS`) and the options of its PEFT config, or that config; None for
+            dense layers, which only `layernorm_scaling` allows.
         layernorm_scaling: whether the norms' outputs are scaled by depth, see `hf_lowrank.adapters.norms`.
     """
 

@@ -64,6 +64,12 @@ def dense_weight_from_tensors(
 ) -> Tensor:
     """The dense weight (out, in), float32, of an adapted module; see `low_rank_factors_from_tensors`."""
     kind = adapter_config["peft_type"]
+    if kind == "SST":
+        A, B, S, U, V, index = (
+            _read(module, f"sst_{key}.{ADAPTER}", get_tensor, kind) for key in ("A", "B", "S", "U", "V", "index")
+        )
+        U, V = U.float().index_copy(1, index.long(), B.float()), V.float().index_copy(0, index.long(), A.float())
+        return (U * S.float()) @ V
     B, A, scaling = low_rank_factors_from_tensors(module, get_tensor, adapter_config)
     B, A = B.float(), A.float()
     if kind == "COLA":

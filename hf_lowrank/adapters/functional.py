@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import linear
@@ -189,6 +190,19 @@ def placed_like(drawn: Tensor, target: Tensor) -> Tensor:
 def fill(target: Tensor, drawn: Tensor) -> None:
     """Copies `drawn` into `target`, which may have another dtype or device or be sharded."""
     target.copy_(placed_like(drawn.to(target.dtype), target))
+
+
+@torch.no_grad()
+def fill_from_first(target: Tensor, computed: Tensor) -> None:
+    """`fill`, with the first process's `computed` in all of them: a decomposition may differ between devices."""
+    fill(target, computed)
+    if dist.is_available() and dist.is_initialized() and not isinstance(target, DTensor):
+        dist.broadcast(target, 0)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:

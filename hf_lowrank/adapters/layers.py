@@ -119,11 +119,14 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
     Attributes:
         layer_name: dotted name in the dense model, used as the key of the random draws and in errors.
         adapter_layer_names: containers of each adapter's parameters by adapter, first those of A and B.
-        tensor_names: these, and the containers of its buffers.
+        tensor_names: these, and the containers of its frozen parameters and buffers.
+        frozen_names, sparse_names: which of them hold frozen parameters, and a sparse part.
     """
 
     title: ClassVar[str]
     tensor_names: ClassVar[tuple[str, ...]]
+    frozen_names: ClassVar[tuple[str, ...]] = ()
+    sparse_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         nn.Module.__init__(self)
@@ -346,6 +349,7 @@ class SLTrainLinear(ReplacedLinear):
 
     title = "SLTrain"
     adapter_layer_names = ("sltrain_A", "sltrain_B", "sltrain_values")
+    sparse_names = ("sltrain_values", "sltrain_support")
     tensor_names = (*adapter_layer_names, "sltrain_support")
     other_param_names = ("r", "scaling", "sltrain_support")
     sltrain_A: nn.ParameterDict

@@ -97,6 +97,20 @@ class SLTrainSettings(Refactorised):
     sparsity: float = Field(0.03, gt=0, lt=1, description="share of entries that the sparse part keeps")
 
 
+class SSTSettings(ReplacingSettings):
+    peft_type = "SST"
+    of_training: ClassVar[frozenset[str]] = frozenset({"seed", "redraw_every", "redraw_warmup_steps", "svd_every"})
+
+    r: int = Field(128, ge=1, description="pairs of singular vectors that train at a time")
+    redraw_every: int = Field(200, ge=1, description="optimizer steps between draws of new pairs")
+    redraw_warmup_steps: int = Field(
+        20, ge=0, description="steps of linear warm-up from 0 back to the schedule after a draw"
+    )
+    svd_every: int | None = Field(
+        None, ge=1, description="draws between new decompositions; None for min(m, n)/r of each layer, rounded up"
+    )
+
+
 class ReLoraSettings(AdapterSettings):
     peft_type = "LORA"
 
@@ -153,6 +167,18 @@ ENTRIES = (
         build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
         build_scheduler=LazyObject("hf_lowrank.adapters.refactorise:build_scheduler"),
         callbacks=LazyObject("hf_lowrank.adapters.refactorise:refactorise_callbacks"),
+    ),
+    Method(
+        name="sst",
+        title="SST",
+        summary="The singular value decomposition of each weight, of whose vectors a few drawn pairs train at a time.",
+        kind="restarts",
+        settings=SSTSettings,
+        source="arXiv 2405.15481",
+        look=Look("#3f51b5", "#8c9eff", DOTTED, "hexagon"),
+        build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
+        build_scheduler=LazyObject("hf_lowrank.adapters.spectral:build_sst_scheduler"),
+        callbacks=LazyObject("hf_lowrank.adapters.spectral:sst_callbacks"),
     ),
     Method(
         name="relora",

@@ -40,7 +40,7 @@ def _of_base_model(name: str) -> Any:
 class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
     """The causal language model of `config.base_config` with the adapter of `config.adapter_config` on its targets.
 
-    Everything outside the targets (embeddings, norms, head, biases) trains. CoLA and SLTrain keep no dense weight of a
+    Everything outside the targets (embeddings, norms, head, biases) trains. Replaced layers keep no dense weight of a
     target; LoRA keeps it frozen (ReLoRA merges into it). The dense model is built and initialised first, so that
     everything else starts as in the dense model of the same seed. With `config.layernorm_scaling` the norms are
     scaled, and the layers may stay dense.
@@ -70,9 +70,10 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
             if getattr(adapter, "fan_in_fan_out", False):
                 config.adapter_config["fan_in_fan_out"] = True  # needed to read the tensors without the model
         self.post_init()
-        # Every rank has the same support; DDP would otherwise broadcast it in each forward pass.
+        # Every rank has the same support and indices; DDP would otherwise broadcast it in each forward pass.
         buffers = (name for name, _ in self.named_buffers())
-        exclude_from_ddp(self, (n for n in buffers if ".sltrain_support." in n or n.endswith(".placement")))
+        own = (".sltrain_support.", ".sst_index.", ".placement")
+        exclude_from_ddp(self, (n for n in buffers if any(part in f"{n}." for part in own)))
 
     def init_weights(self) -> None:
         """Only ties weights: the base model and the adapters are already initialised."""
@@ -199,10 +200,13 @@ def inject(lm: nn.Module, adapter: PeftConfig) -> None:
 
 
 def freeze_dense_weights(lm: nn.Module) -> None:
-    """Freezes the base weights of the LoRA layers; their biases train."""
+    """Freezes the base weights of the LoRA layers, whose biases train, and what other layers keep frozen."""
     for layer in lm.modules():
         if isinstance(layer, LoraLayer):
             layer.get_base_layer().weight.requires_grad_(False)
+        elif isinstance(layer, ReplacedLinear):
+            for name in layer.frozen_names:
+                getattr(layer, name).requires_grad_(False)
 
 
 def target_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:

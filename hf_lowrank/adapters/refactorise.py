@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_lowrank.adapters.functional import balanced_factors, fill
+from hf_lowrank.adapters.functional import balanced_factors, fill_from_first, whole
 from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.adapters.methods import Refactorised
 from hf_lowrank.adapters.restarts import PeriodicCallback, inner, recovering_scheduler, reset_state
@@ -44,14 +42,8 @@ def refactorise(model: nn.Module) -> None:
         )
     for layer in layers:
         A, B = layer.factors()
-        for factor, balanced in zip((A, B), balanced_factors(_whole(A), _whole(B)), strict=True):
-            fill(factor, balanced)
-            if dist.is_available() and dist.is_initialized() and not isinstance(factor, DTensor):
-                dist.broadcast(factor, 0)  # singular vectors may differ in sign between kinds of devices
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for factor, balanced in zip((A, B), balanced_factors(whole(A), whole(B)), strict=True):
+            fill_from_first(factor, balanced)
 
 
 class RefactoriseCallback(PeriodicCallback):

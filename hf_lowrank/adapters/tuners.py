@@ -1,4 +1,4 @@
-"""CoLA and SLTrain as PEFT tuners: their configs, the layers they replace and the operations they support."""
+"""CoLA, SLTrain and SST as PEFT tuners: their configs, the layers they replace and the operations they support."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.functional import SAVED_BY_COLA_M
 from hf_lowrank.adapters.layers import CoLALinear, ReplacedLinear, SLTrainLinear, check_plain
-from hf_lowrank.adapters.methods import CoLASettings, ReplacingSettings, SLTrainSettings
+from hf_lowrank.adapters.methods import CoLASettings, ReplacingSettings, SLTrainSettings, SSTSettings
+from hf_lowrank.adapters.spectral import SSTLinear
 from hf_lowrank.compat import enable_checkpointing, register_with_peft
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.methods import check_options
@@ -24,7 +25,7 @@ from hf_lowrank.targets import LINEAR_TYPES, compiled, target_modules, warn_abou
 
 @dataclass(kw_only=True)
 class ReplacingConfig(PeftConfig):
-    """Fields that CoLA and SLTrain share: the linear layers to replace, the rank and the initialisation.
+    """Fields that CoLA, SLTrain and SST share: the linear layers to replace, the rank and the initialisation.
 
     Raises:
         UserError: a value is not allowed; the message names the field and what is allowed.
@@ -136,6 +137,20 @@ class SLTrainConfig(ReplacingConfig):
 
     def options(self, r: int) -> dict[str, Any]:
         return {"scaling": self.lora_alpha / r, "sparsity": self.sparsity}
+
+
+@dataclass(kw_only=True)
+class SSTConfig(ReplacingConfig):
+    """W = U diag(S) Vᵀ, of whose vectors r drawn pairs train at a time, in place of a linear layer (arXiv 2405.15481).
+
+    The layer starts as the dense one, whatever `init` says. `SSTCallback` normalises the vectors and draws new pairs.
+    """
+
+    method_name = "sst"
+    settings = SSTSettings
+
+    def options(self, r: int) -> dict[str, Any]:
+        return {}
 
 
 class ReplacingTuner(BaseTuner):
@@ -277,6 +292,14 @@ class SLTrainModel(ReplacingTuner):
     tuner_layer_cls = SLTrainLinear
 
 
+class SSTModel(ReplacingTuner):
+    """SST's tuner (arXiv 2405.15481)."""
+
+    prefix = "sst_"
+    title = "SST"
+    tuner_layer_cls = SSTLinear
+
+
 def keep_only_bottlenecks(model: nn.Module) -> None:
     """Turns on CoLA-M: each block saves its input and the r-wide products A x, and recomputes the rest.
 
@@ -296,3 +319,4 @@ def keep_only_bottlenecks(model: nn.Module) -> None:
 
 register_with_peft("cola", CoLAConfig, CoLAModel)
 register_with_peft("sltrain", SLTrainConfig, SLTrainModel)
+register_with_peft("sst", SSTConfig, SSTModel)

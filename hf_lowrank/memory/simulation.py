@@ -310,7 +310,7 @@ def _weigh(model: PreTrainedModel, ledger: Ledger) -> Counter[str]:
     for module in model.modules():
         if isinstance(module, ReplacedLinear):
             for name in module.tensor_names:
-                kind = "factors" if name in module.adapter_layer_names[:2] else "sparse"
+                kind = "sparse" if name in module.sparse_names else "factors"
                 kinds.update((id(tensor), kind) for tensor in getattr(module, name).values())
         elif isinstance(module, LoraLayer):
             for part in (module.lora_A, module.lora_B):

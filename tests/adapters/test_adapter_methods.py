@@ -12,8 +12,8 @@ from hf_lowrank.methods import METHODS
 from hf_lowrank.training import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-NAMES = ("relora", "cola", "sltrain", "low_rank")
-SMALL = {"relora": {"r": 3}, "cola": {"r": 3}, "sltrain": {"r": 3, "sparsity": 0.1}, "low_rank": {"r": 3}}
+NAMES = ("relora", "cola", "sltrain", "sst", "low_rank")
+SMALL = {**{name: {"r": 3} for name in NAMES}, "sltrain": {"r": 3, "sparsity": 0.1}}
 
 
 def built(name, config, run=0, **settings):
@@ -55,7 +55,8 @@ def test_trainable_parameters_are_the_formula(name):
     model = built(name, config, r=r, **({"sparsity": sparsity} if name == "sltrain" else {}))
     shapes = 2 * (4 * [(32, 32)] + 2 * [(48, 32)] + [(32, 48)])
     outside = 2 * 50 * 32 + 32 + 2 * 2 * 32
-    wanted = outside + sum(r * (m + n) + (int(sparsity * m * n) if name == "sltrain" else 0) for m, n in shapes)
+    extra = {"sltrain": lambda m, n: int(sparsity * m * n), "sst": min}.get(name, lambda m, n: 0)
+    wanted = outside + sum(r * (m + n) + extra(m, n) for m, n in shapes)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == wanted
 
 

@@ -19,7 +19,7 @@ from tests.distributed.processes import in_processes
 from tests.distributed.sharded_training import free_port, launched
 from tests.distributed.training import state_bytes, whole_weights
 
-ADAPTERS = ("cola", "sltrain", "low_rank", "relora")
+ADAPTERS = ("cola", "sltrain", "low_rank", "sst", "relora")
 BATCH = 8
 
 

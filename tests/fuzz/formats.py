@@ -31,6 +31,7 @@ METHODS = [
     {"name": "cola", "r": 4},
     {"name": "sltrain", "r": 4, "sparsity": 0.03},
     {"name": "relora", "r": 4, "restart_every": 2, "restart_warmup_steps": 1},
+    {"name": "sst", "r": 4, "redraw_every": 2, "redraw_warmup_steps": 1},
 ]
 RECIPES = [{"seed": 0, "method": m, "model": MODEL, "data": DATA, "training": TRAINING} for m in METHODS]
 
@@ -47,6 +48,7 @@ ADAPTERS = [
     {"peft_type": "COLA", "r": 4, "target_modules": ["q_proj", "v_proj"]},
     {"peft_type": "SLTRAIN", "r": 4, "sparsity": 0.1, "target_modules": "all-linear"},
     {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
+    {"peft_type": "SST", "r": 4, "target_modules": "all-linear"},
 ]
 CONFIG = {
     "model_type": "llama",

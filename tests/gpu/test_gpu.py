@@ -24,7 +24,7 @@ from tests.distributed.training import net, optimizer_of, whole_weights
 
 pytestmark = pytest.mark.gpu
 
-LAYERS = ("cola", "sltrain", "low_rank", "relora")
+LAYERS = ("cola", "sltrain", "low_rank", "sst", "relora")
 
 
 def backward(model, device, step):

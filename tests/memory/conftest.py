@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from hf_lowrank.methods import METHODS
 from hf_lowrank.training import load_recipe
 
 NANO = Path(__file__).parents[2] / "recipes" / "nano"
@@ -28,7 +29,7 @@ def tiny():
 
     def load(method, *changes):
         rank = {"apollo_mini": (), "muon": (), "normuon": (), "dion2": (), "full_rank": ()}
-        key = "r" if method in ("relora", "cola", "sltrain", "low_rank") else "rank"
+        key = "r" if "r" in METHODS[method].settings.model_fields else "rank"
         own = rank.get(method, (f"method.{key}=8",))
         return load_recipe(NANO / f"{method}.yaml", [*TINY, *own, *changes])
 
