@@ -190,7 +190,8 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         """Undoes a side effect of PEFT's method, which makes frozen parameters trainable when it moves them."""
         if adapter_name not in self.r:
             return
-        kept = {name: getattr(self, name)[adapter_name].requires_grad for name in self.adapter_layer_names}
+        names = (*self.adapter_layer_names, *self.frozen_names)
+        kept = {name: getattr(self, name)[adapter_name].requires_grad for name in names}
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for name, trainable in kept.items():
             getattr(self, name)[adapter_name].requires_grad_(trainable)

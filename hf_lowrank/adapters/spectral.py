@@ -16,7 +16,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_lowrank.adapters.functional import compute_dtype, fill, fill_from_first, keyed_generator, whole
+from hf_lowrank.adapters.functional import (
+    compute_dtype,
+    fill,
+    fill_from_first,
+    kaiming_uniform,
+    keyed_generator,
+    whole,
+)
 from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.adapters.methods import SSTSettings
 from hf_lowrank.adapters.restarts import PeriodicCallback, inner, recovering_scheduler, reset_state
@@ -93,8 +100,10 @@ class SSTLinear(ReplacedLinear):
         self.sst_index = BufferDict(persistent=True)
 
     def update_layer(self, adapter_name: str, r: int, **options: Any) -> None:
-        """As `ReplacedLinear.update_layer`; always starts from the dense weight."""
-        super().update_layer(adapter_name, r, **{**options, "init": "svd"})
+        """As `ReplacedLinear.update_layer`, but starts from the dense weight wherever that still exists."""
+        if options["weight"] is not None:
+            options["init"] = "svd"
+        super().update_layer(adapter_name, r, **options)
 
     def _set_options(self, adapter_name: str, options: dict[str, Any]) -> None:
         count, r = min(self.in_features, self.out_features), self.r[adapter_name]
@@ -105,7 +114,9 @@ class SSTLinear(ReplacedLinear):
         self.sst_index[adapter_name] = torch.empty(r, dtype=torch.int32, device=device)
 
     def _initialise(self, adapter_name: str, seed: int, weight: Tensor | None) -> None:
-        assert weight is not None  # `update_layer` always passes it
+        if weight is None:
+            generator = keyed_generator(seed, self.layer_name)
+            weight = kaiming_uniform(self.out_features, self.in_features, generator)
         U, S, V = signed_svd(weight.to(self._wide(adapter_name)))
         self._activate(adapter_name, U, S, V, keyed_generator(seed, 0, self.layer_name))
 

@@ -143,7 +143,8 @@ class SLTrainConfig(ReplacingConfig):
 class SSTConfig(ReplacingConfig):
     """W = U diag(S) Vᵀ, of whose vectors r drawn pairs train at a time, in place of a linear layer (arXiv 2405.15481).
 
-    The layer starts as the dense one, whatever `init` says. `SSTCallback` normalises the vectors and draws new pairs.
+    The layer starts as the dense one, whatever `init` says, and at random only where an earlier adapter has replaced
+    that. `SSTCallback` normalises the vectors and draws new pairs.
     """
 
     method_name = "sst"

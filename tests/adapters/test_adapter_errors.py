@@ -97,7 +97,7 @@ def test_a_second_adapter_cannot_start_from_a_weight_that_is_gone(llama_config, 
     ("adapter", "message"),
     [
         (None, r"adapter_config is missing"),
-        ({"peft_type": "IA3"}, r"peft_type must be one of COLA, SLTRAIN, LORA, got 'IA3'"),
+        ({"peft_type": "IA3"}, r"peft_type must be one of COLA, SLTRAIN, SST, LORA, got 'IA3'"),
         ({}, r"peft_type must be one of"),
         ({"peft_type": "COLA", "rank": 3}, r"adapter_config: unknown option 'rank' of CoLAConfig"),
     ],

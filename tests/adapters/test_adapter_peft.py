@@ -116,7 +116,8 @@ def test_only_the_adapter_trains_and_every_part_gets_a_gradient(base_config, rep
     model.train()
     model(input_ids=ids, labels=ids).loss.backward()
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == {n for n, _ in model.named_parameters() if ".cola_" in n or ".sltrain_" in n}
+    own = {n for n, _ in model.named_parameters() if any(part in n for part in (".cola_", ".sltrain_", ".sst_"))}
+    assert trainable == {name for name in own if ".sst_U" not in name and ".sst_V" not in name}
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
@@ -155,7 +156,11 @@ def test_parameters_that_are_cast_or_moved_on_loading_stay_frozen(
     )
     adapter = [parameter for name, parameter in loaded.named_parameters() if ".default" in name]
     assert adapter
-    assert {(parameter.dtype, parameter.requires_grad) for parameter in adapter} == {(torch.bfloat16, is_trainable)}
+    frozen = [p for name, p in loaded.named_parameters() if ".sst_U" in name or ".sst_V" in name]
+    assert len(frozen) == (2 * len(replaced(loaded)) if replacing.name == "sst" else 0)
+    assert {parameter.dtype for parameter in adapter} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in frozen)
+    assert {p.requires_grad for p in adapter if not any(p is other for other in frozen)} == {is_trainable}
 
 
 def test_an_adapter_of_some_layers_loads_beside_one_of_all(llama_config, replacing, dense, tmp_path):
@@ -170,9 +175,10 @@ def test_an_adapter_of_some_layers_loads_beside_one_of_all(llama_config, replaci
 
 def test_saved_files_hold_the_adapter_alone(base_config, replacing, dense):
     model = get_peft_model(dense(base_config), replacing())
-    parts = {"cola_A", "cola_B"} if replacing.name != "sltrain" else {
-        "sltrain_A", "sltrain_B", "sltrain_values", "sltrain_support"
-    }  # fmt: skip
+    parts = {
+        "sltrain": {"sltrain_A", "sltrain_B", "sltrain_values", "sltrain_support"},
+        "sst": {f"sst_{part}" for part in ("A", "B", "S", "U", "V", "index")},
+    }.get(replacing.name, {"cola_A", "cola_B"})
     state = get_peft_model_state_dict(model)
     assert {name.rsplit(".", 1)[-1] for name in state} == parts
     assert len(state) == len(parts) * len(replaced(model))
