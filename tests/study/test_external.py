@@ -13,7 +13,7 @@ from hf_lowrank.training.corpus import corpus_tokenizer
 from hf_lowrank.training.sequences import train_tokenizer
 from tests.study.tiny import MODEL, make_text, write_recipe
 
-METRICS = {"metrics": "loss,weight_stable_rank,method_barrier", "settings": {"sequences": 4}}
+METRICS = {"metrics": "loss,weight_stable_rank,method_barrier", "settings": {"sequences": 4, "steps": 3}}
 
 
 @pytest.fixture
