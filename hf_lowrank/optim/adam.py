@@ -1,23 +1,41 @@
 """Adam's arithmetic on lists of tensors, with torch's fused kernels if the device has them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from hf_lowrank.compat import fused_adamw_, fused_kernel_devices
+from hf_lowrank.compat import foreach_copy_, foreach_mul_, fused_adamw_, fused_kernel_devices
+
+Number = float | Tensor
+Four = tuple[Tensor, ...]  # weight, gradient, moments
 
 
-def decay_factors(lr: float, weight_decay: float, variant: str) -> tuple[float, float]:
+def decay_factors(lr: Number, weight_decay: float, variant: str) -> tuple[Number, Number]:
     """`(keep, gain)` such that `weight ← keep · weight − lr · gain · update` is `variant`'s decoupled weight decay.
 
     `official` decays the weight after the update, `torch` before it.
     """
-    keep = 1 - lr * weight_decay
+    keep = 1 - lr * weight_decay if weight_decay else 1.0
     return keep, (keep if variant == "official" else 1.0)
+
+
+# Kinds of devices whose values the host reads without waiting for work that it has launched there.
+HOST_READS = frozenset({"cpu"})
+
+
+def host_reads(device: torch.device) -> bool:
+    """Whether the host may look at a value on `device` in the middle of a step."""
+    return device.type in HOST_READS
+
+
+def rate(group: Mapping[str, Any]) -> Number:
+    """A group's learning rate: a number, unless it is a tensor on a device that the host does not read."""
+    lr = group["lr"]
+    return lr if isinstance(lr, Tensor) and not host_reads(lr.device) else float(lr)
 
 
 def adamw_(
@@ -27,13 +45,18 @@ def adamw_(
     exp_avg_sqs: Sequence[Tensor],
     *,
     age: int,
-    lr: float,
+    lr: Number,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     variant: str,
+    finite: Sequence[Tensor] | None = None,
 ) -> None:
-    """The `age`-th AdamW step (from 1) of parameters that share device and dtype, in place."""
+    """The `age`-th AdamW step (from 1) of parameters that share device and dtype, in place.
+
+    Args:
+        finite: a flag per parameter, on its device; one without it stays as it is, with its moments.
+    """
     keep, gain = decay_factors(lr, weight_decay, variant)
     # torch adds ε after the bias correction, the official packages before it.
     eps = eps / math.sqrt(1 - betas[1] ** age) if variant == "official" else eps
@@ -41,12 +64,27 @@ def adamw_(
         "lr": lr * gain,
         "beta1": betas[0],
         "beta2": betas[1],
-        "weight_decay": (1 - keep) / (lr * gain) if lr * gain else 0.0,
+        "weight_decay": 0.0,
         "eps": eps,
         "amsgrad": False,
         "maximize": False,
     }
-    alike, others, plain = _by_layout(list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)))
+    fours: list[Four] = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
+    if isinstance(keep, Tensor) and finite is None:  # torch takes no tensor here
+        foreach_mul_(params, keep)
+    elif isinstance(keep, Tensor):
+        for param, flag in zip(params, finite or (), strict=True):
+            param.mul_(torch.where(flag, keep, 1))
+    elif keep != 1:
+        options["weight_decay"] = (1 - keep) / (lr * gain)
+    if finite is None:
+        _step(fours, age, options)
+    else:
+        _step_flagged(fours, finite, age, options)
+
+
+def _step(fours: list[Four], age: int, options: dict[str, Any]) -> None:
+    alike, others, plain = _by_layout(fours)
     if alike:
         _fused(alike, age, options)
     for four in others:
@@ -61,14 +99,38 @@ def adamw_(
         adamw(weights, directions, firsts, seconds, [], steps, fused=False, foreach=None, **options)
 
 
-Four = tuple[Tensor, ...]  # weight, gradient, moments
+def _step_flagged(fours: list[Four], finite: Sequence[Tensor], age: int, options: dict[str, Any]) -> None:
+    """Steps those whose flags are set: small ones of a shape as one stack, others by the kernel's own flag."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, (weight, *_) in enumerate(fours):
+        key = weight.shape if weight.numel() <= MOST_STACKED else number
+        alike.setdefault((key,), []).append(number)
+    for numbers in alike.values():
+        if len(numbers) == 1:
+            four, flag = fours[numbers[0]], finite[numbers[0]]
+            if four[0].device.type in fused_kernel_devices() and _by_layout([four])[0]:
+                _fused([four], age, options, skip=flag.logical_not().float())
+                continue
+        flags = torch.stack([finite[number] for number in numbers])
+        kinds = [torch.stack(kind) for kind in zip(*(fours[number] for number in numbers), strict=True)]
+        flags = flags.view(-1, *[1] * (kinds[0].ndim - 1))
+        old = [kinds[0].clone(), kinds[2].clone(), kinds[3].clone()]
+        kinds[1] = torch.where(flags, kinds[1], 0)
+        _step([tuple(kinds)], age, options)
+        for before, after, place in zip(old, (kinds[0], kinds[2], kinds[3]), (0, 2, 3), strict=True):
+            kept = torch.where(flags, after, before)
+            foreach_copy_([fours[number][place] for number in numbers], kept.unbind())
 
 
-def _fused(fours: list[Four], age: int, options: dict[str, Any]) -> None:
+# Elements of the largest parameters that are copied into a stack.
+MOST_STACKED = 2**16
+
+
+def _fused(fours: list[Four], age: int, options: dict[str, Any], skip: Tensor | None = None) -> None:
     weights, directions, firsts, seconds = (list(kind) for kind in zip(*fours, strict=True))
     # The kernel that torch.optim.AdamW ends in, without its sorting. It does not increment `step`.
     step = torch.full((), float(age), dtype=torch.float32, device=weights[0].device)
-    fused_adamw_(weights, directions, firsts, seconds, [], [step] * len(weights), **options)
+    fused_adamw_(weights, directions, firsts, seconds, [], [step] * len(weights), found_inf=skip, **options)
 
 
 def _by_layout(fours: list[Four]) -> tuple[list[Four], list[Four], list[Four]]:

@@ -26,6 +26,7 @@ class ApolloAdamW(ProjectedAdamW):
     """
 
     settings = ApolloSettings
+    heeds_flags = True
 
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
         return {**super().declare_state(group, layout), **RESIDUAL_NORM}
@@ -42,7 +43,7 @@ class ApolloAdamW(ProjectedAdamW):
         scales *= math.sqrt(group["scale"])
 
         norms = batch.partition.norms(scales * batch.grad_norms(scales.dtype))
-        scales /= limit_growth_(norms, batch.state("residual_norm"), group["norm_growth_limit"])[:, None]
+        scales /= limit_growth_(norms, batch, group["norm_growth_limit"])[:, None]
 
         batch.decay_()
         scales = scales[:, 0] if group["scale_type"] == "tensor" else scales

@@ -22,9 +22,16 @@ from torch.optim import Optimizer
 from hf_lowrank.compat import FakeTensor
 from hf_lowrank.errors import LowRankWarning, UserError, nearest
 from hf_lowrank.methods import MethodSettings, check_options
-from hf_lowrank.optim.adam import adamw_
+from hf_lowrank.optim.adam import adamw_, host_reads, rate
 from hf_lowrank.optim.batch import Batch, batch_limits
-from hf_lowrank.optim.entries import Entry, ParameterInfo, entry_of, finite, nonzero
+from hf_lowrank.optim.entries import (
+    Entry,
+    ParameterInfo,
+    entry_of,
+    finite,
+    flag_finite,
+    nonzero,
+)
 from hf_lowrank.optim.groups import flattened, flattened_by, parameter_table
 from hf_lowrank.optim.layerwise import Layerwise
 from hf_lowrank.optim.layout import Layout
@@ -50,6 +57,9 @@ class TargetedAdamW(Optimizer):
     settings_of_model: ClassVar[frozenset[str]] = frozenset(
         {"target_modules", "target_parameters", "layerwise", "diagnostics", "rank", "seed"}
     )
+    # Whether `update` leaves matrices without `Batch.finite`, and their states, as they are. Otherwise the host waits
+    # at each step to know them.
+    heeds_flags: ClassVar[bool] = False
     # Of all targets together.
     matrix_count: int
 
@@ -104,7 +114,10 @@ class TargetedAdamW(Optimizer):
         raise NotImplementedError
 
     def refresh(self, entries: Sequence[Entry]) -> None:
-        """Called before each step of `entries`, whose gradients are finite and whose step is not yet counted."""
+        """Called before each step of `entries`, whose gradients are finite and whose step is not yet counted.
+
+        With `heeds_flags` they may not be finite where `Entry.finite` says so.
+        """
 
     def batch_size(self, entry: Entry) -> int:
         """The largest number of parameters like that of `entry` in one batch."""
@@ -170,6 +183,7 @@ class TargetedAdamW(Optimizer):
     def _forget(self) -> None:
         self._infos: list[ParameterInfo] = []
         self._kinds: dict[tuple[object, ...], int] = {}
+        self._skips: dict[torch.device, Tensor] = {}
         self.matrix_count = 0
 
     def _register(self, index: int) -> None:
@@ -250,6 +264,9 @@ class TargetedAdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step. A parameter with a non-finite gradient is skipped, with a warning.
 
+        On an accelerator the host does not wait to learn of it: the parameter and its state stay as they are, though
+        the step counts, and the warning comes when `skipped` is read or the state is saved.
+
         A step without state, at learning rate zero and with zero gradients, is not counted: it is made by
         torch.distributed.checkpoint, to have state to load into.
 
@@ -322,11 +339,14 @@ class TargetedAdamW(Optimizer):
                 [entry.grad.to(dtype) for entry in members],
                 *moments,
                 age=members[0].age,
-                lr=float(group["lr"]),
+                lr=rate(group),
                 betas=group["betas"],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 variant=group["adam_variant"],
+                finite=None
+                if members[0].finite is None
+                else [one.finite for one in members if one.finite is not None],
             )
             if alone is not None:
                 for name, (updated,) in zip(FULL_MOMENTS, moments, strict=True):
@@ -352,8 +372,18 @@ class TargetedAdamW(Optimizer):
 
     @property
     def skipped(self) -> frozenset[str]:
-        """Names of this process's parameters that were skipped at least once because of a non-finite gradient."""
+        """Names of this process's parameters that were skipped at least once because of a non-finite gradient.
+
+        Waits for the steps that were launched.
+        """
+        self._warn_skipped([name for name, count in self.skipped_steps().items() if count])
         return frozenset(self._skipped)
+
+    def skipped_steps(self) -> dict[str, int]:
+        """On devices whose values the host does not read: how many steps of each parameter were skipped, by name."""
+        names = [info.name for info in self._infos]
+        counts = [self._skips[place].tolist() for place in self._skips]
+        return {name: int(sum(each)) for name, *each in zip(names, *counts, strict=True)} if counts else {}
 
     def _finite(self, entries: Sequence[Entry]) -> list[Entry]:
         for entry in entries:
@@ -362,10 +392,35 @@ class TargetedAdamW(Optimizer):
                     f"the gradient of {entry.info.name} must be dense, got a sparse one; "
                     "use nn.Embedding(sparse=False) or another optimizer for it"
                 )
-        good = finite(entries)
-        if len(good) < len(entries):
-            self._warn_skipped([entry.info.name for entry in entries if entry not in good])
-        return good
+        known = [entry for entry in entries if not self.heeds_flags or host_reads(entry.grad.device)]
+        good = finite(known)
+        if len(good) < len(known):
+            self._warn_skipped([entry.info.name for entry in known if entry not in good])
+        if len(known) == len(entries):
+            return good
+        flagged = [entry for entry in entries if entry not in known]
+        flag_finite(flagged)
+        self._count_skipped(flagged)
+        return good + flagged
+
+    def _count_skipped(self, entries: Sequence[Entry]) -> None:
+        """Counts on their devices the entries that will be skipped."""
+        places: dict[torch.device, list[Entry]] = {}
+        for entry in entries:
+            places.setdefault(entry.grad.device, []).append(entry)
+        for device, alike in places.items():
+            counts = self._skips.get(device)
+            if counts is None or len(counts) != len(self._infos):
+                before, counts = counts, torch.zeros(len(self._infos), dtype=torch.int64, device=device)
+                self._skips[device] = counts
+                if before is not None:
+                    counts[: len(before)] = before
+            flags = torch.stack([entry.finite for entry in alike if entry.finite is not None])
+            where = [entry.info.position for entry in alike]
+            if where == [*range(len(counts))]:
+                counts += flags.logical_not()
+            else:
+                counts.index_add_(0, torch.tensor(where, device=device), flags.logical_not().long())
 
     def _warn_skipped(self, names: Sequence[str]) -> None:
         new = [name for name in names if name not in self._skipped]
@@ -377,7 +432,7 @@ class TargetedAdamW(Optimizer):
 
     def _is_trial(self, entries: Sequence[Entry]) -> bool:
         """Whether a step only creates state, as torch.distributed.checkpoint asks for before the first step."""
-        if self.state or any(float(group["lr"]) for group in self.param_groups):
+        if self.state or any(isinstance(r, Tensor) or r for r in map(rate, self.param_groups)):
             return False
         return all(entry.grad.layout == torch.strided for entry in entries) and not nonzero(entries)
 
@@ -393,6 +448,12 @@ class TargetedAdamW(Optimizer):
                     local_part(state[key]).fill_(declared.initial)
 
     # Saving and loading
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of every optimizer; warns of steps that were skipped on a device."""
+        if not any(isinstance(counts, FakeTensor) for counts in self._skips.values()):
+            _ = self.skipped
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the result of `state_dict()`, from any device or weight type.
@@ -421,6 +482,9 @@ class TargetedAdamW(Optimizer):
                 if not isinstance(value, Tensor):
                     continue
                 dtype, declared = value.dtype, info.declared.get(key)
+                if key == "step":  # as torch's own optimizers count
+                    self.state[param][key] = int(value)
+                    continue
                 if isinstance(declared, StateTensor):
                     expected = declared.full_shape(param, info.layout)
                     if value.shape != expected:

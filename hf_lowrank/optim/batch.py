@@ -5,14 +5,15 @@ A basis is a (columns, rank) matrix, or for random columns the (rank,) indices o
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_lowrank.compat import foreach_add_, foreach_mul_
-from hf_lowrank.optim.adam import adamw_, decay_factors
+from hf_lowrank.compat import foreach_add_, foreach_copy_, foreach_mul_
+from hf_lowrank.optim.adam import Number, adamw_, decay_factors, rate
 from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.layout import Layout, stored_in
 
@@ -31,7 +32,7 @@ class BatchLimits(NamedTuple):
 
 # A stack saves a kernel per matrix and costs the copy. On an accelerator each kernel takes the host ten microseconds,
 # and the copy next to nothing. On a CPU a batch of this size stays in the cache from the projection to the weights.
-ON_CPU, ON_ACCELERATOR = BatchLimits(2**16, 2**20), BatchLimits(2**23, 2**25)
+ON_CPU, ON_ACCELERATOR = BatchLimits(2**16, 2**20), BatchLimits(2**23, 2**26)
 
 
 def batch_limits(device: torch.device) -> BatchLimits:
@@ -49,16 +50,21 @@ class Batch:
         group: the options of their parameter group.
         age: which Adam step this is, from 1.
         partition: how each matrix is split among processes.
-        lr: the learning rate, as it multiplies the update.
+        lr: the learning rate, as it multiplies the update; a tensor where the group's is one on a device.
         keep: what decoupled weight decay multiplies the weight by: `W ← keep · W − lr · update`.
-        weights: oriented views (rows, columns) of the weights, to be updated in place.
+        finite: on a device whose values the host does not read, which matrices have finite gradients, (k,): the
+            others, and their states, stay as they are. None where the host knows that all have.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         first = entries[0]
         self.entries, self.group, self.age = entries, first.group, first.age
         self.partition, self._transposed = first.layout.partition, first.layout.transposed
-        lr = float(self.group["lr"])
+        self.finite = None
+        if first.finite is not None:
+            flags = torch.stack([entry.finite for entry in entries if entry.finite is not None])
+            self.finite = flags.repeat_interleave(len(first.layout.held_indices)) if first.layout.stacked else flags
+        lr = float(self.group["lr"]) if self.finite is None else rate(self.group)
         self.keep, gain = decay_factors(lr, self.group["weight_decay"], self.group["adam_variant"])
         self.lr = lr * gain
         self._updated = [entry.wide_weight() for entry in entries]
@@ -68,12 +74,16 @@ class Batch:
             for view in stored_in(entry.layout, weight, entry.info.name)
         ]
         self._stored_grads = [view for entry in entries for view in entry.layout.stored(entry.grad)]
-        self.weights = self._oriented(self._stored_weights)
         self._views: dict[str, list[Tensor]] = {}
         self._decoded: dict[str, list[Tensor]] = {}
 
     def _oriented(self, stored: list[Tensor]) -> list[Tensor]:
         return [matrix.mT for matrix in stored] if self._transposed else stored
+
+    @cached_property
+    def weights(self) -> list[Tensor]:
+        """Oriented views (rows, columns) of the weights, to be updated in place."""
+        return self._oriented(self._stored_weights)
 
     @property
     def grads(self) -> list[Tensor]:
@@ -91,6 +101,12 @@ class Batch:
             pairs = zip(self.entries, tensors, strict=True)
             self._views[key] = [view for entry, tensor in pairs for view in views(entry.layout, tensor)]
         return self._views[key]
+
+    def where_finite(self, values: Tensor, others: Tensor | float) -> Tensor:
+        """`values` (k, …) for the matrices with finite gradients, `others` for the rest."""
+        if self.finite is None:
+            return values
+        return torch.where(self.finite.view(-1, *[1] * (values.ndim - 1)), values, others)
 
     def finish(self) -> None:
         """Writes back the weights and states that were updated in copies."""
@@ -120,12 +136,12 @@ class ProjectedBatch(Batch):
     ) -> None:
         super().__init__(entries)
         self._bases, self._left_bases, self._accumulated = bases, left_bases, accumulated
-        limits, count, elements = batch_limits(self.weights[0].device), len(self.weights), self.weights[0].numel()
-        dense = bases[0].is_floating_point() and left_bases is None
-        self.stacks = dense and count > 1 and elements <= limits.stacked and count * elements <= limits.batch
+        stored = self._stored_weights[0]
+        limits, count, elements = batch_limits(stored.device), len(self._stored_weights), stored.numel()
+        self.stacks = count > 1 and elements <= limits.stacked and count * elements <= limits.batch
+        self._by_index = not bases[0].is_floating_point()
         self._low: Tensor | None = None
         self._stacked_grads: Tensor | None = None
-        self._stacked_bases: Tensor | None = None
 
     @property
     def bias_gain(self) -> float:
@@ -139,14 +155,15 @@ class ProjectedBatch(Batch):
         """The projected gradients, (k, rows, rank), in the type of the moments.
 
         Args:
-            keep_stack: whether a stacked copy of the gradients stays in memory for `grad_norms` and
+            keep_stack: whether a stacked copy of the gradients stays in memory for `grad_norms`, `add_residuals_` and
                 `add_scaled_gradients_`.
         """
         if self._low is None:
             low = self._project_stack(keep_stack) if self.stacks else self._project_each()
-            self._low = self.partition.projected(low.to(self.state("exp_avg")[0].dtype))
+            low = self.partition.projected(low.to(self.state("exp_avg")[0].dtype))
             if self._accumulated is not None:
-                self._low += self._accumulated
+                low += self._accumulated
+            self._low = self.where_finite(low, 0)
         return self._low
 
     def adam(self, low: Tensor) -> Tensor:
@@ -155,11 +172,14 @@ class ProjectedBatch(Batch):
         A fused step of a zero weight at learning rate −1 computes it in one pass.
         """
         direction = torch.zeros_like(low)
+        moments = [self.state(key) for key in ("exp_avg", "exp_avg_sq")]
+        # Where some may have to stay as they are, the step is made on copies.
+        stepped = [[torch.stack(moment)] if self.finite is not None else moment for moment in moments]
         adamw_(
-            direction.unbind(),
-            low.unbind(),
-            self.state("exp_avg"),
-            self.state("exp_avg_sq"),
+            [direction] if self.finite is not None else direction.unbind(),
+            [low] if self.finite is not None else low.unbind(),
+            stepped[0],
+            stepped[1],
             age=self.age,
             lr=-1.0,
             betas=self.group["betas"],
@@ -167,49 +187,78 @@ class ProjectedBatch(Batch):
             weight_decay=0.0,
             variant=self.group["adam_variant"],
         )
-        return direction
+        if self.finite is None:
+            return direction
+        for moment, (after,) in zip(moments, stepped, strict=True):
+            foreach_copy_(moment, self.where_finite(after, torch.stack(moment)).unbind())
+        return self.where_finite(direction, 0)
 
     def decay_(self) -> None:
         """`W ← keep · W`, for methods that do not lift."""
-        if self.keep != 1:
-            foreach_mul_(self.weights, self.keep)
+        if self._decays_alike:
+            foreach_mul_(self._stored_weights, self.keep)
+        elif self._lost is not None and self.stacks:
+            foreach_add_(self._stored_weights, (torch.stack(self._stored_weights) * self._lost).unbind(), alpha=-1)
+        elif self._lost is not None:
+            for weight, lost in zip(self._stored_weights, self._lost.unbind(), strict=True):
+                weight.mul_(1 - lost)
 
-    def lift_and_add_(self, low: Tensor, alpha: float) -> None:
+    def lift_and_add_(self, low: Tensor, alpha: Number) -> None:
         """`W ← keep · W + alpha · lift(low)`, without a dense temporary for large matrices."""
-        low = self.partition.for_lifting(low.to(self.weights[0].dtype))
+        low, alpha = self._with_rate(low, alpha)
+        low = self.partition.for_lifting(low.to(self._stored_weights[0].dtype))
         if self.stacks:
-            bases = self._stack_of_bases().to(low.dtype)
-            lifted = torch.bmm(bases, low.mT) if self._transposed else torch.bmm(low, bases.mT)
-            if self.keep != 1:
-                foreach_mul_(self._stored_weights, self.keep)
-            foreach_add_(self._stored_weights, lifted.unbind(), alpha=alpha)
+            self.decay_()
+            foreach_add_(self._stored_weights, self._lift_stack(low).unbind(), alpha=alpha)
             return
+        keep = 1.0
+        if self.finite is None and not isinstance(self.keep, Tensor):
+            keep = self.keep
+        else:
+            self.decay_()
         for weight, one, basis, left in zip(self.weights, low.unbind(), self._bases, self._lefts, strict=True):
-            if not basis.is_floating_point():
-                (weight.mul_(self.keep) if self.keep != 1 else weight).index_add_(1, basis, one, alpha=alpha)
+            if self._by_index:
+                (weight.mul_(keep) if keep != 1 else weight).index_add_(1, basis, one, alpha=alpha)
                 continue
             rows = one if left is None else left.to(one.dtype) @ one
-            weight.addmm_(rows, basis.to(one.dtype).mT, beta=self.keep, alpha=alpha)
+            weight.addmm_(rows, basis.to(one.dtype).mT, beta=keep, alpha=alpha)
 
-    def residuals(self) -> Iterator[Tensor]:
-        """`G − lift(project(G))` of one matrix after the other, (rows, columns)."""
+    def add_residuals_(self, rule: Callable[[Tensor], Tensor], alpha: Number) -> None:
+        """`W ← W + alpha · rule(G − lift(project(G)))`; the last use of G.
+
+        Args:
+            rule: of single values; may change its argument in place.
+        """
         low = self.partition.for_lifting(self.project())
-        for grad, one, basis, left in zip(self.grads, low.unbind(), self._bases, self._lefts, strict=True):
-            if basis.is_floating_point():
-                rows = one.to(grad.dtype) if left is None else left @ one.to(grad.dtype)
-                yield grad - rows @ basis.mT
+        if self.stacks:
+            stack, self._stacked_grads = self._stack_of_grads(), None  # a copy, and used up here
+            oriented = stack.mT if self._transposed else stack
+            if self._by_index:
+                outside = stack
+                oriented.scatter_(2, self._index_of(oriented), 0)
             else:
-                yield grad.index_fill(-1, basis, 0)
+                outside = stack.sub_(self._lift_stack(low.to(stack.dtype)))
+            moves, alpha = self._with_rate(self.where_finite(rule(outside), 0), alpha)
+            foreach_add_(self._stored_weights, moves.unbind(), alpha=alpha)
+            return
+        flags = [None] * len(self.weights) if self.finite is None else self.finite.unbind()
+        for weight, residual, flag in zip(self.weights, self._residuals(low), flags, strict=True):
+            move = rule(residual)
+            move, factor = self._with_rate(move if flag is None else torch.where(flag, move, 0), alpha)
+            weight.add_(move, alpha=factor)
 
     def grad_norms(self, dtype: torch.dtype) -> Tensor:
         """The norms of the gradients' rows, (k, rows)."""
         if self.stacks:
             stack = self._stack_of_grads()
-            return self.partition.row_norms(row_norms(stack.mT if self._transposed else stack, dtype))
-        return self.partition.row_norms(torch.stack([row_norms(grad, dtype) for grad in self.grads]))
+            norms = row_norms(stack.mT if self._transposed else stack, dtype)
+        else:
+            norms = torch.stack([row_norms(grad, dtype) for grad in self.grads])
+        return self.where_finite(self.partition.row_norms(norms), 0)
 
-    def add_scaled_gradients_(self, scales: Tensor, alpha: float) -> None:
+    def add_scaled_gradients_(self, scales: Tensor, alpha: Number) -> None:
         """`W ← W + alpha · scales · G`, with a scale per row (k, rows) or per matrix (k,); the last use of G."""
+        scales, alpha = self._with_rate(scales, alpha)
         scales = self.partition.for_lifting(scales) if scales.ndim == 2 else scales[:, None]
         if self.grads[0].dtype == torch.float16:  # whose range ends below many a scale
             for weight, grad, scale in zip(self.weights, self.grads, scales.unbind(), strict=True):
@@ -218,10 +267,33 @@ class ProjectedBatch(Batch):
         if self.stacks:
             stack, self._stacked_grads = self._stack_of_grads(), None  # a copy, and used up here
             stack *= (scales[:, None] if self._transposed else scales[..., None]).to(stack.dtype)
+            if self.finite is not None:
+                stack.masked_fill_(self.finite.logical_not()[:, None, None], 0)
             foreach_add_(self._stored_weights, stack.unbind(), alpha=alpha)
             return
-        for weight, grad, scale in zip(self.weights, self.grads, scales.unbind(), strict=True):
-            weight.addcmul_(grad, scale[:, None].to(grad.dtype), value=alpha)
+        flags = [None] * len(self.weights) if self.finite is None else self.finite.unbind()
+        for weight, grad, scale, flag in zip(self.weights, self.grads, scales.unbind(), flags, strict=True):
+            own = grad if flag is None else torch.where(flag, grad, 0)
+            weight.addcmul_(own, scale[:, None].to(grad.dtype), value=alpha)
+
+    # Decay and rates
+
+    @property
+    def _decays_alike(self) -> bool:
+        """Whether all weights decay, by one factor."""
+        return self.finite is None and (isinstance(self.keep, Tensor) or self.keep != 1)
+
+    @property
+    def _lost(self) -> Tensor | None:
+        """What decay takes from each weight, (k, 1, 1), where it depends on whether gradients are finite."""
+        if self.finite is None or (not isinstance(self.keep, Tensor) and self.keep == 1):
+            return None
+        return ((1 - self.keep) * self.finite).view(-1, 1, 1).to(self._stored_weights[0].dtype)
+
+    @staticmethod
+    def _with_rate(values: Tensor, alpha: Number) -> tuple[Tensor, float]:
+        """A factor that is a tensor goes into the values: kernels take numbers alone."""
+        return (values * alpha, 1.0) if isinstance(alpha, Tensor) else (values, alpha)
 
     # Stacks
 
@@ -229,11 +301,35 @@ class ProjectedBatch(Batch):
     def _lefts(self) -> Sequence[Tensor | None]:
         return self._left_bases or [None] * len(self._bases)
 
+    @cached_property
+    def _stack_of_bases(self) -> Tensor:
+        return torch.stack(self._bases)
+
+    def _index_of(self, dense: Tensor) -> Tensor:
+        """The chosen columns, expanded to the rows of `dense`, (k, rows, rank)."""
+        return self._stack_of_bases[:, None].expand(-1, dense.shape[1], -1)
+
     def _project_stack(self, keep_stack: bool) -> Tensor:
         stack = self._stack_of_grads()
         if not keep_stack:
             self._stacked_grads = None
-        return torch.bmm(stack.mT if self._transposed else stack, self._stack_of_bases())
+        oriented = stack.mT if self._transposed else stack
+        if self._by_index:
+            return oriented.gather(2, self._index_of(oriented))
+        if self._left_bases is not None:
+            oriented = torch.bmm(torch.stack(self._left_bases).mT, oriented)
+        return torch.bmm(oriented, self._stack_of_bases)
+
+    def _lift_stack(self, low: Tensor) -> Tensor:
+        """The lifted matrices, as they are stored."""
+        if self._by_index:
+            columns = self.entries[0].layout.columns
+            lifted = low.new_zeros(*low.shape[:2], columns).scatter_(2, self._index_of(low), low)
+            return lifted.mT if self._transposed else lifted
+        if self._left_bases is not None:
+            low = torch.bmm(torch.stack(self._left_bases).to(low.dtype), low)
+        bases = self._stack_of_bases.to(low.dtype)
+        return torch.bmm(bases, low.mT) if self._transposed else torch.bmm(low, bases.mT)
 
     def _project_each(self) -> Tensor:
         grads, rank = self.grads, self.entries[0].layout.rank
@@ -243,16 +339,20 @@ class ProjectedBatch(Batch):
             project_matrix(grad, basis, left, out=one)
         return low
 
+    def _residuals(self, low: Tensor) -> Iterator[Tensor]:
+        """`G − lift(low)` of one matrix after the other, (rows, columns)."""
+        for grad, one, basis, left in zip(self.grads, low.unbind(), self._bases, self._lefts, strict=True):
+            if self._by_index:
+                yield grad.index_fill(-1, basis, 0)
+            else:
+                rows = one.to(grad.dtype) if left is None else left @ one.to(grad.dtype)
+                yield grad - rows @ basis.mT
+
     def _stack_of_grads(self) -> Tensor:
         """A copy of the gradients, stacked as they are stored."""
         if self._stacked_grads is None:
             self._stacked_grads = torch.stack(self._stored_grads)
         return self._stacked_grads
-
-    def _stack_of_bases(self) -> Tensor:
-        if self._stacked_bases is None:
-            self._stacked_bases = torch.stack(self._bases)
-        return self._stacked_bases
 
 
 def project_matrix(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import MethodSettings
+from hf_lowrank.optim.adam import host_reads
 from hf_lowrank.optim.base import Declared, Params, TargetedAdamW
 from hf_lowrank.optim.batch import ProjectedBatch, project_matrix
 from hf_lowrank.optim.entries import Entry, nonzero
@@ -172,9 +173,11 @@ class ProjectedAdamW(TargetedAdamW):
 
     def refresh(self, entries: Sequence[Entry]) -> None:
         """Chooses new bases for the targets that are due."""
-        due = [entry for entry in entries if entry.param not in self._accumulated and self.is_due(entry)]
+        waiting = [entry for entry in entries if entry.param not in self._accumulated]
+        due = list(filter(self.is_due, waiting))
+        self._choose_missing([entry for entry in waiting if entry not in due])
         # A zero gradient has no directions: the last basis stays, and a first one is chosen again at the next step.
-        asked = [entry for entry in due if entry.group["subspace"] in OF_GRADIENTS]
+        asked = [one for one in due if one.group["subspace"] in OF_GRADIENTS and host_reads(one.grad.device)]
         silent = set(asked).difference(nonzero(asked))
         due = [entry for entry in due if entry not in silent or not entry.state["refreshes"]]
         chosen = choose_bases(due)
@@ -188,6 +191,24 @@ class ProjectedAdamW(TargetedAdamW):
                     self._diagnose(entry, before[entry][0] if entry in before else [])
         for entry in again:
             self.carry_moments(entry, *before[entry])
+
+    def _choose_missing(self, entries: Sequence[Entry]) -> None:
+        """Where the host does not know whether a first choice found directions: chooses again, at steps 1, 2, 4, …
+        until the next refresh, for the matrices whose basis is still zero.
+        """
+        asked = [
+            entry
+            for entry in entries
+            if entry.state["refreshes"] == 1
+            and not (step := entry.state["step"]) & (step - 1)
+            and entry.group["subspace"] in OF_GRADIENTS
+            and not host_reads(entry.grad.device)
+        ]
+        for entry, bases in zip(asked, choose_bases(asked, afresh=True), strict=True):
+            for side, basis in bases.items():
+                held = local_part(entry.state[side])
+                whole = entry.layout.partition.sum(held.square().sum((-2, -1), keepdim=True))
+                held.copy_(torch.where(whole > 0, held, local_part(basis)))
 
     def _before(self, entry: Entry) -> tuple[list[Tensor], list[Tensor]]:
         """Copies of the bases in use, if what follows a refresh needs them, as `carry_moments` gets them."""
@@ -278,8 +299,16 @@ class ProjectedAdamW(TargetedAdamW):
     def _finite(self, entries: Sequence[Entry]) -> list[Entry]:
         if not self._accumulated:
             return super()._finite(entries)
-        sums = {entry: self._accumulated.get(entry.param, ()) for entry in entries}
-        overflown = [entry for entry, parts in sums.items() if not all(part.isfinite().all() for part in parts)]
+        overflown = []
+        for entry in entries:
+            parts = self._accumulated.get(entry.param)
+            if parts is None:
+                continue
+            are_finite = torch.stack([part.isfinite().all() for part in parts]).all()
+            if self.heeds_flags and not host_reads(entry.grad.device):
+                entry.finite = are_finite
+            elif not are_finite:
+                overflown.append(entry)
         self._warn_skipped([entry.info.name for entry in overflown])
         good = super()._finite([entry for entry in entries if entry not in overflown])
         for entry in set(entries).difference(good):

@@ -1,7 +1,7 @@
 """The parameters of one optimizer step, and questions about the gradients of all of them at once."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_lowrank.compat import foreach_norm
+from hf_lowrank.optim.adam import host_reads
 from hf_lowrank.optim.layout import Layout
 from hf_lowrank.optim.sharding import agree_all, local_part, sharding_of
 from hf_lowrank.optim.state import StateTensor, round_stochastically_
@@ -44,7 +45,9 @@ class Entry:
     Attributes:
         weight, grad: this process's part of the parameter and of its gradient.
         layout: that of a target; only targets may be asked for it.
-        state: the optimizer's state of the parameter, from when its gradient is known to be finite.
+        state: the optimizer's state of the parameter, from when its step begins.
+        finite: on a device whose values the host does not read, whether the gradient is finite, a number; None where
+            the host knows that it is.
     """
 
     info: ParameterInfo
@@ -54,6 +57,7 @@ class Entry:
     grad: Tensor
     layout: Layout
     state: dict[str, Any]
+    finite: Tensor | None = None
 
     @property
     def age(self) -> int:
@@ -97,6 +101,8 @@ class Entry:
         """Writes an updated copy of the weight back, if it is one; to be called once the step is counted."""
         if updated is self.weight:
             return
+        if self.finite is not None:
+            updated = torch.where(self.finite, updated, self.weight.to(updated.dtype))
         if not self.rounds:
             self.weight.copy_(updated)
             return
@@ -129,19 +135,27 @@ def entries_with(
     Args:
         test: gives a flag for each of several gradients that share type and device.
     """
-    by_kind: dict[tuple[Any, ...], list[Entry]] = {}
-    for entry in entries:
-        mesh = entry.param.device_mesh if isinstance(entry.param, DTensor) else None
-        by_kind.setdefault((entry.grad.device, entry.grad.dtype, mesh), []).append(entry)
     failed: set[Entry] = set()
-    for (*_, mesh), alike in by_kind.items():
-        flags = test([entry.grad for entry in alike])
-        if mesh is not None:
-            flags = ~agree_all(~flags, mesh) if anywhere else agree_all(flags, mesh)
+    for alike, flags in _flags(test, entries, anywhere=anywhere):
         passed = flags.tolist()
         if not all(passed):
             failed.update(entry for entry, flag in zip(alike, passed, strict=True) if not flag)
     return [entry for entry in entries if entry not in failed] if failed else list(entries)
+
+
+def _flags(
+    test: Callable[[list[Tensor]], Tensor], entries: Sequence[Entry], *, anywhere: bool
+) -> Iterator[tuple[list[Entry], Tensor]]:
+    """Entries of a kind, and a flag for each."""
+    by_kind: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        mesh = entry.param.device_mesh if isinstance(entry.param, DTensor) else None
+        by_kind.setdefault((entry.grad.device, entry.grad.dtype, mesh), []).append(entry)
+    for (*_, mesh), alike in by_kind.items():
+        flags = test([entry.grad for entry in alike])
+        if mesh is not None:
+            flags = ~agree_all(~flags, mesh) if anywhere else agree_all(flags, mesh)
+        yield alike, flags
 
 
 def nonzero(entries: Sequence[Entry]) -> list[Entry]:
@@ -154,9 +168,16 @@ def finite(entries: Sequence[Entry]) -> list[Entry]:
     return entries_with(_have_finite_norms, entries)
 
 
+def flag_finite(entries: Sequence[Entry]) -> None:
+    """Sets `Entry.finite` to what `finite` asks, on the gradients' devices, without reading it."""
+    for alike, flags in _flags(_have_finite_norms, entries, anywhere=False):
+        for entry, flag in zip(alike, flags.unbind(), strict=True):
+            entry.finite = flag if entry.finite is None else entry.finite & flag
+
+
 def _have_finite_norms(grads: list[Tensor]) -> Tensor:
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
-    if grads[0].device.type == "cpu" and grads[0].dtype == dtype and all(grad.is_contiguous() for grad in grads):
+    if host_reads(grads[0].device) and grads[0].dtype == dtype and all(grad.is_contiguous() for grad in grads):
         # A third faster than the CPU's norm, and overflows with it.
         return torch.isfinite(torch.stack([torch.dot(flat, flat) for flat in (grad.view(-1) for grad in grads)]))
     return torch.isfinite(torch.stack(foreach_norm(grads, dtype=dtype)))

@@ -32,6 +32,7 @@ class FiraAdamW(ProjectedAdamW):
     """
 
     settings = FiraSettings
+    heeds_flags = True
 
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
         return {**super().declare_state(group, layout), **RESIDUAL_NORM}
@@ -48,7 +49,7 @@ class FiraAdamW(ProjectedAdamW):
         grad_squares = batch.grad_norms(scales.dtype).square()
         outside = torch.clamp(grad_squares - (2 * share - share**2) * low_squares, min=0)
         norms = batch.partition.sum((scales.square() * outside).sum(-1)).sqrt()
-        scales /= limit_growth_(norms, batch.state("residual_norm"), group["norm_growth_limit"])[:, None]
+        scales /= limit_growth_(norms, batch, group["norm_growth_limit"])[:, None]
 
         # scale · lift(N) + S = lift(scale · N − share · φ R) + φ G: one product and one pass over G.
         # The scales may be above float16's range.
@@ -69,15 +70,16 @@ def channel_scales(
     return norm(direction, wide) / bias_gain / (norm(low, wide) + 1e-8)
 
 
-def limit_growth_(norms: Tensor, last: list[Tensor], limit: float) -> Tensor:
+def limit_growth_(norms: Tensor, batch: ProjectedBatch, limit: float) -> Tensor:
     """The norm-growth limiter: divisors (k,) that keep each of `norms` (k,) within `limit` times its last value.
 
-    `last` holds the last limited norms and is updated in place. A last norm of zero limits nothing: the published rule
+    The last limited norms, in the state, are updated in place. A last norm of zero limits nothing: the published rule
     would let it grow from 1e-8 by one percent per step, two thousand steps up to 1.
     """
-    before = torch.stack(last).to(norms.dtype)
-    before = torch.where(before == 0, torch.inf, before)
+    last = batch.state("residual_norm")
+    held = torch.stack(last).to(norms.dtype)
+    before = torch.where(held == 0, torch.inf, held)
     divisors = torch.clamp(norms / (before + 1e-8), min=limit) / limit
-    after = norms / divisors
+    after = batch.where_finite(norms / divisors, held)
     foreach_copy_(last, after.unbind())
     return divisors

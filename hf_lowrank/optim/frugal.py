@@ -1,5 +1,6 @@
 """FRUGAL (arXiv 2411.07837): Adam inside a subspace, a rule without state outside it."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_lowrank.optim.adam import decay_factors
+from hf_lowrank.optim.adam import decay_factors, rate
 from hf_lowrank.optim.base import Declared
 from hf_lowrank.optim.batch import ProjectedBatch
 from hf_lowrank.optim.core import ProjectedAdamW
@@ -16,7 +17,7 @@ from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.layout import Layout
 from hf_lowrank.optim.methods import FrugalSettings
 from hf_lowrank.optim.state import adam_moments
-from hf_lowrank.optim.subspaces import draw_generator
+from hf_lowrank.optim.subspaces import draw_seed
 
 # The subspace consists of whole parameters: some get Adam, the others only the rule.
 BLOCKS = "blocks"
@@ -39,15 +40,16 @@ class FrugalAdamW(ProjectedAdamW):
     """
 
     settings = FrugalSettings
+    heeds_flags = True
 
     def update(self, batch: ProjectedBatch) -> None:
         group = batch.group
-        low = batch.project()
+        low = batch.project(keep_stack=True)
         direction = batch.adam(low)
         batch.lift_and_add_(direction, -batch.lr * group["scale"])
-        for weight, residual in zip(batch.weights, batch.residuals(), strict=True):
-            move = _state_free(group, residual, out=residual)
-            weight.add_(move, alpha=-batch.lr * group["state_free_lr_ratio"])
+        batch.add_residuals_(
+            lambda residual: _state_free(group, residual, out=residual), -batch.lr * group["state_free_lr_ratio"]
+        )
 
     # Blocks
 
@@ -72,16 +74,19 @@ class FrugalAdamW(ProjectedAdamW):
         self.step_adamw([entry for entry in blocks if "exp_avg" in entry.state])
         for entry in blocks:
             if "exp_avg" not in entry.state:
-                group, weight, lr = entry.group, entry.wide_weight(), float(entry.group["lr"])
+                group, weight, lr = entry.group, entry.wide_weight(), rate(entry.group)
                 keep, gain = decay_factors(lr, group["weight_decay"], group["adam_variant"])
-                weight.mul_(keep).add_(_state_free(group, entry.grad), alpha=-lr * gain * group["state_free_lr_ratio"])
-                entry.write_weight(weight)
+                move = lr * gain * group["state_free_lr_ratio"] * _state_free(group, entry.grad)
+                updated = keep * weight - move
+                if entry.finite is not None:
+                    updated = torch.where(entry.finite, updated, weight)
+                entry.write_weight(weight.copy_(updated))
 
     def _is_chosen(self, layout: Layout, seed: int, refresh: int) -> bool:
         """Whether a parameter is among those with moments; the same in every process and after a resume."""
         count = max(1, round(self.matrix_count * layout.rank / layout.columns))
-        order = torch.randperm(self.matrix_count, generator=draw_generator(torch.device("cpu"), seed, refresh))
-        return layout.first_index in order[:count].tolist()
+        chosen = random.Random(draw_seed(seed, refresh)).sample(range(self.matrix_count), count)
+        return layout.first_index in chosen
 
     def state_dict(self) -> dict[str, Any]:
         """That of every optimizer, with moments of zeros for sharded blocks that have none.

@@ -10,6 +10,7 @@ class GaLoreAdamW(ProjectedAdamW):
 
     settings = GaLoreSettings
     needs_only_projections = True
+    heeds_flags = True
 
     def update(self, batch: ProjectedBatch) -> None:
         low = batch.project()

@@ -48,8 +48,8 @@ def basis_state(subspace: str, layout: Layout) -> dict[str, StateTensor]:
     }
 
 
-def choose_bases(due: Sequence[Entry]) -> list[Bases]:
-    """New bases for each target, as its state holds them.
+def choose_bases(due: Sequence[Entry], *, afresh: bool = False) -> list[Bases]:
+    """New bases for each target, as its state holds them; `afresh`: as if it had none.
 
     A matrix without directions, because its gradient is zero or not finite, keeps its last basis; if it has none, it
     gets one of zeros.
@@ -65,7 +65,7 @@ def choose_bases(due: Sequence[Entry]) -> list[Bases]:
             subspace, grad = entry.group["subspace"], entry.grad
             key = (id(sharding.group), subspace, entry.layout.both, grad.dtype, grad.device)
             sharded.setdefault(key, []).append(number)
-    for number, bases in zip(held, _choose_held([due[number] for number in held]), strict=True):
+    for number, bases in zip(held, _choose_held([due[number] for number in held], afresh), strict=True):
         found[number] = bases
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for entry, bases in zip(due, found, strict=True):
@@ -77,7 +77,7 @@ def choose_bases(due: Sequence[Entry]) -> list[Bases]:
         assert sharding is not None
         for start in range(0, len(numbers), sharding.size):
             chunk = numbers[start : start + sharding.size]
-            for number, bases in zip(chunk, _choose_sharded([due[i] for i in chunk], sharding), strict=True):
+            for number, bases in zip(chunk, _choose_sharded([due[i] for i in chunk], sharding, afresh), strict=True):
                 found[number] = bases
     return found
 
@@ -102,19 +102,21 @@ def _shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
     return {side: entry.declared(side).shape or () for side in SIDES if side in entry.info.declared}
 
 
-def _last(entry: Entry) -> Bases:
+def _last(entry: Entry, afresh: bool) -> Bases:
     """The bases in use, by side; none before a first choice has counted."""
+    if afresh:
+        return {}
     return {side: entry.state[side] for side in _shapes(entry) if side in entry.state and entry.state["refreshes"]}
 
 
-def _choose_held(targets: Sequence[Entry]) -> list[Bases]:
+def _choose_held(targets: Sequence[Entry], afresh: bool) -> list[Bases]:
     """The bases of matrices that this process holds whole: of unsharded parameters, or its part of stacks."""
     matrices = [
         Matrix(entry, grad, index, {side: basis[number] for side, basis in parts.items()})
         for entry in targets
-        for parts in [{side: entry.layout.parts(local_part(basis)) for side, basis in _last(entry).items()}]
+        for parts in [{side: entry.layout.parts(local_part(basis)) for side, basis in _last(entry, afresh).items()}]
         for number, (grad, index) in enumerate(
-            zip(entry.layout.matrices(entry.grad), entry.layout.held_indices, strict=True)
+            zip(entry.layout.stored(entry.grad), entry.layout.held_indices, strict=True)
         )
     ]
     chosen = iter(_choose(matrices))
@@ -139,10 +141,9 @@ def _choose_held(targets: Sequence[Entry]) -> list[Bases]:
     return found
 
 
-def _choose_sharded(targets: Sequence[Entry], sharding: Sharding) -> list[Bases]:
+def _choose_sharded(targets: Sequence[Entry], sharding: Sharding, afresh: bool) -> list[Bases]:
     """The bases of as many sharded matrices as there are processes, each chosen by one of them."""
     owners = [entry.layout.first_index % sharding.size for entry in targets]
-    transposed = [entry.layout.transposed for entry in targets]
     if targets[0].group["subspace"] in OF_GRADIENTS:
         stored = [view for entry in targets for view in entry.layout.stored(entry.grad)]
         lengths = [entry.layout.columns if entry.layout.transposed else entry.layout.rows for entry in targets]
@@ -155,19 +156,17 @@ def _choose_sharded(targets: Sequence[Entry], sharding: Sharding) -> list[Bases]
         }
     last: dict[int, Bases] = {number: {} for number in grads}
     for side in _shapes(targets[0]) if targets[0].group["subspace"] in FROM_THE_LAST else ():
-        held = [number for number, entry in enumerate(targets) if side in _last(entry)]
+        held = [number for number, entry in enumerate(targets) if side in _last(entry, afresh)]
         if held:
             wholes = sharding.to_owners(
-                [local_part(_last(targets[number])[side]) for number in held],
+                [local_part(_last(targets[number], afresh)[side]) for number in held],
                 [owners[number] for number in held],
                 [_shapes(targets[number])[side][0] for number in held],
             )
             for number, basis in wholes.items():
                 last[held[number]][side] = basis
     owned = [
-        Matrix(
-            targets[number], grad.mT if transposed[number] else grad, targets[number].layout.first_index, last[number]
-        )
+        Matrix(targets[number], grad, targets[number].layout.first_index, last[number])
         for number, grad in grads.items()
     ]
     chosen = dict(zip(grads, _choose(owned), strict=True))
@@ -191,7 +190,7 @@ class Matrix(NamedTuple):
     """One whole matrix that is due.
 
     Attributes:
-        grad: its oriented gradient.
+        grad: its gradient, as it is stored.
         number: its place among all of the optimizer's matrices.
         last: the bases in use, by side; none before the first choice.
     """
@@ -229,7 +228,8 @@ def _choose_alike(matrices: Sequence[Matrix], turns: bool) -> Bases:
     layout, group, sides = entry.layout, entry.group, list(_shapes(entry))
     if not sides:
         return {}
-    grads = stacked([matrix.grad for matrix in matrices], layout.transposed)
+    grads = stacked([matrix.grad for matrix in matrices])
+    grads = grads.mT if layout.transposed else grads
     previous = {side: stacked([matrix.last[side] for matrix in matrices]) for side in last}
     request = Request(
         grads=grads,
@@ -276,8 +276,6 @@ def _as_start(bases: Tensor | None) -> Tensor | None:
     return torch.where(bases.flatten(1).any(-1)[:, None, None], bases, unit)
 
 
-def stacked(matrices: Sequence[Tensor], transposed: bool = False) -> Tensor:
-    """Matrices in one tensor (k, rows, columns), in the memory order of the stored ones; one alone is not copied."""
-    if len(matrices) == 1:
-        return matrices[0].unsqueeze(0)
-    return torch.stack([matrix.mT for matrix in matrices]).mT if transposed else torch.stack(list(matrices))
+def stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices in one tensor (k, …); one alone is not copied."""
+    return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(list(matrices))
