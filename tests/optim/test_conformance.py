@@ -443,15 +443,15 @@ def test_batching_changes_nothing(name):
     ends = []
     for apart in (False, True):
         torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(10, 6)) for _ in range(3)]
+        params = [nn.Parameter(torch.randn(10, 6, dtype=torch.float64)) for _ in range(3)]
         named = [(f"w{i}", param) for i, param in enumerate(params)]
         optimizer = make(name, [{"params": [pair]} for pair in named] if apart else [{"params": named}])
         for _ in range(6):
             for param in params:
-                param.grad = torch.randn(10, 6)
+                param.grad = torch.randn(10, 6, dtype=torch.float64)
             optimizer.step()
         ends.append(torch.stack([param.detach() for param in params]))
-    assert torch.allclose(ends[0], ends[1], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(ends[0], ends[1], rtol=1e-9, atol=1e-11)
 
 
 @every_projection
