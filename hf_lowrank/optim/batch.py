@@ -260,11 +260,8 @@ class ProjectedBatch(Batch):
         """`W ← W + alpha · scales · G`, with a scale per row (k, rows) or per matrix (k,); the last use of G."""
         scales, alpha = self._with_rate(scales, alpha)
         scales = self.partition.for_lifting(scales) if scales.ndim == 2 else scales[:, None]
-        if self.grads[0].dtype == torch.float16:  # whose range ends below many a scale
-            for weight, grad, scale in zip(self.weights, self.grads, scales.unbind(), strict=True):
-                weight.add_((alpha * scale[:, None] * grad).to(weight.dtype))
-            return
-        if self.stacks:
+        is_half = self._stored_grads[0].dtype == torch.float16  # whose range ends below many a scale
+        if self.stacks and not is_half:
             stack, self._stacked_grads = self._stack_of_grads(), None  # a copy, and used up here
             stack *= (scales[:, None] if self._transposed else scales[..., None]).to(stack.dtype)
             if self.finite is not None:
@@ -274,7 +271,10 @@ class ProjectedBatch(Batch):
         flags = [None] * len(self.weights) if self.finite is None else self.finite.unbind()
         for weight, grad, scale, flag in zip(self.weights, self.grads, scales.unbind(), flags, strict=True):
             own = grad if flag is None else torch.where(flag, grad, 0)
-            weight.addcmul_(own, scale[:, None].to(grad.dtype), value=alpha)
+            if is_half:
+                weight.add_((alpha * scale[:, None] * own).to(weight.dtype))
+            else:
+                weight.addcmul_(own, scale[:, None].to(grad.dtype), value=alpha)
 
     # Decay and rates
 

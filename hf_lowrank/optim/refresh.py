@@ -276,6 +276,8 @@ def _as_start(bases: Tensor | None) -> Tensor | None:
     return torch.where(bases.flatten(1).any(-1)[:, None, None], bases, unit)
 
 
-def stacked(matrices: Sequence[Tensor]) -> Tensor:
-    """Matrices in one tensor (k, …); one alone is not copied."""
-    return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(list(matrices))
+def stacked(matrices: Sequence[Tensor], transposed: bool = False) -> Tensor:
+    """Matrices in one tensor (k, rows, columns), in the memory order of the stored ones; one alone is not copied."""
+    if len(matrices) == 1:
+        return matrices[0].unsqueeze(0)
+    return torch.stack([matrix.mT for matrix in matrices]).mT if transposed else torch.stack(list(matrices))
