@@ -18,8 +18,16 @@ from hf_lowrank.optim.methods import SubspaceSettings
 from hf_lowrank.optim.refresh import basis_state, choose_bases, write_bases
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.state import adam_moments
-from hf_lowrank.optim.subspaces import OF_GRADIENTS, captured_energy, gaussian_matrices, subspace_overlap
+from hf_lowrank.optim.subspaces import (
+    OF_GRADIENTS,
+    OF_INDICES,
+    captured_energy,
+    cosines,
+    gaussian_matrices,
+    subspace_overlap,
+)
 
+DCT = "dct"
 # Subspaces that can be chosen for both sides of a matrix.
 TWO_SIDED = ("svd", "randomized", "random")
 
@@ -42,8 +50,8 @@ class ProjectedAdamW(TargetedAdamW):
         scale: multiplies the lifted update.
         proj_type: `std` (projects the shorter side), `reverse_std`, `right`, `left`, or `full` (both sides).
         subspace: `svd` (exact), `randomized` (subspace iteration from the last basis), `random` (orthonormal),
-            `columns` (random ones), `gaussian` (a random matrix), or `seeded` (the same, drawn from the seed at every
-            step and never stored).
+            `columns` (random ones), `dct` (those of the cosine transform in which the gradient is largest), `gaussian`
+            (a random matrix), or `seeded` (the same, drawn from the seed at every step and never stored).
         stagger: spreads the refreshes of the matrices over the steps, so that no single step stalls.
         adam_variant: `official` adds ε before the bias correction and decays the updated weight, as the methods'
             own packages do; `torch` is the rule of `torch.optim.AdamW`.
@@ -194,7 +202,7 @@ class ProjectedAdamW(TargetedAdamW):
 
     def _choose_missing(self, entries: Sequence[Entry]) -> None:
         """Where the host does not know whether a first choice found directions: chooses again, at steps 1, 2, 4, …
-        until the next refresh, for the matrices whose basis is still zero.
+        until the next refresh, for the matrices whose moments are still zero.
         """
         asked = [
             entry
@@ -205,10 +213,11 @@ class ProjectedAdamW(TargetedAdamW):
             and not host_reads(entry.grad.device)
         ]
         for entry, bases in zip(asked, choose_bases(asked, afresh=True), strict=True):
+            moved = entry.layout.partition.sum(entry.read("exp_avg_sq").float().sum((-2, -1))) > 0
             for side, basis in bases.items():
                 held = local_part(entry.state[side])
-                whole = entry.layout.partition.sum(held.square().sum((-2, -1), keepdim=True))
-                held.copy_(torch.where(whole > 0, held, local_part(basis)))
+                has_one = moved.view(*moved.shape, *[1] * (held.ndim - moved.ndim))
+                held.copy_(torch.where(has_one, held, local_part(basis)))
 
     def _before(self, entry: Entry) -> tuple[list[Tensor], list[Tensor]]:
         """Copies of the bases in use, if what follows a refresh needs them, as `carry_moments` gets them."""
@@ -241,7 +250,12 @@ class ProjectedAdamW(TargetedAdamW):
                 left = turns_of_rows[number].to(right.dtype) if turns_of_rows else None
                 mean, square = layout.parts(exp_avg)[number], layout.parts(exp_avg_sq)[number]
                 wholes = [partition.for_lifting(part[None])[0].to(right.dtype) for part in (mean, square)]
-                rotated = rotated_moments(wholes[0], wholes[1], right, left, age=entry.age, betas=entry.group["betas"])
+                if entry.group["subspace"] in OF_INDICES:  # columns that stay, exactly
+                    rotated = wholes[0] @ right.round(), wholes[1] @ right.round()
+                else:
+                    rotated = rotated_moments(
+                        wholes[0], wholes[1], right, left, age=entry.age, betas=entry.group["betas"]
+                    )
                 for part, whole in zip((mean, square), rotated, strict=True):
                     part.copy_(partition.own_low_rows(whole))
         entry.write("exp_avg", exp_avg)
@@ -250,6 +264,8 @@ class ProjectedAdamW(TargetedAdamW):
     def _bases(self, entries: Sequence[Entry]) -> list[Tensor]:
         """The bases in use, one per matrix, as this process multiplies by them."""
         partition = entries[0].layout.partition
+        if entries[0].group["subspace"] == DCT:
+            return partition.bases_from_whole(_waves(entries))
         if "basis" in entries[0].state:
             return partition.bases(_parts(entries, "basis"))
         return partition.bases_from_whole(_drawn(entries))
@@ -257,7 +273,9 @@ class ProjectedAdamW(TargetedAdamW):
     def _basis_rows(self, entry: Entry) -> list[Tensor]:
         """This process's rows of the bases in use, as matrices in at least float32."""
         partition = entry.layout.partition
-        if "basis" in entry.state:
+        if entry.group["subspace"] == DCT:
+            rows = list(map(partition.own_rows, _waves([entry])))
+        elif "basis" in entry.state:
             rows = partition.basis_rows(_parts([entry], "basis"))
         else:
             rows = list(map(partition.own_rows, _drawn([entry])))
@@ -341,6 +359,14 @@ def rotated_moments(
 
 def _parts(entries: Sequence[Entry], key: str) -> list[Tensor]:
     return [part for entry in entries for part in entry.layout.parts(local_part(entry.state[key]))]
+
+
+def _waves(entries: Sequence[Entry]) -> list[Tensor]:
+    """The whole bases that are columns of the cosine transform."""
+    layout, weight = entries[0].layout, entries[0].weight
+    chosen = layout.partition.whole_indices(_parts(entries, "basis"))
+    rows = cosines(layout.columns, weight.dtype, weight.device).index_select(0, torch.cat(chosen))
+    return list(rows.view(len(chosen), layout.rank, layout.columns).mT.unbind())
 
 
 def _drawn(entries: Sequence[Entry]) -> list[Tensor]:

@@ -101,6 +101,10 @@ class Replicated:
         """The bases that this process multiplies by, from its rows of them."""
         return parts
 
+    def whole_indices(self, parts: list[Tensor]) -> list[Tensor]:
+        """Whole bases of column indices, from this process's parts of them."""
+        return parts
+
     def left_bases(self, parts: list[Tensor]) -> list[Tensor]:
         """The same for the bases that project the rows."""
         return parts
@@ -161,6 +165,9 @@ class RowSharded(Replicated):
         if not parts[0].is_floating_point():
             return self.bases_from_whole(self._gathered(parts, self._layout.rank))
         return self._gathered(parts, self._layout.columns) if self._along_rows else parts
+
+    def whole_indices(self, parts: list[Tensor]) -> list[Tensor]:
+        return self._gathered(parts, self._layout.rank)
 
     def left_bases(self, parts: list[Tensor]) -> list[Tensor]:
         return parts if self._along_rows else self._gathered(parts, self._layout.rows)

@@ -51,6 +51,7 @@ SUBSPACE = explained(
     randomized="nearly that space, by subspace iteration from the last basis; its vectors differ in sign and order",
     random="random and orthonormal",
     columns="random columns",
+    dct="the columns of the cosine transform in which the gradient is largest (arXiv 2505.17967)",
     gaussian="a random Gaussian matrix",
     seeded="the same, drawn again from its seed at each step and never stored",
     blocks="whole parameters, a random share of which gets Adam until the next refresh",
@@ -64,7 +65,7 @@ MOMENTS = explained(
 ScaleType = Annotated[
     Literal["channel", "tensor"], explained("scaling factors", channel="one per channel", tensor="one per matrix")
 ]
-AnySubspace = Literal["svd", "randomized", "random", "columns", "gaussian", "seeded"]
+AnySubspace = Literal["svd", "randomized", "random", "columns", "dct", "gaussian", "seeded"]
 Momentum = Annotated[float, Field(ge=0, lt=1, description="decay of the momentum")]
 NsSteps = Annotated[int, Field(ge=1, description="iterations of the orthogonalisation")]
 NsDtype = Annotated[
@@ -96,7 +97,7 @@ MatrixLrScale = Annotated[
     float,
     Field(gt=0, description="learning rate of the target matrices relative to that of all other parameters"),
 ]
-FrugalSubspace = Annotated[Literal["svd", "randomized", "random", "columns", "blocks"], SUBSPACE]
+FrugalSubspace = Annotated[Literal["svd", "randomized", "random", "columns", "dct", "blocks"], SUBSPACE]
 
 
 class FullRankSettings(MethodSettings):
@@ -163,7 +164,7 @@ class GaLoreSettings(SubspaceSettings):
 class FiraSettings(SubspaceSettings):
     scale: Scale = 0.25
     proj_type: Annotated[Literal["std", "reverse_std", "right", "left"], SIDE] = "std"
-    subspace: Annotated[Literal["svd", "randomized", "random", "columns"], SUBSPACE] = "randomized"
+    subspace: Annotated[Literal["svd", "randomized", "random", "columns", "dct"], SUBSPACE] = "randomized"
     residual: Literal["official", "paper"] = explained(
         "what is left outside the subspace",
         "official",
@@ -176,7 +177,7 @@ class FiraSettings(SubspaceSettings):
 class ApolloSettings(SubspaceSettings):
     scale: ApolloScale = 1.0
     proj_type: Annotated[Literal["std", "reverse_std", "right", "left"], SIDE] = "std"
-    subspace: Annotated[AnySubspace, SUBSPACE] = "gaussian"
+    subspace: Annotated[Literal["svd", "randomized", "random", "columns", "gaussian", "seeded"], SUBSPACE] = "gaussian"
     scale_type: ScaleType = "channel"
     norm_growth_limit: NormGrowthLimit = 1.01
 

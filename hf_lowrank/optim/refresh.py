@@ -52,7 +52,7 @@ def choose_bases(due: Sequence[Entry], *, afresh: bool = False) -> list[Bases]:
     """New bases for each target, as its state holds them; `afresh`: as if it had none.
 
     A matrix without directions, because its gradient is zero or not finite, keeps its last basis; if it has none, it
-    gets one of zeros.
+    gets one of zeros, or any columns.
     """
     found: list[Bases] = [{} for _ in due]
     held: list[int] = []
@@ -258,6 +258,8 @@ def _choose_alike(matrices: Sequence[Matrix], turns: bool) -> Bases:
         for side, basis in zip(sides, bases, strict=True)
     }
     if group["subspace"] not in OF_GRADIENTS:
+        return chosen
+    if not last and group["subspace"] in OF_INDICES:
         return chosen
     usable = is_usable(grads)
     for basis in bases:

@@ -8,10 +8,12 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from hf_lowrank.compat import active_fake_mode
 from hf_lowrank.optim.layout import REPLICATED, Replicated
 
 
@@ -206,6 +208,38 @@ def random_columns(request: Request) -> Tensor:
     return order[:, : request.rank].sort(-1).values
 
 
+def dct_columns(request: Request) -> Tensor:
+    """The columns of the DCT in which the gradients are largest, by L1 norm (arXiv 2505.17967): (k, rank) indices.
+
+    Columns that were chosen before keep their places, and with them their moments.
+    """
+    basis = cosines(request.columns, request.work.dtype, request.grads.device)
+    sizes = (request.work @ basis.mT).abs().sum(-2)
+    chosen, last = sizes.topk(request.rank).indices.sort(-1).values, request.previous
+    if last is None:
+        return chosen
+    same = last.unsqueeze(-1) == chosen.unsqueeze(-2)
+    vacant = same.any(-1).long().argsort(dim=-1, stable=True)
+    new = same.any(-2).long().argsort(dim=-1, stable=True)
+    number = torch.arange(request.rank, device=last.device)
+    moves = number < same.any(-2).logical_not().sum(-1, keepdim=True)
+    return last.scatter(-1, vacant, torch.where(moves, chosen.gather(-1, new), last.gather(-1, vacant)))
+
+
+def cosines(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The orthonormal DCT-II basis, (columns, columns): a vector per row, from the lowest frequency."""
+    if active_fake_mode() is not None:  # a fake one must not be remembered
+        return _cosines.__wrapped__(columns, dtype, device)
+    return _cosines(columns, dtype, device)
+
+
+@lru_cache(maxsize=16)
+def _cosines(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    number = torch.arange(columns, dtype=torch.float64, device=device)
+    waves = torch.cos(torch.outer(number, 2 * number + 1) * (math.pi / (2 * columns))) * math.sqrt(2 / columns)
+    return torch.where(number.unsqueeze(-1) == 0, math.sqrt(1 / columns), waves).to(dtype)
+
+
 _LOW = 2**32 - 1
 
 
@@ -240,13 +274,14 @@ SUBSPACES: dict[str, Callable[[Request], Tensor]] = {
     "randomized": randomized_basis,
     "random": random_basis,
     "columns": random_columns,
+    "dct": dct_columns,
     "gaussian": gaussian_basis,
 }
 # Drawn again from its seed at each step, and never stored.
 UNSTORED = "seeded"
 # Those whose basis is column indices, those that depend on the gradient, and those that start from the last basis.
-OF_INDICES = ("columns",)
-OF_GRADIENTS = ("svd", "randomized")
-FROM_THE_LAST = ("randomized",)
+OF_INDICES = ("columns", "dct")
+OF_GRADIENTS = ("svd", "randomized", "dct")
+FROM_THE_LAST = ("randomized", "dct")
 # Refreshes of a matrix from one turn of its basis to the next.
 TURN_EVERY = 10

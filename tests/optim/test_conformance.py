@@ -30,6 +30,8 @@ METHOD_CASES = {
     "galore-randomized": partial(GaLoreAdamW, subspace="randomized"),
     "galore-random": partial(GaLoreAdamW, subspace="random", moments="rotate"),
     "galore-columns": partial(GaLoreAdamW, subspace="columns", moments="rotate"),
+    "galore-dct": partial(GaLoreAdamW, subspace="dct", moments="rotate"),
+    "fira-dct": partial(FiraAdamW, subspace="dct"),
     "galore-gaussian": partial(GaLoreAdamW, subspace="gaussian", moments="rotate"),
     "galore-seeded": partial(GaLoreAdamW, subspace="seeded", moments="rotate"),
     "galore-full": partial(GaLoreAdamW, proj_type="full", subspace="svd", moments="rotate"),
@@ -172,7 +174,19 @@ def test_same_seed_same_bits_other_seed_other_bits(name):
         ends.append(weights(model))
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2]) == (
-        name in {"galore", "galore-full", "fira", "frugal-svd", "muon", "muon-polar", "normuon", "dion2"}
+        name
+        in {
+            "galore",
+            "galore-full",
+            "galore-dct",
+            "fira-dct",
+            "fira",
+            "frugal-svd",
+            "muon",
+            "muon-polar",
+            "normuon",
+            "dion2",
+        }
     )
 
 
@@ -426,7 +440,7 @@ def test_state_has_the_size_that_the_method_needs(name, dtype):
     kept, projected = (columns, rows) if reverse else (rows, columns)
     low = rank * rank if name.startswith("galore-full") else kept * rank
     asked = {"exp_avg": low * size, "exp_avg_sq": low * size}
-    if name in {"galore-columns", "frugal"}:
+    if name in {"galore-columns", "galore-dct", "fira-dct", "frugal"}:
         asked["basis"] = rank * 8
     elif name not in {"galore-seeded", "apollo-seeded"}:
         asked["basis"] = projected * rank * size

@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 from torch import nn
 
@@ -25,10 +26,10 @@ OWN = {
     "frugal": [{"state_free_rule": "sign"}, {"state_free_rule": "sgd", "state_free_lr_ratio": 0.5}],
 }
 SUBSPACES = {
-    "galore": ("svd", "randomized", "random", "columns", "gaussian", "seeded"),
-    "fira": ("svd", "randomized", "random", "columns"),
+    "galore": ("svd", "randomized", "random", "columns", "dct", "gaussian", "seeded"),
+    "fira": ("svd", "randomized", "random", "columns", "dct"),
     "apollo": ("svd", "randomized", "random", "columns", "gaussian", "seeded"),
-    "frugal": ("svd", "randomized", "random", "columns"),
+    "frugal": ("svd", "randomized", "random", "columns", "dct"),
 }
 
 
@@ -68,7 +69,7 @@ def check_same(param, W):
     assert (param - W).abs().max() <= 1e-6 * W.abs().max()
 
 
-def bases_in_use(optimizer, param, number, options):
+def bases_in_use(optimizer, param, number, options, subspace):
     """The bases that an optimizer has just drawn for a matrix, as (P, Q)."""
     state, (rows, columns) = optimizer.state[param], param.shape
     left, right = reference.projected_sides(rows, columns, options.proj_type)
@@ -78,7 +79,8 @@ def bases_in_use(optimizer, param, number, options):
     elif state["basis"].is_floating_point():
         basis = state["basis"].clone()
     else:
-        basis = torch.eye(length, dtype=torch.float64)[:, state["basis"]]
+        vectors = np.eye(length) if subspace == "columns" else scipy.fft.idct(np.eye(length), axis=0, norm="ortho")
+        basis = torch.from_numpy(vectors)[:, state["basis"]]
     return (state["left_basis"].clone(), basis) if left and right else (basis, None) if left else (None, basis)
 
 
@@ -100,7 +102,7 @@ def test_projected_methods(name, side, subspace, moments, variant, own):
         for number, param in enumerate(params):
             options = Options(lr=learning_rate(step), **shared)
             if subspace != "svd":
-                bases = bases_in_use(optimizer, param, number, options)
+                bases = bases_in_use(optimizer, param, number, options, subspace)
                 options = Options(lr=learning_rate(step), **shared, choose_bases=lambda G, o, found=bases: found)
             pairs[number] = step_of(pairs[number][0], param.grad, pairs[number][1], options)
             check_same(param, pairs[number][0])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 from torch import nn
 
@@ -165,6 +166,44 @@ def test_random_subspaces():
     assert many.mean().abs() < 0.01
     assert many.var() == pytest.approx(1 / 4, rel=0.02)
     assert torch.equal(many[3], gaussian_matrices(grad, 20, 4, [(0, 0, 3)])[0])
+
+
+def test_cosine_columns_are_those_of_the_largest_l1_norm():
+    grads = torch.randn(3, 30, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sizes = np.abs(scipy.fft.dct(grads.numpy(), axis=-1, norm="ortho")).sum(1)
+    first = SUBSPACES["dct"](many(grads, 7))
+    for own, expected in zip(first, sizes, strict=True):
+        assert own.tolist() == sorted(np.argsort(expected)[-7:])
+    basis = subspaces.cosines(20, torch.float64, torch.device("cpu"))
+    np.testing.assert_allclose(basis.numpy(), scipy.fft.dct(np.eye(20), axis=0, norm="ortho"), atol=1e-12)
+    again = SUBSPACES["dct"](many(grads.flip(0), 7, first))
+    for own, last, expected in zip(again.tolist(), first.tolist(), sizes[::-1], strict=True):
+        assert sorted(own) == sorted(np.argsort(expected)[-7:])
+        for old, new in zip(last, own, strict=True):  # what stays keeps its place
+            assert new == old or old not in own
+    assert not torch.equal(again, first)
+
+
+def test_moments_follow_their_columns_exactly():
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(9, 12))
+    optimizer = GaLoreAdamW([param], rank=5, update_proj_gap=3, subspace="dct", moments="rotate")
+    moved = 0
+    for step in range(9):
+        param.grad = torch.randn(9, 12)
+        if step in (3, 6):
+            before = {key: optimizer.state[param][key].clone() for key in ("basis", "exp_avg", "exp_avg_sq")}
+            for group in optimizer.param_groups:
+                group["betas"] = (1 - 1e-12, 1 - 1e-12)  # the step after the refresh adds nothing
+        optimizer.step()
+        if step in (3, 6):
+            old = before["basis"].tolist()
+            for place, column in enumerate(optimizer.state[param]["basis"].tolist()):
+                for key in ("exp_avg", "exp_avg_sq"):
+                    expected = before[key][:, old.index(column)] if column in old else torch.zeros(12)
+                    assert torch.allclose(optimizer.state[param][key][:, place], expected, rtol=0, atol=1e-9)
+                moved += column in old
+    assert 0 < moved < 10
 
 
 def test_overlap_and_energy():
