@@ -182,6 +182,19 @@ def register_with_peft(name: str, config_cls: Any, model_cls: Any) -> None:
 
 
 @contextmanager
+def hide_worker() -> Iterator[None]:
+    """Lets a worker of a DataLoader appear as a process without workers."""
+    from torch.utils.data._utils import worker
+
+    before = worker._worker_info
+    worker._worker_info = None
+    try:
+        yield
+    finally:
+        worker._worker_info = before
+
+
+@contextmanager
 def targets_unchanged() -> Iterator[None]:
     """Keeps PEFT from translating LoRA's targets for mixtures from the names of transformers 4.
 

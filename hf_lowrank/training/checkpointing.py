@@ -53,15 +53,20 @@ class Checkpointing(TrainerCallback):
         write_facts: writes `facts.json`, given the step and the optimizer.
         epoch: the steps of one pass over the training sequences, a fraction; None for a stream. To Trainer all passes
             are one epoch, so strategies "epoch" are followed here.
+        write_place: writes the place of a stream after a step into a checkpoint.
     """
 
     def __init__(
-        self, resumed: Path | None, write_facts: Callable[[int, Any], None], epoch: Fraction | None = None
+        self,
+        resumed: Path | None,
+        write_facts: Callable[[int, Any], None],
+        epoch: Fraction | None = None,
+        write_place: Callable[[int, Path], None] | None = None,
     ) -> None:
         self.trainer: Trainer | None = None  # set once it exists
         self.stopped: int | None = None  # the step after which SIGTERM stopped the run
         self._resumed, self._write_facts = resumed, write_facts
-        self._epoch = epoch
+        self._epoch, self._write_place = epoch, write_place
         self._signalled = self._interim = False
         self._previous_handler: Any = None
 
@@ -106,6 +111,8 @@ class Checkpointing(TrainerCallback):
             dist.barrier()  # every process has written its part
         if state.is_world_process_zero:
             self._write_facts(state.global_step, kw["optimizer"])
+            if self._write_place is not None:
+                self._write_place(state.global_step, checkpoint)
             write_checksums(checkpoint)  # completes the checkpoint
             remove_interim(run, before=state.global_step)
 

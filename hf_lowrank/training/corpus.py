@@ -1,7 +1,6 @@
 """From the recipe's `data:` block to training and held-out sequences."""
 
 import hashlib
-import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import transformers
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_lowrank.errors import UserError
@@ -32,6 +31,7 @@ from hf_lowrank.training.sequences import (
     unigram_loss,
 )
 from hf_lowrank.training.sources import Documents, hub_documents, hub_stream, local_files, progress, python_library
+from hf_lowrank.training.stream import StreamedSequences
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +73,11 @@ class Corpus:
         known = token < len(self.counts) and self.counts[token] > 0
         return bool(known or (self.evaluation.input_ids[mask] == token).any())
 
-    def training_set(self, total: int, seed: int) -> Dataset:
-        """`total` training sequences, in the order of `seed`."""
+    def training_set(self, total: int, seed: int, **stream: Any) -> Dataset:
+        """`total` training sequences, in the order of `seed`; `stream` are further options of `StreamedSequences`."""
         if self.train is not None:
             return ShuffledSequences(self.train, total, seed)
-        return StreamedSequences(self.data, self.tokenizer, seed=seed, skip=self.stream_skip)
+        return StreamedSequences(self.data, self.tokenizer, seed=seed, skip=self.stream_skip, **stream)
 
 
 def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
@@ -171,7 +171,7 @@ def _rows(
 def _streamed(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     read = 0
 
-    def counted(texts: Iterator[str]) -> Iterator[str]:
+    def counted(texts: Iterable[str]) -> Iterator[str]:
         nonlocal read
         for text in texts:
             read += 1
@@ -197,33 +197,3 @@ def _streamed(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     return Corpus(
         data, tokenizer, evaluation, fingerprint, None, skip, **_statistics(sample, len(tokenizer), evaluation)
     )
-
-
-class StreamedSequences(IterableDataset):
-    """Training sequences from a stream, pass after pass, without end, always starting at the first.
-
-    Trainer skips what a resumed run has seen. It counts batches from the start, so that to it this is one epoch.
-    """
-
-    def __init__(self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int, skip: int) -> None:
-        self._data, self._tokenizer, self._seed, self._skip = data, tokenizer, seed, skip
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = self._passes()
-        worker = get_worker_info()
-        if worker is not None:
-            rows = itertools.islice(rows, worker.id, None, worker.num_workers)
-        for row, tokens in rows:
-            yield {"ids": row, "length": tokens}
-
-    def _passes(self) -> Iterator[tuple[np.ndarray, int]]:
-        for number in itertools.count():
-            texts = hub_stream(self._data, self._data.split, seed=self._seed + number, skip=self._skip)
-            rows = _rows(texts, self._data, self._tokenizer)
-            first = next(rows, None)
-            if first is None:
-                raise UserError(
-                    f"data.dataset {self._data.dataset!r} split {self._data.split!r} contains no text any more"
-                )
-            yield first
-            yield from rows

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -45,6 +47,7 @@ from hf_lowrank.training.start import (
     is_started,
     write_start,
 )
+from hf_lowrank.training.stream import Notes, Place, StreamPlaces
 from hf_lowrank.training.trainer import RunTrainer
 from hf_lowrank.training.trial import OwnLoss, try_model
 
@@ -59,9 +62,9 @@ def build_trainer(
     args: TrainingArguments,
     model: PreTrainedModel,
     corpus: Corpus,
-    sequences_per_step: int,
     callbacks: Sequence[TrainerCallback],
     own_loss: OwnLoss,
+    training_set: Dataset,
 ) -> RunTrainer:
     """The Trainer of a run, with the method's optimizer and schedule; `own_loss` is what `try_model` found.
 
@@ -73,7 +76,7 @@ def build_trainer(
         model=model,
         args=args,
         data_collator=collate,
-        train_dataset=corpus.training_set(args.max_steps * sequences_per_step, recipe.seed),
+        train_dataset=training_set,
         eval_dataset=HeldOutSequences(corpus.evaluation.first(recipe.data.evaluation_sequences_in_training)),
         processing_class=corpus.tokenizer,
         callbacks=list(callbacks),
@@ -202,7 +205,11 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
         keep_resumed=checkpoint is not None and not is_interim(checkpoint),
     )
     epoch = None if corpus.train is None else Fraction(len(corpus.train), sequences_per_step)
-    checkpointing = Checkpointing(checkpoint, costs.write, epoch)
+    stream = None
+    if corpus.train is None:
+        notes = Path(resources.enter_context(TemporaryDirectory(prefix="hf-lowrank-")))
+        stream = StreamPlaces(Notes(notes), args, sequences_per_step, Place.load(checkpoint) if checkpoint else None)
+    checkpointing = Checkpointing(checkpoint, costs.write, epoch, stream.save if stream is not None else None)
     resources.callback(checkpointing.release)
     # The costs come last: the seconds of a step include what its other callbacks do.
     callbacks: list[Any] = [checkpointing, KeepPadding(model), StopOnNonFinite(), Progress()]
@@ -211,7 +218,9 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
         callbacks.append(recorder(recipe, args, model, facts))
         resources.callback(callbacks[-1].close)
     callbacks.append(costs)
-    trainer = build_trainer(recipe, args, model, corpus, sequences_per_step, callbacks, own_loss)
+    total = args.max_steps * sequences_per_step
+    training_set = corpus.training_set(total, recipe.seed, **({} if stream is None else stream.options()))
+    trainer = build_trainer(recipe, args, model, corpus, callbacks, own_loss, training_set)
     checkpointing.trainer = trainer
     if checkpoint is not None:
         if is_sharded(checkpoint) != trainer.is_fsdp_enabled:

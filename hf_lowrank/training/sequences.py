@@ -78,26 +78,29 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def encoded(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, cut: int | None) -> Iterator[list[int]]:
-    """The ids of each non-empty document.
+def encoded_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, cut: int | None) -> list[list[int]]:
+    """The ids of each text.
 
     With `cut`, at most that many, including the special tokens that the tokenizer adds (or the end token, if it adds
     none and there is space); without, all of them and the end token.
     """
+    if not texts:
+        return []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    adds_special = tokenizer.num_special_tokens_to_add() > 0
     options: dict = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     if cut is None:
         options |= {"add_special_tokens": False}
     else:
         options |= {"add_special_tokens": True, "truncation": True, "max_length": cut}
+    ends = cut is None or not tokenizer.num_special_tokens_to_add()
+    return [(ids + end)[:cut] if ends else ids for ids in tokenizer(texts, **options)["input_ids"]]
+
+
+def encoded(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, cut: int | None) -> Iterator[list[int]]:
+    """The ids of each non-empty document, as `encoded_batch` gives them."""
     texts = (text for text in documents if text)
     while batch := list(itertools.islice(texts, DOCUMENTS_PER_BATCH)):
-        for ids in tokenizer(batch, **options)["input_ids"]:
-            if cut is None or not adds_special:
-                ids = (ids + end)[:cut]  # noqa: PLW2901
-            if ids:
-                yield ids
+        yield from (ids for ids in encoded_batch(batch, tokenizer, cut=cut) if ids)
 
 
 def packed_rows(documents: Iterable[list[int]], length: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -188,8 +188,45 @@ def _check_disjoint(data: DataSettings, splits: Any) -> None:
                 )
 
 
-def hub_stream(data: DataSettings, split: str, *, seed: int | None = None, skip: int = 0) -> Iterator[str]:
-    """The non-empty documents of a streamed split after the first `skip`, shuffled by `seed` in the recipe's buffer.
+@dataclass(frozen=True)
+class StreamedDocument:
+    """A document of a stream: its number, and the states of the iteration before and after it."""
+
+    number: int
+    text: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class HubStream:
+    """The documents of a streamed split, non-empty or not; an iterator over their texts."""
+
+    data: DataSettings
+    rows: Any
+    shuffled: bool
+
+    def __iter__(self) -> Iterator[str]:
+        return (document.text for document in self.read())
+
+    def read(self, first: int = 0, state: dict[str, Any] | None = None) -> Iterator[StreamedDocument]:
+        """The documents from number `first` on, whose state before it may be given."""
+        number = 0
+        if state is not None and not self.shuffled:
+            self.rows.load_state_dict(state)
+            number = first
+        texts = _texts(self.rows, self.data)
+        for _ in range(number, first):
+            next(texts, None)
+        before = state
+        for number, text in enumerate(texts, start=first):
+            after = None if self.shuffled else self.rows.state_dict()
+            yield StreamedDocument(number, text, before, after)
+            before = after
+
+
+def hub_stream(data: DataSettings, split: str, *, seed: int | None = None, skip: int = 0) -> HubStream:
+    """The documents of a streamed split after the first `skip`, shuffled by `seed` in the recipe's buffer.
 
     Raises:
         UserError: as in `hub_documents`, or the connection fails.
@@ -197,9 +234,10 @@ def hub_stream(data: DataSettings, split: str, *, seed: int | None = None, skip:
     rows = _load(data, split)
     if skip:
         rows = rows.skip(skip)
-    if seed is not None and data.shuffle_buffer:
+    shuffled = seed is not None and data.shuffle_buffer > 0
+    if shuffled:
         rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
-    return _texts(rows, data)
+    return HubStream(data, rows, shuffled)
 
 
 def _load(data: DataSettings, split: str) -> Any:
