@@ -109,7 +109,10 @@ class LowRankConfig(PreTrainedConfig):
         own = object.__getattribute__(self, "__dict__")
         if name.startswith("_") or not is_initialized(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(own["base_config"], name)
+        try:
+            return getattr(own["base_config"], name)
+        except RuntimeError as error:  # of a field that has a value for each layer (Gemma 4's head_dim)
+            raise AttributeError(str(error)) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = vars(self).get("base_config") if is_initialized(self) else None

@@ -34,7 +34,8 @@ def why_incomplete(checkpoint: Path, *, weights: bool) -> str | None:
     if (checkpoint / layout.CHECKSUMS).is_file():
         return None
     if not (checkpoint / layout.CONFIG).is_file():
-        return f"{layout.CONFIG} is missing"
+        adapter = (checkpoint / name for name in (layout.ADAPTER_CONFIG, layout.ADAPTER_WEIGHTS))
+        return None if all(file.is_file() for file in adapter) else f"{layout.CONFIG} is missing"
     if weights and not any((checkpoint / name).is_file() for name in (layout.WEIGHTS, layout.INDEX)):
         return f"{layout.WEIGHTS} is missing{_about_pickles(checkpoint)}"
     if checkpoint.name.startswith("checkpoint-") and layout.has_checksums(checkpoint.parent):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_lowrank.adapters.modeling import LowRankForCausalLM
 from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs.foreign_adapters import is_adapter, merged
 from hf_lowrank.runs.layout import CONFIG, TOKENIZER, TOKENIZER_FILES
 from hf_lowrank.runs.selection import find_checkpoint
 from hf_lowrank.runs.weights import check_checkpoint, quiet_transformers
@@ -23,6 +24,8 @@ def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -
         UserError: the checkpoint is missing or damaged, has no dense equivalent (CoLA), or the folder is not empty.
     """
     folder = Path(find_checkpoint(checkpoint).path)
+    if is_adapter(folder) and not (folder / CONFIG).is_file():
+        folder = merged(folder)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: not a checkpoint ({CONFIG} is missing); give RUN@STEP or a folder")
     target = Path(output)

@@ -27,6 +27,8 @@ ITEM_SCORES = "downstream"
 # In a checkpoint.
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"
+# In a checkpoint that holds an adapter of PEFT and no model.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINER_STATE = "trainer_state.json"
 CHECKSUMS = checksums.FILE_NAME
 OPTIMIZER, SCHEDULER, SCALER, RANDOM_STATES = "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"

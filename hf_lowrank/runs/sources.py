@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_lowrank.errors import LowRankWarning, UserError, one_line
 from hf_lowrank.runs import layout
 from hf_lowrank.runs.checkpoints import weight_files, why_incomplete
+from hf_lowrank.runs.foreign_adapters import is_adapter, merged
 from hf_lowrank.runs.run_files import read_trainer_state
 from hf_lowrank.storage.checksums import fingerprint
 from hf_lowrank.storage.files import whole_file
@@ -40,7 +41,7 @@ class FolderSource:
         self.name = path.resolve().name
         self._folders = _complete_folders(path)
         self._extras = path
-        if not self._folders and (path / layout.CONFIG).is_file():
+        if not self._folders and ((path / layout.CONFIG).is_file() or is_adapter(path)):
             fault = why_incomplete(path, weights=True)
             if fault is not None:
                 raise UserError(f"{path}: not a complete checkpoint: {fault}")
@@ -54,8 +55,9 @@ class FolderSource:
             raise UserError(f"{path}: holds no complete checkpoint-N folder, and is not a checkpoint itself")
 
     def folder(self, step: int, *, weights: bool) -> Path:
-        """A folder with the checkpoint's configuration, and its weights if asked for."""
-        return self._folders[step]
+        """A folder with the checkpoint's configuration, and its weights if asked for; of an adapter, merged."""
+        folder = self._folders[step]
+        return merged(folder) if is_adapter(folder) and not (folder / layout.CONFIG).is_file() else folder
 
     def file(self, step: int, name: str) -> Path | None:
         """One file of a checkpoint, or None."""
@@ -68,8 +70,8 @@ class FolderSource:
 
     def fingerprint(self, step: int) -> str | None:
         """Distinguishes a checkpoint from other runs' of that step, 16 hex digits; None where it cannot be had."""
-        folder = self._folders[step]
         try:
+            folder = self.folder(step, weights=True)
             return fingerprint(folder, {file.name for file in weight_files(folder).values()})
         except UserError:
             return None  # whoever reads the weights reports the fault

@@ -112,7 +112,9 @@ class Trajectory:
     @property
     def tokenizer_source(self) -> str:
         """What `AutoTokenizer.from_pretrained` takes where the run has no tokenizer folder."""
-        return self.path.partition("@")[0] if not os.path.isdir(self.path) else self.where(self.steps[-1])
+        if not os.path.isdir(self.path):
+            return self.path.partition("@")[0]
+        return str(self._source.folder(self.steps[-1], weights=False))
 
     def extra(self, file: str) -> Path | None:
         """The path of a file of the whole run, or None."""

@@ -2,17 +2,22 @@
 
 import json
 import math
+import shutil
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import Trajectory
+from hf_lowrank.adapters.methods import CoLASettings
+from hf_lowrank.adapters.modeling import build_adapted
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure
+from hf_lowrank.runs.export import export
 from hf_lowrank.runs.selection import evaluation_set_from_text
 from hf_lowrank.training.sequences import train_tokenizer
 
@@ -36,6 +41,8 @@ SIZES = {
     "num_key_value_heads": 4,
     "pad_token_id": None,
 }
+GEMMA = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
+GEMMA += ["num_key_value_heads", "hidden_size_per_layer_input", "vocab_size_per_layer_input"]
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from the slow red cat "
 
 
@@ -154,3 +161,85 @@ def test_targets_that_are_stored_under_other_names_have_spectra(tmp_path, archit
     sigma = np.linalg.svd(weights[f"{renamed[0]}.weight"].detach().double().numpy(), compute_uv=False)
     assert rows[renamed[0]].value == pytest.approx((sigma**2).sum() / sigma[0] ** 2, rel=1e-5)
     assert rows["model"].reason is None
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_LOWRANK_CACHE", str(tmp_path / "cache"))
+
+
+def save_adapter(folder, base, **options):
+    """A LoRA of random factors on the model in the folder `base`; returns what its merged weights are."""
+    model = LlamaForCausalLM.from_pretrained(base)
+    weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], **options))
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    stored = load_file(folder / "adapter_model.safetensors")
+    for name, A in stored.items():
+        if "lora_A" in name:
+            B = stored[name.replace("lora_A", "lora_B")]
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            weights[f"{module}.weight"] = weights[f"{module}.weight"] + 1.5 * B.double().numpy() @ A.double().numpy()
+    return weights
+
+
+def test_adapters_are_measured_and_exported_on_their_base(tmp_path, cache):
+    base, run = tmp_path / "base", tmp_path / "run"
+    small_llama().save_pretrained(base)
+    train_tokenizer([TEXT], 300).save_pretrained(base)
+    meant = {step: save_adapter(run / f"checkpoint-{step}", base) for step in (1, 2)}
+    (tmp_path / "text.txt").write_text(TEXT * 40)
+    trajectory = Trajectory(run)
+    assert trajectory.steps == [1, 2]
+    for step, weights in meant.items():
+        for module in trajectory.targets:
+            assert np.allclose(trajectory.dense_weight(step, module).numpy(), weights[f"{module}.weight"], atol=1e-6)
+    rows = measure(run, metrics=["loss", "update_stable_rank"], evaluation_set=tmp_path / "text.txt")
+    losses = {row.step: row.value for row in rows if row.metric == "loss"}
+    count = next(row.settings["sequences"] for row in rows if row.metric == "loss")
+    sequences = evaluation_set_from_text(tmp_path / "text.txt", trajectory).first(count).input_ids
+    for step, weights in meant.items():
+        model = LlamaForCausalLM.from_pretrained(base).double()
+        model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in weights.items()})
+        with torch.no_grad():
+            logs = torch.log_softmax(model(sequences).logits[:, :-1], -1)
+        assert losses[step] == pytest.approx(-logs.gather(-1, sequences[:, 1:, None]).mean().item(), rel=1e-5)
+    scope = "model.layers.0.self_attn.q_proj"
+    (rank,) = [row.value for row in rows if row.step == 2 and row.scope == scope]
+    sigma = np.linalg.svd(meant[2][f"{scope}.weight"] - meant[1][f"{scope}.weight"], compute_uv=False)
+    assert rank == pytest.approx((sigma**2).sum() / sigma[0] ** 2, rel=1e-4)
+    exported = export(f"{run}@2", tmp_path / "exported")
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    for name, tensor in model.state_dict().items():
+        assert np.allclose(tensor.numpy(), meant[2][name], atol=1e-6)
+    assert (exported / "tokenizer.json").is_file()
+    # One adapter alone, and a base model that changes under its name.
+    assert Trajectory(run / "checkpoint-1").steps == [1]
+    changed = small_llama()
+    torch.nn.init.zeros_(changed.model.layers[0].self_attn.q_proj.weight)
+    changed.save_pretrained(base)
+    weight = Trajectory(run).dense_weight(1, "model.layers.0.self_attn.q_proj")
+    assert torch.linalg.matrix_rank(weight) == 4
+
+
+def test_an_adapter_without_its_base_is_named(tmp_path, cache):
+    base, folder = tmp_path / "base", tmp_path / "run" / "checkpoint-1"
+    small_llama().save_pretrained(base)
+    save_adapter(folder, base)
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match=r"checkpoint-1: its adapter cannot be merged into .*base"):
+        Trajectory(tmp_path / "run").dense_weight(1, "model.layers.0.self_attn.q_proj")
+
+
+def test_a_model_with_a_field_for_each_layer_is_saved_with_adapters(tmp_path):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 64}
+    config = AutoConfig.for_model("gemma4_text", **{key: sizes[key] for key in GEMMA})
+    model = build_adapted(config, CoLASettings(r=4), seed=0).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)

@@ -1,0 +1,66 @@
+"""Checkpoints that hold an adapter of PEFT alone, such as anyone's LoRA: merged into their base model in the cache."""
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
+from hf_lowrank.storage.cache import cached_folder
+from hf_lowrank.storage.checksums import fingerprint
+from hf_lowrank.storage.parsing import parse_json
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+
+
+def merged(folder: Path) -> Path:
+    """A checkpoint of the plain architecture with the adapter merged into its base model, in float32.
+
+    Raises:
+        UserError: the adapter names no base model, that cannot be loaded, or the adapter cannot be merged (CoLA).
+    """
+    try:
+        config = parse_json((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: not a readable adapter configuration: {one_line(error)}"
+        ) from None
+    if not base:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path must name the adapter's base model")
+    # A base model in a folder may change under its name; one of the Hub has a revision.
+    files = {file.name for file in Path(base).glob("*.safetensors")}
+    content = fingerprint(Path(base), files) if files else revision
+    key = f"{fingerprint(folder, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))} {base} {content}"
+    return cached_folder("merged", key, lambda made: _merge(folder, str(base), revision, made))
+
+
+def _merge(folder: Path, base: str, revision: str | None, made: Path) -> None:
+    from peft import PeftModel
+
+    import hf_lowrank.adapters  # noqa: F401  (PEFT learns this package's adapters)
+    from hf_lowrank.runs.weights import quiet_transformers
+
+    try:
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                base, revision=revision or "main", dtype=torch.float32, use_safetensors=True
+            )
+            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+            model.save_pretrained(made)
+    except Exception as error:  # transformers and PEFT raise whatever a broken file leads them to
+        raise UserError(f"{folder}: its adapter cannot be merged into {base}: {one_line(error)}") from None
+    for source in (folder, Path(base)):
+        found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+        for file in found:
+            shutil.copyfile(file, made / file.name)
+        if found:
+            break
