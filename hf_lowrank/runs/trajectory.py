@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,6 +81,10 @@ class Trajectory:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself, as it only reads; lm-eval copies the configuration of a task together with the run that it names."""
+        return self
 
     @cached_property
     def run(self) -> RunInfo:
