@@ -29,7 +29,8 @@ def lora_dense_weight(layer: Any, adapter: str = ADAPTER) -> Tensor:
 def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """weight + scaling · B A, summed in float32 at least and rounded once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scaling).to(weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scaling).to(weight.dtype)
 
 
 def dense_weight_kind(adapter_config: dict[str, Any]) -> Literal["exact", "surrogate"]:

@@ -241,7 +241,14 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """The layer's dense weight (out, in) in the factors' dtype, computed at each call; a surrogate is B A."""
+        """The layer's dense weight (out, in) in the factors' dtype, computed at each call; a surrogate is B A.
+
+        Autocast does not apply.
+        """
+        with torch.autocast(self.factors()[0].device.type, enabled=False):
+            return self._dense_weight()
+
+    def _dense_weight(self) -> Tensor:
         B, A, scaling = self.low_rank_factors()
         return (B * scaling) @ A
 
@@ -401,8 +408,7 @@ class SLTrainLinear(ReplacedLinear):
         B, A, _ = super().low_rank_factors()
         return B, A, self.scaling[self.adapter]
 
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
+    def _dense_weight(self) -> Tensor:
         name = self.adapter
         A, B = self.factors()
         return sltrain_weight(A, B, self.sltrain_values[name], self.sltrain_support[name], self.scaling[name])

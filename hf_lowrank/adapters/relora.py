@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -218,7 +219,8 @@ class ReLoraCallback(TrainerCallback):
     The arguments are settings of the method, see `ReLoraSettings`; draws depend on the seed, the step and the layer.
 
     Raises:
-        UserError: a value is not allowed, the model has no LoRA layers, or a warm start is requested under FSDP2.
+        UserError: a value is not allowed, the model has no LoRA layers or is PEFT's wrapper, or a warm start is
+            requested under FSDP2.
     """
 
     def __init__(
@@ -240,6 +242,12 @@ class ReLoraCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         lora_layers(model)
+        if isinstance(model, PeftModel):
+            raise UserError(
+                "ReLoraCallback needs a model that Trainer saves whole, got a PEFT model, of which it saves the "
+                "adapter alone: the weights that restarts merge into the base would be lost; use "
+                "LowRankForCausalLM.from_dense(model, LoraConfig(...)), whose checkpoints contain both"
+            )
         if self.warm_start_steps:
             for weight in dense_weights(model):
                 weight.requires_grad_(True)  # so that the optimizer includes them

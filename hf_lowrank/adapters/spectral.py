@@ -146,8 +146,7 @@ class SSTLinear(ReplacedLinear):
         index = self.sst_index[name].long()
         return U.index_copy(1, index, B), S, V.index_copy(0, index, A)
 
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
+    def _dense_weight(self) -> Tensor:
         U, S, V = (tensor.to(self._wide(self.adapter)) for tensor in self._vectors())
         return ((U * S) @ V).to(self.sst_S[self.adapter].dtype)
 

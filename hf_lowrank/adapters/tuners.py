@@ -1,5 +1,6 @@
 """CoLA, SLTrain and SST as PEFT tuners: their configs, the layers they replace and the operations they support."""
 
+import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
@@ -80,6 +81,12 @@ class ReplacingConfig(PeftConfig):
         check_options(self.settings, {"r": self.r}, method)
         for name, rank in (self.rank_pattern or {}).items():
             check_options(self.settings, {"r": rank}, f"{method} for {name!r}")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Saves the options but `init`: loaded weights replace what it would draw or decompose."""
+        saved = copy.copy(self)
+        saved.init = "random"
+        super(ReplacingConfig, saved).save_pretrained(save_directory, **kwargs)
 
     def _check(self, key: str, valid: bool, rule: str) -> None:
         if not valid:

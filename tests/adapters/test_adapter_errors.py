@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from hf_lowrank.adapters import CoLAConfig, LowRankConfig, LowRankForCausalLM, SLTrainConfig
+from hf_lowrank.adapters import CoLAConfig, LowRankConfig, LowRankForCausalLM, SLTrainConfig, layers
 from hf_lowrank.adapters.layers import SLTrainLinear
 from hf_lowrank.errors import UserError
 
@@ -91,6 +91,24 @@ def test_a_second_adapter_cannot_start_from_a_weight_that_is_gone(llama_config, 
     model = get_peft_model(dense(llama_config), CoLAConfig(r=2, init="svd"))
     with pytest.raises(UserError, match=r"q_proj: init='svd' needs the dense weight"):
         model.add_adapter("second", CoLAConfig(r=2, init="svd"))
+
+
+@pytest.mark.parametrize("config", [CoLAConfig, SLTrainConfig])
+def test_a_saved_adapter_loads_without_the_decomposition_it_began_from(
+    llama_config, dense, tmp_path, config, monkeypatch
+):
+    model = get_peft_model(dense(llama_config), config(r=2, init="svd"))
+    assert model.peft_config["default"].init == "svd"
+    model.save_pretrained(tmp_path)
+    assert model.peft_config["default"].init == "svd"
+    monkeypatch.setattr(layers, "truncated_svd", lambda *arguments: pytest.fail("decomposed"))
+    ids = torch.arange(6)[None]
+    alone = PeftModel.from_pretrained(dense(llama_config), tmp_path)
+    torch.testing.assert_close(alone(input_ids=ids).logits, model(input_ids=ids).logits)
+    beside = get_peft_model(dense(llama_config), config(r=2))
+    beside.load_adapter(tmp_path, "other")
+    beside.set_adapter("other")
+    torch.testing.assert_close(beside(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,18 @@ def test_sltrain_saves_no_dense_tensor(autocast):
     assert {tuple(tensor.shape) for tensor in saved if tensor.ndim == 2} <= {(TOKENS, IN), (RANK, IN), (OUT, RANK)}
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"), [(CoLALinear, COLA | {"bottleneck_act": "linear"}), (SLTrainLinear, SLTRAIN)]
+)
+def test_autocast_does_not_reach_dense_weights(kind, options):
+    layer, _ = layer_of(kind, options, torch.float32)
+    weight = layer.dense_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.dense_weight(), weight)
+        layer.merge()
+    assert torch.equal(layer.base_layer.weight, weight)
+
+
 def test_naive_sltrain_would_save_a_dense_tensor():
     layer, _ = layer_of(SLTrainLinear, SLTRAIN)
     x = torch.randn(TOKENS, IN, dtype=torch.float64, requires_grad=True)

@@ -1,11 +1,13 @@
 """ReLoRA's parts: merge, new factors, pruned moments, the schedule; against the definitions."""
 
+import copy
 import math
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.adapters import LowRankConfig, LowRankForCausalLM, ReLoraCallback, ReLoraScheduler
 from hf_lowrank.adapters import merge_and_reinit as restart
@@ -199,6 +201,32 @@ def test_warm_starts_shift_restarts_and_ramp_at_the_change():
     at = {step: relora_lr_factor(step, **options, first_restart=25) for step in range(60)}
     assert [step for step in at if at[step] == 0] == [0, 25, 35, 45, 55]
     assert at[10] > 0.9
+
+
+def trainer(model, folder):
+    arguments = TrainingArguments(
+        folder, max_steps=4, save_steps=4, learning_rate=0.05, per_device_train_batch_size=2, report_to=[],
+        use_cpu=True, logging_steps=100, lr_scheduler_type="constant",
+    )  # fmt: skip
+    ids = torch.arange(12).view(2, 6)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    return Trainer(model, arguments, train_dataset=data, callbacks=[ReLoraCallback(restart_every=2)])
+
+
+def test_a_model_whose_merged_weights_would_not_be_saved_is_refused(tiny_llama, tmp_path):
+    wrapped = get_peft_model(copy.deepcopy(tiny_llama), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    with pytest.raises(UserError, match=r"of which it saves the adapter alone.*LowRankForCausalLM\.from_dense"):
+        trainer(wrapped, tmp_path / "wrapped")
+    # What the message names keeps them.
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    model = LowRankForCausalLM.from_dense(copy.deepcopy(tiny_llama), config)
+    start = [layer.get_base_layer().weight.clone() for layer in lora_layers(model).values()]
+    trainer(model, tmp_path / "run").train()
+    after = [layer.get_base_layer().weight for layer in lora_layers(model).values()]
+    assert not any(map(torch.equal, start, after))
+    read = LowRankForCausalLM.from_pretrained(tmp_path / "run/checkpoint-4")
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(logits(read.eval(), ids), logits(model.eval(), ids))
 
 
 @pytest.mark.parametrize(
