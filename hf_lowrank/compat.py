@@ -269,7 +269,6 @@ _PRIVATE = {
     "all_gather_into_tensor": ("torch.distributed:all_gather_single", "torch.distributed:all_gather_into_tensor"),
     "foreach_add_": ("torch:_foreach_add_",),
     "foreach_copy_": ("torch:_foreach_copy_",),
-    "foreach_lerp_": ("torch:_foreach_lerp_",),
     "foreach_mul_": ("torch:_foreach_mul_",),
     "foreach_norm": ("torch:_foreach_norm",),
     "fused_adamw_": ("torch:_fused_adamw_",),

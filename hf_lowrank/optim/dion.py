@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowrank.compat import foreach_add_, foreach_copy_
+from hf_lowrank.compat import foreach_copy_
 from hf_lowrank.optim.base import Declared
-from hf_lowrank.optim.batch import Batch
 from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.layout import Layout
 from hf_lowrank.optim.methods import DionSettings
-from hf_lowrank.optim.muon import OrthogonalAdamW, move_, stacked
+from hf_lowrank.optim.muon import MatrixBatch, OrthogonalAdamW
 from hf_lowrank.optim.orthogonal import orthonormal_columns
 from hf_lowrank.optim.state import StateTensor
 from hf_lowrank.optim.subspaces import draw_generator
@@ -53,12 +52,11 @@ class DionAdamW(OrthogonalAdamW):
             if "basis" not in entry.state:
                 entry.state["basis"] = first_basis(entry)
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: MatrixBatch) -> None:
         group, layout, partition = batch.group, batch.entries[0].layout, batch.partition
-        held, kept = batch.state("momentum_buffer"), batch.state("basis")
-        foreach_add_(held, batch.grads)
-        M = stacked(held)  # oriented, rows ≥ columns
-        M = M.to(torch.promote_types(M.dtype, torch.float32))
+        before, kept = batch.momenta(), batch.state("basis")  # rows ≥ columns
+        before = before.to(torch.promote_types(before.dtype, torch.float32))
+        M = before + batch.gradients()
         last = torch.stack(partition.bases(kept)).to(M.dtype)
 
         P = orthonormal_columns(partition.projected(M @ last), partition.sum)
@@ -73,9 +71,9 @@ class DionAdamW(OrthogonalAdamW):
         seen = squares > rounding
         Q = torch.where(seen, R / squares.sqrt(), last)
 
-        move_(batch, P @ (Q * seen).mT)
-        M = torch.baddbmm(M, P, R.mT, alpha=group["momentum"] - 1)
-        foreach_copy_(held, M.unbind())
+        batch.move_(P @ (Q * seen).mT)
+        batch.write_momenta(torch.baddbmm(M, P, R.mT, alpha=group["momentum"] - 1), before)
+        Q = batch.where_finite(Q, last)
         if layout.sharding is not None and not layout.transposed:
             first, end = layout.sharding.bounds(layout.columns)
             Q = Q.narrow(1, first, end - first)

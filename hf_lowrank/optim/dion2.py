@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_lowrank.compat import foreach_add_, foreach_copy_
-from hf_lowrank.optim.batch import Batch
 from hf_lowrank.optim.methods import Dion2Settings
-from hf_lowrank.optim.muon import OrthogonalAdamW, move_, orthogonalised, stacked
+from hf_lowrank.optim.muon import MatrixBatch, OrthogonalAdamW
 
 
 class Dion2AdamW(OrthogonalAdamW):
@@ -33,11 +31,10 @@ class Dion2AdamW(OrthogonalAdamW):
     def orientation(self, param: Tensor) -> str:
         return "left" if param.shape[0] <= param.shape[1] else "right"
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: MatrixBatch) -> None:
         group, layout, partition = batch.group, batch.entries[0].layout, batch.partition
-        held = batch.state("momentum_buffer")
-        foreach_add_(held, batch.grads)
-        momenta = stacked(held)  # oriented: the last dimension counts slices
+        last = batch.momenta()  # oriented: the last dimension counts slices
+        momenta = last + batch.gradients()
 
         first, count, sharding = 0, momenta.shape[-1], layout.sharding
         sizes = momenta.abs().sum(-2, dtype=torch.promote_types(momenta.dtype, torch.float32))
@@ -52,9 +49,8 @@ class Dion2AdamW(OrthogonalAdamW):
         index = chosen.expand(-1, momenta.shape[1], -1)
 
         selected = partition.projected(pad(momenta, (0, 1)).gather(-1, index))
-        directions = partition.for_lifting(orthogonalised(selected, batch))
+        directions = partition.for_lifting(batch.orthogonalised(selected))
         moves = momenta.new_zeros(*momenta.shape[:-1], count + 1).scatter_(-1, index, directions)
-        move_(batch, moves.narrow(-1, 0, count))
+        batch.move_(moves.narrow(-1, 0, count))
         damping = momenta.new_ones(len(momenta), 1, count + 1).scatter_(-1, chosen, group["momentum"])
-        momenta *= damping.narrow(-1, 0, count)
-        foreach_copy_(held, momenta.unbind())
+        batch.write_momenta(momenta * damping.narrow(-1, 0, count), last)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_lowrank.compat import foreach_add_, foreach_lerp_, foreach_mul_
+from hf_lowrank.compat import foreach_add_, foreach_copy_, foreach_mul_
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import MethodSettings
 from hf_lowrank.optim.base import Declared, Params, TargetedAdamW
@@ -22,6 +22,74 @@ from hf_lowrank.optim.layout import Layout, make_layout
 from hf_lowrank.optim.methods import MuonSettings, OptimizerSettings
 from hf_lowrank.optim.orthogonal import orthogonalise
 from hf_lowrank.optim.state import StateTensor
+
+# torch's name for it.
+MOMENTUM = "momentum_buffer"
+
+
+class MatrixBatch(Batch):
+    """A batch whose matrices are stepped in one stack, oriented (k, rows, columns): this process's parts of them.
+
+    Where gradients are not finite, weights and momenta stay as they are.
+    """
+
+    def gradients(self) -> Tensor:
+        """Zeros for those that are not finite."""
+        return self.where_finite(self._stack(self._stored_grads), 0)
+
+    def momenta(self) -> Tensor:
+        return self._stack(self.state(MOMENTUM))
+
+    def write_momenta(self, momenta: Tensor, last: Tensor) -> None:
+        """Stores new momenta in place of the last ones."""
+        foreach_copy_(self.state(MOMENTUM), self._unstack(self.where_finite(momenta, last)))
+
+    def orthogonalised(self, updates: Tensor) -> Tensor:
+        """Each whole matrix orthogonalised, in its own type.
+
+        Sharded ones are sent to one process each, in turn, in the type of the iterations.
+        """
+        group, layout = self.group, self.entries[0].layout
+        wide = torch.promote_types(updates.dtype, torch.float32)
+        work = updates.to(torch.bfloat16 if group["ns_dtype"] == "bfloat16" else wide)
+        sharding = layout.sharding
+        if sharding is None:
+            return orthogonalise(work, group["ns_steps"], group["orthogonaliser"]).to(updates.dtype)
+        owners = [number % sharding.size for number in range(len(work))]
+        shape = (layout.rows, work.shape[-1])
+        wholes = sharding.to_owners(work.unbind(), owners, [shape[0]] * len(work))
+        if wholes:
+            done = orthogonalise(torch.stack(list(wholes.values())), group["ns_steps"], group["orthogonaliser"])
+            wholes = dict(zip(wholes, done.contiguous().unbind(), strict=True))
+        parts = sharding.from_owners(wholes, owners, [shape] * len(work), work)
+        return torch.stack(parts).to(updates.dtype)
+
+    def move_(self, directions: Tensor) -> None:
+        """`W ← (1 − η·wd) W − η_adjusted · directions`."""
+        rows, columns = self.entries[0].param.shape
+        factors = {
+            "original": math.sqrt(max(1, rows / columns)),
+            "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
+            "spectral": math.sqrt(rows / columns),
+        }
+        weights, rate = self._stored_weights, self.lr * factors[self.group["adjust_lr_fn"]]
+        directions = directions.to(weights[0].dtype)
+        if isinstance(rate, float) and self.finite is None:
+            if self.keep != 1:
+                foreach_mul_(weights, self.keep)
+            foreach_add_(weights, self._unstack(directions), alpha=-rate)
+            return
+        moves = directions * rate
+        if self.group["weight_decay"]:
+            moves += (1 - self.keep) * self._stack(weights)
+        foreach_add_(weights, self._unstack(self.where_finite(moves, 0)), alpha=-1)
+
+    def _stack(self, stored: Sequence[Tensor]) -> Tensor:
+        stack = torch.stack(list(stored))
+        return stack.mT if self._transposed else stack
+
+    def _unstack(self, stack: Tensor) -> tuple[Tensor, ...]:
+        return (stack.mT if self._transposed else stack).unbind()
 
 
 class OrthogonalAdamW(TargetedAdamW):
@@ -46,6 +114,7 @@ class OrthogonalAdamW(TargetedAdamW):
 
     settings: ClassVar[type[MethodSettings]] = OptimizerSettings
     settings_of_model = TargetedAdamW.settings_of_model | {"matrix_lr_scale"}
+    heeds_flags = True
 
     def __init__(
         self,
@@ -96,7 +165,11 @@ class OrthogonalAdamW(TargetedAdamW):
         return "right"
 
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
-        return {"momentum_buffer": StateTensor(shape=None, dtype="parameter")}
+        shape = (layout.columns, layout.rows) if layout.transposed else (layout.rows, layout.columns)
+        return {MOMENTUM: StateTensor(shape=shape, dtype="parameter")}
+
+    def make_batch(self, entries: Sequence[Entry]) -> MatrixBatch:
+        return MatrixBatch(entries)
 
     def describe(self, group: Mapping[str, Any], layout: Layout) -> str:
         return type(self).__name__.removesuffix("AdamW")
@@ -123,60 +196,16 @@ class MuonAdamW(OrthogonalAdamW):
 
     settings: ClassVar[type[MethodSettings]] = MuonSettings
 
-    def update(self, batch: Batch) -> None:
-        group, grads, momenta = batch.group, batch.grads, batch.state("momentum_buffer")
-        foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = stacked(momenta)
-        if group["nesterov"]:
-            updates = torch.lerp(stacked(grads), updates, group["momentum"])
-        directions = self.rescaled(batch, orthogonalised(updates, batch))
-        move_(batch, directions)
+    def update(self, batch: MatrixBatch) -> None:
+        group, G, last = batch.group, batch.gradients(), batch.momenta()
+        M = torch.lerp(last, G, 1 - group["momentum"])
+        updates = torch.lerp(G, M, group["momentum"]) if group["nesterov"] else M
+        batch.move_(self.rescaled(batch, batch.orthogonalised(updates)))
+        batch.write_momenta(M, last)
 
-    def rescaled(self, batch: Batch, directions: Tensor) -> Tensor:
+    def rescaled(self, batch: MatrixBatch, directions: Tensor) -> Tensor:
         """What a method makes of the orthogonalised momentum, (k, rows, columns)."""
         return directions
-
-
-def stacked(views: Sequence[Tensor]) -> Tensor:
-    """Matrices in one new tensor (k, rows, columns), each in the memory order of its view."""
-    if views[0].stride(-1) == 1:
-        return torch.stack(list(views))
-    return torch.stack([view.mT for view in views]).mT
-
-
-def orthogonalised(updates: Tensor, batch: Batch) -> Tensor:
-    """Each of the matrices orthogonalised whole, in its own type; (k, rows, columns), of which this process has rows.
-
-    Sharded matrices are sent to one process each, in turn, in the type of the iterations.
-    """
-    group, layout = batch.group, batch.entries[0].layout
-    wide = torch.promote_types(updates.dtype, torch.float32)
-    work = updates.to(torch.bfloat16 if group["ns_dtype"] == "bfloat16" else wide)
-    sharding = layout.sharding
-    if sharding is None:
-        return orthogonalise(work, group["ns_steps"], group["orthogonaliser"]).to(updates.dtype)
-    owners = [number % sharding.size for number in range(len(work))]
-    shape = (layout.rows, work.shape[-1])
-    wholes = sharding.to_owners(work.unbind(), owners, [shape[0]] * len(work))
-    if wholes:
-        done = orthogonalise(torch.stack(list(wholes.values())), group["ns_steps"], group["orthogonaliser"])
-        wholes = dict(zip(wholes, done.contiguous().unbind(), strict=True))
-    parts = sharding.from_owners(wholes, owners, [shape] * len(work), work)
-    return torch.stack(parts).to(updates.dtype)
-
-
-def move_(batch: Batch, directions: Tensor) -> None:
-    """`W ← (1 − η·wd) W − η_adjusted · directions`."""
-    rows, columns = batch.entries[0].param.shape
-    factors = {
-        "original": math.sqrt(max(1, rows / columns)),
-        "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
-        "spectral": math.sqrt(rows / columns),
-    }
-    if batch.keep != 1:
-        foreach_mul_(batch.weights, batch.keep)
-    directions = directions.to(batch.weights[0].dtype)
-    foreach_add_(batch.weights, directions.unbind(), alpha=-batch.lr * factors[batch.group["adjust_lr_fn"]])
 
 
 def muon_groups(

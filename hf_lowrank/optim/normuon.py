@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowrank.compat import foreach_lerp_
+from hf_lowrank.compat import foreach_copy_
 from hf_lowrank.optim.base import Declared
-from hf_lowrank.optim.batch import Batch
 from hf_lowrank.optim.layout import Layout
 from hf_lowrank.optim.methods import NorMuonSettings
-from hf_lowrank.optim.muon import MuonAdamW
+from hf_lowrank.optim.muon import MatrixBatch, MuonAdamW
 from hf_lowrank.optim.state import StateTensor
 
 EPSILON = 1e-8
@@ -33,11 +32,13 @@ class NorMuonAdamW(MuonAdamW):
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
         return {**super().declare_state(group, layout), "row_squares": StateTensor(shape=(layout.rows,))}
 
-    def rescaled(self, batch: Batch, directions: Tensor) -> Tensor:
+    def rescaled(self, batch: MatrixBatch, directions: Tensor) -> Tensor:
         held = batch.state("row_squares")
         squares = directions.to(torch.promote_types(directions.dtype, torch.float32)).square().mean(-1)
-        foreach_lerp_(held, squares.to(held[0].dtype).unbind(), 1 - batch.group["muon_beta2"])
-        factors = 1 / (torch.stack(held).to(squares.dtype).sqrt() + EPSILON)
+        last = torch.stack(held).to(squares.dtype)
+        means = batch.where_finite(torch.lerp(last, squares, 1 - batch.group["muon_beta2"]), last)
+        foreach_copy_(held, means.unbind())
+        factors = 1 / (means.sqrt() + EPSILON)
         before, after = batch.partition.sum(torch.stack([squares, squares * factors.square()]).sum(-1)).unbind()
         factors = factors * (before / after.clamp(min=torch.finfo(after.dtype).tiny)).sqrt().unsqueeze(-1)
-        return directions * factors.unsqueeze(-1).to(directions.dtype)
+        return directions * factors.unsqueeze(-1)
