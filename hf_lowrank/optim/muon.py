@@ -34,8 +34,8 @@ class MatrixBatch(Batch):
     """
 
     def gradients(self) -> Tensor:
-        """Zeros for those that are not finite."""
-        return self.where_finite(self._stack(self._stored_grads), 0)
+        """In the momenta's type; zeros for those that are not finite."""
+        return self.where_finite(self._stack(self._stored_grads).to(self.state(MOMENTUM)[0].dtype), 0)
 
     def momenta(self) -> Tensor:
         return self._stack(self.state(MOMENTUM))
@@ -166,7 +166,7 @@ class OrthogonalAdamW(TargetedAdamW):
 
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
         shape = (layout.columns, layout.rows) if layout.transposed else (layout.rows, layout.columns)
-        return {MOMENTUM: StateTensor(shape=shape, dtype="parameter")}
+        return {MOMENTUM: StateTensor(shape=shape, quantized="signed")}
 
     def make_batch(self, entries: Sequence[Entry]) -> MatrixBatch:
         return MatrixBatch(entries)

@@ -186,12 +186,32 @@ def test_state_has_the_size_of_the_formulas(name, shape, dtype, state_dtype):
         if isinstance(value, torch.Tensor)
     }
     size = weight.element_size()
-    asked = {"momentum_buffer": 20 * 12 * size}
+    moment = 4 if state_dtype == "float32" and size == 2 else size
+    asked = {"momentum_buffer": 20 * 12 * moment}
     if name == "normuon":
-        asked["row_squares"] = shape[0] * (4 if state_dtype == "float32" and size == 2 else size)
+        asked["row_squares"] = shape[0] * moment
     if name == "dion":
         asked["basis"] = 12 * 3 * size
     assert held == asked
+
+
+@every_method
+def test_momenta_in_eight_bits_take_a_quarter_and_train_alike(name):
+    pytest.importorskip("torchao")
+    ends, sizes = {}, {}
+    for kind in ("float32", "8bit"):
+        torch.manual_seed(0)
+        matrix, goal = nn.Parameter(torch.randn(128, 64)), torch.randn(128, 64)
+        optimizer = make(name, [{"params": [matrix], **of_targets(name, 16)}], state_dtype=kind)
+        for _ in range(40):
+            optimizer.zero_grad()
+            (matrix - goal).square().mean().backward()
+            optimizer.step()
+        ends[kind] = matrix.detach()
+        state = optimizer.state[matrix].items()
+        sizes[kind] = sum(value.numel() * value.element_size() for key, value in state if key.startswith("momentum"))
+    assert sizes["8bit"] == sizes["float32"] / 4 * (1 + 4 / 256)
+    assert (ends["8bit"] - ends["float32"]).norm() < 0.05 * ends["float32"].norm()
 
 
 # -- zero gradients, options, refusals
