@@ -23,7 +23,7 @@ from _common import machine, spread, versions, write_result
 
 from hf_lowrank.optim import GaLoreAdamW
 from hf_lowrank.optim.subspaces import Request as Choice
-from hf_lowrank.optim.subspaces import captured_energy, exact_basis
+from hf_lowrank.optim.subspaces import captured_energy, cosines, exact_basis
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
 from hf_lowrank.training.recipe import DataSettings
 from hf_lowrank.training.sequences import collate
@@ -47,13 +47,15 @@ def model_of(seed: int) -> LlamaForCausalLM:
 def energy_shares(optimizer: GaLoreAdamW) -> list[float]:
     """Per target, the energy that its basis captures relative to the exact basis."""
     shares = []
-    for group in optimizer.param_groups:
-        for param in group["params"] if group["rank"] else ():
-            layout = optimizer._layouts[param]
-            (grad,) = layout.matrices(param.grad)
-            choice = Choice(grad=grad, rank=layout.rank, transposed=layout.transposed, previous=None, key=(0,))
-            exact = captured_energy(grad, exact_basis(choice))
-            shares.append(float(captured_energy(grad, optimizer.state[param]["basis"]) / exact))
+    for info, _, param in optimizer._registered():
+        if info.layout is None:
+            continue
+        layout, basis = info.layout, optimizer.state[param]["basis"]
+        grads = torch.stack(layout.matrices(param.grad))
+        choice = Choice(grads=grads, rank=layout.rank, transposed=layout.transposed, previous=None, keys=[(0,)])
+        if not basis.is_floating_point():
+            basis = cosines(layout.columns, grads.dtype, grads.device)[basis].mT
+        shares.append(float(captured_energy(grads[0], basis) / captured_energy(grads[0], exact_basis(choice)[0])))
     return shares
 
 
@@ -96,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--subspaces", default="svd,randomized,dct")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -108,7 +111,7 @@ def main() -> None:
         evaluation_sequences=256,
     )
     corpus = prepare_corpus(data)
-    kinds = ("svd", "randomized")
+    kinds = options.subspaces.split(",")
     runs = [train(corpus, kind, seed, options.steps) for seed in range(options.seeds) for kind in kinds]
     losses = {kind: [run["loss"] for run in runs if run["subspace"] == kind] for kind in kinds}
     means = {kind: sum(values) / len(values) for kind, values in losses.items()}
@@ -118,11 +121,18 @@ def main() -> None:
         "setting": {"steps": options.steps, "rank": RANK, "update_proj_gap": GAP, "batch": BATCH, "length": LENGTH},
         "runs": runs,
         "mean_loss": means,
-        "difference": means["randomized"] - means["svd"],
+        "difference": {kind: means[kind] - means["svd"] for kind in kinds},
         "spread_of_seeds": max(losses["svd"]) - min(losses["svd"]),
-        "least_energy_share": min(share["least"] for run in runs for share in run["energy_shares"].values()),
+        "least_energy_share": {
+            kind: min(
+                share["least"] for run in runs if run["subspace"] == kind for share in run["energy_shares"].values()
+            )
+            for kind in kinds
+            if kind != "svd"
+        },
     }
-    result["within_spread"] = abs(result["difference"]) < result["spread_of_seeds"]
+    spread_of_seeds = result["spread_of_seeds"]
+    result["within_spread"] = {kind: abs(gap) < spread_of_seeds for kind, gap in result["difference"].items()}
     print(write_result("subspace_quality", result))
 
 

@@ -36,15 +36,15 @@ class ApolloAdamW(ProjectedAdamW):
         low = batch.project(keep_stack=True)
         direction = batch.adam(low)
         if group["scale_type"] == "tensor":
-            one_row = low.flatten(1)[:, None], direction.flatten(1)[:, None]
+            one_row = low.flatten(1).unsqueeze(1), direction.flatten(1).unsqueeze(1)
             scales = channel_scales(*one_row, batch.bias_gain, batch.partition.norms)
         else:
             scales = channel_scales(low, direction, batch.bias_gain)
         scales *= math.sqrt(group["scale"])
 
         norms = batch.partition.norms(scales * batch.grad_norms(scales.dtype))
-        scales /= limit_growth_(norms, batch, group["norm_growth_limit"])[:, None]
+        scales /= limit_growth_(norms, batch, group["norm_growth_limit"]).unsqueeze(-1)
 
         batch.decay_()
-        scales = scales[:, 0] if group["scale_type"] == "tensor" else scales
+        scales = scales.squeeze(-1) if group["scale_type"] == "tensor" else scales
         batch.add_scaled_gradients_(scales, -batch.lr * batch.bias_gain)

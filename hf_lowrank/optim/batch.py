@@ -259,22 +259,22 @@ class ProjectedBatch(Batch):
     def add_scaled_gradients_(self, scales: Tensor, alpha: Number) -> None:
         """`W ← W + alpha · scales · G`, with a scale per row (k, rows) or per matrix (k,); the last use of G."""
         scales, alpha = self._with_rate(scales, alpha)
-        scales = self.partition.for_lifting(scales) if scales.ndim == 2 else scales[:, None]
+        scales = self.partition.for_lifting(scales) if scales.ndim == 2 else scales.unsqueeze(-1)
         is_half = self._stored_grads[0].dtype == torch.float16  # whose range ends below many a scale
         if self.stacks and not is_half:
             stack, self._stacked_grads = self._stack_of_grads(), None  # a copy, and used up here
-            stack *= (scales[:, None] if self._transposed else scales[..., None]).to(stack.dtype)
+            stack *= scales.unsqueeze(1 if self._transposed else -1).to(stack.dtype)
             if self.finite is not None:
-                stack.masked_fill_(self.finite.logical_not()[:, None, None], 0)
+                stack.masked_fill_(self.finite.logical_not().view(-1, 1, 1), 0)
             foreach_add_(self._stored_weights, stack.unbind(), alpha=alpha)
             return
         flags = [None] * len(self.weights) if self.finite is None else self.finite.unbind()
         for weight, grad, scale, flag in zip(self.weights, self.grads, scales.unbind(), flags, strict=True):
             own = grad if flag is None else torch.where(flag, grad, 0)
             if is_half:
-                weight.add_((alpha * scale[:, None] * own).to(weight.dtype))
+                weight.add_((alpha * scale.unsqueeze(-1) * own).to(weight.dtype))
             else:
-                weight.addcmul_(own, scale[:, None].to(grad.dtype), value=alpha)
+                weight.addcmul_(own, scale.unsqueeze(-1).to(grad.dtype), value=alpha)
 
     # Decay and rates
 
@@ -307,7 +307,7 @@ class ProjectedBatch(Batch):
 
     def _index_of(self, dense: Tensor) -> Tensor:
         """The chosen columns, expanded to the rows of `dense`, (k, rows, rank)."""
-        return self._stack_of_bases[:, None].expand(-1, dense.shape[1], -1)
+        return self._stack_of_bases.unsqueeze(1).expand(-1, dense.shape[1], -1)
 
     def _project_stack(self, keep_stack: bool) -> Tensor:
         stack = self._stack_of_grads()

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hf_lowrank.compat import foreach_copy_
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import MethodSettings
 from hf_lowrank.optim.adam import host_reads
@@ -217,7 +218,7 @@ class ProjectedAdamW(TargetedAdamW):
             for side, basis in bases.items():
                 held = local_part(entry.state[side])
                 has_one = moved.view(*moved.shape, *[1] * (held.ndim - moved.ndim))
-                held.copy_(torch.where(has_one, held, local_part(basis)))
+                foreach_copy_([held], [torch.where(has_one, held, local_part(basis))])
 
     def _before(self, entry: Entry) -> tuple[list[Tensor], list[Tensor]]:
         """Copies of the bases in use, if what follows a refresh needs them, as `carry_moments` gets them."""
@@ -249,15 +250,16 @@ class ProjectedAdamW(TargetedAdamW):
                 right = partition.sum(old.mT @ new)
                 left = turns_of_rows[number].to(right.dtype) if turns_of_rows else None
                 mean, square = layout.parts(exp_avg)[number], layout.parts(exp_avg_sq)[number]
-                wholes = [partition.for_lifting(part[None])[0].to(right.dtype) for part in (mean, square)]
+                wholes = [
+                    partition.for_lifting(part.unsqueeze(0)).squeeze(0).to(right.dtype) for part in (mean, square)
+                ]
                 if entry.group["subspace"] in OF_INDICES:  # columns that stay, exactly
                     rotated = wholes[0] @ right.round(), wholes[1] @ right.round()
                 else:
                     rotated = rotated_moments(
                         wholes[0], wholes[1], right, left, age=entry.age, betas=entry.group["betas"]
                     )
-                for part, whole in zip((mean, square), rotated, strict=True):
-                    part.copy_(partition.own_low_rows(whole))
+                foreach_copy_([mean, square], list(map(partition.own_low_rows, rotated)))
         entry.write("exp_avg", exp_avg)
         entry.write("exp_avg_sq", exp_avg_sq)
 

@@ -49,11 +49,11 @@ class FiraAdamW(ProjectedAdamW):
         grad_squares = batch.grad_norms(scales.dtype).square()
         outside = torch.clamp(grad_squares - (2 * share - share**2) * low_squares, min=0)
         norms = batch.partition.sum((scales.square() * outside).sum(-1)).sqrt()
-        scales /= limit_growth_(norms, batch, group["norm_growth_limit"])[:, None]
+        scales /= limit_growth_(norms, batch, group["norm_growth_limit"]).unsqueeze(-1)
 
         # scale · lift(N) + S = lift(scale · N − share · φ R) + φ G: one product and one pass over G.
         # The scales may be above float16's range.
-        inside = (scales[..., None].to(torch.promote_types(low.dtype, torch.bfloat16)) * low).to(low.dtype)
+        inside = (scales.unsqueeze(-1).to(torch.promote_types(low.dtype, torch.bfloat16)) * low).to(low.dtype)
         direction.mul_(group["scale"]).sub_(inside, alpha=share * batch.bias_gain)
         batch.lift_and_add_(direction, -batch.lr)
         batch.add_scaled_gradients_(scales, -batch.lr * batch.bias_gain)

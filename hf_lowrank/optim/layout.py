@@ -223,7 +223,7 @@ def dense_basis(basis: Tensor, columns: int) -> Tensor:
     """A basis as a matrix (columns, rank) in at least float32; column indices stand for unit vectors."""
     if basis.is_floating_point():
         return basis.to(torch.promote_types(basis.dtype, torch.float32))
-    return torch.eye(columns, device=basis.device)[:, basis]
+    return torch.eye(columns, device=basis.device).index_select(1, basis)
 
 
 def stored_in(layout: Layout, weight: Tensor, name: str) -> Sequence[Tensor]:

@@ -254,7 +254,9 @@ def _choose_alike(matrices: Sequence[Matrix], turns: bool) -> Bases:
         )
         bases = (choose(request), choose(other))
     chosen = {
-        side: basis.to(entry.declared(side).dtype_for(entry.weight, "parameter")).contiguous()
+        side: basis.to(entry.declared(side).dtype_for(entry.weight, "parameter")).clone(
+            memory_format=torch.contiguous_format
+        )
         for side, basis in zip(sides, bases, strict=True)
     }
     if group["subspace"] not in OF_GRADIENTS:
@@ -275,7 +277,7 @@ def _as_start(bases: Tensor | None) -> Tensor | None:
     if bases is None or not bases.is_floating_point():
         return bases
     unit = torch.eye(*bases.shape[-2:], dtype=bases.dtype, device=bases.device)
-    return torch.where(bases.flatten(1).any(-1)[:, None, None], bases, unit)
+    return torch.where(bases.flatten(1).any(-1).view(-1, 1, 1), bases, unit)
 
 
 def stacked(matrices: Sequence[Tensor], transposed: bool = False) -> Tensor:

@@ -70,9 +70,9 @@ def exact_bases(request: Request) -> tuple[Tensor, Tensor]:
     over a refresh depend on the signs.
     """
     stored = request.work.mT if request.transposed else request.work
-    left, _, right = torch.linalg.svd(torch.where(is_usable(stored)[:, None, None], stored, 0), full_matrices=False)
-    right = right[:, : request.rank].mT
-    left = left[..., : request.rank]
+    left, _, right = torch.linalg.svd(torch.where(is_usable(stored).view(-1, 1, 1), stored, 0), full_matrices=False)
+    right = right.narrow(1, 0, request.rank).mT
+    left = left.narrow(2, 0, request.rank)
     return (left, right) if request.transposed else (right, left)
 
 
@@ -101,7 +101,7 @@ def randomized_basis(request: Request) -> Tensor:
         basis = orthonormal(gaussian_matrices(grads, request.columns, width, request.keys))
         for shift in (0.0, SHIFT, SHIFT, SHIFT):
             basis = iterated(grads, basis, shift)
-        return turned(grads, basis)[..., :rank]
+        return turned(grads, basis).narrow(2, 0, rank)
     previous = request.previous.to(grads.dtype)
     basis = iterated(grads, iterated(grads, previous), SHIFT)
     if request.turns:
@@ -154,11 +154,11 @@ def orthonormal(tall: Tensor, toward: Tensor | None = None) -> Tensor:
         scaled = scaled.add(toward, alpha=PULL)
     if by_householder(scaled):
         q, r = torch.linalg.qr(scaled)
-        return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :].to(q.dtype)
+        return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2).to(q.dtype)
     found = cholesky_qr(cholesky_qr(scaled.double()).to(scaled.dtype))
     if toward is None:
         return found
-    return torch.where(found.isfinite().flatten(1).all(-1)[:, None, None], found, toward)
+    return torch.where(found.isfinite().flatten(1).all(-1).view(-1, 1, 1), found, toward)
 
 
 def by_householder(columns: Tensor) -> bool:
@@ -169,7 +169,7 @@ def by_householder(columns: Tensor) -> bool:
 def cholesky_qr(columns: Tensor) -> Tensor:
     """`A L⁻ᵀ` with `L Lᵀ = AᵀA`: orthonormal up to rounding times A's squared condition; NaN where there is no L."""
     factor, failed = torch.linalg.cholesky_ex(columns.mT @ columns)
-    factor = torch.where(failed[..., None, None] == 0, factor, torch.nan)
+    factor = torch.where(failed.view(-1, 1, 1) == 0, factor, torch.nan)
     return torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
 
 
@@ -199,13 +199,13 @@ def gaussian_matrices(like: Tensor, columns: int, rank: int, keys: Sequence[tupl
     radius = (((bits >> 32) & _LOW).to(dtype) + 0.5).mul_(2.0**-32).log_().mul_(-2 / rank).sqrt_()
     angle = (bits & _LOW).to(dtype).mul_(2 * math.pi * 2.0**-32)
     pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
-    return pairs[:, :count].reshape(len(keys), columns, rank).to(like.dtype)
+    return pairs.narrow(1, 0, count).reshape(len(keys), columns, rank).to(like.dtype)
 
 
 def random_columns(request: Request) -> Tensor:
     """`rank` distinct random columns, ascending: (k, rank) indices."""
     order = _hashed(request.keys, request.columns, request.grads.device).argsort(-1)
-    return order[:, : request.rank].sort(-1).values
+    return order.narrow(1, 0, request.rank).sort(-1).values
 
 
 def dct_columns(request: Request) -> Tensor:
@@ -249,7 +249,7 @@ def _hashed(keys: Sequence[tuple[int, ...]], count: int, device: torch.device) -
     A generator would need a launch per key, and its numbers depend on the device.
     """
     seeds = torch.tensor([draw_seed(*key) for key in keys], device=device)
-    bits = seeds[:, None] + torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB
+    bits = seeds.unsqueeze(-1) + torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         bits ^= (bits >> shift) & ((1 << (64 - shift)) - 1)  # a shift that brings in zeros
         bits *= factor

@@ -31,8 +31,7 @@ from tests.optim.test_conformance import (
 TENSOR_RATES = pytest.mark.parametrize("tensor_rate", [False, True], ids=["number", "tensor"])
 
 
-# Python's own indexing of a tensor on `cuda` needs a torch that is built for it, even if the tensor is fake.
-DEVICE = "cuda" if torch.version.cuda else "cpu"
+DEVICE = "cuda"
 
 
 @pytest.fixture
