@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ PADDING = "<|padding|>"
 DOCUMENTS_PER_BATCH = 64
 IGNORED = -100
 ROWS_AT_ONCE = 1024
+LONGEST_RUN = 20_000
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
@@ -38,10 +40,17 @@ def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> PreTraine
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator((piece for text in documents for piece in _without_long_runs(text)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PADDING
     )
+
+
+def _without_long_runs(text: str) -> list[str]:
+    """A text in pieces without unbroken runs of more than `LONGEST_RUN`, in whose square BPE's training time grows."""
+    if not re.search(rf"\S{{{LONGEST_RUN + 1}}}", text):
+        return [text]
+    return [piece for piece in re.split(rf"(\S{{{LONGEST_RUN}}})", text) if piece]
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import itertools
 import logging
 import math
+import random
+import time
 from collections import Counter
 
 import numpy as np
@@ -15,8 +17,10 @@ from hf_lowrank.storage.cache import cached_folder
 from hf_lowrank.training.corpus import prepare_corpus
 from hf_lowrank.training.recipe import DataSettings
 from hf_lowrank.training.sequences import (
+    LONGEST_RUN,
     SequenceStore,
     ShuffledSequences,
+    _without_long_runs,
     collate,
     document_rows,
     encoded,
@@ -222,6 +226,22 @@ def test_a_corpus_is_what_the_texts_say(settings, texts, shape):
     assert corpus.evaluation.input_ids.shape == (2, 16)
     assert 2 < corpus.unigram_loss < math.log(300)
     assert corpus.largest_id < len(corpus.tokenizer)
+
+
+def test_a_tokenizer_is_trained_on_an_unbroken_run_in_seconds():
+    generator = random.Random(0)
+    run = "".join(generator.choice("abcdefghij") for _ in range(300_000))
+    began = time.process_time()
+    tokenizer = train_tokenizer([f"before {run} after", "plain text"], 400)
+    assert time.process_time() - began < 40  # on a busy machine; whole, it takes minutes
+    assert len(tokenizer) == 400
+    assert tokenizer.decode(tokenizer(f"before {run} after")["input_ids"]) == f"before {run} after"
+    # Texts without such runs are trained on as they are.
+    words = [f"word{number} " * (number % 7) for number in range(200)]
+    assert _without_long_runs("x" * LONGEST_RUN + " y") == ["x" * LONGEST_RUN + " y"]
+    assert "".join(_without_long_runs(run + " y")) == run + " y"
+    assert max(map(len, _without_long_runs(run))) == LONGEST_RUN
+    assert len(train_tokenizer(words, 300)) <= 300
 
 
 def test_too_little_text_is_named(settings, tmp_path):
