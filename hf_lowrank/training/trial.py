@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
-from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.errors import LowRankWarning, UserError, one_line
 from hf_lowrank.runs.causality import PROBED_TOKENS, check_causal
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.training.sequences import IGNORED, HeldOutSequences, collate
@@ -72,6 +72,9 @@ def try_model(model: PreTrainedModel, evaluation: EvaluationSet, where: str) -> 
             entered.clear()
             outputs = model.train()(**batch)
             outputs.loss.backward()
+            inert = {
+                n: p.numel() for n, p in model.named_parameters() if p.ndim > 1 and p.requires_grad and p.grad is None
+            }
     except UserError:
         raise
     except Exception as error:  # any operation may fail, with any error
@@ -85,6 +88,15 @@ def try_model(model: PreTrainedModel, evaluation: EvaluationSet, where: str) -> 
     finally:
         model.train(training)
         model.zero_grad(set_to_none=True)
+    if inert:
+        share = sum(inert.values()) / sum(map(nn.Parameter.numel, model.parameters()))
+        more = f" and {len(inert) - 1} more" if len(inert) > 1 else ""
+        warnings.warn(
+            f"{next(iter(inert))}{more}, {share:.0%} of the model, take no part in a prediction and do not train (or "
+            f"are experts that {batch['labels'].numel()} tokens do not reach)",
+            LowRankWarning,
+            stacklevel=2,
+        )
     _check_used(model, {names[module] for module in entered if module in names}, where)
     return _own_loss(model, outputs, batch["labels"])
 
