@@ -44,6 +44,7 @@ METHODS = {
     "relora": ("method.restart_every=20", "method.restart_warmup_steps=5"),
     "cola": (),
     "sltrain": (),
+    "structured": (),
     "sst": ("method.redraw_every=20", "method.redraw_warmup_steps=5"),
     "low_rank": (),
 }

@@ -127,7 +127,7 @@ def _register_with_transformers(configuration_auto: Any) -> None:
 
 
 def _register_with_peft(mapping: Any) -> None:
-    for name, title in (("cola", "CoLA"), ("sltrain", "SLTrain"), ("sst", "SST")):
+    for name, title in (("cola", "CoLA"), ("sltrain", "SLTrain"), ("sst", "SST"), ("structured", "Structured")):
         if peft_type_of(name) not in mapping.PEFT_TYPE_TO_TUNER_MAPPING:
             config, model = (LazyObject(f"hf_lowrank.adapters.tuners:{title}{kind}") for kind in ("Config", "Model"))
             register_with_peft(name, config, model)

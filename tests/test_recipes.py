@@ -23,7 +23,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 TREES = ("nano", "llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b")
 BUILT_IN = (
     "full_rank", "low_rank", "galore", "fira", "apollo", "apollo_mini", "frugal", "muon", "normuon", "dion",
-    "dion2", "relora", "cola", "sltrain", "sst",
+    "dion2", "relora", "cola", "sltrain", "structured", "sst",
 )  # fmt: skip
 
 # hidden, MLP, layers, heads; steps, checkpoint every

@@ -23,5 +23,7 @@ if TYPE_CHECKING:
     from hf_lowrank.adapters.tuners import SLTrainModel as SLTrainModel
     from hf_lowrank.adapters.tuners import SSTConfig as SSTConfig
     from hf_lowrank.adapters.tuners import SSTModel as SSTModel
+    from hf_lowrank.adapters.tuners import StructuredConfig as StructuredConfig
+    from hf_lowrank.adapters.tuners import StructuredModel as StructuredModel
 
 __getattr__, __dir__, __all__ = lazy_imports(__name__)

@@ -12,7 +12,7 @@ from transformers.configuration_utils import SubConfigSpec
 from hf_lowrank.compat import is_initialized, register_model
 from hf_lowrank.errors import UserError
 
-ADAPTERS = ("COLA", "SLTRAIN", "SST", "LORA")
+ADAPTERS = ("COLA", "SLTRAIN", "STRUCTURED", "SST", "LORA")
 
 # Fields that record where an adapter came from.
 PROVENANCE = ("peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "runtime_config")
@@ -70,6 +70,7 @@ class LowRankConfig(PreTrainedConfig):
         base_config: config of the dense architecture.
         adapter_config: `peft_type` (one of `ADAPTERS`) and the options of its PEFT config, or that config; None for
             dense layers, which only `layernorm_scaling` allows.
+        guided: whether the layers have guides, see `hf_lowrank.adapters.guide`; a training sets it.
         layernorm_scaling: whether the norms' outputs are scaled by depth, see `hf_lowrank.adapters.norms`.
     """
 
@@ -81,6 +82,7 @@ class LowRankConfig(PreTrainedConfig):
     base_config: Any = None
     adapter_config: Any = None
     layernorm_scaling: bool = False
+    guided: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.adapter_config is not None:

@@ -9,7 +9,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from hf_lowrank.adapters.configuration import adapter_from_dict
-from hf_lowrank.adapters.functional import sltrain_weight
+from hf_lowrank.adapters.functional import sltrain_weight, structured_product
 from hf_lowrank.errors import UserError
 
 # The base model's attribute in LowRankForCausalLM, and the first part of its tensors' names.
@@ -75,6 +75,8 @@ def dense_weight_from_tensors(
     B, A = B.float(), A.float()
     if kind == "COLA":
         return B @ A
+    if kind == "STRUCTURED":
+        return structured_product(torch.eye(A.shape[-1] * math.prod(A.shape[:-2])), A, B).T
     if kind == "SLTRAIN":
         values = _read(module, f"sltrain_values.{ADAPTER}", get_tensor, kind).float()
         support = _read(module, f"sltrain_support.{ADAPTER}", get_tensor, kind)
@@ -95,7 +97,7 @@ def _read(module: str, name: str, get_tensor: Callable[[str], Tensor], kind: str
 
 
 def _scaling(module: str, r: int, adapter_config: dict[str, Any]) -> float:
-    if adapter_config["peft_type"] == "COLA":
+    if adapter_config["peft_type"] in ("COLA", "STRUCTURED"):
         return 1.0
     config: Any = adapter_from_dict(adapter_config)
     patterns = getattr(config, "alpha_pattern", None) or {}

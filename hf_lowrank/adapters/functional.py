@@ -152,6 +152,24 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return u[:, :r] * root, root[:, None] * vt[:r]
 
 
+def structured_product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The product of two factors with x; a factor of three dimensions (b, rows, columns) is a block-diagonal matrix.
+
+    After a block-diagonal A a block-diagonal B has a shuffle before and after it, see `adapters.structured`.
+    """
+    low = linear(x, A) if A.ndim == 2 else _in_blocks(x, A)
+    return linear(low, B) if B.ndim == 2 else _shuffled(_in_blocks(_shuffled(low, B.shape[0]), B), B.shape[0])
+
+
+def _in_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    parts = x.unflatten(-1, (blocks.shape[0], blocks.shape[2]))
+    return torch.einsum("...bi,boi->...bo", parts, blocks).flatten(-2)
+
+
+def _shuffled(x: Tensor, rows: int) -> Tensor:
+    return x.unflatten(-1, (rows, -1)).transpose(-1, -2).flatten(-2)
+
+
 def balanced_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """A' = √S Vᵀ (r, in) and B' = U √S (out, r) with U S Vᵀ = B A, in float32 at least.
 

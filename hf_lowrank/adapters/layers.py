@@ -120,10 +120,12 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         layer_name: dotted name in the dense model, used as the key of the random draws and in errors.
         adapter_layer_names: containers of each adapter's parameters by adapter, first those of A and B.
         tensor_names: these, and the containers of its frozen parameters and buffers.
+        guide, guide_share: a dense guide in training and its share of the output, see `hf_lowrank.adapters.guide`.
         frozen_names, sparse_names: which of them hold frozen parameters, and a sparse part.
     """
 
     title: ClassVar[str]
+    guide: nn.Parameter | None
     tensor_names: ClassVar[tuple[str, ...]]
     frozen_names: ClassVar[tuple[str, ...]] = ()
     sparse_names: ClassVar[tuple[str, ...]] = ()
@@ -138,6 +140,8 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters = []
         self._shell: list[WeightlessLinear] = []
+        self.register_parameter("guide", None)
+        self.guide_share = 0.0
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
 
@@ -163,11 +167,15 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = r
         self._set_options(adapter_name, options)
         name_A, name_B, *_ = self.adapter_layer_names
-        getattr(self, name_A)[adapter_name] = self._empty(r, self.in_features)
-        getattr(self, name_B)[adapter_name] = self._empty(self.out_features, r)
+        for name, shape in zip((name_A, name_B), self._factor_shapes(adapter_name), strict=True):
+            getattr(self, name)[adapter_name] = self._empty(*shape)
         if not getattr(self, name_A)[adapter_name].is_meta:
             self._initialise(adapter_name, seed, weight if init == "svd" else None)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
+
+    def _factor_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B."""
+        return (self.r[adapter_name], self.in_features), (self.out_features, self.r[adapter_name])
 
     def _set_options(self, adapter_name: str, options: dict[str, Any]) -> None:
         """Keeps the options of a new adapter and creates what it has besides its factors."""
@@ -298,6 +306,10 @@ class ReplacedLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x)
         with onloaded(self):
             y = self._compute(x, self.base_layer.bias)
+        if self.guide is not None and self.training:
+            bias = self.base_layer.bias
+            guided = linear(x.to(y.dtype), self.guide.to(y.dtype), bias if bias is None else bias.to(y.dtype))
+            y = torch.lerp(y, guided, self.guide_share)
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,6 +20,9 @@ from hf_lowrank.methods import (
     explained,
 )
 
+GuideShare = Annotated[
+    float, Field(ge=0, le=1, description="share of the optimizer steps that have a dense guide; 0 for none")
+]
 LoraAlpha = Annotated[float, Field(gt=0, description="α: the product of the factors is scaled by α / r")]
 Pruning = Literal["random", "magnitude", "zero"]
 
@@ -88,6 +91,9 @@ class LowRankSettings(Refactorised):
 
     peft_type = "COLA"
     fixed: ClassVar[dict[str, Any]] = {"bottleneck_act": "linear"}
+    of_training: ClassVar[frozenset[str]] = Refactorised.of_training | {"guide_share"}
+
+    guide_share: GuideShare = 0.0
 
 
 class SLTrainSettings(Refactorised):
@@ -95,6 +101,24 @@ class SLTrainSettings(Refactorised):
 
     lora_alpha: LoraAlpha = 32
     sparsity: float = Field(0.03, gt=0, lt=1, description="share of entries that the sparse part keeps")
+
+
+class StructuredSettings(ReplacingSettings):
+    peft_type = "STRUCTURED"
+    of_training: ClassVar[frozenset[str]] = frozenset({"seed", "guide_share"})
+
+    r: int = Field(128, ge=1, description="width between the factors; that of block_shuffle is min(m, n)")
+    target_modules: str | list[str] = Field(r".*\.mlp\.(?!act)(?!drop)[^.]+", description=TARGET_MODULES)
+    exclude_modules: str | list[str] | None = Field(r".*\.0\.mlp\.[^.]+", description="targets to leave dense")
+    structure: Literal["low_rank", "block_dense", "block_shuffle"] = explained(
+        "which factors are block-diagonal",
+        "block_dense",
+        low_rank="none",
+        block_dense="the first",
+        block_shuffle="both, with a shuffle between them and after",
+    )
+    blocks: int = Field(4, ge=1, description="blocks of a block-diagonal factor")
+    guide_share: GuideShare = 0.5
 
 
 class SSTSettings(ReplacingSettings):
@@ -143,8 +167,9 @@ ENTRIES = (
         settings=LowRankSettings,
         look=Look("#7b766d", "#a39e94", DOTTED, "plus"),
         build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
+        build_optimizer=LazyObject("hf_lowrank.adapters.guide:build_guided_optimizer"),
         build_scheduler=LazyObject("hf_lowrank.adapters.refactorise:build_scheduler"),
-        callbacks=LazyObject("hf_lowrank.adapters.refactorise:refactorise_callbacks"),
+        callbacks=LazyObject("hf_lowrank.adapters.refactorise:low_rank_callbacks"),
     ),
     Method(
         name="cola",
@@ -167,6 +192,18 @@ ENTRIES = (
         build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
         build_scheduler=LazyObject("hf_lowrank.adapters.refactorise:build_scheduler"),
         callbacks=LazyObject("hf_lowrank.adapters.refactorise:refactorise_callbacks"),
+    ),
+    Method(
+        name="structured",
+        title="Structured FFN",
+        summary="Factors, in blocks, in place of the weights of all MLPs but the first, guided by a dense weight.",
+        kind="layers",
+        settings=StructuredSettings,
+        source="arXiv 2406.16450",
+        look=Look("#9c4221", "#f0a080", DASHED, "diamond"),
+        build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
+        build_optimizer=LazyObject("hf_lowrank.adapters.guide:build_guided_optimizer"),
+        callbacks=LazyObject("hf_lowrank.adapters.guide:guide_callbacks"),
     ),
     Method(
         name="sst",

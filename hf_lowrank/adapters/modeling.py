@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.configuration import LowRankConfig
 from hf_lowrank.adapters.dense import PREFIX, lora_dense_weight
+from hf_lowrank.adapters.guide import add_guides, drop_guides
 from hf_lowrank.adapters.layers import ReplacedLinear, check_plain, check_rank, dense_linear, linear_shape
 from hf_lowrank.adapters.methods import AdapterSettings, ReLoraSettings
 from hf_lowrank.adapters.norms import fold_scaling, scale_norms
@@ -69,11 +70,20 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
             inject(self.lm, adapter)
             if getattr(adapter, "fan_in_fan_out", False):
                 config.adapter_config["fan_in_fan_out"] = True  # needed to read the tensors without the model
+        if config.guided:
+            add_guides(self.lm)
         self.post_init()
         # Every rank has the same support and indices; DDP would otherwise broadcast it in each forward pass.
         buffers = (name for name, _ in self.named_buffers())
         own = (".sltrain_support.", ".sst_index.", ".placement")
-        exclude_from_ddp(self, (n for n in buffers if any(part in f"{n}." for part in own)))
+        guides = (name for name, _ in self.named_parameters() if name.endswith(".guide"))
+        exclude_from_ddp(self, [*(n for n in buffers if any(part in f"{n}." for part in own)), *guides])
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; the weights of a training whose guides are gone drop the guides here, too."""
+        if self.config.guided and not any(name.endswith(".guide") for name in state_dict):
+            drop_guides(self)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def init_weights(self) -> None:
         """Only ties weights: the base model and the adapters are already initialised."""
@@ -252,6 +262,7 @@ def build_adapted(config: PreTrainedConfig, settings: AdapterSettings, seed: int
         UserError: the targets match nothing, or the rank does not fit one of them.
     """
     own: dict[str, Any] = {"base_config": config, "adapter_config": settings.adapter_config(seed)}
+    own["guided"] = getattr(settings, "guide_share", 0) > 0
     if isinstance(config, LowRankConfig):  # of a recipe with layernorm_scaling
         own |= {"base_config": config.base_config, "layernorm_scaling": config.layernorm_scaling}
     return LowRankForCausalLM(LowRankConfig(**own))

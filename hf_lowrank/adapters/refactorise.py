@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_lowrank.adapters.functional import balanced_factors, fill_from_first, whole
-from hf_lowrank.adapters.layers import ReplacedLinear
+from hf_lowrank.adapters.guide import guide_callbacks
+from hf_lowrank.adapters.layers import CoLALinear, ReplacedLinear, SLTrainLinear
 from hf_lowrank.adapters.methods import Refactorised
 from hf_lowrank.adapters.restarts import PeriodicCallback, inner, recovering_scheduler, reset_state
 from hf_lowrank.errors import UserError
@@ -35,8 +36,9 @@ def refactorise(model: nn.Module) -> None:
         UserError: the model has no layer with a product of factors.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, ReplacedLinear)]
-    if not layers or any(layer.dense_weight_kind != "exact" for layer in layers):
-        what = f"{layers[0].title} layers with a non-linearity" if layers else "none"
+    products = all(isinstance(layer, CoLALinear | SLTrainLinear) for layer in layers)
+    if not layers or not products or any(layer.dense_weight_kind != "exact" for layer in layers):
+        what = f"{layers[0].title} layers{' with a non-linearity' if products else ''}" if layers else "none"
         raise UserError(
             f"refactorise needs a model with low-rank or SLTrain layers, {type(model).__name__} has {what}"
         )
@@ -94,3 +96,8 @@ def refactorise_callbacks(settings: Any, args: TrainingArguments) -> Sequence[Tr
     if recovery > every:
         raise UserError(f"recovery_steps must be at most refactorise_every = {every}, got {recovery}")
     return [RefactoriseCallback(refactorise_every=every)]
+
+
+def low_rank_callbacks(settings: Any, args: TrainingArguments) -> Sequence[TrainerCallback]:
+    """Those of refactorisation and of a guide."""
+    return [*refactorise_callbacks(settings, args), *guide_callbacks(settings, args)]

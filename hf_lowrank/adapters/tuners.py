@@ -1,4 +1,4 @@
-"""CoLA, SLTrain and SST as PEFT tuners: their configs, the layers they replace and the operations they support."""
+"""Replaced layers as PEFT tuners: their configs, the layers they replace and the operations they support."""
 
 import copy
 from dataclasses import dataclass, field
@@ -16,8 +16,15 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.functional import SAVED_BY_COLA_M
 from hf_lowrank.adapters.layers import CoLALinear, ReplacedLinear, SLTrainLinear, check_plain
-from hf_lowrank.adapters.methods import CoLASettings, ReplacingSettings, SLTrainSettings, SSTSettings
+from hf_lowrank.adapters.methods import (
+    CoLASettings,
+    ReplacingSettings,
+    SLTrainSettings,
+    SSTSettings,
+    StructuredSettings,
+)
 from hf_lowrank.adapters.spectral import SSTLinear
+from hf_lowrank.adapters.structured import StructuredLinear
 from hf_lowrank.compat import enable_checkpointing, register_with_peft
 from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.methods import check_options
@@ -26,7 +33,7 @@ from hf_lowrank.targets import LINEAR_TYPES, compiled, target_modules, warn_abou
 
 @dataclass(kw_only=True)
 class ReplacingConfig(PeftConfig):
-    """Fields that CoLA, SLTrain and SST share: the linear layers to replace, the rank and the initialisation.
+    """Fields that these tuners share: the linear layers to replace, the rank and the initialisation.
 
     Raises:
         UserError: a value is not allowed; the message names the field and what is allowed.
@@ -144,6 +151,26 @@ class SLTrainConfig(ReplacingConfig):
 
     def options(self, r: int) -> dict[str, Any]:
         return {"scaling": self.lora_alpha / r, "sparsity": self.sparsity}
+
+
+@dataclass(kw_only=True)
+class StructuredConfig(ReplacingConfig):
+    """Two factors, of which one or both are block-diagonal, in place of a linear layer (arXiv 2406.16450)."""
+
+    method_name = "structured"
+    settings = StructuredSettings
+
+    structure: Literal["low_rank", "block_dense", "block_shuffle"] = field(
+        default="block_dense", metadata={"help": "No, the first or both factors are block-diagonal."}
+    )
+    blocks: int = field(default=4, metadata={"help": "Blocks of a block-diagonal factor."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self.settings, {"structure": self.structure, "blocks": self.blocks}, "StructuredConfig")
+
+    def options(self, r: int) -> dict[str, Any]:
+        return {"structure": self.structure, "blocks": self.blocks}
 
 
 @dataclass(kw_only=True)
@@ -300,6 +327,14 @@ class SLTrainModel(ReplacingTuner):
     tuner_layer_cls = SLTrainLinear
 
 
+class StructuredModel(ReplacingTuner):
+    """The tuner of structured feed-forwards (arXiv 2406.16450)."""
+
+    prefix = "structured_"
+    title = "Structured"
+    tuner_layer_cls = StructuredLinear
+
+
 class SSTModel(ReplacingTuner):
     """SST's tuner (arXiv 2405.15481)."""
 
@@ -327,4 +362,5 @@ def keep_only_bottlenecks(model: nn.Module) -> None:
 
 register_with_peft("cola", CoLAConfig, CoLAModel)
 register_with_peft("sltrain", SLTrainConfig, SLTrainModel)
+register_with_peft("structured", StructuredConfig, StructuredModel)
 register_with_peft("sst", SSTConfig, SSTModel)

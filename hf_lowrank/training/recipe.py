@@ -192,7 +192,7 @@ def _resolve(layers: Layers) -> Recipe:
         training=checked_arguments(
             sections["training"],
             layers,
-            own_optimizer=method.build_optimizer is not None and method.kind != "baseline",
+            own_optimizer=method.build_optimizer is not None and method.kind not in ("baseline", "control"),
             own_scheduler=method.build_scheduler is not None,
         ),
         path=layers.path,

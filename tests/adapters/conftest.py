@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
 
-from hf_lowrank.adapters import CoLAConfig, SLTrainConfig, SSTConfig
+from hf_lowrank.adapters import CoLAConfig, SLTrainConfig, SSTConfig, StructuredConfig
 
 VOCABULARY = 48
 ARCHITECTURES = {
@@ -51,6 +51,7 @@ REPLACING = {
     "cola": lambda **options: CoLAConfig(r=4, **options),
     "low_rank": lambda **options: CoLAConfig(r=4, bottleneck_act="linear", **options),
     "sltrain": lambda **options: SLTrainConfig(r=4, sparsity=0.1, **options),
+    "structured": lambda **options: StructuredConfig(r=4, blocks=2, **options),
     "sst": lambda **options: SSTConfig(r=4, **options),
 }
 

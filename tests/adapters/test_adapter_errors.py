@@ -115,7 +115,7 @@ def test_a_saved_adapter_loads_without_the_decomposition_it_began_from(
     ("adapter", "message"),
     [
         (None, r"adapter_config is missing"),
-        ({"peft_type": "IA3"}, r"peft_type must be one of COLA, SLTRAIN, SST, LORA, got 'IA3'"),
+        ({"peft_type": "IA3"}, r"peft_type must be one of COLA, SLTRAIN, STRUCTURED, SST, LORA, got 'IA3'"),
         ({}, r"peft_type must be one of"),
         ({"peft_type": "COLA", "rank": 3}, r"adapter_config: unknown option 'rank' of CoLAConfig"),
     ],

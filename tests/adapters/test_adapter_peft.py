@@ -104,10 +104,10 @@ def test_exclude_modules(llama_config, dense, replacing, excluded):
 
 
 def test_rank_pattern(llama_config, dense, replacing):
-    model = get_peft_model(dense(llama_config), replacing(rank_pattern={"q_proj": 2, r"layers\.1\.mlp\..*": 7}))
+    model = get_peft_model(dense(llama_config), replacing(rank_pattern={"q_proj": 2, r"layers\.1\.mlp\..*": 6}))
     ranks = {layer.layer_name: layer.r["default"] for layer in replaced(model)}
     assert ranks["model.layers.0.self_attn.q_proj"] == 2
-    assert ranks["model.layers.1.mlp.up_proj"] == 7
+    assert ranks["model.layers.1.mlp.up_proj"] == 6
     assert ranks["model.layers.0.mlp.up_proj"] == 4
 
 
@@ -116,7 +116,11 @@ def test_only_the_adapter_trains_and_every_part_gets_a_gradient(base_config, rep
     model.train()
     model(input_ids=ids, labels=ids).loss.backward()
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    own = {n for n, _ in model.named_parameters() if any(part in n for part in (".cola_", ".sltrain_", ".sst_"))}
+    own = {
+        n
+        for n, _ in model.named_parameters()
+        if any(part in n for part in (".cola_", ".sltrain_", ".structured_", ".sst_"))
+    }
     assert trainable == {name for name in own if ".sst_U" not in name and ".sst_V" not in name}
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
@@ -177,6 +181,7 @@ def test_saved_files_hold_the_adapter_alone(base_config, replacing, dense):
     model = get_peft_model(dense(base_config), replacing())
     parts = {
         "sltrain": {"sltrain_A", "sltrain_B", "sltrain_values", "sltrain_support"},
+        "structured": {"structured_A", "structured_B"},
         "sst": {f"sst_{part}" for part in ("A", "B", "S", "U", "V", "index")},
     }.get(replacing.name, {"cola_A", "cola_B"})
     state = get_peft_model_state_dict(model)
@@ -352,7 +357,7 @@ def test_deep_copies_are_independent(llama_config, replacing, dense, ids, stir):
 
 
 def test_plain_modules_can_be_adapted(replacing):
-    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), Conv1D(5, 9))
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), Conv1D(5, 10))
     adapted = get_peft_model(model, replacing(target_modules=["0", "2"]))
     assert adapted(torch.randn(3, 6)).shape == (3, 5)
     assert set(target_layers(adapted.base_model.model)) == {"0", "2"}

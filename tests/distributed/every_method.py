@@ -37,6 +37,7 @@ CASES = {
     "relora": {"r": 4, "restart_every": 4, "restart_warmup_steps": 1},
     "cola": {"r": 4},
     "sltrain": {"r": 4},
+    "structured": {"r": 4, "blocks": 2, "guide_share": 0.0},
     "sst": {"r": 4, "redraw_every": 4, "redraw_warmup_steps": 1, "svd_every": 2},
     "low_rank": {"r": 4},
     "low_rank_refactorised": {"name": "low_rank", "r": 4, "refactorise_every": 4, "recovery_steps": 2},

@@ -19,7 +19,8 @@ from tests.distributed.processes import in_processes
 from tests.distributed.sharded_training import free_port, launched
 from tests.distributed.training import state_bytes, whole_weights
 
-ADAPTERS = ("cola", "sltrain", "low_rank", "sst", "relora")
+ADAPTERS = ("cola", "sltrain", "low_rank", "structured", "sst", "relora")
+OWN = {"structured": {"blocks": 2, "guide_share": 0.0}}
 BATCH = 8
 
 
@@ -34,7 +35,9 @@ def adapted(name):
     )
     torch.manual_seed(0)
     method = METHODS[name]
-    model = method.build_model(config, method.settings(**({"r": 4} if name in ADAPTERS else {})), 0)
+    model = method.build_model(
+        config, method.settings(**({"r": 4} if name in ADAPTERS else {}), **OWN.get(name, {})), 0
+    )
     # Adam divides by the gradient's size: if that is only rounding error, float32 differs in the first digit.
     return model.double()
 

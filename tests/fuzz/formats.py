@@ -48,6 +48,7 @@ ADAPTERS = [
     {"peft_type": "COLA", "r": 4, "target_modules": ["q_proj", "v_proj"]},
     {"peft_type": "SLTRAIN", "r": 4, "sparsity": 0.1, "target_modules": "all-linear"},
     {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
+    {"peft_type": "STRUCTURED", "r": 4, "blocks": 2, "target_modules": "all-linear"},
     {"peft_type": "SST", "r": 4, "target_modules": "all-linear"},
 ]
 CONFIG = {

@@ -24,7 +24,7 @@ from tests.distributed.training import net, optimizer_of, whole_weights
 
 pytestmark = pytest.mark.gpu
 
-LAYERS = ("cola", "sltrain", "low_rank", "sst", "relora")
+LAYERS = ("cola", "sltrain", "low_rank", "structured", "sst", "relora")
 
 
 def backward(model, device, step):

@@ -8,13 +8,21 @@ import torch
 import yaml
 from peft import LoraConfig
 
-from hf_lowrank.adapters import CoLAConfig, LowRankConfig, LowRankForCausalLM, SLTrainConfig, SSTConfig
+from hf_lowrank.adapters import (
+    CoLAConfig,
+    LowRankConfig,
+    LowRankForCausalLM,
+    SLTrainConfig,
+    SSTConfig,
+    StructuredConfig,
+)
 from hf_lowrank.runs.trajectory import Trajectory
 
 ADAPTERS = {
     "cola": CoLAConfig(r=4),
     "low_rank": CoLAConfig(r=4, bottleneck_act="linear"),
     "sltrain": SLTrainConfig(r=4, sparsity=0.1),
+    "structured": StructuredConfig(r=4, blocks=2, structure="block_shuffle"),
     "sst": SSTConfig(r=4),
     "relora": LoraConfig(r=4),
 }
