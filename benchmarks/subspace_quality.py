@@ -1,6 +1,6 @@
 """Does the fast subspace train as well as the exact one? Three seeds at nano scale, GaLore, on the Python library.
 
-    python benchmarks/subspace_quality.py [--steps 300] [--seeds 3]
+    python benchmarks/subspace_quality.py [--steps 300] [--gap 50] [--seeds 3]
 
 Writes benchmarks/results/subspace_quality.json: the final held-out losses of both, and for early, middle and late
 refreshes the share of the exact basis' captured gradient energy that the fast basis captures, in the fast runs.
@@ -28,7 +28,7 @@ from hf_lowrank.training.corpus import Corpus, prepare_corpus
 from hf_lowrank.training.recipe import DataSettings
 from hf_lowrank.training.sequences import collate
 
-LENGTH, VOCABULARY, RANK, GAP, BATCH = 128, 2048, 32, 50, 16
+LENGTH, VOCABULARY, RANK = 128, 2048, 32
 
 
 def model_of(seed: int) -> LlamaForCausalLM:
@@ -66,21 +66,21 @@ def held_out_loss(model: LlamaForCausalLM, corpus: Corpus) -> float:
     return sum(losses) / len(losses)
 
 
-def train(corpus: Corpus, subspace: str, seed: int, steps: int) -> dict[str, Any]:
+def train(corpus: Corpus, subspace: str, seed: int, steps: int, gap: int, batch: int) -> dict[str, Any]:
     model = model_of(seed)
-    optimizer = GaLoreAdamW(model, lr=1e-2, rank=RANK, update_proj_gap=GAP, subspace=subspace, seed=seed)
+    optimizer = GaLoreAdamW(model, lr=1e-2, rank=RANK, update_proj_gap=gap, subspace=subspace, seed=seed)
     warmup = steps // 10
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, max(0.1, 1 - (step - warmup) / (steps - warmup)))
     )
-    data = corpus.training_set(steps * BATCH, seed)
-    refreshes = list(range(0, steps, GAP))
+    data = corpus.training_set(steps * batch, seed)
+    refreshes = list(range(0, steps, gap))
     watched = {"early": refreshes[1], "middle": refreshes[len(refreshes) // 2], "late": refreshes[-1]}
     shares = {}
     start = time.perf_counter()
     for step in range(steps):
         optimizer.zero_grad()
-        model(**collate([data[step * BATCH + row] for row in range(BATCH)])).loss.backward()
+        model(**collate([data[step * batch + row] for row in range(batch)])).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         for label, when in watched.items():
@@ -97,6 +97,8 @@ def train(corpus: Corpus, subspace: str, seed: int, steps: int) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--gap", type=int, default=50, help="steps between refreshes")
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--subspaces", default="svd,randomized,dct")
     parser.add_argument("--threads", type=int, default=2)
@@ -112,13 +114,23 @@ def main() -> None:
     )
     corpus = prepare_corpus(data)
     kinds = options.subspaces.split(",")
-    runs = [train(corpus, kind, seed, options.steps) for seed in range(options.seeds) for kind in kinds]
+    runs = [
+        train(corpus, kind, seed, options.steps, options.gap, options.batch)
+        for seed in range(options.seeds)
+        for kind in kinds
+    ]
     losses = {kind: [run["loss"] for run in runs if run["subspace"] == kind] for kind in kinds}
     means = {kind: sum(values) / len(values) for kind, values in losses.items()}
     result = {
         "machine": machine(torch.device("cpu")),
         "versions": versions(),
-        "setting": {"steps": options.steps, "rank": RANK, "update_proj_gap": GAP, "batch": BATCH, "length": LENGTH},
+        "setting": {
+            "steps": options.steps,
+            "rank": RANK,
+            "update_proj_gap": options.gap,
+            "batch": options.batch,
+            "length": LENGTH,
+        },
         "runs": runs,
         "mean_loss": means,
         "difference": {kind: means[kind] - means["svd"] for kind in kinds},

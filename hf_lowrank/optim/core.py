@@ -1,5 +1,6 @@
 """The projected-Adam core: moments in subspaces of the gradients, and the refresh of those subspaces."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from hf_lowrank.optim.layout import Layout, dense_basis, make_layout
 from hf_lowrank.optim.methods import SubspaceSettings
 from hf_lowrank.optim.refresh import basis_state, choose_bases, write_bases
 from hf_lowrank.optim.sharding import local_part
-from hf_lowrank.optim.state import adam_moments
+from hf_lowrank.optim.state import StateTensor, adam_moments
 from hf_lowrank.optim.subspaces import (
     OF_GRADIENTS,
     OF_INDICES,
@@ -29,6 +30,9 @@ from hf_lowrank.optim.subspaces import (
 )
 
 DCT = "dct"
+# The lazy interval (arXiv 2407.08296): a subspace has settled when its last cosines are at least this on average.
+SETTLED = 0.4
+COSINES = StateTensor(shape=(5,), dtype=torch.float32, initial=-math.inf, sharded=False)
 # Subspaces that can be chosen for both sides of a matrix.
 TWO_SIDED = ("svd", "randomized", "random")
 
@@ -53,6 +57,9 @@ class ProjectedAdamW(TargetedAdamW):
         subspace: `svd` (exact), `randomized` (subspace iteration from the last basis), `random` (orthonormal),
             `columns` (random ones), `dct` (those of the cosine transform in which the gradient is largest), `gaussian`
             (a random matrix), or `seeded` (the same, drawn from the seed at every step and never stored).
+        lazy: doubles the interval between refreshes of a matrix whenever the absolute cosines of the first vectors of
+            its successive bases, at its last five refreshes, average at least 0.4 (Q-GaLore). For subspaces that
+            depend on the gradient. The host reads the cosines at a refresh.
         stagger: spreads the refreshes of the matrices over the steps, so that no single step stalls.
         adam_variant: `official` adds ε before the bias correction and decays the updated weight, as the methods'
             own packages do; `torch` is the rule of `torch.optim.AdamW`.
@@ -67,7 +74,8 @@ class ProjectedAdamW(TargetedAdamW):
         diagnostics: fills `diagnostics` at each refresh.
 
     Attributes:
-        diagnostics: by parameter name, the captured energy and the subspace overlap of its last refresh.
+        diagnostics: by parameter name, the captured energy and the subspace overlap of its last refresh, and the
+            interval in steps if it is `lazy`.
 
     Raises:
         UserError: an option is out of range, a rank does not fit a matrix, or a target is a vector; names it.
@@ -142,7 +150,8 @@ class ProjectedAdamW(TargetedAdamW):
 
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
         counters = {"refreshes": 0, **({"reset_at": 0} if group["moments"] == "reset" else {})}
-        return {**counters, **adam_moments(*layout.low_shape), **basis_state(group["subspace"], layout)}
+        settling: Declared = {"interval": 1, "cosines": COSINES} if group["lazy"] else {}
+        return {**counters, **settling, **adam_moments(*layout.low_shape), **basis_state(group["subspace"], layout)}
 
     def describe(self, group: Mapping[str, Any], layout: Layout) -> str:
         side = "both sides" if layout.both else "left" if layout.transposed else "right"
@@ -150,6 +159,11 @@ class ProjectedAdamW(TargetedAdamW):
 
     def _check_options(self, options: dict[str, Any], where: str) -> None:
         super()._check_options(options, where)
+        if options["lazy"] and options["subspace"] not in OF_GRADIENTS:
+            allowed = ", ".join(OF_GRADIENTS)
+            raise UserError(
+                f"subspace of {where} must be one of {allowed} with lazy=True, got {options['subspace']!r}"
+            )
         if options["proj_type"] == "full" and options["subspace"] not in TWO_SIDED:
             allowed = ", ".join(TWO_SIDED)
             raise UserError(
@@ -178,7 +192,7 @@ class ProjectedAdamW(TargetedAdamW):
         offset = 0
         if entry.group["stagger"]:
             offset = gap * entry.layout.first_index // max(1, self.matrix_count)
-        return not state["refreshes"] or (state["step"] + offset) % gap == 0
+        return not state["refreshes"] or (state["step"] + offset) % (gap * state.get("interval", 1)) == 0
 
     def refresh(self, entries: Sequence[Entry]) -> None:
         """Chooses new bases for the targets that are due."""
@@ -196,7 +210,10 @@ class ProjectedAdamW(TargetedAdamW):
         for entry in due:
             if entry not in silent:
                 entry.state["refreshes"] += 1
-                if self.diagnostics is not None:
+        self._lengthen([entry for entry in again if entry.group["lazy"]], before)
+        if self.diagnostics is not None:
+            for entry in due:
+                if entry not in silent:
                     self._diagnose(entry, before[entry][0] if entry in before else [])
         for entry in again:
             self.carry_moments(entry, *before[entry])
@@ -220,9 +237,37 @@ class ProjectedAdamW(TargetedAdamW):
                 has_one = moved.view(*moved.shape, *[1] * (held.ndim - moved.ndim))
                 foreach_copy_([held], [torch.where(has_one, held, local_part(basis))])
 
+    def _lengthen(self, entries: Sequence[Entry], before: Mapping[Entry, tuple[list[Tensor], list[Tensor]]]) -> None:
+        """Doubles the interval of targets whose last cosines of successive bases are large on average (Q-GaLore).
+
+        The host reads them, all at once: it decides when it launches the next refresh.
+        """
+        if not entries:
+            return
+        cosines = torch.stack([self._cosine(entry, before[entry][0]) for entry in entries]).tolist()
+        for entry, cosine in zip(entries, cosines, strict=True):
+            held = entry.state["cosines"]
+            held.copy_(held.roll(-1, dims=-1))
+            held[..., -1] = cosine
+        means = torch.stack([entry.state["cosines"].mean() for entry in entries]).tolist()  # infinite: too few yet
+        for entry, mean in zip(entries, means, strict=True):
+            if mean >= SETTLED:
+                entry.state["interval"] *= 2
+
+    def _cosine(self, entry: Entry, before: Sequence[Tensor]) -> Tensor:
+        """Of the first vectors of a target's last and new basis, absolute; of indices, the share that stays."""
+        layout, found = entry.layout, torch.zeros((), device=entry.weight.device)
+        for old, new in zip(before, self._basis_rows(entry), strict=True):
+            products = layout.partition.sum((old * new).sum(0))
+            by_index = entry.group["subspace"] in OF_INDICES
+            found = found + (products.mean() if by_index else products.select(0, 0)).abs().float()
+        if layout.sharding is not None and layout.stacked:
+            found = layout.sharding.sum(found)
+        return found / layout.count
+
     def _before(self, entry: Entry) -> tuple[list[Tensor], list[Tensor]]:
         """Copies of the bases in use, if what follows a refresh needs them, as `carry_moments` gets them."""
-        if self.diagnostics is None and entry.group["moments"] != "rotate":
+        if self.diagnostics is None and entry.group["moments"] != "rotate" and not entry.group["lazy"]:
             return [], []
         lefts = _parts([entry], "left_basis") if entry.layout.both else []
         return [part.clone() for part in self._basis_rows(entry)], [part.clone() for part in lefts]
@@ -290,6 +335,8 @@ class ProjectedAdamW(TargetedAdamW):
         grads = entry.layout.matrices(entry.grad)
         energies = [captured_energy(*pair, partition) for pair in zip(grads, bases, strict=True)]
         found = {"step": float(entry.state["step"])}
+        if entry.group["lazy"]:
+            found["interval"] = float(entry.group["update_proj_gap"] * entry.state["interval"])
         found["captured_energy"] = float(torch.stack(energies).mean())
         if before:
             now = self._basis_rows(entry)

@@ -9,10 +9,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 def summarize(diagnostics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Means over the parameters of an optimizer's `diagnostics`: the captured share of the gradient's energy and the
-    overlap of successive bases, as `subspace/captured_energy` and `subspace/subspace_overlap`.
+    overlap of successive bases, as `subspace/captured_energy` and `subspace/subspace_overlap`, and lazy intervals.
     """
     summary = {}
-    for key in ("captured_energy", "subspace_overlap"):
+    for key in ("captured_energy", "subspace_overlap", "interval"):
         values = [found[key] for found in diagnostics.values() if key in found]
         if values:
             summary[f"subspace/{key}"] = fmean(values)

@@ -155,6 +155,9 @@ class SubspaceSettings(OptimizerSettings):
         False, description="log the captured gradient energy and the overlap of successive bases"
     )
     subspace: Annotated[AnySubspace, SUBSPACE] = "randomized"
+    lazy: bool = Field(
+        False, description="double the interval between refreshes of a matrix each time its subspace has settled"
+    )
 
 
 class GaLoreSettings(SubspaceSettings):

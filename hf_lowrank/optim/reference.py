@@ -32,6 +32,8 @@ class State:
         step: number of steps made.
         age: number of Adam steps since the moments were zero.
         norm: ‖S‖ of the last step, after the limiter.
+        interval: what multiplies the number of steps between refreshes, if it is lazy.
+        cosines: of the first vectors of successive bases, absolute, at the last refreshes.
     """
 
     step: int = 0
@@ -41,6 +43,8 @@ class State:
     M: Tensor | None = None
     V: Tensor | None = None
     norm: float = math.inf
+    interval: int = 1
+    cosines: tuple[float, ...] = ()
 
 
 def leading_singular_vectors(G: Tensor, options: Options) -> Bases:
@@ -74,6 +78,7 @@ class Options:
     moments: str = "keep"
     choose_bases: Callable[[Tensor, Options], Bases] = leading_singular_vectors
     stagger_offset: int = 0
+    lazy: bool = False
     residual: str = "official"
     norm_growth_limit: float = 1.01
     scale_type: str = "channel"
@@ -195,7 +200,7 @@ def projected_sides(rows: int, columns: int, proj_type: str) -> tuple[bool, bool
 
 def is_due(state: State, options: Options) -> bool:
     """Whether a refresh comes before this step."""
-    return state.step == 0 or (state.step + options.stagger_offset) % options.update_proj_gap == 0
+    return state.step == 0 or (state.step + options.stagger_offset) % (options.update_proj_gap * state.interval) == 0
 
 
 def refresh(G: Tensor, state: State, options: Options) -> State:
@@ -210,7 +215,18 @@ def refresh(G: Tensor, state: State, options: Options) -> State:
         left = None if P is None or state.P is None else P.mT @ state.P
         right = None if Q is None or state.Q is None else state.Q.mT @ Q
         M, V = rotate(M, V, left, right, age, options)
-    return replace(state, P=P, Q=Q, M=M, V=V, age=age)
+    interval, cosines = settling(state, P, Q) if options.lazy else (1, ())
+    return replace(state, P=P, Q=Q, M=M, V=V, age=age, interval=interval, cosines=cosines)
+
+
+def settling(state: State, P: Tensor | None, Q: Tensor | None) -> tuple[int, tuple[float, ...]]:
+    """Q-GaLore's lazy interval (arXiv 2407.08296): doubled while the last five cosines average at least 0.4."""
+    old, new = (state.P, P) if Q is None else (state.Q, Q)
+    if old is None or new is None:
+        return 1, ()
+    cosines = (*state.cosines, abs(float(old[:, 0] @ new[:, 0])))[-5:]
+    settled = len(cosines) == 5 and sum(cosines) / 5 >= 0.4
+    return state.interval * (2 if settled else 1), cosines
 
 
 def rotate(

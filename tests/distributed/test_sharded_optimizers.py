@@ -31,8 +31,8 @@ from tests.distributed.training import (
 EVERY = ["full-rank", *METHODS]
 # Both ways of storing a basis, both sides, channel scales, a limiter, whole blocks, matrices gathered on one process,
 # state per row, sharded orthonormal columns, slices of matrices.
-SOME = ["galore-randomized", "galore-dct", "galore-full", "fira", "apollo-mini", "frugal", "frugal-blocks", "muon",
-        "normuon", "dion", "dion2"]  # fmt: skip
+SOME = ["galore-randomized", "galore-dct", "galore-lazy", "galore-full", "fira", "apollo-mini", "frugal",
+        "frugal-blocks", "muon", "normuon", "dion", "dion2"]  # fmt: skip
 LOSS, WEIGHT = 1e-4, 2e-4
 
 

@@ -123,6 +123,28 @@ def test_staggered_refreshes(name):
             check_same(param, W)
 
 
+@pytest.mark.parametrize("name", ["galore", "fira", "frugal"])
+def test_lazy_intervals(name):
+    params, shared = parameters(), {"rank": RANK, "update_proj_gap": 1, "scale": 0.5, "lazy": True}
+    optimizer = METHODS[name](named(params), lr=1e-2, subspace="svd", moments="keep", **shared)
+    pairs = [(param.detach().clone(), State()) for param in params]
+    steady = gradients(100)
+    for step in range(40):
+        for number, (param, grad) in enumerate(zip(params, gradients(step), strict=True)):
+            steadiness = 8 if number % 2 else 0  # every other subspace settles
+            param.grad = grad + steadiness * steady[number]
+            pairs[number] = getattr(reference, name)(
+                pairs[number][0], param.grad, pairs[number][1], Options(lr=1e-2, **shared)
+            )
+        optimizer.step()
+        for param, (W, state) in zip(params, pairs, strict=True):
+            check_same(param, W)
+            assert optimizer.state[param]["interval"] == state.interval
+    intervals = [optimizer.state[param]["interval"] for param in params]
+    assert min(intervals[1::2]) >= 4
+    assert intervals[0] < min(intervals[1::2])
+
+
 @pytest.mark.parametrize("variant", ["official", "torch"])
 @pytest.mark.parametrize("rule", ["sign", "sgd"])
 def test_frugal_over_blocks(rule, variant):

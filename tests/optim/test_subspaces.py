@@ -1,5 +1,7 @@
 """How bases are chosen, and what a refresh does to the moments."""
 
+import copy
+
 import numpy as np
 import pytest
 import scipy.fft
@@ -274,12 +276,36 @@ def test_reset_moments_restart():
             assert torch.equal(old, new)
 
 
+def test_a_resume_keeps_lengthened_intervals():
+    def trained(stop=None):
+        torch.manual_seed(0)
+        steady = torch.randn(9, 6)
+        param = nn.Parameter(torch.randn(9, 6))
+        optimizer = GaLoreAdamW([param], rank=2, update_proj_gap=1, lazy=True)
+        for step in range(30):
+            if step == stop:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = GaLoreAdamW([param], rank=2, update_proj_gap=1, lazy=True)
+                optimizer.load_state_dict(saved)
+            param.grad = 5 * steady + torch.randn(9, 6, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        return param.detach(), optimizer.state[param]["interval"]
+
+    (whole, interval), (resumed, again) = trained(), trained(17)
+    assert torch.equal(whole, resumed)
+    assert interval == again == 16
+
+
 def test_options_that_a_method_cannot_use_are_refused():
     param = nn.Parameter(torch.zeros(8, 5))
     with pytest.raises(UserError, match="subspace of FiraAdamW must be one of svd, randomized, random, columns"):
         FiraAdamW([param], rank=2, subspace="gaussian")
     with pytest.raises(UserError, match="must be one of svd, randomized, random with proj_type='full', got 'columns'"):
         GaLoreAdamW([param], rank=2, proj_type="full", subspace="columns")
+    with pytest.raises(
+        UserError, match=r"subspace of GaLoreAdamW must be one of svd, .* with lazy=True, got 'random'"
+    ):
+        GaLoreAdamW([param], rank=2, subspace="random", lazy=True)
     with pytest.raises(UserError, match="update_proj_gap of GaLoreAdamW must be an integer of at least 1, got 0"):
         GaLoreAdamW([param], rank=2, update_proj_gap=0)
     with pytest.raises(UserError, match="matrix='stack' needs three dimensions"):
