@@ -11,7 +11,10 @@ import warnings
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import LowRankWarning, UserError
@@ -30,8 +33,37 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a linear module computes what its type does: some routers inherit `nn.Linear` and return more."""
-    return type(module).forward in [kind.forward for kind in LINEAR_TYPES]
+    """Whether a linear module computes what its type does: some routers inherit `nn.Linear` and return more.
+
+    A class with a forward pass of its own is tried once.
+    """
+    kind = type(module)
+    if kind.forward in [linear.forward for linear in LINEAR_TYPES]:
+        return True
+    if kind not in _TRIED:
+        _TRIED[kind] = _computes_linearly(module)
+    return _TRIED[kind]
+
+
+_TRIED: dict[type[nn.Module], bool] = {}
+
+
+def _computes_linearly(module: nn.Module) -> bool:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device="cpu")
+
+    drawn = {name: draw(*parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+    weight = drawn["weight"].T if isinstance(module, Conv1D) else drawn["weight"]
+    rows = draw(2, 3, weight.shape[1])
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            found = functional_call(module, drawn, (rows,))
+    except Exception:  # it takes other arguments
+        return False
+    expected = linear(rows, weight, drawn.get("bias"))
+    return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def compiled(pattern: str, option: str = "target_modules") -> re.Pattern[str]:

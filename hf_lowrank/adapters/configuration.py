@@ -97,6 +97,11 @@ class LowRankConfig(PreTrainedConfig):
         """Those of the base config, which may declare some as fields (BART's `forced_eos_token_id`)."""
         return self.base_config._get_generation_parameters()
 
+    def validate(self) -> None:
+        """The base config's checks: those here would hold its fields against what any architecture may have."""
+        if self.base_config is not None:
+            self.base_config.validate()
+
     def peft_config(self) -> PeftConfig:
         """A new PEFT config of the adapter (PEFT modifies the one it gets).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -223,6 +224,20 @@ def target_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """The adapted layers by their name in the dense model, in module order."""
     lm = model.lm if isinstance(model, LowRankForCausalLM) else model
     return {name: layer for name, layer in lm.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+@torch.no_grad()
+def dense_weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The weights of linear modules by their name in the dense model: of adapted layers (out, in), else as stored."""
+    lm = model.lm if isinstance(model, LowRankForCausalLM) else model
+    found = {}
+    for name in names:
+        layer: Any = lm.get_submodule(name)
+        if isinstance(layer, BaseTunerLayer):
+            found[name] = layer.dense_weight() if isinstance(layer, ReplacedLinear) else lora_dense_weight(layer)
+        else:
+            found[name] = layer.weight.detach()
+    return found
 
 
 @torch.no_grad()

@@ -258,6 +258,8 @@ class Trajectory:
         if self._adapter is not None:
             from hf_lowrank.adapters.dense import dense_weight_from_tensors
 
+            if not self._stores(step, module):
+                return self._loaded_weights(step)[module]
             return dense_weight_from_tensors(module, self._getter(step), self._adapter).float()
         base = getattr(self._skeleton, "base_model_prefix", "")
         prefix = f"{base}." if self.adapted else ""
@@ -265,7 +267,7 @@ class Trajectory:
         name = next((name for name in names if name in self.tensor_names(step)), None)
         if name is None or quantization_of(self.config) is not None:
             name = names[0]
-            weight = self._loaded_weights(step)[name]
+            weight = self._loaded_weights(step)[module]
         else:
             weight = self.tensor(step, name).float()
         if weight.shape != layer.weight.shape:
@@ -275,14 +277,18 @@ class Trajectory:
             )
         return weight.mT.contiguous() if isinstance(layer, Conv1D) else weight
 
+    def _stores(self, step: int, module: str) -> bool:
+        """Whether an adapted checkpoint stores a target's tensors under its own name."""
+        return any(name.startswith(f"{PREFIX}.{module}.") for name in self.tensor_names(step))
+
     def _loaded_weights(self, step: int) -> dict[str, Tensor]:
-        """The targets' weights of a step by their names in the running model, which transformers loads for that:
-        architectures may store them under other names, and quantised."""
+        """The targets' weights of a step by the module's name, for which transformers loads the model: architectures
+        may store them under other names, and quantised."""
+        from hf_lowrank.adapters.modeling import dense_weights_of
+
         with self._loading:
             if step not in self._loaded:
-                targets = {f"{PREFIX}.{name}.weight" if self.adapted else f"{name}.weight" for name in self.targets}
-                parameters = self.model(step).named_parameters()
-                self._loaded[step] = {name: weight.detach() for name, weight in parameters if name in targets}
+                self._loaded[step] = dense_weights_of(self.model(step), self.targets)
                 while len(self._loaded) > KEPT_STEPS:
                     del self._loaded[next(iter(self._loaded))]
             return self._loaded[step]
@@ -290,7 +296,7 @@ class Trajectory:
     def low_rank_factors(self, step: int, module: str) -> Factors | None:
         """(B (out, r), A (r, in), scaling) whose product is the dense weight; None where it is not such a product."""
         self._target(module)
-        if self._adapter is None or self._adapter["peft_type"] != "COLA":
+        if self._adapter is None or self._adapter["peft_type"] != "COLA" or not self._stores(step, module):
             return None  # LoRA adds a frozen weight to the product, SLTrain a sparse one
         from hf_lowrank.adapters.dense import low_rank_factors_from_tensors
 

@@ -104,3 +104,11 @@ def test_a_router_that_is_named_is_refused_by_name(architecture, adapter):
     named = type(ADAPTERS[adapter])(r=4, target_modules=["router"])
     with pytest.raises(UserError, match=r"layers\.0\..*router: \w+Router has a forward pass of its own"):
         inject(model, named)
+
+
+def test_a_linear_layer_that_only_writes_its_product_anew_is_a_target():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes))
+    assert type(model.transformer.h[0].mlp.dense_h_to_4h).forward is not torch.nn.Linear.forward
+    assert len(target_modules(model)) == 4
+    inject(model, CoLAConfig(r=4))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import Trajectory
-from hf_lowrank.adapters.methods import CoLASettings
+from hf_lowrank.adapters.methods import CoLASettings, ReLoraSettings
 from hf_lowrank.adapters.modeling import build_adapted
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure
@@ -160,6 +160,27 @@ def test_targets_that_are_stored_under_other_names_have_spectra(tmp_path, archit
         rows = {row.scope: row for row in measure(folder.parent, metrics=["weight_stable_rank"])}
     sigma = np.linalg.svd(weights[f"{renamed[0]}.weight"].detach().double().numpy(), compute_uv=False)
     assert rows[renamed[0]].value == pytest.approx((sigma**2).sum() / sigma[0] ** 2, rel=1e-5)
+    assert rows["model"].reason is None
+
+
+def test_adapted_targets_that_are_stored_under_other_names_have_spectra(tmp_path):
+    folder = tmp_path / "run" / "checkpoint-1"
+    config = AutoConfig.for_model("axk2", **SIZES, first_k_dense_replace=1, n_group=1, topk_group=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = build_adapted(config, ReLoraSettings(r=4), seed=0)
+        model.save_pretrained(folder)
+        trajectory = Trajectory(folder.parent)
+        stored = trajectory.tensor_names(1)
+        renamed = [name for name in trajectory.targets if not any(f"lm.{name}." in tensor for tensor in stored)]
+        assert renamed
+        for name in trajectory.targets:
+            layer = model.lm.get_submodule(name)
+            probe = torch.eye(layer.in_features)
+            with torch.no_grad():
+                by_hand = (layer(probe) - (0 if layer.bias is None else layer.bias)).T
+            assert torch.allclose(trajectory.dense_weight(1, name), by_hand, atol=1e-5)
+        rows = {row.scope: row for row in measure(folder.parent, metrics=["weight_stable_rank"])}
     assert rows["model"].reason is None
 
 
