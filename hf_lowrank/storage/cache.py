@@ -6,7 +6,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hf_lowrank.errors import UserError
@@ -26,6 +27,31 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_lowrank"
 
 
+def _fresh_folder() -> Path:
+    """A new folder in the cache, which a later call removes if it is left behind."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        return Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
+    except OSError as error:
+        raise UserError(f"{folder}: the cache folder must be writable: {error.strerror}; set {VARIABLE}") from None
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder in the cache, removed at the end.
+
+    Raises:
+        UserError: the cache folder cannot be written.
+    """
+    folder = _fresh_folder()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def cached_folder(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     """The folder of `kind` for the content `key`; `make(empty folder)` fills it unless an intact one exists.
 
@@ -40,14 +66,7 @@ def cached_folder(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         return folder
     if folder.exists():
         logger.warning("%s: damaged (%s), rebuilding", folder, damage)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent)
-        fresh = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(
-            f"{folder.parent}: the cache folder must be writable: {error.strerror}; set {VARIABLE}"
-        ) from None
+    fresh = _fresh_folder()
     try:
         make(fresh)
         write_checksums(fresh)

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from hf_lowrank.errors import UserError, first_line
+from hf_lowrank.storage.cache import scratch_folder
 from hf_lowrank.storage.parsing import parse_json
 
 TEXT, JSON, PARQUET = "text", "json", "parquet"
@@ -27,6 +28,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 ALLOWED = f"{', '.join(READERS)} files, compressed or not"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+REMOTE_LINES = 100
 
 
 def is_remote(name: str) -> bool:
@@ -160,17 +162,25 @@ def _dataset(files: list[str], text_column: str) -> Any:
 
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     reader, options = READERS[suffix_of(files[0])]
+    if reader == JSON:
+        _check_no_nulls(files[0])
     # An existing file may be named like a pattern.
     names = [file if is_remote(file) else glob.escape(os.path.abspath(file)) for file in files]
 
-    def load(**more: Any) -> Any:
-        return datasets.load_dataset(reader, data_files={"train": names}, split="train", streaming=True, **more)
+    # Nothing is cached, but datasets would leave a lock behind for each set of files.
+    with scratch_folder() as scratch:
 
-    dataset = load(**options)
-    columns = dataset.column_names
-    if columns is not None and text_column not in columns:
-        raise UserError(f"{files[0]}: no data.text_column {text_column!r}; columns: {', '.join(columns) or 'none'}")
-    return load(**options, columns=[text_column]) if reader == PARQUET else dataset
+        def load(**more: Any) -> Any:
+            return datasets.load_dataset(
+                reader, data_files={"train": names}, split="train", streaming=True, cache_dir=str(scratch), **more
+            )
+
+        dataset = load(**options)
+        columns = dataset.column_names
+        if columns is not None and text_column not in columns:
+            known = ", ".join(columns) or "none"
+            raise UserError(f"{files[0]}: no data.text_column {text_column!r}; columns: {known}")
+        return load(**options, columns=[text_column]) if reader == PARQUET else dataset
 
 
 def _explained(file: str, error: Exception) -> UserError:
@@ -185,6 +195,21 @@ def _explained(file: str, error: Exception) -> UserError:
         if fault is not None:
             return UserError(f"{file}: {fault}")
     return UserError(f"{file}: not a readable {reader} file: {type(error).__name__}: {first_line(error)}")
+
+
+def _check_no_nulls(file: str) -> None:
+    """Refuses a JSON file with a line that is null, of which Arrow's reader can crash instead of raising.
+
+    Of a remote file, whose lines would have to be fetched twice, only the first ones are looked at.
+    """
+    import fsspec
+
+    with fsspec.open(file, "rb", compression="infer") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"null"):
+                raise UserError(f"{file}: line {number} must be a JSON object, got null")
+            if is_remote(file) and number == REMOTE_LINES:
+                break
 
 
 def _json_fault(file: str) -> str | None:

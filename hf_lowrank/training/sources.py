@@ -200,7 +200,7 @@ class StreamedDocument:
 
 @dataclass(frozen=True)
 class HubStream:
-    """The documents of a streamed split, non-empty or not; an iterator over their texts."""
+    """The documents of a streamed split, non-empty or not; iterating gives their texts."""
 
     data: DataSettings
     rows: Any

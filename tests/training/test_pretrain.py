@@ -72,7 +72,7 @@ def test_a_run_directory_contains_what_later_stages_read(write_recipe, texts, tm
         "checkpoint-6",
     }
     recipe = parse_yaml((run / "recipe.yaml").read_text())
-    assert recipe["method"] == {"name": "full_rank"}
+    assert recipe["method"] == {"name": "full_rank", "matrix_lr_scale": None, "target_modules": "auto"}
     assert recipe["training"]["max_steps"] == 6
     assert {"model.safetensors", "config.json"} <= {path.name for path in (run / "checkpoint-0").iterdir()}
     assert not (run / "checkpoint-0" / "trainer_state.json").exists()

@@ -146,6 +146,7 @@ BAD_FILES = [
     ("column.jsonl", b'{"body": "a"}\n', "no data.text_column 'text'; columns: body"),
     ("number.jsonl", b'{"text": 3}\n', "data.text_column 'text' must hold text, got int"),
     ("lines.jsonl", b'{"text": "a"}\n["b"]\n', "line 2 must be a JSON object, got list"),
+    ("null.jsonl", b"\xef\xbb\xbfnull\n", "line 1 must be a JSON object, got null"),
     ("late.jsonl", b'{"text": "a"}\n' * 70_000 + b'{"text": "b"\n', "line 70001 is not JSON"),
     ("latin.jsonl", b'{"text": "caf\xe9"}\n', "not UTF-8 text"),
     ("broken.json.gz", b"no gzip", "not readable|not a readable json file"),
@@ -254,7 +255,7 @@ def test_errors_of_a_hub_dataset_are_one_line(hub, tmp_path, streaming):
     def message(**changes):
         settings = hub(streaming=streaming, **changes)
         with pytest.raises(UserError) as error:
-            next(hub_stream(settings, settings.split) if streaming else hub_documents(settings).train())
+            next(iter(hub_stream(settings, settings.split)) if streaming else hub_documents(settings).train())
         assert "\n" not in str(error.value)
         return str(error.value)
 
