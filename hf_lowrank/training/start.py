@@ -1,8 +1,10 @@
 """What a run directory holds before the first step, and which recipe it belongs to."""
 
 import hashlib
+import itertools
 import os
 import shutil
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
 from hf_lowrank.training.corpus import Corpus
 from hf_lowrank.training.recipe import Recipe
 
+# Of a method, that a later version may have added without a run of before becoming another one.
+MOST_NEW_SETTINGS = 3
 # The keys by which a process takes its share of a step.
 PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -76,7 +80,7 @@ def write_start(run: Path, recipe: Recipe, corpus: Corpus, model: PreTrainedMode
         write_facts(
             run,
             {
-                "recipe": _digest(recipe),
+                "recipe": next(_digests(recipe)),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "unigram_loss": corpus.unigram_loss,
@@ -114,7 +118,8 @@ def check_belongs(run: Path, recipe: Recipe) -> bool:
     if not run.is_dir():
         raise UserError(f"{run}: --output must be a folder, this is a file")
     if not (run / RECIPE).exists():
-        if read_facts(run).get("recipe") == _digest(recipe):
+        known = read_facts(run).get("recipe")
+        if any(known == digest for digest in _digests(recipe)):
             return True  # it was damaged, and the user removed it
         # A lock, or a temporary file of a killed process, makes no run.
         if any(not path.name.startswith(".") for path in run.iterdir()):
@@ -162,8 +167,22 @@ def check_same_corpus(run: Path, corpus: Corpus) -> None:
         raise UserError(f"{run / EVALUATION_SET}: the held-out sequences have changed; choose another --output")
 
 
-def _digest(recipe: Recipe) -> str:
-    return hashlib.sha256(dump_yaml(recipe.plain()).encode()).hexdigest()
+def _digests(recipe: Recipe) -> Iterator[str]:
+    """Of the recipe, then as versions may have recorded it that lacked up to three of its method's settings."""
+    plain = recipe.plain()
+    yield _digest(plain)
+    defaults = {name: field.get_default(call_default_factory=True)
+                for name, field in type(recipe.settings).model_fields.items()}  # fmt: skip
+    settings = plain["method"]
+    at_default = [name for name in settings if name in defaults and settings[name] == defaults[name]]
+    for count in range(1, MOST_NEW_SETTINGS + 1):
+        for new in itertools.combinations(at_default, count):
+            kept = {name: value for name, value in settings.items() if name not in new}
+            yield _digest({**plain, "method": kept})
+
+
+def _digest(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(dump_yaml(plain).encode()).hexdigest()
 
 
 def _first_difference(theirs: Any, ours: Any, key: str = "") -> str | None:

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig
+from transformers import LlamaConfig, TrainingArguments
 
 from hf_lowrank.adapters.relora import factors, lora_layers, merge_and_reinit, prune_moments
 from hf_lowrank.errors import UserError
@@ -202,7 +202,7 @@ def test_restarts_of_sharded_models(tmp_path, pruning):
 
 
 def test_a_model_without_lora_is_refused(llama_config, dense):
-    callback = METHODS["relora"].callbacks(METHODS["relora"].settings(), type("Args", (), {"seed": 0}))[0]
+    callback = METHODS["relora"].callbacks(METHODS["relora"].settings(), TrainingArguments("unused", use_cpu=True))[0]
     with pytest.raises(UserError, match=r"ReLoRA needs a model with LoRA layers, got LlamaForCausalLM"):
         callback.on_init_end(None, None, None, model=dense(llama_config))
     assert lora_layers(METHODS["relora"].build_model(llama_config, METHODS["relora"].settings(r=2), 0))

@@ -26,9 +26,9 @@ def recipe(tmp_path, monkeypatch):
     for number in range(6):
         (tmp_path / f"text{number}.txt").write_text(" ".join(f"word{(number + i * i) % 37}" for i in range(400)))
 
-    def write(**training):
+    def write(method=None, **training):
         plain = {
-            "method": {"name": "galore", "rank": 4, "update_proj_gap": 3},
+            "method": method or {"name": "galore", "rank": 4, "update_proj_gap": 3},
             "model": {
                 "architecture": "llama",
                 "hidden_size": 32,
@@ -121,8 +121,9 @@ def test_a_run_without_an_estimate_is_measured(recipe, tmp_path, monkeypatch, ca
 
 
 def test_a_large_evaluation_is_measured_too(recipe, tmp_path):
-    """Evaluation batches of four times the training's, two of them."""
-    prepared = recipe(per_device_train_batch_size=1, per_device_eval_batch_size=4, max_steps=2)
+    """Evaluation batches of four times the training's, two of them; GaLore's first step would need more still."""
+    full_rank = {"name": "full_rank"}
+    prepared = recipe(full_rank, per_device_train_batch_size=1, per_device_eval_batch_size=4, max_steps=2)
     run = pretrain(prepared, tmp_path / "run")
     found = estimate(prepared)
     memory = memory_of(run)
