@@ -262,8 +262,7 @@ class _Run:
             self._model.eval()
             for start in range(0, min(sequences, 2 * size), size):
                 batch = self._batch(min(size, sequences - start))
-                output = self._call(**batch)
-                kept.append(drop_logits(output.logits, batch["labels"]))
+                kept.append(drop_logits(self._call(**batch).logits, batch["labels"]))
         self.found.phases["evaluation"] = peak
 
     def _optimizer(self) -> Optimizer:
