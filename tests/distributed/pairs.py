@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 
+import torch
 from accelerate import PartialState
 
 # Forked children start at once, with everything imported.
@@ -17,6 +18,8 @@ def _process(command, rank, port):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
     )
+    # A fork makes torch's thread pool anew at its first use: here, before threads that load a model race for it.
+    torch.set_num_threads(1)
     PartialState._reset_state()
     PartialState(cpu=True)
     command()
