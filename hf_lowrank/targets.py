@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,6 +175,19 @@ def decayed_names(model: nn.Module) -> set[str]:
     from transformers.trainer_pt_utils import get_parameter_names
 
     return set(get_parameter_names(model, [nn.LayerNorm], list(NO_DECAY_PATTERNS)))
+
+
+def decay_groups(
+    model: nn.Module, weight_decay: float, *, without: Iterable[nn.Parameter | None] = ()
+) -> list[dict[str, Any]]:
+    """The trainable parameters of `model` in groups with and without weight decay as Trainer's, but for `without`."""
+    decayed, left_out = decayed_names(model), set(map(id, without))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in left_out]
+    groups = [
+        {"params": [p for name, p in trained if (name in decayed) is decays], "weight_decay": weight_decay * decays}
+        for decays in (True, False)
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def adam_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -9,6 +9,7 @@ their recomputation by a saved dense weight.
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,13 +86,19 @@ def _sltrain_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_A, grad_B, grad_values, None, None
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise UserError(
-        "SLTrain's layer has first derivatives only, because it recomputes its weight in the backward pass; "
-        "for second derivatives use the dense model of to_dense()"
-    )
+def first_derivatives_only(title: str, reason: str) -> Callable[..., None]:
+    """The backward pass of a layer's gradients: an error that says why there is none."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise UserError(
+            f"{title}'s layer has first derivatives only, because {reason}; for second derivatives use the dense "
+            "model of to_dense()"
+        )
+
+    return refuse
 
 
+_refuse_second_derivative = first_derivatives_only("SLTrain", "it recomputes its weight in the backward pass")
 _sltrain_linear.register_autograd(_sltrain_backward, setup_context=_save_for_sltrain)
 _sltrain_grad_input.register_autograd(_refuse_second_derivative)
 _sltrain_grad_weights.register_autograd(_refuse_second_derivative)

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.adapters.restarts import inner
 from hf_lowrank.errors import UserError
-from hf_lowrank.targets import adam_arguments, decayed_names
+from hf_lowrank.targets import adam_arguments, decay_groups
 
 
 def guide_share(step: int, steps: int) -> float:
@@ -82,15 +82,8 @@ def build_guided_optimizer(model: nn.Module, settings: Any, args: TrainingArgume
     optim = getattr(args.optim, "value", args.optim)
     if optim not in ("adamw_torch", "adamw_torch_fused"):
         raise UserError(f"guide_share must be 0 with training.optim {optim}, got {settings.guide_share}")
-    adam, own = adam_arguments(args), set(map(id, guides))
-    weight_decay, decayed = adam.pop("weight_decay"), decayed_names(model)
-    rest = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in rest if (name in decayed) is decays], "weight_decay": weight_decay * decays}
-        for decays in (True, False)
-    ]
-    groups = [group for group in groups if group["params"]]
-    return GuidedAdamW([*groups, {"params": guides, "weight_decay": weight_decay}], **adam, fused=True)
+    groups = [*decay_groups(model, args.weight_decay, without=guides), {"params": guides}]
+    return GuidedAdamW(groups, **adam_arguments(args), fused=True)
 
 
 class GuideCallback(TrainerCallback):

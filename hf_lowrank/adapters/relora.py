@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.adapters.dense import ADAPTER, lora_dense_weight
 from hf_lowrank.adapters.functional import fill, kaiming_uniform, keyed_generator, placed_like
 from hf_lowrank.adapters.methods import Pruning, ReLoraSettings
-from hf_lowrank.adapters.restarts import inner, is_restart
+from hf_lowrank.adapters.restarts import PeriodicCallback, inner
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import check_options
-from hf_lowrank.targets import LINEAR_TYPES, adam_arguments, decayed_names
+from hf_lowrank.targets import LINEAR_TYPES, adam_arguments, decay_groups
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class ReLoraScheduler(LRScheduler):
         return [base * factor for base in self.base_lrs]
 
 
-class ReLoraCallback(TrainerCallback):
+class ReLoraCallback(PeriodicCallback):
     """Restarts at the end of every `restart_every`-th optimizer step, before that step's checkpoint is written.
 
     The checkpoint of a restart's step therefore holds the merged weights, the new factors and the pruned moments, and
@@ -222,6 +222,8 @@ class ReLoraCallback(TrainerCallback):
         UserError: a value is not allowed, the model has no LoRA layers or is PEFT's wrapper, or a warm start is
             requested under FSDP2.
     """
+
+    title, log_key = "ReLoRA: restart", "relora_restarts"
 
     def __init__(
         self,
@@ -273,15 +275,10 @@ class ReLoraCallback(TrainerCallback):
                 parameter.grad = None
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
-        step, optimizer = state.global_step, kwargs["optimizer"]
-        if self._warm and step >= self.warm_start_steps:
+        if self._warm and state.global_step >= self.warm_start_steps:
             self._warm = False
-            self._settle(model, optimizer)
-        if is_restart(step, self.restart_every, self.warm_start_steps):
-            self.restart(model, optimizer, step)
-            count = (step - self.warm_start_steps) // self.restart_every
-            state.log_history.append({"relora_restarts": count, "epoch": state.epoch, "step": step})
-            logger.info("ReLoRA: restart %d after step %d", count, step)
+            self._settle(model, kwargs["optimizer"])
+        super().on_step_end(args, state, control, model, **kwargs)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         for hook in self._hooks:
@@ -313,14 +310,7 @@ class ReLoraCallback(TrainerCallback):
 
 def build_relora_optimizer(model: nn.Module, settings: ReLoraSettings, args: TrainingArguments) -> Optimizer:
     """AdamW on all trainable parameters, split for weight decay as Trainer does."""
-    adam = adam_arguments(args)
-    weight_decay, decayed = adam.pop("weight_decay"), decayed_names(model)
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trainable if (name in decayed) is decays], "weight_decay": weight_decay * decays}
-        for decays in (True, False)
-    ]
-    return AdamW([group for group in groups if group["params"]], **adam, fused=True)
+    return AdamW(decay_groups(model, args.weight_decay), **adam_arguments(args), fused=True)
 
 
 def build_relora_scheduler(

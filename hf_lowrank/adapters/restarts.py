@@ -29,18 +29,20 @@ def inner(optimizer: Any) -> Optimizer:
 class PeriodicCallback(TrainerCallback):
     """Calls `restart` at the end of every `restart_every`-th optimizer step, before that step's checkpoint is written.
 
-    A resume therefore has nothing to repeat. Each restart is an entry in the trainer's log history.
+    A resume therefore has nothing to repeat. Each restart is an entry in the trainer's log history. Steps are counted
+    from the end of a warm start.
     """
 
     title: ClassVar[str]
     log_key: ClassVar[str]
     restart_every: int
+    warm_start_steps: int = 0
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step
-        if is_restart(step, self.restart_every):
+        if is_restart(step, self.restart_every, self.warm_start_steps):
             self.restart(model, kwargs["optimizer"], step)
-            count = step // self.restart_every
+            count = (step - self.warm_start_steps) // self.restart_every
             state.log_history.append({self.log_key: count, "epoch": state.epoch, "step": step})
             logger.info("%s %d after step %d", self.title, count, step)
 

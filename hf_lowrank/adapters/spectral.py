@@ -20,6 +20,7 @@ from hf_lowrank.adapters.functional import (
     compute_dtype,
     fill,
     fill_from_first,
+    first_derivatives_only,
     kaiming_uniform,
     keyed_generator,
     whole,
@@ -67,15 +68,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     return _active_pairs_grads(grad, *ctx.saved_tensors)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise UserError(
-        "SST's layer has first derivatives only, because those of its vectors leave out the singular values; "
-        "for second derivatives use the dense model of to_dense()"
-    )
-
-
 _active_pairs.register_autograd(_backward, setup_context=_save)
-_active_pairs_grads.register_autograd(_refuse_second_derivative)
+_active_pairs_grads.register_autograd(
+    first_derivatives_only("SST", "those of its vectors leave out the singular values")
+)
 
 
 class SSTLinear(ReplacedLinear):

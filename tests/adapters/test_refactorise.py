@@ -274,10 +274,11 @@ def test_bad_recipes(overrides, message):
         load_recipe(RECIPES / "nano/sltrain.yaml", overrides)
 
 
-def test_a_schedule_that_is_no_function_of_the_step_is_refused(tmp_path):
+@pytest.mark.parametrize(("name", "options"), [("low_rank", {"refactorise_every": 20}), ("sst", {})])
+def test_a_schedule_that_is_no_function_of_the_step_is_refused(tmp_path, name, options):
     args = TrainingArguments(
         str(tmp_path), lr_scheduler_type="reduce_lr_on_plateau", use_cpu=True, eval_strategy="steps"
     )
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(UserError, match=r"training\.lr_scheduler_type must be a function of the step, got .*plateau"):
-        METHODS["low_rank"].build_scheduler(optimizer, METHODS["low_rank"].settings(refactorise_every=20), args, 50)
+        METHODS[name].build_scheduler(optimizer, METHODS[name].settings(**options), args, 50)

@@ -11,7 +11,8 @@ from transformers import Trainer, TrainingArguments
 
 from hf_lowrank.adapters import LowRankConfig, LowRankForCausalLM, ReLoraCallback, ReLoraScheduler
 from hf_lowrank.adapters import merge_and_reinit as restart
-from hf_lowrank.adapters.relora import factors, is_restart, lora_layers, prune_moments, relora_lr_factor
+from hf_lowrank.adapters.relora import factors, lora_layers, prune_moments, relora_lr_factor
+from hf_lowrank.adapters.restarts import is_restart
 from hf_lowrank.errors import UserError
 from hf_lowrank.targets import target_modules
 

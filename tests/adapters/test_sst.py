@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from hf_lowrank.adapters import LowRankConfig, LowRankForCausalLM, SSTCallback, SSTConfig, target_layers
 from hf_lowrank.adapters.functional import keyed_generator
@@ -299,12 +299,3 @@ def test_bad_values(make, message):
 def test_bad_recipes(overrides, message):
     with pytest.raises(UserError, match=message):
         load_recipe(RECIPES / "nano/sst.yaml", overrides)
-
-
-def test_the_schedule_refuses_what_is_no_function_of_the_step(tmp_path):
-    args = TrainingArguments(
-        str(tmp_path), lr_scheduler_type="reduce_lr_on_plateau", use_cpu=True, eval_strategy="steps"
-    )
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    with pytest.raises(UserError, match=r"training\.lr_scheduler_type must be a function of the step"):
-        METHODS["sst"].build_scheduler(optimizer, METHODS["sst"].settings(), args, 50)
