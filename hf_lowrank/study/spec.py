@@ -40,7 +40,9 @@ class MemberSettings(_Block):
     )
     overrides: list[str] = Field(default_factory=list, alias="set", description="overrides, as in `train --set`")
     sweep: dict[str, Any] = Field(
-        default_factory=dict, description="its own values and ranges in the sweep, by recipe key; null removes a key"
+        default_factory=dict,
+        description="its own values and ranges in the sweep, by recipe key; null removes a key, "
+        "or all of an extended study's",
     )
     runs: list[str] | None = Field(None, min_length=1, description="folders of checkpoints, or Hub repositories")
     revisions: str | None = Field(
@@ -56,6 +58,11 @@ class MemberSettings(_Block):
     @property
     def is_swept(self) -> bool:
         return self.recipe is not None and not self.values
+
+    @field_validator("sweep", mode="before")
+    @classmethod
+    def _none(cls, ranges: Any) -> Any:
+        return {} if ranges is None else ranges
 
     @field_validator("sweep")
     @classmethod

@@ -359,6 +359,21 @@ def test_a_study_extends_another(tmp_path, corpus):
     assert [member.runs for member in result.plan.members] == [1, 1]
 
 
+def test_a_study_that_extends_a_swept_one_can_leave_the_sweep_out(tmp_path, corpus):
+    for method in ("full_rank", "galore"):
+        write_recipe(tmp_path, corpus, method)
+    swept = study_data() | {"sweep": {"over": {"training.learning_rate": [1e-3, 2e-3]}}}
+    name = swept["baseline"]
+    swept["members"] = {
+        key: ({"recipe": one} if isinstance(one, str) else one) for key, one in swept["members"].items()
+    }
+    swept["members"][name]["sweep"] = {"training.adam_beta2": [0.99]}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(swept))
+    (tmp_path / "study.yaml").write_text(f"extends: base.yaml\nsweep: null\nmembers: {{{name}: {{sweep: null}}}}\n")
+    plan = run_study(tmp_path / "study.yaml", output=tmp_path / "out", dry_run=True).plan
+    assert plan.stages[0].stage == "train"
+
+
 def test_a_study_is_started_once(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "without torchrun" in refused(tmp_path / "study.yaml", tmp_path)
