@@ -35,6 +35,7 @@ from hf_lowrank.optim import (
     GaLoreAdamW,
     MuonAdamW,
     NorMuonAdamW,
+    QGaLoreAdamW,
     param_groups,
 )
 
@@ -65,6 +66,7 @@ def builders_of(model: torch.nn.Module, rank: int, with_official: bool) -> dict[
         "hf_lowrank GaLore": ours(GaLoreAdamW, subspace="randomized"),
         "hf_lowrank GaLore, exact": ours(GaLoreAdamW, subspace="svd"),
         "hf_lowrank GaLore, cosines": ours(GaLoreAdamW, subspace="dct"),
+        "hf_lowrank Q-GaLore": ours(QGaLoreAdamW),
         "hf_lowrank Fira": ours(FiraAdamW, subspace="randomized"),
         "hf_lowrank APOLLO": ours(ApolloAdamW),
         "AdamW foreach": lambda gap: torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=True),

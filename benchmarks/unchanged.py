@@ -33,6 +33,7 @@ RECIPES = Path(__file__).parent.parent / "recipes" / "nano"
 METHODS = {
     "full_rank": (),
     "galore": ("method.update_proj_gap=20",),
+    "q_galore": ("method.update_proj_gap=20",),
     "fira": ("method.update_proj_gap=20",),
     "apollo": ("method.update_proj_gap=20",),
     "apollo_mini": ("method.update_proj_gap=20",),

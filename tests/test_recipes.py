@@ -22,8 +22,8 @@ from hf_lowrank.training import load_recipe
 RECIPES = Path(__file__).parents[1] / "recipes"
 TREES = ("nano", "llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b")
 BUILT_IN = (
-    "full_rank", "low_rank", "galore", "fira", "apollo", "apollo_mini", "frugal", "muon", "normuon", "dion",
-    "dion2", "relora", "cola", "sltrain", "structured", "sst",
+    "full_rank", "low_rank", "galore", "q_galore", "fira", "apollo", "apollo_mini", "frugal", "muon", "normuon",
+    "dion", "dion2", "relora", "cola", "sltrain", "structured", "sst",
 )  # fmt: skip
 
 # hidden, MLP, layers, heads; steps, checkpoint every
@@ -52,6 +52,17 @@ PUBLISHED = {
         "update_proj_gap": (200, 200, 200, 200, 500),
         "weight_decay": (0.0,) * 5,
         "max_grad_norm": (None, None, None, None, 1.0),
+    },
+    "q_galore": {
+        "learning_rate": (1.5e-2, 1.5e-2, 1e-2, 1e-2, 4e-3),
+        "rank": (128, 256, 256, 1024, 1024),
+        "scale": (0.25,) * 5,
+        "update_proj_gap": (200, 200, 200, 200, 500),
+        "weight_decay": (0.0,) * 5,
+        "projection_bits": (4,) * 5,
+        "state_dtype": ("8bit",) * 5,
+        "lazy": (True,) * 5,
+        "max_grad_norm": (0.0, 0.0, 0.0, 0.0, 1.0),
     },
     "fira": {
         "learning_rate": (1e-2, 1e-2, 1e-2, 1e-2, 5e-3),

@@ -25,12 +25,12 @@ from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.compat import FakeTensorMode, accelerate_unchanged
 from hf_lowrank.errors import UserError, first_line
 from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, WORKSPACE, Ledger, Peak, StandIns
+from hf_lowrank.optim.refresh import STORED_BASES
 from hf_lowrank.optim.state import quantization_levels
 from hf_lowrank.targets import decayed_names
 from hf_lowrank.training.recipe import Recipe
 from hf_lowrank.training.trainer import drop_logits
 
-BASES = ("basis", "left_basis")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -249,7 +249,7 @@ class _Run:
         for entries in optimizer.state.values():
             for name, value in entries.items():
                 if isinstance(value, Tensor):
-                    kept[name in BASES].append(value)
+                    kept[name in STORED_BASES].append(value)
         self.found.bases = self._ledger.claim(kept[True], STATE)
         self.found.moments = self._ledger.claim(kept[False], STATE)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_lowrank.optim.groups import param_groups as param_groups
     from hf_lowrank.optim.muon import MuonAdamW as MuonAdamW
     from hf_lowrank.optim.normuon import NorMuonAdamW as NorMuonAdamW
+    from hf_lowrank.optim.q_galore import QGaLoreAdamW as QGaLoreAdamW
     from hf_lowrank.targets import adam_arguments as adam_arguments
 
 __getattr__, __dir__, __all__ = lazy_imports(__name__)

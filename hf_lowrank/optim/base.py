@@ -475,6 +475,9 @@ class TargetedAdamW(Optimizer):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # of an earlier version, which had fewer options
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
         self._register_all()
         saved_ids = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, (info, group, param) in zip(saved_ids, self._registered(), strict=True):

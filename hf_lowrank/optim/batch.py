@@ -247,6 +247,17 @@ class ProjectedBatch(Batch):
             move, factor = self._with_rate(move if flag is None else torch.where(flag, move, 0), alpha)
             weight.add_(move, alpha=factor)
 
+    def lifted_squares(self, low: Tensor, squares: Tensor) -> Tensor:
+        """`‖lift(r)‖²` of each row r of `low`, (k, rows), whose own squared norms are `squares`.
+
+        A basis that is stored in a few bits is not quite orthonormal. For unsharded matrices, as such bases are.
+        """
+        if self.group["projection_bits"] is None:
+            return squares
+        wide = low.to(squares.dtype)
+        products = torch.stack([basis.mT @ basis for basis in (one.to(squares.dtype) for one in self._bases)])
+        return ((wide @ products) * wide).sum(-1)
+
     def grad_norms(self, dtype: torch.dtype) -> Tensor:
         """The norms of the gradients' rows, (k, rows)."""
         if self.stacks:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_lowrank.compat import foreach_copy_
 from hf_lowrank.errors import UserError
@@ -17,7 +18,7 @@ from hf_lowrank.optim.entries import Entry, nonzero
 from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.layout import Layout, dense_basis, make_layout
 from hf_lowrank.optim.methods import SubspaceSettings
-from hf_lowrank.optim.refresh import basis_state, choose_bases, write_bases
+from hf_lowrank.optim.refresh import basis_state, choose_bases, held_bases, write_bases
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.state import StateTensor, adam_moments
 from hf_lowrank.optim.subspaces import (
@@ -33,8 +34,9 @@ DCT = "dct"
 # The lazy interval (arXiv 2407.08296): a subspace has settled when its last cosines are at least this on average.
 SETTLED = 0.4
 COSINES = StateTensor(shape=(5,), dtype=torch.float32, initial=-math.inf, sharded=False)
-# Subspaces that can be chosen for both sides of a matrix.
+# Subspaces that can be chosen for both sides of a matrix, and those that store a basis of values.
 TWO_SIDED = ("svd", "randomized", "random")
+OF_VALUES = (*TWO_SIDED, "gaussian")
 
 
 class ProjectedAdamW(TargetedAdamW):
@@ -60,6 +62,8 @@ class ProjectedAdamW(TargetedAdamW):
         lazy: doubles the interval between refreshes of a matrix whenever the absolute cosines of the first vectors of
             its successive bases, at its last five refreshes, average at least 0.4 (Q-GaLore). For subspaces that
             depend on the gradient. The host reads the cosines at a refresh.
+        projection_bits: of each stored value of a basis: 4, in groups of 256 values (Q-GaLore), or None for the type
+            of the parameter. For unsharded parameters and subspaces that store values.
         stagger: spreads the refreshes of the matrices over the steps, so that no single step stalls.
         adam_variant: `official` adds ε before the bias correction and decays the updated weight, as the methods'
             own packages do; `torch` is the rule of `torch.optim.AdamW`.
@@ -139,6 +143,11 @@ class ProjectedAdamW(TargetedAdamW):
         return group["rank"] is not None
 
     def make_layout(self, group: dict[str, Any], param: Tensor, name: str) -> Layout:
+        if group["projection_bits"] is not None and isinstance(param, DTensor):
+            raise UserError(
+                f"projection_bits must be None for sharded parameters, got {group['projection_bits']} for {name}; a "
+                "group of 256 values could be split between two processes"
+            )
         return make_layout(
             param,
             name,
@@ -151,7 +160,8 @@ class ProjectedAdamW(TargetedAdamW):
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
         counters = {"refreshes": 0, **({"reset_at": 0} if group["moments"] == "reset" else {})}
         settling: Declared = {"interval": 1, "cosines": COSINES} if group["lazy"] else {}
-        return {**counters, **settling, **adam_moments(*layout.low_shape), **basis_state(group["subspace"], layout)}
+        bases = basis_state(group["subspace"], layout, group["projection_bits"])
+        return {**counters, **settling, **adam_moments(*layout.low_shape), **bases}
 
     def describe(self, group: Mapping[str, Any], layout: Layout) -> str:
         side = "both sides" if layout.both else "left" if layout.transposed else "right"
@@ -169,6 +179,11 @@ class ProjectedAdamW(TargetedAdamW):
             raise UserError(
                 f"subspace of {where} must be one of {allowed} with proj_type='full', got {options['subspace']!r}"
             )
+        if options["projection_bits"] is not None and options["subspace"] not in OF_VALUES:
+            raise UserError(
+                f"subspace of {where} must be one of {', '.join(OF_VALUES)} with projection_bits="
+                f"{options['projection_bits']}, got {options['subspace']!r}"
+            )
 
     def _forget(self) -> None:
         super()._forget()
@@ -182,7 +197,7 @@ class ProjectedAdamW(TargetedAdamW):
         return ProjectedBatch(
             entries,
             self._bases(entries),
-            layout.partition.left_bases(_parts(entries, "left_basis")) if layout.both else None,
+            layout.partition.left_bases(held_bases(entries, "left_basis")) if layout.both else None,
             torch.stack(accumulated) if accumulated else None,
         )
 
@@ -258,9 +273,13 @@ class ProjectedAdamW(TargetedAdamW):
         """Of the first vectors of a target's last and new basis, absolute; of indices, the share that stays."""
         layout, found = entry.layout, torch.zeros((), device=entry.weight.device)
         for old, new in zip(before, self._basis_rows(entry), strict=True):
-            products = layout.partition.sum((old * new).sum(0))
-            by_index = entry.group["subspace"] in OF_INDICES
-            found = found + (products.mean() if by_index else products.select(0, 0)).abs().float()
+            if entry.group["subspace"] in OF_INDICES:
+                found = found + layout.partition.sum((old * new).sum(0)).mean().float()
+                continue
+            first, second = old.select(1, 0), new.select(1, 0)
+            products = torch.stack([first.dot(second), first.dot(first), second.dot(second)])
+            product, *squares = layout.partition.sum(products).unbind()
+            found = found + (product / (squares[0] * squares[1]).sqrt()).abs().nan_to_num().float()
         if layout.sharding is not None and layout.stacked:
             found = layout.sharding.sum(found)
         return found / layout.count
@@ -269,7 +288,7 @@ class ProjectedAdamW(TargetedAdamW):
         """Copies of the bases in use, if what follows a refresh needs them, as `carry_moments` gets them."""
         if self.diagnostics is None and entry.group["moments"] != "rotate" and not entry.group["lazy"]:
             return [], []
-        lefts = _parts([entry], "left_basis") if entry.layout.both else []
+        lefts = held_bases([entry], "left_basis") if entry.layout.both else []
         return [part.clone() for part in self._basis_rows(entry)], [part.clone() for part in lefts]
 
     def carry_moments(self, entry: Entry, before: Sequence[Tensor], left_before: Sequence[Tensor]) -> None:
@@ -289,7 +308,7 @@ class ProjectedAdamW(TargetedAdamW):
             entry.state["reset_at"] = entry.state["step"]
         else:
             partition = layout.partition
-            lefts = zip(_parts([entry], "left_basis"), left_before, strict=True) if left_before else ()
+            lefts = zip(held_bases([entry], "left_basis"), left_before, strict=True) if left_before else ()
             turns_of_rows = [partition.sum(new.mT @ old) for new, old in lefts]
             for number, (old, new) in enumerate(zip(before, self._basis_rows(entry), strict=True)):
                 right = partition.sum(old.mT @ new)
@@ -314,7 +333,7 @@ class ProjectedAdamW(TargetedAdamW):
         if entries[0].group["subspace"] == DCT:
             return partition.bases_from_whole(_waves(entries))
         if "basis" in entries[0].state:
-            return partition.bases(_parts(entries, "basis"))
+            return partition.bases(held_bases(entries, "basis"))
         return partition.bases_from_whole(_drawn(entries))
 
     def _basis_rows(self, entry: Entry) -> list[Tensor]:
@@ -323,7 +342,7 @@ class ProjectedAdamW(TargetedAdamW):
         if entry.group["subspace"] == DCT:
             rows = list(map(partition.own_rows, _waves([entry])))
         elif "basis" in entry.state:
-            rows = partition.basis_rows(_parts([entry], "basis"))
+            rows = partition.basis_rows(held_bases([entry], "basis"))
         else:
             rows = list(map(partition.own_rows, _drawn([entry])))
         return [dense_basis(part, entry.layout.columns) for part in rows]
@@ -332,6 +351,8 @@ class ProjectedAdamW(TargetedAdamW):
         assert self.diagnostics is not None
         partition = entry.layout.partition
         bases = [dense_basis(basis, entry.layout.columns) for basis in self._bases([entry])]
+        if entry.group["projection_bits"] is not None:  # rounded columns are no longer orthonormal
+            bases, before = ([torch.linalg.qr(basis)[0] for basis in each] for each in (bases, before))
         grads = entry.layout.matrices(entry.grad)
         energies = [captured_energy(*pair, partition) for pair in zip(grads, bases, strict=True)]
         found = {"step": float(entry.state["step"])}
@@ -339,7 +360,7 @@ class ProjectedAdamW(TargetedAdamW):
             found["interval"] = float(entry.group["update_proj_gap"] * entry.state["interval"])
         found["captured_energy"] = float(torch.stack(energies).mean())
         if before:
-            now = self._basis_rows(entry)
+            now = bases if entry.group["projection_bits"] is not None else self._basis_rows(entry)
             overlaps = [subspace_overlap(*pair, partition) for pair in zip(before, now, strict=True)]
             found["subspace_overlap"] = float(torch.stack(overlaps).mean())
         self.diagnostics[entry.info.name] = found
@@ -357,7 +378,7 @@ class ProjectedAdamW(TargetedAdamW):
             return False
         layout = entry.layout
         dtype = entry.declared("exp_avg").dtype_for(entry.param, entry.group["state_dtype"])
-        lefts = _parts([entry], "left_basis") if layout.both else [None] * layout.count
+        lefts = held_bases([entry], "left_basis") if layout.both else [None] * layout.count
         products = map(project_matrix, layout.matrices(entry.grad), self._bases([entry]), lefts)
         lows, earlier = [low.to(dtype) for low in products], self._accumulated.get(entry.param)
         self._accumulated[entry.param] = lows if earlier is None else list(map(torch.add, lows, earlier))
@@ -406,14 +427,10 @@ def rotated_moments(
     return turned, (variance + (turned / seen).square()).abs() * seen_squares
 
 
-def _parts(entries: Sequence[Entry], key: str) -> list[Tensor]:
-    return [part for entry in entries for part in entry.layout.parts(local_part(entry.state[key]))]
-
-
 def _waves(entries: Sequence[Entry]) -> list[Tensor]:
     """The whole bases that are columns of the cosine transform."""
     layout, weight = entries[0].layout, entries[0].weight
-    chosen = layout.partition.whole_indices(_parts(entries, "basis"))
+    chosen = layout.partition.whole_indices(held_bases(entries, "basis"))
     rows = cosines(layout.columns, weight.dtype, weight.device).index_select(0, torch.cat(chosen))
     return list(rows.view(len(chosen), layout.rank, layout.columns).mT.unbind())
 

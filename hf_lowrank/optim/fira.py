@@ -43,11 +43,12 @@ class FiraAdamW(ProjectedAdamW):
         direction = batch.adam(low)
         scales = channel_scales(low, direction, batch.bias_gain)
 
-        # ‖S‖ without S: the basis is orthonormal, so ‖g − s·Q Qᵀg‖² = ‖g‖² − (2s − s²) ‖Qᵀg‖² for every row g.
+        # ‖S‖ without S: ‖g − s·Q Qᵀg‖² = ‖g‖² − 2s ‖Qᵀg‖² + s² ‖Q Qᵀg‖² for every row g.
         share = group["scale"] if group["residual"] == "official" else 1.0
         low_squares = torch.linalg.vector_norm(low, dim=-1, dtype=scales.dtype).square()
         grad_squares = batch.grad_norms(scales.dtype).square()
-        outside = torch.clamp(grad_squares - (2 * share - share**2) * low_squares, min=0)
+        lifted_squares = batch.lifted_squares(low, low_squares)
+        outside = torch.clamp(grad_squares - 2 * share * low_squares + share**2 * lifted_squares, min=0)
         norms = batch.partition.sum((scales.square() * outside).sum(-1)).sqrt()
         scales /= limit_growth_(norms, batch, group["norm_growth_limit"]).unsqueeze(-1)
 

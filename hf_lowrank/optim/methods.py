@@ -62,6 +62,23 @@ MOMENTS = explained(
     rotate="turns them into the new basis, variances by LDAdam's rule (arXiv 2410.16103)",
     reset="sets them to zero",
 )
+StateDtype = Annotated[
+    Literal["parameter", "float32", "8bit"],
+    explained(
+        "storage of optimizer state",
+        **{"parameter": "the type of the parameter", "8bit": "quantised blocks, needs torchao"},
+    ),
+]
+Lazy = Annotated[
+    bool, Field(description="double the interval between refreshes of a matrix each time its subspace has settled")
+]
+ProjectionBits = Annotated[
+    Literal[4] | None,
+    Field(
+        description="bits of each stored value of a basis, in groups of 256 with a scale and a zero point; None for "
+        "the type of the parameter"
+    ),
+]
 ScaleType = Annotated[
     Literal["channel", "tensor"], explained("scaling factors", channel="one per channel", tensor="one per matrix")
 ]
@@ -114,11 +131,7 @@ class OptimizerSettings(MethodSettings):
     """Settings that all optimizer methods share."""
 
     target_modules: str | list[str] = Field("auto", description=TARGET_MODULES)
-    state_dtype: Literal["parameter", "float32", "8bit"] = explained(
-        "storage of optimizer state",
-        "parameter",
-        **{"parameter": "the type of the parameter", "8bit": "quantised blocks, needs torchao"},
-    )
+    state_dtype: StateDtype = "parameter"
     stochastic_rounding: bool = Field(
         False, description="round updates of bfloat16 weights stochastically, so that small ones are not lost"
     )
@@ -155,13 +168,18 @@ class SubspaceSettings(OptimizerSettings):
         False, description="log the captured gradient energy and the overlap of successive bases"
     )
     subspace: Annotated[AnySubspace, SUBSPACE] = "randomized"
-    lazy: bool = Field(
-        False, description="double the interval between refreshes of a matrix each time its subspace has settled"
-    )
+    lazy: Lazy = False
+    projection_bits: ProjectionBits = None
 
 
 class GaLoreSettings(SubspaceSettings):
     scale: Scale = 0.25
+
+
+class QGaLoreSettings(GaLoreSettings):
+    state_dtype: StateDtype = "8bit"
+    lazy: Lazy = True
+    projection_bits: ProjectionBits = 4
 
 
 class FiraSettings(SubspaceSettings):
@@ -289,6 +307,15 @@ ENTRIES = (
         source="arXiv 2403.03507",
         look=Look("#0a6fb5", "#5fb0ee", SOLID, "square"),
         build_optimizer=build_optimizer("hf_lowrank.optim.galore:GaLoreAdamW"),
+    ),
+    _subspace_method(
+        name="q_galore",
+        title="Q-GaLore",
+        summary="GaLore with bases in four bits, moments in eight, and a lazy interval between refreshes.",
+        settings=QGaLoreSettings,
+        source="arXiv 2407.08296",
+        look=Look("#3a1fc8", "#8f6bff", DASHED, "down"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.q_galore:QGaLoreAdamW"),
     ),
     _subspace_method(
         name="fira",

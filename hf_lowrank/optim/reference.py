@@ -79,6 +79,7 @@ class Options:
     choose_bases: Callable[[Tensor, Options], Bases] = leading_singular_vectors
     stagger_offset: int = 0
     lazy: bool = False
+    projection_bits: int | None = None
     residual: str = "official"
     norm_growth_limit: float = 1.01
     scale_type: str = "channel"
@@ -103,6 +104,11 @@ def galore(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor
     R = project(G, state)
     N, lr, state = adam(R, state, options)
     return apply(W, lr * options.scale * lift(N, state), options), state
+
+
+def q_galore(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """Q-GaLore (arXiv 2407.08296): GaLore with bases in four bits, refreshed at a lazy interval."""
+    return galore(W, G, state, replace(options, projection_bits=4, lazy=True))
 
 
 def fira(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
@@ -207,7 +213,7 @@ def refresh(G: Tensor, state: State, options: Options) -> State:
     """New bases every T steps; the moments are kept, rotated into the new bases, or reset."""
     if not is_due(state, options):
         return state
-    P, Q = options.choose_bases(G, options)
+    P, Q = (in_few_bits(basis, options.projection_bits) for basis in options.choose_bases(G, options))
     M, V, age = state.M, state.V, state.age
     if M is None or V is None or options.moments == "reset":
         M, V, age = torch.zeros_like(project(G, State(P=P, Q=Q))), torch.zeros_like(project(G, State(P=P, Q=Q))), 0
@@ -219,12 +225,26 @@ def refresh(G: Tensor, state: State, options: Options) -> State:
     return replace(state, P=P, Q=Q, M=M, V=V, age=age, interval=interval, cosines=cosines)
 
 
+def in_few_bits(basis: Tensor | None, bits: int | None) -> Tensor | None:
+    """A basis as Q-GaLore stores it: row-major groups of 256 values `scale · (code − zero)`, zero not clipped."""
+    if basis is None or bits is None:
+        return basis
+    groups, most = [], 2**bits - 1
+    for group in basis.flatten().split(256):
+        scale = max(float(group.max() - group.min()), 1e-5) / most
+        zero = torch.round(-group.min() / scale)
+        codes = (torch.round(group / scale) + zero).clamp(0, most)
+        groups.append(scale * (codes - zero))
+    return torch.cat(groups).view(basis.shape)
+
+
 def settling(state: State, P: Tensor | None, Q: Tensor | None) -> tuple[int, tuple[float, ...]]:
     """Q-GaLore's lazy interval (arXiv 2407.08296): doubled while the last five cosines average at least 0.4."""
     old, new = (state.P, P) if Q is None else (state.Q, Q)
     if old is None or new is None:
         return 1, ()
-    cosines = (*state.cosines, abs(float(old[:, 0] @ new[:, 0])))[-5:]
+    cosine = old[:, 0] @ new[:, 0] / (old[:, 0].norm() * new[:, 0].norm())
+    cosines = (*state.cosines, abs(float(cosine)))[-5:]
     settled = len(cosines) == 5 and sum(cosines) / 5 >= 0.4
     return state.interval * (2 if settled else 1), cosines
 

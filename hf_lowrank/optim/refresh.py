@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_lowrank.compat import foreach_copy_
 from hf_lowrank.optim.batch import batch_limits
+from hf_lowrank.optim.codes import Codes, byte_count, decode, encode, group_count
 from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.layout import Layout, RowSharded
 from hf_lowrank.optim.sharding import Sharding, local_part
@@ -32,20 +33,79 @@ from hf_lowrank.optim.subspaces import (
 )
 
 SIDES = ("basis", "left_basis")
+# What a side with codes stores besides them.
+OF_CODES = ("scale", "zero")
+# The names of all state tensors that hold bases.
+STORED_BASES = tuple(key for side in SIDES for key in (side, *(f"{side}_{part}" for part in OF_CODES)))
+# State tensors of bases by their names: a side's basis, or its codes, scales and zero points.
 Bases = dict[str, Tensor]
 
 
-def basis_state(subspace: str, layout: Layout) -> dict[str, StateTensor]:
-    """The state tensors that hold the bases of a subspace; a refresh creates them."""
+def basis_state(subspace: str, layout: Layout, bits: int | None = None) -> dict[str, StateTensor]:
+    """The state tensors that hold the bases of a subspace; a refresh creates them.
+
+    Args:
+        bits: of each value of a basis; None: that of the parameter.
+    """
     if subspace == UNSTORED:
         return {}
     if subspace in OF_INDICES:
         return {"basis": StateTensor(shape=(layout.rank,), dtype=torch.int64, initial=None)}
     lengths = {"basis": layout.columns, **({"left_basis": layout.rows} if layout.both else {})}
-    return {
-        side: StateTensor(shape=(length, layout.rank), dtype="parameter", initial=None)
-        for side, length in lengths.items()
+    if bits is None:
+        return {
+            side: StateTensor(shape=(length, layout.rank), dtype="parameter", initial=None)
+            for side, length in lengths.items()
+        }
+    found = {}
+    for side, length in lengths.items():
+        size = length * layout.rank
+        found[side] = StateTensor(shape=(byte_count(size, bits),), dtype=torch.uint8, initial=None)
+        for part in OF_CODES:
+            found[f"{side}_{part}"] = StateTensor(shape=(group_count(size),), dtype="wide", initial=None)
+    return found
+
+
+def held_bases(entries: Sequence[Entry], side: str) -> list[Tensor]:
+    """This process's part of the bases in use of targets of one layout, one per matrix, decoded."""
+    layout, bits = entries[0].layout, _bits(entries[0])
+    parts = {
+        key: [part for entry in entries for part in layout.parts(local_part(entry.state[key]))]
+        for key in _keys_of(side, bits)
     }
+    if bits is None:
+        return parts[side]
+    stored = {key: torch.stack(list(own)) for key, own in parts.items()}
+    return list(_decoded(entries[0], stored, side).to(entries[0].weight.dtype).unbind())
+
+
+def _bits(entry: Entry) -> int | None:
+    """Bits of each value of a target's bases; None where they are stored as they are."""
+    bits: int | None = entry.group["projection_bits"]
+    return bits
+
+
+def _keys_of(side: str, bits: int | None) -> list[str]:
+    """The state tensors of one side's basis."""
+    return [side] if bits is None else [side, *(f"{side}_{part}" for part in OF_CODES)]
+
+
+def _stored(entry: Entry, side: str, basis: Tensor) -> Bases:
+    """A side's new bases, (k, length, rank), as the state holds them."""
+    bits = _bits(entry)
+    if bits is None:
+        dtype = entry.declared(side).dtype_for(entry.weight, "parameter")
+        return {side: basis.to(dtype).clone(memory_format=torch.contiguous_format)}
+    return dict(zip(_keys_of(side, bits), encode(basis, bits), strict=True))
+
+
+def _decoded(entry: Entry, stored: Bases, side: str) -> Tensor:
+    """A side's bases, (k, length, rank), from what the state holds of k matrices."""
+    bits, layout = _bits(entry), entry.layout
+    if bits is None:
+        return stored[side]
+    length = layout.rows if side == "left_basis" else layout.columns
+    return decode(Codes(*(stored[key] for key in _keys_of(side, bits))), (length, layout.rank), bits)
 
 
 def choose_bases(due: Sequence[Entry], *, afresh: bool = False) -> list[Bases]:
@@ -98,15 +158,15 @@ def write_bases(targets: Sequence[Entry], chosen: Sequence[Bases]) -> None:
 
 
 def _shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
-    """The shape of one matrix's basis, by side; none for a subspace that is not stored."""
-    return {side: entry.declared(side).shape or () for side in SIDES if side in entry.info.declared}
+    """The shapes of the state tensors of one matrix's bases; none for a subspace that is not stored."""
+    return {key: entry.declared(key).shape or () for key in STORED_BASES if key in entry.info.declared}
 
 
 def _last(entry: Entry, afresh: bool) -> Bases:
-    """The bases in use, by side; none before a first choice has counted."""
+    """The bases in use, as the state holds them; none before a first choice has counted."""
     if afresh:
         return {}
-    return {side: entry.state[side] for side in _shapes(entry) if side in entry.state and entry.state["refreshes"]}
+    return {key: entry.state[key] for key in _shapes(entry) if key in entry.state and entry.state["refreshes"]}
 
 
 def _choose_held(targets: Sequence[Entry], afresh: bool) -> list[Bases]:
@@ -192,7 +252,7 @@ class Matrix(NamedTuple):
     Attributes:
         grad: its gradient, as it is stored.
         number: its place among all of the optimizer's matrices.
-        last: the bases in use, by side; none before the first choice.
+        last: the bases in use, as the state holds them; none before the first choice.
     """
 
     entry: Entry
@@ -202,7 +262,7 @@ class Matrix(NamedTuple):
 
 
 def _choose(matrices: Sequence[Matrix]) -> list[Bases]:
-    """The bases of whole matrices, by side, in the type of the weight; all that are alike at once."""
+    """The bases of whole matrices, as the state holds them; all that are alike at once."""
     found: list[Bases] = [{} for _ in matrices]
     alike: dict[tuple[Any, ...], list[int]] = {}
     for number, (entry, grad, _, last) in enumerate(matrices):
@@ -223,14 +283,15 @@ def _choose(matrices: Sequence[Matrix]) -> list[Bases]:
 
 
 def _choose_alike(matrices: Sequence[Matrix], turns: bool) -> Bases:
-    """The bases of several whole matrices, by side, (k, …)."""
+    """The bases of several whole matrices, as the state holds them, (k, …)."""
     entry, _, _, last = matrices[0]
-    layout, group, sides = entry.layout, entry.group, list(_shapes(entry))
+    layout, group, sides = entry.layout, entry.group, [side for side in SIDES if side in entry.info.declared]
     if not sides:
         return {}
     grads = stacked([matrix.grad for matrix in matrices])
     grads = grads.mT if layout.transposed else grads
-    previous = {side: stacked([matrix.last[side] for matrix in matrices]) for side in last}
+    held = {key: stacked([matrix.last[key] for matrix in matrices]) for key in last}
+    previous = {side: _decoded(entry, held, side) for side in sides} if held else {}
     request = Request(
         grads=grads,
         rank=layout.rank,
@@ -253,12 +314,9 @@ def _choose_alike(matrices: Sequence[Matrix], turns: bool) -> Bases:
             keys=[(*key, 1) for key in request.keys],
         )
         bases = (choose(request), choose(other))
-    chosen = {
-        side: basis.to(entry.declared(side).dtype_for(entry.weight, "parameter")).clone(
-            memory_format=torch.contiguous_format
-        )
-        for side, basis in zip(sides, bases, strict=True)
-    }
+    chosen: Bases = {}
+    for side, basis in zip(sides, bases, strict=True):
+        chosen |= _stored(entry, side, basis)
     if group["subspace"] not in OF_GRADIENTS:
         return chosen
     if not last and group["subspace"] in OF_INDICES:
@@ -267,8 +325,8 @@ def _choose_alike(matrices: Sequence[Matrix], turns: bool) -> Bases:
     for basis in bases:
         usable &= basis.isfinite().flatten(1).all(-1)
     return {
-        side: torch.where(usable.view(-1, *[1] * (basis.ndim - 1)), basis, previous.get(side, 0))
-        for side, basis in chosen.items()
+        key: torch.where(usable.view(-1, *[1] * (part.ndim - 1)), part, held.get(key, 0))
+        for key, part in chosen.items()
     }
 
 

@@ -28,15 +28,15 @@ class StateTensor:
     Attributes:
         shape: of one matrix's tensor, `()` for a number; None for a tensor like the whole parameter, in its memory
             format. For a parameter that stacks several matrices the number of matrices comes first.
-        dtype: `"moments"` for the type that the group's `state_dtype` gives, `"parameter"` for the parameter's, or a
-            type of its own.
+        dtype: `"moments"` for the type that the group's `state_dtype` gives, `"parameter"` for the parameter's,
+            `"wide"` for float32, or float64 of such a parameter, or a type of its own.
         initial: the value of every element at the start; None if the method's refresh creates the tensor.
         quantized: how `state_dtype="8bit"` stores it: as `"signed"` or `"unsigned"` codes, or not as codes.
         sharded: whether a sharded parameter shards it along its first dimension too; a single number never is.
     """
 
     shape: tuple[int, ...] | None
-    dtype: torch.dtype | Literal["moments", "parameter"] = "moments"
+    dtype: torch.dtype | Literal["moments", "parameter", "wide"] = "moments"
     initial: float | None = 0.0
     quantized: Literal["signed", "unsigned"] | None = None
     sharded: bool = True
@@ -45,8 +45,8 @@ class StateTensor:
         """The type in which the tensor is computed with."""
         if isinstance(self.dtype, torch.dtype):
             return self.dtype
-        of_parameter = "parameter" in {self.dtype, state_dtype} or param.dtype == torch.float64
-        return param.dtype if of_parameter else torch.float32
+        of_parameter = self.dtype != "wide" and "parameter" in {self.dtype, state_dtype}
+        return param.dtype if of_parameter or param.dtype == torch.float64 else torch.float32
 
     def full_shape(self, param: Tensor, layout: Layout | None) -> tuple[int, ...]:
         """Shape of the tensor for all matrices of `param`."""

@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_lowrank.optim import FrugalAdamW, param_groups
 from hf_lowrank.optim.muon import muon_groups
 from hf_lowrank.optim.sharding import local_part
-from tests.optim.test_conformance import METHOD_CASES, ORTHOGONAL, in_full_precision, own_options
+from tests.optim.test_conformance import IN_FOUR_BITS, METHOD_CASES, ORTHOGONAL, in_full_precision, own_options
 
 METHODS = {**METHOD_CASES, "frugal-blocks": partial(FrugalAdamW, subspace="blocks")}
+SHARDED = [name for name in METHODS if name not in IN_FOUR_BITS]
 BATCH = 16
 
 

@@ -12,6 +12,7 @@ METHODS: dict[str, dict[str, object]] = {
     "galore": {"rank": 4, "update_proj_gap": 3},
     "fira": {"rank": 4, "update_proj_gap": 3},
     "apollo": {"rank": 4, "update_proj_gap": 3},
+    "q_galore": {"rank": 4, "update_proj_gap": 1},
     "apollo_mini": {"update_proj_gap": 3},
     "frugal": {"rank": 4, "update_proj_gap": 3},
     "muon": {},

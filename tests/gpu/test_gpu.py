@@ -20,7 +20,7 @@ from hf_lowrank.training import load_recipe, pretrain
 from tests.distributed.every_method import CASES, SHAPE, method_of, write_recipe, write_texts
 from tests.distributed.sharded_training import free_port
 from tests.distributed.training import METHODS as OPTIMIZERS
-from tests.distributed.training import net, optimizer_of, whole_weights
+from tests.distributed.training import SHARDED, net, optimizer_of, whole_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -111,7 +111,7 @@ def alone_among_processes(device):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", SHARDED)
 def test_shards_step_as_the_whole(name, device, alone_among_processes):
     whole, sharded = (stepped(name, device, torch.float64, steps=6, sharded=sharded) for sharded in (False, True))
     bound = 1e-9

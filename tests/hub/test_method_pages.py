@@ -40,7 +40,7 @@ def test_the_list_names_all_pages():
 def options(annotation):
     """The words that a setting allows; empty where it is no choice of words."""
     if typing.get_origin(annotation) is typing.Literal:
-        return set(typing.get_args(annotation))
+        return {word for word in typing.get_args(annotation) if isinstance(word, str)}
     return {word for inner in typing.get_args(annotation) for word in options(inner)}
 
 

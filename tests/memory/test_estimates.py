@@ -1,6 +1,7 @@
 """Estimates compared with closed forms, and with what real models, gradients, optimizers and graphs hold."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.memory import estimate
 from hf_lowrank.memory.recorder import AllocatorPeak
 from hf_lowrank.methods import METHODS
+from hf_lowrank.training import load_recipe
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 HIDDEN, MLP, LAYERS, VOCABULARY, RANK = 64, 96, 2, 500, 8
 # (out, in) of a block's seven linear layers.
 LINEARS = [(HIDDEN, HIDDEN)] * 4 + [(MLP, HIDDEN)] * 2 + [(HIDDEN, MLP)]
@@ -50,6 +53,45 @@ def test_galore_has_a_basis_and_moments_of_its_rank(tiny):
     assert found.bases == 4 * LAYERS * sum(RANK * min(shape) for shape in LINEARS)
     assert found.moments == 8 * (LAYERS * sum(RANK * max(shape) for shape in LINEARS) + REST)
     assert found.weights == estimate(tiny("full_rank")).weights
+
+
+def in_q_galore(hidden, mlp, layers, rank, rest):
+    """Bytes of bases, and of moments in blocks of 256 with counters of cosines, at sizes that fill all groups."""
+    shapes = layers * ([(hidden, hidden)] * 4 + [(mlp, hidden)] * 3)
+    values = sum(rank * min(shape) for shape in shapes)
+    moments = sum(rank * max(shape) for shape in shapes)
+    in_codes, alone = rest
+    return values // 2 + 8 * values // 256, (2 + 8 / 256) * (moments + in_codes) + 8 * alone + 20 * len(shapes)
+
+
+@pytest.mark.drill
+def test_q_galore_has_bases_in_four_bits_and_moments_in_eight():
+    """At 60M, where the norms' moments are too short for codes and stay in float32."""
+    rest = 2 * 32_000 * 512, 17 * 512
+    found = estimate(RECIPES / "llama_60m" / "q_galore.yaml", batch_size=1, sequence_length=16)
+    assert (found.bases, found.moments) == in_q_galore(512, 1376, 8, 128, rest)
+    galore = estimate(RECIPES / "llama_60m" / "galore.yaml", batch_size=1, sequence_length=16)
+    assert found.bases / galore.bases == (0.5 + 8 / 256) / 4
+    assert found.optimizer_state < 0.26 * galore.optimizer_state
+
+
+@pytest.mark.drill
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_q_galore_at_60m_holds_what_was_estimated(training):
+    recipe = load_recipe(
+        RECIPES / "llama_60m" / "q_galore.yaml",
+        ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=1", "training.bf16=false",
+         "data.sequence_length=16"],
+    )  # fmt: skip
+    found = estimate(recipe)
+    real, watch = training(recipe), AllocatorPeak()
+    assert watch.start(real.model, real.optimizer)
+    real.step()
+    real.step()
+    peak = watch.stop()
+    assert peak == pytest.approx(max(size for phase, size in found.phases.items() if phase != "evaluation"), rel=0.02)
+    state = [value for entries in real.optimizer.state.values() for value in entries.values()]
+    assert found.optimizer_state == size_of(value for value in state if isinstance(value, torch.Tensor))
 
 
 def test_cola_has_factors_instead_of_weights(tiny):

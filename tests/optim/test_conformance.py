@@ -20,6 +20,7 @@ from hf_lowrank.optim import (
     GaLoreAdamW,
     MuonAdamW,
     NorMuonAdamW,
+    QGaLoreAdamW,
 )
 from hf_lowrank.optim.base import TargetedAdamW
 from hf_lowrank.optim.core import ProjectedAdamW
@@ -38,7 +39,10 @@ METHOD_CASES = {
     "galore-full-fast": partial(GaLoreAdamW, proj_type="full", subspace="randomized", moments="rotate"),
     "galore-stagger": partial(GaLoreAdamW, stagger=True, subspace="random", proj_type="reverse_std", moments="reset"),
     "galore-lazy": partial(GaLoreAdamW, subspace="randomized", lazy=True),
+    "q-galore": partial(QGaLoreAdamW, state_dtype="parameter"),  # moments of so few values are never in eight bits
+    "galore-full-4bit": partial(GaLoreAdamW, proj_type="full", subspace="svd", projection_bits=4),
     "fira": partial(FiraAdamW, subspace="svd"),
+    "fira-4bit": partial(FiraAdamW, subspace="randomized", projection_bits=4),
     "fira-paper": partial(FiraAdamW, residual="paper", subspace="randomized", adam_variant="torch"),
     "apollo": ApolloAdamW,
     "apollo-seeded": partial(ApolloAdamW, subspace="seeded"),
@@ -52,6 +56,7 @@ METHOD_CASES = {
     "dion2": Dion2AdamW,
 }
 ORTHOGONAL = ["muon", "muon-polar", "normuon", "dion", "dion2"]
+IN_FOUR_BITS = ["q-galore", "galore-full-4bit", "fira-4bit"]
 PROJECTED = [name for name in METHOD_CASES if name not in ORTHOGONAL]
 every_method = pytest.mark.parametrize("name", METHOD_CASES)
 every_projection = pytest.mark.parametrize("name", PROJECTED)
@@ -179,6 +184,7 @@ def test_same_seed_same_bits_other_seed_other_bits(name):
         in {
             "galore",
             "galore-full",
+            "galore-full-4bit",
             "galore-dct",
             "fira-dct",
             "fira",
@@ -403,7 +409,8 @@ def test_state_moves_to_other_weight_types(name):
     for state in other.state.values():
         for key, value in state.items():
             if key not in kept and value.is_floating_point() and key not in {"residual_norm", "cosines"}:
-                assert value.dtype == torch.bfloat16, key
+                is_of_codes = "basis_" in key
+                assert value.dtype == (torch.float32 if is_of_codes else torch.bfloat16), key
 
 
 @every_method
@@ -447,7 +454,12 @@ def test_state_has_the_size_that_the_method_needs(name, dtype):
         asked["basis"] = projected * rank * size
     if name.startswith("galore-full"):
         asked["left_basis"] = rows * rank * size
-    if name == "galore-lazy":
+    if name in IN_FOUR_BITS:  # one group each
+        for side, length in (("basis", projected), ("left_basis", rows)):
+            if side in asked:
+                asked[side] = length * rank // 2
+                asked |= dict.fromkeys((f"{side}_scale", f"{side}_zero"), 8 if dtype == torch.float64 else 4)
+    if name in {"galore-lazy", "q-galore"}:
         asked["cosines"] = 5 * 4
     if name.startswith(("fira", "apollo")):
         asked["residual_norm"] = 4

@@ -29,7 +29,8 @@ from tests.optim.test_conformance import (
 )
 
 # A lazy interval is decided by the host, which reads cosines at a refresh.
-every_free_method = pytest.mark.parametrize("name", [name for name in METHOD_CASES if name != "galore-lazy"])
+LAZY = ("galore-lazy", "q-galore")
+every_free_method = pytest.mark.parametrize("name", [name for name in METHOD_CASES if name not in LAZY])
 TENSOR_RATES = pytest.mark.parametrize("tensor_rate", [False, True], ids=["number", "tensor"])
 
 

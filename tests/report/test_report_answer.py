@@ -18,7 +18,7 @@ from hf_lowrank.runs.records import load_runs
 from hf_lowrank.statistics import without_outliers
 
 ORTHOGONAL = ["normuon", "dion", "dion2"]
-OTHERS = ["apollo_mini", "frugal", "muon", "cola_m", *ORTHOGONAL]
+OTHERS = ["q_galore", "apollo_mini", "frugal", "muon", "cola_m", *ORTHOGONAL]
 STUDY = ["full_rank", "low_rank", "galore", "fira", "apollo", "relora", "cola", "sltrain"]
 ALL = STUDY + OTHERS
 
@@ -195,8 +195,8 @@ def test_methods_are_distinguishable_without_colour_vision(tone, vision):
     chosen = looks(ALL)
     shapes = [(look.dash, look.marker) for look in chosen.values()]
     assert len(set(shapes)) == len(shapes)
-    for a in STUDY + ORTHOGONAL:
-        for b in STUDY + ORTHOGONAL:
+    for a in STUDY + ORTHOGONAL + ["q_galore"]:
+        for b in STUDY + ORTHOGONAL + ["q_galore"]:
             if a < b and chosen[a].dash == chosen[b].dash:
                 apart = np.linalg.norm(_lab(getattr(chosen[a], tone), vision) - _lab(getattr(chosen[b], tone), vision))
                 assert apart > 12, (a, b, apart)

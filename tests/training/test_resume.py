@@ -21,6 +21,8 @@ METHODS = {
     "full_rank": {"name": "full_rank"},
     "two_rates": {"name": "full_rank", "matrix_lr_scale": 0.25},
     "galore": {"name": "galore", "rank": 4, "update_proj_gap": 7},
+    # The interval of settled subspaces is lengthened at steps 5, 6, 8, …: every checkpoint is inside some.
+    "q_galore": {"name": "q_galore", "rank": 4, "update_proj_gap": 1},
     "fira": {"name": "fira", "rank": 4, "update_proj_gap": 7},
     "normuon": {"name": "normuon"},
     "dion": {"name": "dion", "rank": 4, "matrix_lr_scale": 5.0},
