@@ -1,6 +1,8 @@
 """Replaced layers as PEFT tuners: their configs, the layers they replace and the operations they support."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
@@ -276,6 +278,16 @@ class ReplacingTuner(BaseTuner):
     def unload(self) -> NoReturn:
         """Raises UserError: the dense weights are gone."""
         self._no_dense_weight("unloaded")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuses batches of several adapters, which PEFT takes in silence where a tuner says nothing."""
+        if kwargs.get("adapter_names") is not None:
+            raise UserError(
+                f"adapter_names must be left out: {self.title} replaces layers, so one adapter computes a batch; "
+                "choose it by set_adapter"
+            )
+        yield
 
     def _no_dense_weight(self, what: str) -> NoReturn:
         first = next(iter(self.targeted_module_names), "the model")
