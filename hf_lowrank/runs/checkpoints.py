@@ -165,7 +165,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 def _about_pickles(folder: Path) -> str:
     """What to add where safetensors weights are missing."""
-    pickles = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
+    pickles = sorted(file.name for file in folder.glob(layout.PICKLES))
     return f" ({pickles[0]} is a pickle, which is not read; save the model with save_pretrained)" if pickles else ""
 
 

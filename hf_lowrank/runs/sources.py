@@ -139,6 +139,7 @@ class HubSource:
         self._revisions = found
         self.steps = sorted(found)
         self._remote: dict[int, RemoteTensors] = {}
+        self._check_weights(self.steps[-1])
 
     def folder(self, step: int, *, weights: bool) -> Path:
         from huggingface_hub import snapshot_download
@@ -150,7 +151,27 @@ class HubSource:
             folder = snapshot_download(self.repository, revision=self._revisions[step], allow_patterns=patterns)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.where(step)}: cannot be downloaded: {one_line(error)}") from None
+        if weights and not any(Path(folder).glob("*.safetensors")):
+            self._check_weights(step)
         return Path(folder)
+
+    def _check_weights(self, step: int) -> None:
+        """Raises UserError for a revision whose weights are all pickles, with what to do about it."""
+        from huggingface_hub import list_repo_files
+
+        try:
+            files = list_repo_files(self.repository, revision=self._revisions[step])
+        except Exception:  # offline, of which errors depend on the version of huggingface_hub; or it fails later
+            return
+        pickles = [file for file in sorted(files) if fnmatch.fnmatchcase(file, layout.PICKLES)]
+        if pickles and not any(file.endswith(".safetensors") for file in files):
+            name = self.repository.partition("/")[2]
+            raise UserError(
+                f"{self.where(step)}: {pickles[0]} is a pickle, which can run any code and is not read; there are no "
+                f"safetensors. If you trust it, run AutoModelForCausalLM.from_pretrained({self.repository!r}, "
+                f"revision={self._revisions[step]!r}).save_pretrained('{name}/checkpoint-{step}') for each step, then "
+                f"give the folder {name}"
+            )
 
     def file(self, step: int, name: str) -> Path | None:
         from huggingface_hub import hf_hub_download
