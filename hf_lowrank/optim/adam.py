@@ -33,9 +33,11 @@ def host_reads(device: torch.device) -> bool:
 
 
 def rate(group: Mapping[str, Any]) -> Number:
-    """A group's learning rate: a number, unless it is a tensor on a device that the host does not read."""
+    """A group's learning rate: a number, or a tensor without dimensions on a device that the host does not read."""
     lr = group["lr"]
-    return lr if isinstance(lr, Tensor) and not host_reads(lr.device) else float(lr)
+    if not isinstance(lr, Tensor) or host_reads(lr.device):
+        return float(lr)
+    return lr if not lr.ndim else lr.reshape(())
 
 
 def adamw_(

@@ -35,13 +35,26 @@ from hf_lowrank.optim.entries import (
 from hf_lowrank.optim.groups import flattened, flattened_by, parameter_table
 from hf_lowrank.optim.layerwise import Layerwise
 from hf_lowrank.optim.layout import Layout
+from hf_lowrank.optim.loading import fill_options, restore
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.state import StateTensor, adam_moments, check_8bit_available
 
 logger = logging.getLogger(__name__)
 
 # Keys that torch, its schedulers and Trainer add to groups.
-FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "max_lr", "min_lr", "name"})
+FOREIGN_KEYS = frozenset(
+    {
+        "params",
+        "param_names",
+        "initial_lr",
+        "swa_lr",
+        "max_lr",
+        "min_lr",
+        "max_momentum",
+        "base_momentum",
+        "name",
+    }
+)
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 FULL_MOMENTS = adam_moments(whole=True)
@@ -90,14 +103,19 @@ class TargetedAdamW(Optimizer):
         self._skipped: set[str] = set()
         self._checked = False
         self._layerwise = Layerwise(self) if layerwise else None
-        fields = self.settings.model_fields.items()
-        settings = {key: field.default for key, field in fields if key not in self.settings_of_model}
+        settings = self._default_options()
         for key in options:
             if key not in settings:
                 raise TypeError(f"{type(self).__name__} has no option {key!r}; {nearest(key, settings)}")
-        defaults = {**defaults, "betas": tuple(betas), **settings, **options}
+        defaults = {**defaults, "betas": betas, **settings, **options}
         self._check_options(defaults, type(self).__name__)
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "betas": tuple(betas)})
+
+    @classmethod
+    def _default_options(cls) -> dict[str, Any]:
+        """The settings that groups have, with their defaults."""
+        fields = cls.settings.model_fields.items()
+        return {key: field.default for key, field in fields if key not in cls.settings_of_model}
 
     # What a method defines
 
@@ -143,13 +161,17 @@ class TargetedAdamW(Optimizer):
 
     def _check_options(self, options: dict[str, Any], where: str) -> None:
         checks: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "lr": (lambda x: float(x) >= 0, "at least 0"),
-            "eps": (lambda x: x >= 0, "at least 0"),
-            "weight_decay": (lambda x: x >= 0, "at least 0"),
+            "lr": (lambda x: float(x) >= 0, "one number of at least 0"),
+            "eps": (lambda x: float(x) >= 0, "one number of at least 0"),
+            "weight_decay": (lambda x: float(x) >= 0, "one number of at least 0"),
             "betas": (lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "two numbers from 0 to below 1"),
         }
         for key, (is_allowed, allowed) in checks.items():
-            if not is_allowed(options[key]):
+            try:
+                passes = not isinstance(options[key], str) and is_allowed(options[key])
+            except (TypeError, ValueError, RuntimeError):  # not a number, or a tensor of several
+                passes = False
+            if not passes:
                 raise UserError(f"{key} of {where} must be {allowed}, got {options[key]!r}")
         # The rank is checked against each matrix; it is None for the parameters that get AdamW.
         check_options(self.settings, {key: value for key, value in options.items() if key != "rank"}, where)
@@ -161,11 +183,15 @@ class TargetedAdamW(Optimizer):
 
         Raises:
             UserError: an unknown option, one out of range, or a target that the method cannot handle, by name.
+            TypeError: not a dict.
         """
-        unknown = set(param_group) - set(self.defaults) - FOREIGN_KEYS
-        if unknown:
-            key = sorted(unknown)[0]
-            raise UserError(f"unknown option {key!r} of a parameter group; {nearest(key, self.defaults)}")
+        if isinstance(param_group, dict):
+            unknown = set(param_group) - set(self.defaults) - FOREIGN_KEYS
+            if unknown:
+                key = min(unknown, key=str)
+                raise UserError(f"unknown option {key!r} of a parameter group; {nearest(str(key), self.defaults)}")
+            if "params" not in param_group:
+                raise UserError("a parameter group must have the key 'params', a list of its parameters")
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         group = self.param_groups[index]
@@ -173,7 +199,7 @@ class TargetedAdamW(Optimizer):
         try:
             self._check_options(group, f"parameter group {index}")
             self._register(index)
-        except UserError:
+        except Exception:
             del self.param_groups[index], self._infos[known:]
             self.matrix_count = matrices
             raise
@@ -206,6 +232,11 @@ class TargetedAdamW(Optimizer):
                 raise UserError(f"layerwise must be off for sharded parameters such as {name}; leave it out")
             layout, declared = None, Declared(FULL_MOMENTS)
             if self.is_target(group):
+                if param.is_complex():
+                    raise UserError(
+                        f"targets of {optimizer} must be real, {name} of shape {tuple(param.shape)} is complex; "
+                        "put it into a group that gets plain AdamW"
+                    )
                 layout = self.make_layout(group, param, name)
                 self.matrix_count += layout.count
                 declared = self.declare_state(group, layout)
@@ -233,7 +264,7 @@ class TargetedAdamW(Optimizer):
             return
         if not same or any(map(flattened_by, params)):
             known = set(map(id, params))
-            if any(id(param) not in known for param in self.state):
+            if any(isinstance(param, Tensor) and id(param) not in known for param in self.state):
                 raise UserError(
                     f"{type(self).__name__} made steps before its parameters were sharded, and their state is lost; "
                     "shard first, or load the state afterwards"
@@ -260,9 +291,11 @@ class TargetedAdamW(Optimizer):
 
     # The step
 
+    # A compiler would trace what a step decides on the host, such as when a subspace is due, again at each new value.
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step. A parameter with a non-finite gradient is skipped, with a warning.
+        """One optimizer step, never compiled. A parameter with a non-finite gradient is skipped, with a warning.
 
         On an accelerator the host does not wait to learn of it: the parameter and its state stay as they are, though
         the step counts, and the warning comes when `skipped` is read or the state is saved.
@@ -353,6 +386,7 @@ class TargetedAdamW(Optimizer):
                     members[0].write(name, updated)
                 members[0].write_weight(weights[0])
 
+    @torch.compiler.disable
     def step_inside_backward(self, group: int, position: int, param: Tensor, *, ends_step: bool) -> None:
         """With `layerwise`: steps one parameter, or keeps what it needs of the gradient, and frees the gradient.
 
@@ -456,52 +490,66 @@ class TargetedAdamW(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the result of `state_dict()`, from any device or weight type.
+        """Loads the result of `state_dict()`, from any device or weight type, as torch's hooks change it.
 
         torch casts every floating-point state to its parameter's type; here each tensor keeps the type in which this
-        optimizer holds it, so that resuming is exact.
+        optimizer holds it, so that resuming is exact. Options that the saved groups lack, because they were saved
+        before there was such an option, take their defaults.
 
         Raises:
-            UserError: state of another shape than this optimizer's, by name. After any error, state and groups are
-                unchanged.
+            UserError: state of another shape than this optimizer's, state that lacks a tensor, or an option out of
+                range, by name. After any error, state and groups are unchanged.
         """
         before = {"state": self.state, "param_groups": self.param_groups}
+        adapted: dict[str, Any] = {}
+        # After the hooks that change what is loaded, and before those that see the result.
+        hooks = (
+            self.register_load_state_dict_pre_hook(lambda _, final: adapted.update(final)),
+            self.register_load_state_dict_post_hook(lambda _: self._finish_loading(adapted), prepend=True),
+        )
         try:
-            self._load(state_dict)
+            super().load_state_dict(state_dict)
         except Exception:
             self.__dict__.update(before)
             self._register_all()
             raise
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:  # of an earlier version, which had fewer options
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+    def _finish_loading(self, loaded: Mapping[str, Any]) -> None:
+        """Called when torch has loaded `loaded`, before any post-hook."""
+        for index, group in enumerate(self.param_groups):
+            self._check_options(group, f"parameter group {index} of the loaded state")
         self._register_all()
-        saved_ids = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, (info, group, param) in zip(saved_ids, self._registered(), strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if not isinstance(value, Tensor):
-                    continue
-                dtype, declared = value.dtype, info.declared.get(key)
-                if key == "step":  # as torch's own optimizers count
-                    self.state[param][key] = int(value)
-                    continue
-                if isinstance(declared, StateTensor):
-                    expected = declared.full_shape(param, info.layout)
-                    if value.shape != expected:
-                        raise UserError(
-                            f"{key} of {info.name} must have shape {expected}, got {tuple(value.shape)}; "
-                            "the loaded state belongs to other parameters, or to another rank"
-                        )
-                    if value.is_floating_point():
-                        dtype = declared.dtype_for(param, group["state_dtype"])
-                loaded = value.to(device=param.device, dtype=dtype)
-                self.state[param][key] = loaded.clone() if loaded is value else loaded
+        numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+        for number, one in zip(numbers, self._registered(), strict=True):
+            restore(self.state, loaded["state"].get(number, {}), *one)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles keep: all but hooks, as with every optimizer."""
+        return {
+            **super().__getstate__(),
+            "_skipped": self._skipped,
+            "_skips": self._skips,
+            "_layerwise": self._layerwise is not None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", ())
         super().__setstate__(state)
-        if "_infos" not in self.__dict__:  # unpickled, not loaded
-            self._skipped, self._checked, self._layerwise = set(), False, None
+        self.defaults.pop("differentiable", None)  # torch adds it, and groups that have it would be refused
+        options = self._default_options()
+        options.pop("rank", None)  # of the matrices, which no default may fit
+        self.defaults.update({key: value for key, value in options.items() if key not in self.defaults})
+        fill_options(self.param_groups, before, self.defaults, options)
+        if "_infos" not in self.__dict__:  # copied or unpickled, not loaded
+            self._skipped, self._checked = set(state.get("_skipped", ())), False
+            self._layerwise = Layerwise(self) if state.get("_layerwise") else None
             self._register_all()
+            self._skips = dict(state.get("_skips", {}))
+            first = 0
+            for index, group in enumerate(self.param_groups):
+                if self._layerwise is not None:
+                    self._layerwise.attach(index, first, group["params"])
+                first += len(group["params"])

@@ -17,8 +17,9 @@ from hf_lowrank.optim.batch import ProjectedBatch, project_matrix
 from hf_lowrank.optim.entries import Entry, nonzero
 from hf_lowrank.optim.groups import param_groups
 from hf_lowrank.optim.layout import Layout, dense_basis, make_layout
+from hf_lowrank.optim.loading import missing
 from hf_lowrank.optim.methods import SubspaceSettings
-from hf_lowrank.optim.refresh import basis_state, choose_bases, held_bases, write_bases
+from hf_lowrank.optim.refresh import STORED_BASES, basis_state, choose_bases, held_bases, write_bases
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.state import StateTensor, adam_moments
 from hf_lowrank.optim.subspaces import (
@@ -188,6 +189,22 @@ class ProjectedAdamW(TargetedAdamW):
     def _forget(self) -> None:
         super()._forget()
         self._accumulated: dict[Tensor, list[Tensor]] = {}
+
+    def _finish_loading(self, loaded: Mapping[str, Any]) -> None:
+        super()._finish_loading(loaded)
+        for info, _, param in self._registered():
+            state = self.state.get(param)
+            for key in STORED_BASES if state and state.get("refreshes") else ():
+                if key in info.declared and key not in state:  # one that is drawn would be taken in its place
+                    raise missing(key, info)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "diagnostics": self.diagnostics, "_accumulated": self._accumulated}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_accumulated" in state:
+            self._accumulated = state["_accumulated"]
 
     # Subspaces
 

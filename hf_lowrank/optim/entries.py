@@ -176,6 +176,7 @@ def flag_finite(entries: Sequence[Entry]) -> None:
 
 
 def _have_finite_norms(grads: list[Tensor]) -> Tensor:
+    grads = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
     if host_reads(grads[0].device) and grads[0].dtype == dtype and all(grad.is_contiguous() for grad in grads):
         # A third faster than the CPU's norm, and overflows with it.

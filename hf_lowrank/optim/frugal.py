@@ -1,7 +1,7 @@
 """FRUGAL (arXiv 2411.07837): Adam inside a subspace, a rule without state outside it."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -93,16 +93,21 @@ class FrugalAdamW(ProjectedAdamW):
 
         torch.distributed.checkpoint loads into existing tensors, and which blocks have moments changes.
         """
-        saved = super().state_dict()
+        hook = self.register_state_dict_post_hook(lambda _, saved: self._add_sharded_moments(saved), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _add_sharded_moments(self, saved: dict[str, Any]) -> None:
         for number, (_, group, param) in enumerate(self._registered()):
             state = saved["state"].get(number, {})
             if isinstance(param, DTensor) and "reset_at" in state and "exp_avg" not in state:
                 saved["state"][number] = dict(state)
                 _create_moments(saved["state"][number], param, group)
-        return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def _finish_loading(self, loaded: Mapping[str, Any]) -> None:
+        super()._finish_loading(loaded)
         for info, group, param in self._registered():
             state = self.state.get(param)
             if not state or info.layout is None or group["subspace"] != BLOCKS:

@@ -46,7 +46,8 @@ class StateTensor:
         if isinstance(self.dtype, torch.dtype):
             return self.dtype
         of_parameter = self.dtype != "wide" and "parameter" in {self.dtype, state_dtype}
-        return param.dtype if of_parameter or param.dtype == torch.float64 else torch.float32
+        of_parameter |= param.dtype == torch.float64 or param.is_complex()
+        return param.dtype if of_parameter else torch.float32
 
     def full_shape(self, param: Tensor, layout: Layout | None) -> tuple[int, ...]:
         """Shape of the tensor for all matrices of `param`."""
@@ -66,7 +67,8 @@ class StateTensor:
         if self.initial:
             local_part(tensor).fill_(self.initial)
         size = tensor.numel()
-        if self.quantized and state_dtype == "8bit" and size >= MIN_QUANTIZED_SIZE and size % BLOCK == 0:
+        is_coded = self.quantized and state_dtype == "8bit" and not dtype.is_complex
+        if is_coded and size >= MIN_QUANTIZED_SIZE and size % BLOCK == 0:
             state[key], state[f"{key}_scale"] = quantize(tensor, signed=self.quantized == "signed")
         else:
             state[key] = tensor
