@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hf_lowrank.downstream.catalogue import OFFLINE
-from hf_lowrank.runs.scores import Score
+from hf_lowrank.runs.scores import HUB_DATASET, Score
 
 RESAMPLES = 2000
 SLOW_RESAMPLES = 200
@@ -20,6 +20,7 @@ def task_rows(name: str, task: Any, samples: Sequence[Mapping[str, Any]], common
     """A row for each metric of a task, with a bootstrap interval over its items."""
     from lm_eval.api.metrics import mean
 
+    dataset, subset = _dataset(task)
     columns: dict[tuple[str, str], list[tuple[Any, float | None]]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
@@ -43,6 +44,8 @@ def task_rows(name: str, task: Any, samples: Sequence[Mapping[str, Any]], common
             chance=sum(known) / len(known) if len(known) == len(items) else None,
             higher_is_better=bool(task.higher_is_better().get(metric, True)),
             task_version=str(task.VERSION),
+            dataset=dataset,
+            subset=subset,
         )
 
 
@@ -59,6 +62,7 @@ def group_rows(
         scores = [row for row in members if row.metric == full]
         weights = [row.n if by_size.get(metric, True) else 1 for row in scores]
         error = math.hypot(*(w * (row.stderr or 0.0) for w, row in zip(weights, scores, strict=True))) / sum(weights)
+        datasets = {row.dataset for row in scores}
         chances = [w * row.chance for w, row in zip(weights, scores, strict=True) if row.chance is not None]
         yield Score(
             **common,
@@ -73,7 +77,16 @@ def group_rows(
             higher_is_better=scores[0].higher_is_better,
             group=None,
             task_version=str(results.get("versions", {}).get(name)),
+            dataset=datasets.pop() if len(datasets) == 1 else None,
         )
+
+
+def _dataset(task: Any) -> tuple[str | None, str | None]:
+    """The Hub dataset and the configuration that a task's items come from; None for a script, a file or a function."""
+    path, subset = task.config.dataset_path, task.config.dataset_name
+    if task.config.custom_dataset is not None or not isinstance(path, str) or not HUB_DATASET.fullmatch(path):
+        return None, None
+    return path, None if subset is None else str(subset)
 
 
 def _chance(task: Any, metric: str, doc: Mapping[str, Any]) -> float | None:

@@ -28,8 +28,10 @@ TABLES = (layout.MEASUREMENTS, layout.SCORES, layout.FACTS)
 STATE_FILES = (layout.OPTIMIZER, layout.SCHEDULER, layout.SCALER, layout.RANDOM_STATES)
 # Free text may be in these: paths and tokens are removed. Vocabularies and weights are pushed unchanged.
 CLEANED = (*CONFIGS, "tokenizer_config.json", layout.TRAINER_STATE, layout.RECIPE, *TABLES)
+# People and benchmarks may add files next to it.
+EVAL_RESULTS = ".eval_results/hf_lowrank.yaml"
 # A file of these names that a revision no longer has is deleted with the commit.
-OURS = ("model*.safetensors", layout.INDEX, "pictures/*.png", *STATE_FILES)
+OURS = ("model*.safetensors", layout.INDEX, "pictures/*.png", EVAL_RESULTS, *STATE_FILES)
 MANIFEST = "revision.json"
 
 

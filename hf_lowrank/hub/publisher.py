@@ -26,11 +26,13 @@ from hf_lowrank.hub.contents import (
     run_files,
     state_files,
 )
+from hf_lowrank.hub.eval_results import eval_results_file
 from hf_lowrank.hub.pictures import draw
 from hf_lowrank.hub.privacy import one_line, without_private
 from hf_lowrank.hub.repository import INCOMING, Repository, UnreachedError
 from hf_lowrank.runs.layout import CONFIG, OPTIMIZER, RECIPE
 from hf_lowrank.runs.run_files import read_trainer_state
+from hf_lowrank.runs.scores import read_scores
 from hf_lowrank.storage.parsing import parse_json
 
 Dense = Literal["beside", "instead"]
@@ -227,9 +229,14 @@ class Publisher:
         files = run_files(self.run) if self.run is not None else {}
         files |= files_of(PushFile(f"pictures/{name}.png", data) for name, data in pictures.items())
         files[README] = PushFile(README, card.encode())
-        if job is not None and not (isinstance(there, int) and there > job.step):
-            files = {**self.contents(job)[job.branch], **files}
-            self.repository.bring(MAIN, head, files, *self._message(job))
+        newer = job if job is not None and not (isinstance(there, int) and there > job.step) else None
+        step = newer.step if newer is not None else there
+        if self.run is not None and isinstance(step, int):
+            results = eval_results_file(read_scores(self.run), step)
+            files |= files_of([results] if results is not None else [])
+        if newer is not None:
+            files = {**self.contents(newer)[newer.branch], **files}
+            self.repository.bring(MAIN, head, files, *self._message(newer))
             return
         self.repository.bring(MAIN, head, files, "Card and measurements", keep=True)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from hf_lowrank.storage.tables import append_rows, read_table, row_of
 
 # The first of these that a task has is its score.
 PRIMARY = ("acc", "mcc", "acc_norm")
+# How lm-eval's tasks name a dataset on the Hub; other names are loaders of local files.
+HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 Grid = dict[str, dict[int, Any]]  # run -> step -> value
 
@@ -44,6 +47,8 @@ class Score:
         cut: items whose beginning was truncated to the model's context, as lm-eval does.
         limit: the requested number of items; None: all.
         checkpoint: fingerprint of the checkpoint (`Trajectory.fingerprint`); None where unknown.
+        dataset: the Hub dataset that the items come from, `user/name`; None for others, and where unknown.
+        subset: its configuration; None: the only or default one, or, for a group's mean, several.
     """
 
     run: str
@@ -66,6 +71,8 @@ class Score:
     cut: int = 0
     limit: int | None = None
     checkpoint: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
 
 
 def read_scores(path: str | os.PathLike[str]) -> list[Score]:

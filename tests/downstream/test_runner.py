@@ -222,6 +222,33 @@ def test_a_score_of_a_task_whose_ids_are_numbers_is_there(run, tmp_path, few_sho
     assert evaluate(run, tasks="spell", steps=10, output=tmp_path) == rows
 
 
+def test_scores_name_the_hub_dataset_of_their_items(run, tmp_path, few_shot, monkeypatch):
+    """Read by lm-eval from the Hub under its name; here the name leads to local files. Members give it to a group."""
+    import datasets
+
+    assert {(row.dataset, row.subset) for row in evaluate(run, tasks="spell", steps=10, output=tmp_path)} == {
+        (None, None)
+    }
+    files = {split: str(few_shot / f"{split}.jsonl") for split in ("train", "test")}
+    local = datasets.load_dataset("json", data_files=files)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **_: local)
+    task = json.loads((few_shot / "spell.yaml").read_text())
+    del task["dataset_kwargs"]
+    for name in ("one", "two"):
+        hub = {**task, "task": name, "dataset_path": "user/words", "dataset_name": f"easy-{name}"}
+        (few_shot / f"{name}.yaml").write_text(json.dumps(hub))
+    (few_shot / "both.yaml").write_text(
+        "group: both\ntask: [one, two]\naggregate_metric_list: [{metric: acc}]\nmetadata: {version: 1.0}\n"
+    )
+    monkeypatch.setattr(runner_module, "OWN", ("both",))
+    rows = evaluate(run, tasks="both", steps=10, output=tmp_path / "hub")
+    assert {(row.task, row.dataset, row.subset) for row in rows} == {
+        ("one", "user/words", "easy-one"),
+        ("two", "user/words", "easy-two"),
+        ("both", "user/words", None),
+    }
+
+
 def test_scores_of_another_run_of_that_name_are_not_taken_for_its_own(run, tmp_path, few_shot):
     other = tmp_path / "other" / run.name
     shutil.copytree(run, other)

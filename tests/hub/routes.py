@@ -83,11 +83,29 @@ class Routes:
         self.may_read(repo)
         oid = self.store.resolve(repo, revision or "main")
         siblings = [{"rfilename": path} for path in self.store.commit_at(oid)["files"]]
+        if "evalResults" in self.query.get("expand", []):
+            return {"id": repo, "sha": oid, "evalResults": self._eval_results(oid)}
         return {
             "id": repo, "modelId": repo, "sha": oid, "siblings": siblings, "tags": [], "gated": False,
             "private": self.store.repo(repo)["private"], "disabled": False, "downloads": 0, "likes": 0,
             "lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z",
         }  # fmt: skip
+
+    def _eval_results(self, oid: str) -> list[dict[str, Any]]:
+        """Every entry of every file, or the error of a file that is not as the format asks."""
+        found: list[dict[str, Any]] = []
+        for path, entry in self.store.commit_at(oid)["files"].items():
+            if not re.fullmatch(r"\.eval_results/[^/]+\.ya?ml", path):
+                continue
+            try:
+                data = yaml.safe_load(self.store.content(entry))
+                entries = [{"filename": path, "data": item} for item in data]
+                bad = [e for e in data if not re.fullmatch(r"[\w.-]+/[\w.-]+", e["dataset"]["id"])
+                       or not isinstance(e["dataset"]["task_id"], str) or "value" not in e]  # fmt: skip
+                found += [{"filename": path, "error": f"not an entry: {bad[0]}"}] if bad else entries
+            except (yaml.YAMLError, TypeError, KeyError) as error:
+                found.append({"filename": path, "error": str(error)})
+        return found
 
     def refs(self, body: bytes, repo: str) -> Any:
         self.may_read(repo)
