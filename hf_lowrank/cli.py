@@ -307,7 +307,11 @@ def push(
     optimizer: Annotated[
         bool, Option("--optimizer", help="Also push optimizer states, to their own branches.")
     ] = False,
-    public: Annotated[bool, Option("--public", help="Make a new repository public.")] = False,
+    bucket: Annotated[
+        str | None,
+        Option(metavar="USER/BUCKET", help="Also store every checkpoint, with optimizer states, in this bucket."),
+    ] = None,
+    public: Annotated[bool, Option("--public", help="Make a new repository, or bucket, public.")] = False,
     license_: Annotated[str | None, Option("--license", help="The card's license, as a Hub identifier.")] = None,
 ) -> None:
     """Publish a run's checkpoints as revisions step-N. Skips revisions that are already complete."""
@@ -315,7 +319,8 @@ def push(
     from hf_lowrank.hub import push as push_run
 
     pushed = push_run(license=options.pop("license_"), **options)
-    typer.echo(f"{len(pushed)} revisions of {repo_id} are complete")
+    stored = "" if bucket is None else f"; the bucket {bucket} holds the run"
+    typer.echo(f"{len(pushed)} revisions of {repo_id} are complete{stored}")
 
 
 def _numbers(text: str | None) -> list[int] | None:

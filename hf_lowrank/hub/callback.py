@@ -1,5 +1,7 @@
 """Pushing during training: each save adds the checkpoint to a queue on disk, and a thread empties it.
 
+A repository and a bucket have a queue and a thread each.
+
 An entry of the queue is a folder of hard links (copies where the disk has none), so that it survives Trainer's
 `save_total_limit` at no cost. It appears with one rename, so that a killed process leaves a complete entry or none.
 """
@@ -11,6 +13,7 @@ import os
 import re
 import shutil
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.hub.archive import Archive
+from hf_lowrank.hub.bucket import Bucket
 from hf_lowrank.hub.contents import CHECKPOINT_FILES, STATE_FILES
 from hf_lowrank.hub.privacy import one_line
 from hf_lowrank.hub.publisher import Dense, Job, Publisher
@@ -43,13 +48,14 @@ class PushRevisionsCallback(TrainerCallback):
 
     Args:
         repo_id: `user/name`; created if it does not exist.
-        every: every k-th save.
+        every: every k-th save; the others go only to the bucket, if there is one.
+        bucket: `user/bucket` or `user/bucket/folder` on the Hub, which stores every save with its optimizer state.
         dense, optimizer, public, license, token, endpoint: as for `push`.
         wait_at_end: how many seconds the end of training waits for pending uploads.
         first_pause: seconds before the first retry; each further pause is twice as long.
 
     Raises:
-        UserError: `repo_id` is malformed; raised by the constructor, before training.
+        UserError: `repo_id` or `bucket` is malformed; raised by the constructor, before training.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class PushRevisionsCallback(TrainerCallback):
         repo_id: str,
         *,
         every: int = 1,
+        bucket: str | None = None,
         dense: Dense | None = None,
         optimizer: bool = False,
         public: bool = False,
@@ -67,13 +74,16 @@ class PushRevisionsCallback(TrainerCallback):
         first_pause: float = FIRST_PAUSE,
     ) -> None:
         check_repo_id(repo_id)
+        check_states_go_once(optimizer, bucket)
         if every < 1:
             raise UserError(f"every must be at least 1, got {every}")
         self.repo_id, self.every, self.optimizer, self.wait_at_end = repo_id, every, optimizer, wait_at_end
         self._options = {"private": not public, "dense": dense, "optimizer": optimizer, "license": license}
         self._token, self._endpoint, self._first_pause = token, endpoint, first_pause
+        self._bucket = None if bucket is None else Bucket(bucket, token=token, endpoint=endpoint)
         self._saves = 0
-        self._worker: QueueWorker | None = None
+        self._revisions: QueueWorker | None = None
+        self._archive: QueueWorker | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -87,38 +97,53 @@ class PushRevisionsCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._saves += 1
-        if (self._saves - 1) % self.every:
-            return
-        worker = self._worker
+        chosen = (self._saves - 1) % self.every == 0
         try:
-            worker = worker or self._start(args)
-            checkpoint = checkpoint_folder(Path(str(args.output_dir)), state.global_step)
-            worker.queue.add(checkpoint, state.global_step, optimizer=self.optimizer)
-        except Exception as error:  # whatever it is (a full disk, a damaged checkpoint), training continues
+            self._start(args)
+        except Exception as error:
             logger.warning("%s: cannot queue step %d: %s", self.repo_id, state.global_step, one_line(error))
-        if worker is not None:
-            worker.wake()
+        checkpoint = checkpoint_folder(Path(str(args.output_dir)), state.global_step)
+        if self._archive is not None:
+            self._archive.add(checkpoint, state.global_step, optimizer=True)
+        if self._revisions is not None and chosen:
+            self._revisions.add(checkpoint, state.global_step, optimizer=self.optimizer)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._worker is not None:
-            self._worker.finish(self.wait_at_end)
-            self._worker = None
+        deadline = time.monotonic() + self.wait_at_end
+        for worker in (self._archive, self._revisions):
+            if worker is not None:
+                worker.end()
+        for worker in (self._archive, self._revisions):
+            if worker is not None:
+                worker.finish(max(0.0, deadline - time.monotonic()))
+        self._archive = self._revisions = None
 
-    def _start(self, args: TrainingArguments) -> QueueWorker:
-        if self._worker is None:
-            run = Path(str(args.output_dir))
+    def _start(self, args: TrainingArguments) -> None:
+        run = Path(str(args.output_dir))
+        if self._revisions is None:
             repository = Repository(self.repo_id, token=self._token, endpoint=self._endpoint)
             publisher = Publisher(repository, run, **self._options)  # type: ignore[arg-type]
-            self._worker = QueueWorker(Queue(run, self.repo_id), publisher, self._first_pause)
-            self._worker.start()
-        return self._worker
+            self._revisions = QueueWorker(Queue(run, self.repo_id), publisher, self._first_pause)
+            self._revisions.start()
+        if self._bucket is not None and self._archive is None:
+            archive = Archive(self._bucket, run, private=bool(self._options["private"]))
+            self._archive = QueueWorker(Queue(run, self._bucket.address), archive, self._first_pause)
+            self._archive.start()
+
+
+def check_states_go_once(optimizer: bool, bucket: str | None) -> None:
+    """Raises a `UserError` for optimizer states both as revisions and in a bucket."""
+    if optimizer and bucket is not None:
+        raise UserError(
+            "optimizer states go to the bucket, so they cannot also be revisions; choose optimizer or bucket, not both"
+        )
 
 
 class Queue:
-    """The push queue of one run directory and one repository."""
+    """The push queue of one run directory and one repository, or one folder of a bucket, as `hf://buckets/…`."""
 
-    def __init__(self, run: Path, repo_id: str) -> None:
-        self.folder = run / FOLDER / repo_id.replace("/", "--")
+    def __init__(self, run: Path, destination: str) -> None:
+        self.folder = run / FOLDER / destination.removeprefix("hf://").replace("/", "--")
 
     def jobs(self) -> list[Job]:
         """The waiting checkpoints, in step order."""
@@ -175,9 +200,9 @@ def _link(source: Path, target: Path) -> None:
 class QueueWorker:
     """Empties a queue in a thread, whatever the Hub or the network does."""
 
-    def __init__(self, queue: Queue, publisher: Publisher, first_pause: float = FIRST_PAUSE) -> None:
+    def __init__(self, queue: Queue, publisher: Publisher | Archive, first_pause: float = FIRST_PAUSE) -> None:
         self.queue, self.publisher, self.first_pause = queue, publisher, first_pause
-        self.repo_id = publisher.repository.repo_id
+        self.destination = publisher.destination
         self._wake, self._ending = threading.Event(), threading.Event()
         self._settled = False
         # A daemon: a hanging connection must not keep the process alive.
@@ -189,20 +214,28 @@ class QueueWorker:
         self._thread.start()
         self._wake.set()
 
-    def wake(self) -> None:
-        """Ends the current pause: there is a new entry."""
+    def add(self, checkpoint: Path, step: int, *, optimizer: bool) -> None:
+        """Adds a checkpoint to the queue and ends the current pause; a failure is a warning."""
+        try:
+            self.queue.add(checkpoint, step, optimizer=optimizer)
+        except Exception as error:  # whatever it is (a full disk, a damaged checkpoint), training continues
+            logger.warning("%s: cannot queue step %d: %s", self.destination, step, one_line(error))
+        self._wake.set()
+
+    def end(self) -> None:
+        """Says that there will be no further checkpoints."""
+        self._ending.set()
         self._wake.set()
 
     def finish(self, seconds: float) -> None:
         """Waits at most `seconds` for uploads to end; warns about checkpoints left in the queue."""
-        self._ending.set()
-        self._wake.set()
+        self.end()
         self._thread.join(seconds)
-        left = ", ".join(job.branch for job in self.queue.jobs())
+        left = ", ".join(self.publisher.label(job) for job in self.queue.jobs())
         if left:
             logger.warning(
                 "%s: not pushed yet: %s; they wait in %s; `hf-lowrank push` or the next training run completes them",
-                self.repo_id,
+                self.destination,
                 left,
                 one_line(self.queue.folder.name),
             )
@@ -216,11 +249,11 @@ class QueueWorker:
                 self._drain()
                 known = None
             except Exception as error:  # any error at all: only this thread may fail, not training
-                known = understood(error, self.repo_id)
+                known = understood(error, self.destination)
             if known is None:
                 failures = 0
             elif failures == 0 or not isinstance(known, UnreachedError):
-                logger.warning("%s: %s; the checkpoints wait in the queue", self.repo_id, known)
+                logger.warning("%s: %s; the checkpoints wait in the queue", self.destination, known)
             again = isinstance(known, UnreachedError)
             failures = failures + 1 if again else 0
             if ending:
@@ -252,6 +285,6 @@ class QueueWorker:
             self.publisher.contents(job)
         except UserError as error:
             aside = self.queue.set_aside(job.step)
-            logger.warning("%s: %s; moved to %s", self.repo_id, one_line(error), aside.name)
+            logger.warning("%s: %s; moved to %s", self.destination, one_line(error), aside.name)
             return False
         return True

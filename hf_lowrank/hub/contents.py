@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import io
 import json
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,6 +59,18 @@ class PushFile:
     def _digest(self, digest: hashlib._Hash) -> str:
         with io.BytesIO(self.source) if isinstance(self.source, bytes) else open(self.source, "rb") as file:
             return hashlib.file_digest(file, lambda: digest).hexdigest()
+
+    @cached_property
+    def xet_hash(self) -> str:
+        """The id of the content in Xet, the storage behind buckets."""
+        from hf_xet import hash_files
+
+        if not isinstance(self.source, bytes):
+            return str(hash_files([str(self.source)])[0].hash)
+        with tempfile.TemporaryDirectory(prefix="hf-lowrank-") as folder:
+            copy = Path(folder) / "file"
+            copy.write_bytes(self.source)
+            return str(hash_files([str(copy)])[0].hash)
 
     def read(self) -> bytes:
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()

@@ -55,8 +55,24 @@ class Job:
         return f"step-{self.step}"
 
 
+def run_identity(run: Path | None, job: Job) -> str:
+    """Identifies a run: the SHA-256 of its recipe, or of the model's configuration without one."""
+    recipe = None if run is None else run / RECIPE
+    file = recipe if recipe is not None and recipe.is_file() else job.folder / CONFIG
+    text = without_private(file.read_text(encoding="utf-8"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_name(run: Path | None, destination: str) -> str:
+    """The run's name: from its recipe, else its folder, else the last part of `destination`."""
+    folder = run.resolve().name if run is not None else destination.rpartition("/")[2]
+    return str(cards.public_recipe(run).get("name") or folder)
+
+
 class Publisher:
     """Publishes checkpoints of a run, or a checkpoint without one; the options are those of `push`."""
+
+    finish = MAIN  # what `settle` completes, in messages
 
     def __init__(
         self,
@@ -88,7 +104,7 @@ class Publisher:
         head = branches[MAIN]
         there = self.repository.manifest(branches.get(LATEST, head)) or self.repository.manifest(head)
         if there:
-            if there.get("identity") != self.identity(job):
+            if there.get("identity") != run_identity(self.run, job):
                 raise UserError(
                     f"{self.repository.repo_id}: taken: it holds the run {one_line(there.get('run'), limit=80)!r} "
                     "with another recipe; choose another name"
@@ -102,18 +118,17 @@ class Publisher:
                 )
         self._ready = True
 
-    def identity(self, job: Job) -> str:
-        """Identifies the run: the SHA-256 of its recipe, or of the model's configuration without one."""
-        recipe = None if self.run is None else self.run / RECIPE
-        file = recipe if recipe is not None and recipe.is_file() else job.folder / CONFIG
-        text = without_private(file.read_text(encoding="utf-8"))
-        return hashlib.sha256(text.encode()).hexdigest()
+    @property
+    def destination(self) -> str:
+        return self.repository.repo_id
+
+    def label(self, job: Job) -> str:
+        """What messages call a checkpoint here."""
+        return job.branch
 
     @property
     def name(self) -> str:
-        """The run's name: from its recipe, else its folder, else the repository."""
-        folder = self.run.resolve().name if self.run is not None else self.repository.repo_id.rpartition("/")[2]
-        return str(self.recipe().get("name") or folder)
+        return run_name(self.run, self.repository.repo_id)
 
     # -- the revisions
 
@@ -146,7 +161,7 @@ class Publisher:
         """The manifest of a revision: run, step, and the SHA-256 of every file."""
         content = {
             "run": without_private(self.name),
-            "identity": self.identity(job),
+            "identity": run_identity(self.run, job),
             "step": job.step,
             "files": {path: file.sha256 for path, file in sorted(files.items())},
         }

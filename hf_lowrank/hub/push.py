@@ -4,15 +4,17 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.hub.callback import Queue
-from hf_lowrank.hub.publisher import MAIN, Dense, Job, Publisher
+from hf_lowrank.hub.archive import Archive
+from hf_lowrank.hub.bucket import Bucket
+from hf_lowrank.hub.callback import Queue, check_states_go_once
+from hf_lowrank.hub.publisher import Dense, Job, Publisher
 from hf_lowrank.hub.repository import Repository, UnreachedError, check_repo_id, understood
 from hf_lowrank.runs.layout import CONFIG, RECIPE
 from hf_lowrank.runs.sources import open_source
@@ -43,6 +45,7 @@ def push(
     log_spaced: int | None = None,
     dense: Dense | None = None,
     optimizer: bool = False,
+    bucket: str | None = None,
     public: bool = False,
     license: str | None = None,
     token: str | None = None,
@@ -63,7 +66,9 @@ def push(
         dense: also push adapted models in their base architecture, to `dense-step-N` ("beside"), or as `step-N`
             ("instead").
         optimizer: also push optimizer state, to `optimizer-step-N`.
-        public: visible to everyone, if the repository is created now; private otherwise.
+        bucket: also store the run in a bucket of the Hub, `user/bucket` or `user/bucket/folder`: every checkpoint, not
+            only the chosen ones, with optimizer state; created if it does not exist. Not with `optimizer`.
+        public: visible to everyone, where repository or bucket are created now; private otherwise.
         license: of the card, a Hub identifier; None keeps the existing card's, "unknown" on a new one.
         token: None: that of the login.
         endpoint: a Hub other than huggingface_hub's default.
@@ -73,42 +78,73 @@ def push(
         The chosen checkpoints in step order.
 
     Raises:
-        UserError: wrong input or no write access, and nothing was pushed; or some revisions are incomplete, which the
-            message names. Repeat the call to complete them.
+        UserError: wrong input or no write access, and nothing was pushed; or some checkpoints are incomplete there,
+            which the message names. Repeat the call to complete them.
     """
     check_repo_id(repo_id)
     if dense not in (None, "beside", "instead"):
         raise UserError(f"dense must be 'beside' or 'instead', got {dense!r}")
+    check_states_go_once(optimizer, bucket)
     folder = Path(run)
     queue = Queue(folder, repo_id)
     jobs = _choose(_jobs(folder, queue), steps=steps, every=every, log_spaced=log_spaced, run=folder)
-    for job in jobs:
-        check_weights(job.folder)
     repository = Repository(repo_id, token=token, endpoint=endpoint)
     publisher = Publisher(
         repository, _run_of(folder), private=not public, dense=dense, optimizer=optimizer, license=license
     )
-    for job in jobs:
-        publisher.contents(job)
-    _retry(lambda: publisher.prepare(jobs[-1]), repo_id, pauses)
-    states, failed = _publish_all(publisher, jobs, pauses)
-    if failed:
-        complete = len(jobs) - len(failed.keys() - {MAIN})
-        reasons = "; ".join(f"{branch} ({reason})" for branch, reason in failed.items())
-        raise UserError(
-            f"{repo_id}: {complete} of {len(jobs)} revisions are complete; incomplete: {reasons}; "
-            "repeat the command to complete them"
-        )
-    for job in jobs:
-        queue.remove(job.step)
+    deliveries = [_Delivery(publisher, queue, jobs, "revisions")]
+    if bucket is not None:
+        stored = Bucket(bucket, token=token, endpoint=endpoint)
+        archive, queue = Archive(stored, _run_of(folder), private=not public), Queue(folder, stored.address)
+        deliveries.insert(0, _Delivery(archive, queue, _jobs(folder, queue), "checkpoints"))
+    for delivery in deliveries:
+        delivery.check()
+    for delivery in deliveries:
+        _retry(partial(delivery.publisher.prepare, delivery.jobs[-1]), delivery.publisher.destination, pauses)
+    outcomes = [(delivery, *_publish_all(delivery.publisher, delivery.jobs, pauses)) for delivery in deliveries]
+    incomplete = [_incomplete(delivery, failed) for delivery, _, failed in outcomes if failed]
+    if incomplete:
+        raise UserError("; ".join([*incomplete, "repeat the command to complete them"]))
+    for delivery in deliveries:
+        for job in delivery.jobs:
+            delivery.queue.remove(job.step)
+    states = outcomes[-1][1]
     return [PushedRevision(job.step, job.branch, states[job.step]) for job in jobs]
 
 
+@dataclass(frozen=True)
+class _Delivery:
+    """What goes where: checkpoints, in step order, to a repository or a bucket."""
+
+    publisher: Publisher | Archive
+    queue: Queue
+    jobs: list[Job]
+    noun: str
+
+    def check(self) -> None:
+        """Reads everything once, so that nothing is sent of a run with a damaged checkpoint."""
+        for job in self.jobs:
+            check_weights(job.folder)
+        for job in self.jobs:
+            self.publisher.contents(job)
+
+
+def _incomplete(delivery: _Delivery, failed: Mapping[str, str]) -> str:
+    count = len(delivery.jobs)
+    complete = count - len(failed.keys() - {delivery.publisher.finish})
+    reasons = "; ".join(f"{label} ({reason})" for label, reason in failed.items())
+    where = delivery.publisher.destination
+    return f"{where}: {complete} of {count} {delivery.noun} are complete; incomplete: {reasons}"
+
+
 def _publish_all(
-    publisher: Publisher, jobs: list[Job], pauses: Sequence[float]
+    publisher: Publisher | Archive, jobs: list[Job], pauses: Sequence[float]
 ) -> tuple[dict[int, State], dict[str, str]]:
-    """Publishes the checkpoints that the Hub lacks, then `main`; returns states by step, and failures by branch."""
-    repo_id = publisher.repository.repo_id
+    """Publishes the checkpoints that the Hub lacks, then `main` or the files of the run.
+
+    Returns states by step, and failures by what messages call the checkpoint.
+    """
+    destination = publisher.destination
 
     def publish(job: Job) -> State:
         if not publisher.faults(job):
@@ -121,23 +157,23 @@ def _publish_all(
     refused = False
     for job in jobs:
         if refused:
-            failed[job.branch] = "not tried"
+            failed[publisher.label(job)] = "not tried"
             continue
         try:
-            states[job.step] = _retry(partial(publish, job), repo_id, pauses)
-            logger.info("%s: %s is complete", repo_id, job.branch)
+            states[job.step] = _retry(partial(publish, job), destination, pauses)
+            logger.info("%s: %s is complete", destination, publisher.label(job))
         except UnreachedError as error:
-            failed[job.branch] = str(error)
+            failed[publisher.label(job)] = str(error)
             pauses = ()  # one try each for the remaining ones
         except UserError as error:
-            failed[job.branch] = str(error)
+            failed[publisher.label(job)] = str(error)
             refused = True
-    published = [job for job in jobs if job.branch not in failed]
+    published = [job for job in jobs if publisher.label(job) not in failed]
     if published and not refused:
         try:
-            _retry(lambda: publisher.settle(published[-1]), repo_id, pauses)
+            _retry(lambda: publisher.settle(published[-1]), destination, pauses)
         except (UnreachedError, UserError) as error:
-            failed[MAIN] = str(error)
+            failed[publisher.finish] = str(error)
     return states, failed
 
 

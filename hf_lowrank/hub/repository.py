@@ -84,7 +84,7 @@ def understood(error: Exception, repo_id: str) -> Exception:
     if status == 403:
         return UserError(f"{repo_id}: no write access with this token, or the name belongs to somebody else")
     if isinstance(error, RepositoryNotFoundError) or status == 404:
-        return UserError(f"{repo_id}: no such repository on the Hub that you can write to")
+        return UserError(f"{repo_id}: no such repository or bucket on the Hub that you can write to")
     if (status == 400 and LOST_UPLOAD not in str(error)) or "Invalid metadata" in str(error):
         return UserError(f"{repo_id}: the Hub rejected it: {one_line(error)}")
     if isinstance(error, HTTPError | OSError | ValueError):  # ValueError: a truncated or invalid response

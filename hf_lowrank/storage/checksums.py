@@ -131,6 +131,11 @@ def sealed_text(text: str) -> str:
     return f"{content}# {SEAL}: {_seal_of(content)}\n"
 
 
+def is_sealed(text: str) -> bool:
+    """Whether a text ends in a seal, right or wrong."""
+    return _SEAL_LINE.search(text) is not None
+
+
 def seal_holds(text: str) -> bool:
     """Whether a text is as it was written; true for a text without a seal."""
     match = _SEAL_LINE.search(text)
@@ -144,7 +149,7 @@ def read_sealed_text(file: Path, *, required: bool = False) -> str:
         OSError, ValueError: it cannot be read, or is not as it was written.
     """
     text = file.read_text(encoding="utf-8")
-    if required and _SEAL_LINE.search(text) is None:
+    if required and not is_sealed(text):
         raise ValueError("its last line, with its checksum, is missing or damaged")
     if not seal_holds(text):
         raise ValueError(DIFFERS)

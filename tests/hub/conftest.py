@@ -26,6 +26,8 @@ def hub(tmp_path, monkeypatch):
             "HF_HOME": str(tmp_path / "hf-home"),
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_XET_TELEMETRY_ENABLED": "0",
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
         }
         for name, value in environment.items():
             monkeypatch.setenv(name, value)

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-from tests.hub.store import RefusedError
+from tests.hub.refusals import RefusedError
 
 LARGE = re.compile(r"\.(safetensors|pt|pth|bin|ckpt|gguf|zip|gz)$")
 
@@ -263,6 +263,118 @@ class Routes:
         )
         return {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}/commit/{oid}"}
 
+    # -- buckets, whose content is in Xet
+
+    def may_use(self, bucket: str, *, write: bool) -> None:
+        user, store = self.user(), self.store.buckets
+        own = user is not None and bucket.startswith(user[0] + "/")
+        if not store.exists(bucket) or (store.bucket(bucket)["private"] and not own):
+            raise RefusedError(404 if user else 401, "Bucket not found", "BucketNotFound")
+        if write and not (own and user is not None and user[1]):
+            raise RefusedError(403, f"You don't have the rights to write to {bucket}")
+
+    def create_bucket(self, body: bytes, bucket: str) -> Any:
+        user = self.user()
+        if user is None:
+            raise RefusedError(401, "Invalid username or password.")
+        if not user[1] or not bucket.startswith(user[0] + "/"):
+            raise RefusedError(403, "You don't have the rights to create a bucket in this namespace")
+        answer = {"url": f"{self.hub.url}/buckets/{bucket}"}
+        try:
+            self.store.buckets.create(bucket, json.loads(body or b"{}").get("visibility") == "private")
+        except RefusedError as error:
+            return error.status, {"error": error.message, **answer}, {}
+        return answer
+
+    def bucket_info(self, body: bytes, bucket: str) -> Any:
+        self.may_use(bucket, write=False)
+        files = self.store.buckets.files(bucket).values()
+        return {
+            "id": bucket, "private": self.store.buckets.bucket(bucket)["private"],
+            "createdAt": "2026-01-01T00:00:00.000Z", "size": sum(f["size"] for f in files), "totalFiles": len(files),
+        }  # fmt: skip
+
+    def bucket_tree(self, body: bytes, bucket: str, prefix: str | None = None) -> Any:
+        self.may_use(bucket, write=False)
+        files = self.store.buckets.files(bucket)
+        items = [
+            {"type": "file", "path": path, "size": entry["size"], "xetHash": entry["xetHash"]}
+            for path, entry in sorted(files.items())
+            if path.startswith(prefix or "")
+        ]
+        start, size = int(self.query.get("cursor", ["0"])[0]), self.hub.settings.page_size
+        headers = {}
+        if start + size < len(items):
+            path = urlsplit(self.request.path).path
+            headers["Link"] = f'<{self.hub.url}{path}?recursive=true&cursor={start + size}>; rel="next"'
+        return 200, items[start : start + size], headers
+
+    def bucket_paths(self, body: bytes, bucket: str) -> Any:
+        self.may_use(bucket, write=False)
+        files = self.store.buckets.files(bucket)
+        return [
+            {"type": "file", "path": path, "size": files[path]["size"], "xetHash": files[path]["xetHash"]}
+            for path in json.loads(body)["paths"]
+            if path in files
+        ]
+
+    def bucket_batch(self, body: bytes, bucket: str) -> Any:
+        self.may_use(bucket, write=True)
+        operations = [json.loads(line) for line in body.decode().splitlines()]
+        before = self.store.buckets.files(bucket)
+        self.hub.repeated += [
+            f"{bucket}/{operation['path']}"
+            for operation in operations
+            if operation["type"] == "addFile"
+            and before.get(operation["path"], {}).get("xetHash") == operation["xetHash"]
+        ]
+        failed = self.store.buckets.batch(bucket, operations)
+        return 422 if len(failed) == len(operations) else 200, {"success": not failed, "failed": failed}, {}
+
+    def bucket_resolve(self, body: bytes, bucket: str, path: str) -> Any:
+        self.may_use(bucket, write=False)
+        entry = self.store.buckets.files(bucket).get(path)
+        if entry is None:
+            raise RefusedError(404, f"{path} does not exist", "EntryNotFound")
+        route = f"{self.hub.url}/api/buckets/{bucket}/xet-read-token"
+        headers = {"X-Xet-Hash": entry["xetHash"], "X-Xet-Refresh-Route": route, "X-Linked-Size": str(entry["size"])}
+        return 200, b"", headers
+
+    def xet_token(self, body: bytes, bucket: str, kind: str) -> Any:
+        self.may_use(bucket, write=kind == "write")
+        return {"accessToken": XET_TOKEN, "exp": 4102444800, "casUrl": f"{self.hub.url}/__cas__"}
+
+    def may_use_xet(self) -> None:
+        """Xet takes its own tokens, and must never be sent the Hub's."""
+        if self.headers.get("Authorization") != f"Bearer {XET_TOKEN}":
+            raise RefusedError(401, "not a token of this storage")
+
+    def xorb(self, body: bytes, name: str) -> Any:
+        self.may_use_xet()
+        new = self.fault == "forget" or self.store.buckets.xet.add_xorb(name, body)
+        return {"was_inserted": new}
+
+    def shard(self, body: bytes) -> Any:
+        self.may_use_xet()
+        self.store.buckets.xet.add_shard(body)
+        return {"result": 1}
+
+    def reconstruction(self, body: bytes, name: str) -> Any:
+        self.may_use_xet()
+        size = self.store.buckets.xet.size(name)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        first, last = (int(wanted[1]), int(wanted[2]) + 1) if wanted else (0, size)
+        return self.store.buckets.xet.reconstruction(name, f"{self.hub.url}/__xorb__", (first, min(last, size)))
+
+    def xorb_range(self, body: bytes, name: str) -> Any:
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if wanted is None:
+            raise RefusedError(400, "a range is needed")
+        data = self.store.buckets.xet.xorb(name)
+        first, last = int(wanted[1]), int(wanted[2])
+        headers = {"Content-Range": f"bytes {first}-{last}/{len(data)}", "Content-Type": "application/octet-stream"}
+        return 206, data[first : last + 1], headers
+
     # -- downloads
 
     def resolve(self, body: bytes, repo: str, revision: str, path: str) -> Any:
@@ -289,7 +401,9 @@ class Routes:
         return 206, data[first : last + 1], headers
 
 
+XET_TOKEN = "xet-" + "x" * 20
 _REPO = r"([\w.-]+/[\w.-]+)"
+_HASH = r"([0-9a-f]{64})"
 ROUTES = [
     (("GET",), r"/api/whoami-v2", "whoami"),
     (("POST",), r"/api/repos/create", "create_repo"),
@@ -311,5 +425,16 @@ ROUTES = [
     (("PUT",), r"/__lfs__/([0-9a-f]{64})/part/(\d+)", "upload_part"),
     (("POST",), r"/__lfs__/([0-9a-f]{64})/complete", "complete"),
     (("POST",), rf"/__lfs__/{_REPO}/verify", "verify"),
+    (("POST",), rf"/api/buckets/{_REPO}", "create_bucket"),
+    (("GET",), rf"/api/buckets/{_REPO}", "bucket_info"),
+    (("GET",), rf"/api/buckets/{_REPO}/tree(?:/(.+))?", "bucket_tree"),
+    (("POST",), rf"/api/buckets/{_REPO}/paths-info", "bucket_paths"),
+    (("POST",), rf"/api/buckets/{_REPO}/batch", "bucket_batch"),
+    (("GET",), rf"/api/buckets/{_REPO}/xet-(read|write)-token", "xet_token"),
+    (("GET", "HEAD"), rf"/buckets/{_REPO}/resolve/(.+)", "bucket_resolve"),
+    (("POST",), rf"/__cas__/v1/xorbs/default/{_HASH}", "xorb"),
+    (("POST",), r"/__cas__/v1/shards", "shard"),
+    (("GET",), rf"/__cas__/v1/reconstructions/{_HASH}", "reconstruction"),
+    (("GET",), rf"/__xorb__/{_HASH}", "xorb_range"),
     (("GET", "HEAD"), rf"/{_REPO}/resolve/([^/]+)/(.+)", "resolve"),
 ]

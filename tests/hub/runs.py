@@ -12,6 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 
 VOCABULARY = 48
+# A downstream score on a dataset of the Hub.
+BENCHMARK = {
+    "run": "nano-galore", "method": "galore", "seed": 0, "step": 30, "task": "arc_easy", "metric": "acc",
+    "value": 0.375, "stderr": 0.01, "ci_low": 0.35, "ci_high": 0.4, "n": 2376, "chance": 0.25,
+    "higher_is_better": True, "group": None, "task_version": "1.0", "lm_eval_version": "0.4.13", "items": "abc",
+    "dataset": "allenai/ai2_arc", "subset": "ARC-Easy",
+}  # fmt: skip
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.hub.faults import FaultPlan
+from tests.hub.refusals import RefusedError
 from tests.hub.routes import Routes
-from tests.hub.store import RefusedError, Store
+from tests.hub.store import Store
 
 TOKEN, OTHER_TOKEN, READ_TOKEN = "hf_" + "w" * 34, "hf_" + "o" * 34, "hf_" + "r" * 34
 

@@ -9,15 +9,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from tests.hub.refusals import RefusedError
+from tests.hub.xet import Buckets
+
 INITIAL = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
-
-
-class RefusedError(Exception):
-    """An answer other than 2xx."""
-
-    def __init__(self, status: int, message: str, code: str = "") -> None:
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
 
 
 def git_oid(data: bytes) -> str:
@@ -30,6 +25,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.lock = threading.RLock()
+        self.buckets = Buckets(root)
         (root / "lfs").mkdir(parents=True, exist_ok=True)
         (root / "blobs").mkdir(exist_ok=True)
         (root / "commits").mkdir(exist_ok=True)

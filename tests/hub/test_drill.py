@@ -9,6 +9,7 @@ def test_a_short_drill():
     figures = main(6)
     assert figures["breaches"] == []
     assert sum(figures["processes_until_whole"].values()) == 6
+    assert figures["with_bucket"] == 3
 
 
 @pytest.mark.drill

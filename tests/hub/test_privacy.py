@@ -15,6 +15,7 @@ from hf_lowrank.hub.contents import push_file
 from hf_lowrank.hub.privacy import one_line, without_private
 from hf_lowrank.storage.checksums import read_sealed_text, sealed, sealed_text, unsealed
 from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
+from tests.hub.runs import BENCHMARK
 from tests.hub.server import TOKEN
 
 
@@ -50,15 +51,26 @@ def marked(hub, run, tmp_path, monkeypatch):
     row = {"run": f"{home}/runs/x", "method": "galore", "seed": 0, "step": 30, "metric": "loss", "value": 3.5}
     row |= {"settings": {"file": f"{home}/eval.txt"}, "reason": f"failed in {home}/x with {token}"}
     (run / "measurements.jsonl").write_text(json.dumps(row) + "\n")
+    score = {**BENCHMARK, "run": f"{home}/runs/x", "task_version": token, "subset": f"{home}/sets/{token}"}
+    other = {**BENCHMARK, "task": f"{home}/tasks/{token}"}
+    (run / "downstream.jsonl").write_text(json.dumps(score) + "\n" + json.dumps(other) + "\n")
     return [token.encode(), b"home-of-marked-person", b"marked-environment-value", str(tmp_path).encode()]
 
 
-def test_nothing_private_reaches_the_hub(hub, run, marked, tmp_path, caplog):
+@pytest.mark.parametrize("options", [{"optimizer": True}, {"bucket": "user/states"}], ids=["revisions", "bucket"])
+def test_nothing_private_reaches_the_hub(hub, run, marked, tmp_path, caplog, options):
 
     with caplog.at_level(logging.DEBUG):
-        push(run, "user/tiny", optimizer=True)
+        push(run, "user/tiny", **options)
     sent = [request.body for request in hub.requests] + [request.path.encode() for request in hub.requests]
     stored = [file.read_bytes() for file in (tmp_path / "hub-server").rglob("*") if file.is_file()]
+    if "bucket" in options:
+        # Compressed on the way and on the disk.
+        files = hub.store.buckets.files("user/states")
+        assert {"downstream.jsonl", "checkpoint-30/trainer_state.json", "checkpoint-30/checksums.json"} <= set(files)
+        stored += [hub.store.buckets.content("user/states", path) for path in files]
+    main = hub.store.files("user/tiny", "main")
+    assert b"allenai/ai2_arc" in hub.store.content(main[".eval_results/hf_lowrank.yaml"])
     assert len(sent) > 60
     assert len(stored) > 30
     # matplotlib tells its debug log where its own caches are.
