@@ -1,6 +1,7 @@
-"""Writes the tables of these pages from the methods' entries: `make pages`.
+"""Writes metadata and tables of these pages from the methods' entries: `make pages`.
 
-Each method has a page `NAME.md` with a table under "## Settings"; README.md lists the pages.
+Each method has a page `NAME.md` with a table under "## Settings"; README.md lists the pages. The metadata are those of
+a model card, so that a page can stand on the Hub as it is.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
+
 from hf_lowrank.methods import METHODS, Method, Setting, settings_of
 
 PAGES = Path(__file__).parent
 TABLE = re.compile(r"^\| .*\n(?:\|.*\n)+", re.MULTILINE)
+METADATA = re.compile(r"\A(?:---\n.*?\n---\n\n)?", re.DOTALL)
 
 
 def meaning(setting: Setting) -> str:
@@ -32,15 +36,31 @@ def methods_table() -> str:
     return "\n".join(["| method | kind | page |", "|---|---|---|", *rows, ""])
 
 
+def metadata(page: Path) -> str:
+    """The metadata of a page, which is about a method, an option of the model, or all of them."""
+    about = [] if page.stem == "README" else [page.stem]
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["hf_lowrank", "low-rank", "pre-training", *about],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
 def updated(page: Path) -> str:
-    """A page's text with its table up to date; pages without a table stay as they are."""
-    table = methods_table() if page.stem == "README" else settings_table(METHODS[page.stem])
-    return TABLE.sub(lambda _: table, page.read_text(encoding="utf-8"), count=1)
+    """A page's text with its metadata and its table up to date; pages without a table get none."""
+    text = METADATA.sub(lambda _: metadata(page), page.read_text(encoding="utf-8"), count=1)
+    if page.stem == "README":
+        return TABLE.sub(lambda _: methods_table(), text, count=1)
+    if page.stem in METHODS:
+        return TABLE.sub(lambda _: settings_table(METHODS[page.stem]), text, count=1)
+    return text
 
 
 def pages() -> list[Path]:
-    """The list of pages, and each method's page."""
-    return [PAGES / "README.md", *(PAGES / f"{name}.md" for name in METHODS)]
+    """The list of pages, each method's page, and the page of an option of the model."""
+    return [PAGES / "README.md", *(PAGES / f"{name}.md" for name in METHODS), PAGES / "layernorm_scaling.md"]
 
 
 if __name__ == "__main__":

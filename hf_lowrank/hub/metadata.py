@@ -70,6 +70,19 @@ def written_metadata(
     return ModelCardData(**ours, **others).to_yaml()
 
 
+def study_metadata(methods: Sequence[str], before: Mapping[str, Any]) -> str:
+    """The metadata of a study's card, as YAML; the license is the existing card's, which `before` has."""
+    kept = before.get("license")
+    tags = ["hf_lowrank", "low-rank", "pre-training", *map(tag_of, methods)]
+    data = ModelCardData(
+        license=kept if isinstance(kept, str) and kept else "unknown",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(tag for tag in tags if tag)),
+    )
+    return data.to_yaml()
+
+
 def name_of(value: object) -> str:
     """A name: one line of at most 120 characters, without anything private."""
     return " ".join(CONTROL.sub("", without_private(str(value))).split())[:120]

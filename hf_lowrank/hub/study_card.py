@@ -11,6 +11,7 @@ from typing import Any
 from hf_lowrank.formats import duration, finite_number, pluralize
 from hf_lowrank.hub.cards import OWN_BEGIN, OWN_END, own_words
 from hf_lowrank.hub.markdown import Markdown, render
+from hf_lowrank.hub.metadata import read_card, study_metadata
 from hf_lowrank.hub.pictures import PICTURES as RUN_PICTURES
 from hf_lowrank.hub.pictures import Picture, draw_plots, write_pictures
 from hf_lowrank.hub.privacy import without_private
@@ -96,6 +97,8 @@ def render_study_card(
     places = [run.path for run in runs]
     pictures = draw_plots(PICTURES, places, dpi=90)
     card = target / CARD
+    before, own = read_card(card.read_text(encoding="utf-8") if card.is_file() else None)
+    metadata = study_metadata([row.method for row in group.standings.rows], before)
     known = looks([*(run.method for run in runs), *(rate.member for rate in results.sweep)])
     text = render(
         "study_card.md.j2",
@@ -105,7 +108,7 @@ def render_study_card(
         several=any(row.seeds > 1 for row in group.standings.rows),
         sizes=sizes_view(size, sizes),
         own_begin=Markdown(OWN_BEGIN),
-        own_words=Markdown(own_words(card.read_text(encoding="utf-8") if card.is_file() else "")),
+        own_words=Markdown(own_words(own)),
         own_end=Markdown(OWN_END),
         pictures=[(name, PICTURES[name]) for name in pictures],
         claims=claims_view(results, known),
@@ -126,7 +129,7 @@ def render_study_card(
     scores = (vars(row) for run in runs for row in run.scores if row.group is None)
     write_text(target / "scores.csv", _csv(SCORE_COLUMNS, scores))
     write_report(places, target, study=source, others=others)
-    write_text(card, without_private(text))
+    write_text(card, f"---\n{metadata}\n---\n\n{without_private(text)}")
     return card
 
 

@@ -6,7 +6,9 @@ import typing
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
+from hf_lowrank.hub.metadata import HUB_ID, TAG
 from hf_lowrank.methods import METHODS
 
 PAGES = Path(__file__).parents[2] / "model_cards"
@@ -17,7 +19,7 @@ UPDATE = runpy.run_path(str(PAGES / "update.py"))
 def test_the_page_has_every_setting_with_its_default(name):
     page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
     method = METHODS[name]
-    assert page.startswith(f"# {method.title}\n")
+    assert ModelCard(page).text.startswith(f"\n# {method.title}\n")
     assert method.source in page
     rows = {
         line.split("|")[1].strip(" `"): line.split("|")[2].strip(" `") for line in page.splitlines() if "| `" in line
@@ -30,6 +32,23 @@ def test_the_page_has_every_setting_with_its_default(name):
 @pytest.mark.parametrize("page", UPDATE["pages"](), ids=lambda page: page.stem)
 def test_tables_are_those_that_make_pages_writes(page):
     assert page.read_text(encoding="utf-8") == UPDATE["updated"](page)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.rglob("*.md")), ids=lambda page: page.relative_to(PAGES).as_posix())
+def test_every_page_has_metadata_that_the_hub_takes(page):
+    """Without the Hub: what its client reads, and what it writes again; a fault of the results is an error here."""
+    card = ModelCard(page.read_text(encoding="utf-8"), ignore_metadata_errors=False)
+    data = card.data.to_dict()
+    assert data["license"] in {"apache-2.0", "unknown"}
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-generation"
+    assert {"hf_lowrank", "low-rank"} <= set(data["tags"])
+    assert not [tag for tag in data["tags"] if TAG.search(tag)]
+    assert all(HUB_ID.fullmatch(dataset) for dataset in data.get("datasets", []))
+    assert ModelCard(str(card)).data.to_dict() == data
+    assert not set(data) - {
+        "license", "library_name", "pipeline_tag", "tags", "datasets", "base_model", "model-index",
+    }  # fmt: skip
 
 
 def test_the_list_names_all_pages():

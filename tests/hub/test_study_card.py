@@ -5,6 +5,7 @@ import re
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.cards import OWN_BEGIN
@@ -61,7 +62,8 @@ def test_a_studys_card_holds_what_its_page_holds(study, tmp_path):
 
 def test_names_from_outside_are_text(study, tmp_path):
     text = render_study_card(study, tmp_path / "card").read_text()
-    tags = as_html("---\n---\n" + text)
+    assert set(ModelCard(text).data.tags) == {"hf_lowrank", "low-rank", "pre-training", *LOSSES}
+    tags = as_html(text)
     kept = "h1 h2 h3 p strong em code pre img ul li table thead tbody tr th td"
     assert {tag for tag, _ in tags} <= set(kept.split())
     assert HOSTILE not in text
