@@ -9,7 +9,18 @@ WITNESSES := $(shell sed -n '/^# witnesses/,$$p' constraints.txt | grep '==')
 # torch goes first and exactly pinned: left to the resolver it may bring another build than the tested one.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart test drill gpu-test audit browser-test lint format pages bench wheel clean
+# Checkers of spelling and of packages, in an environment of their own: the pinned one stays as it is pinned.
+TOOLS := codespell==2.4.3 twine==7.0.0 check-wheel-contents==0.6.3
+# Tests of every room that take seconds each: what is run with other versions than the pinned ones.
+FAST := tests/storage tests/geometry tests/runs tests/claims tests/test_statistics.py tests/test_recipes.py \
+	tests/test_cli.py tests/optim/test_reference.py tests/optim/test_trainer_ways.py tests/optim/test_conformance.py \
+	tests/adapters/test_adapter_peft.py tests/adapters/test_adapter_layers.py tests/adapters/test_registration.py \
+	tests/adapters/test_lowrank_model.py tests/adapters/test_relora.py tests/hub/test_push_revisions.py \
+	tests/hub/test_read_back.py tests/hub/test_bucket.py tests/hub/test_cards.py tests/downstream/test_runner.py \
+	tests/measuring/test_measure.py tests/training/test_recipe.py tests/memory/test_ledger.py
+OLDEST := $(VENV)/oldest
+
+.PHONY: quickstart test test-fast test-oldest drill gpu-test audit browser-test lint format pages bench wheel package clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/hf-lowrank study recipes/studies/quickstart.yaml --output $(RUNS)
@@ -18,6 +29,14 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	@rm -f .coverage .coverage.*
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+
+# In the environment BIN=, with whatever versions it has.
+test-fast:
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(FAST)
+
+# The lower bounds of pyproject.toml, all at once.
+test-oldest: $(OLDEST)/.installed
+	$(MAKE) test-fast BIN=$(OLDEST)/bin
 
 drill: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill
@@ -48,11 +67,12 @@ browser-test: $(VENV)/.installed-dev node_modules/.installed
 	$(BIN)/python -m pytest tests/report/browser/check_page.py -s
 
 # The page's scripts and styles are linted by tools from npm, which need Node.js.
-lint: $(VENV)/.installed-dev node_modules/.installed
+lint: $(VENV)/.installed-dev $(VENV)/tools/.installed node_modules/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
+	$(VENV)/tools/bin/codespell
 	npm run --silent lint
 
 format: $(VENV)/.installed-dev node_modules/.installed
@@ -61,7 +81,7 @@ format: $(VENV)/.installed-dev node_modules/.installed
 	$(BIN)/python -m tests.report.payload_types
 	npm run --silent format
 
-# The tables of settings in model_cards/, from the methods' entries.
+# The metadata and the tables of settings in model_cards/, from the methods' entries.
 pages: $(VENV)/.installed
 	$(BIN)/python model_cards/update.py
 
@@ -75,6 +95,14 @@ bench: $(VENV)/.installed-dev
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --no-isolation --outdir dist .
+
+# The wheel and the source distribution, and nothing else in dist/, with what they say and hold checked.
+package: $(VENV)/.installed-dev $(VENV)/tools/.installed
+	rm -rf dist
+	$(MAKE) wheel
+	$(VENV)/tools/bin/twine check --strict dist/*
+	$(VENV)/tools/bin/check-wheel-contents dist/*.whl
+	$(BIN)/python -m pytest tests/test_packaging.py
 
 node_modules/.installed: package.json package-lock.json
 	npm ci --silent --no-audit --no-fund
@@ -91,6 +119,20 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the tools for tests into $(VENV)"
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@$(PIP) install --quiet --no-deps $(WITNESSES)
+	@touch $@
+
+$(VENV)/tools/.installed: Makefile
+	@test -x $(VENV)/tools/bin/python || $(PYTHON) -m venv $(VENV)/tools
+	@echo "installing the checkers of spelling and packages into $(VENV)/tools"
+	@$(VENV)/tools/bin/python -m pip install --quiet --no-input $(TOOLS)
+	@touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	@rm -rf $(OLDEST)
+	@$(PYTHON) -m venv $(OLDEST)
+	@echo "installing the oldest supported versions into $(OLDEST)"
+	@$(OLDEST)/bin/python -m pip install --quiet --no-input $(shell grep '^torch==' constraints-oldest.txt)
+	@$(OLDEST)/bin/python -m pip install --quiet --no-input --constraint constraints-oldest.txt --editable '.[test]'
 	@touch $@
 
 clean:
