@@ -20,7 +20,7 @@ FAST := tests/storage tests/geometry tests/runs tests/claims tests/test_statisti
 	tests/measuring/test_measure.py tests/training/test_recipe.py tests/memory/test_ledger.py
 OLDEST := $(VENV)/oldest
 
-.PHONY: quickstart test test-fast test-oldest drill gpu-test audit browser-test lint format pages bench wheel package clean
+.PHONY: quickstart test test-fast test-oldest drill gpu-test audit browser-test lint format pages docs bench wheel package clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/hf-lowrank study recipes/studies/quickstart.yaml --output $(RUNS)
@@ -81,9 +81,16 @@ format: $(VENV)/.installed-dev node_modules/.installed
 	$(BIN)/python -m tests.report.payload_types
 	npm run --silent format
 
-# The metadata and the tables of settings in model_cards/, from the methods' entries.
+# The metadata and tables of model_cards/, and the tables and quoted code of docs/, from the code and committed results.
 pages: $(VENV)/.installed
 	$(BIN)/python model_cards/update.py
+	$(BIN)/python docs/update.py
+
+# The documentation, in build/docs. A broken link or an undocumented public name fails.
+# To read it with search: $(BIN)/python -m http.server --directory build/docs
+docs: $(VENV)/.installed-dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build
+	@echo "documentation: build/docs/index.html"
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/optimizers.py

@@ -300,6 +300,7 @@ class MethodTable(Mapping[str, Method]):
 
 
 METHODS = MethodTable(modules=BUILT_IN, group=ENTRY_POINT_GROUP)
+"""Every method by its name: the package's own, then those of other packages."""
 
 
 def setting_sections(methods: Mapping[str, Method]) -> list[tuple[str, list[Setting]]]:

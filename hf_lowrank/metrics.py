@@ -57,6 +57,7 @@ class Metric:
 
     @property
     def short_title(self) -> str:
+        """Its name in narrow columns."""
         return self.short or self.title
 
     @property
@@ -224,6 +225,7 @@ _ENTRIES = (
            **_EXTRA, unit="nats"),
 )  # fmt: skip
 METRICS = MetricTable({metric.id: metric for metric in _ENTRIES})
+"""Every metric by its id: the sixteen in their order, then the extras."""
 
 
 def reference_of(name: str) -> dict[str, str]:

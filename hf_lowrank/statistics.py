@@ -27,6 +27,7 @@ class Estimate(NamedTuple):
 
     @property
     def has_interval(self) -> bool:
+        """Whether both ends of the interval are known."""
         return not (math.isnan(self.low) or math.isnan(self.high))
 
     @property

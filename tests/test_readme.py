@@ -6,23 +6,18 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 from transformers import Trainer, TrainingArguments
 
-from hf_lowrank.cli import main
 from hf_lowrank.metrics import markdown_table
 from hf_lowrank.runs.measurements import Measurement, append_measurements
 from hf_lowrank.study import load_study
 from hf_lowrank.study.layout import planned_trials
 from hf_lowrank.training import load_recipe
+from tests.documents import blocks, check_commands, check_files, check_shell, run_python
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
 def test_python_snippets_run(tiny_llama, tmp_path, monkeypatch):
@@ -34,15 +29,12 @@ def test_python_snippets_run(tiny_llama, tmp_path, monkeypatch):
     rows = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(8)]
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to="none", save_strategy="no")
     names = {"model": tiny_llama, "args": args, "dataset": rows, "Trainer": Trainer}
-    snippets = blocks("python")
-    assert len(snippets) >= 3
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
+    assert run_python(README, names, "README.md") >= 3
     assert (names["offsets"], names["losses"]) == ([-0.1, 0.0, 0.1], [[3.5, 3.0, 3.25], [4.5, 3.0, 3.25]])
 
 
 def test_the_recipe_is_one(tmp_path):
-    _, text = blocks("yaml")
+    _, text = blocks(README, "yaml")
     assert set(yaml.safe_load(text)) == {"method", "model", "data", "training"}
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
@@ -50,7 +42,7 @@ def test_the_recipe_is_one(tmp_path):
 
 
 def test_the_sweep_of_the_study_is_one(tmp_path):
-    text = blocks("yaml")[0].replace("../nano/", f"{Path(__file__).parents[1] / 'recipes' / 'nano'}/")
+    text = blocks(README, "yaml")[0].replace("../nano/", f"{Path(__file__).parents[1] / 'recipes' / 'nano'}/")
     path = tmp_path / "study.yaml"
     path.write_text(f"name: tuned\nbaseline: two_rates\n{text}")
     trials = planned_trials(load_study(path), tmp_path)
@@ -59,17 +51,9 @@ def test_the_sweep_of_the_study_is_one(tmp_path):
 
 
 def test_commands_are_there(capsys):
-    commands = re.findall(r"^hf-lowrank ([\w-]+)(.*)$", "".join(blocks("bash")), flags=re.MULTILINE)
-    assert commands
-    for verb, rest in commands:
-        with pytest.raises(SystemExit) as stop:
-            main([verb, "--help"])
-        assert stop.value.code == 0
-        out = capsys.readouterr().out
-        for option in re.findall(r"--[\w-]+", rest.split("#")[0]):
-            assert option in out, (verb, option)
-    for path in re.findall(r"recipes/\S+\.yaml", README):
-        assert (Path(__file__).parents[1] / path).is_file(), path
+    assert check_commands(README, capsys)
+    check_shell(README)
+    check_files(README)
 
 
 def test_the_nano_study_s_table_is_that_of_its_card():

@@ -21,6 +21,7 @@ VERDICT_WORDS: dict[Verdict, str] = {
     "contradicted": "contradicted",
     "undecided": "undecided at this scale",
 }
+"""What tables and pages call each verdict."""
 VERDICTS = tuple(VERDICT_WORDS)
 VERDICT_MEANING: dict[Verdict, str] = {
     "reproduced": "the interval of the effect lies on the claim's side",

@@ -13,6 +13,7 @@ from hf_lowrank.errors import UserError, nearest
 MODEL_NAMES = ("hf-lowrank", "hf_lowrank")
 MODEL_CLASS = "hf_lowrank.downstream.lm_eval_model:LowRankLM"
 TASK_FOLDER = Path(__file__).parent / "tasks"
+"""The folder of this package's tasks, for lm-eval's `--include_path`."""
 TASK_FOLDERS = [TASK_FOLDER]
 OFFLINE = ("pylib_cloze", "pylib_syntax", "pylib_copy", "pylib_bits_per_byte")
 OWN_GROUPS = {"pylib": OFFLINE}

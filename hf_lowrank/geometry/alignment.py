@@ -47,6 +47,7 @@ class Layout:
 
     @property
     def group(self) -> int:
+        """Query heads per key/value head."""
         return self.query_heads // self.key_value_heads
 
 

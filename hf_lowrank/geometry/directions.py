@@ -76,6 +76,7 @@ class Gaussian:
     _norms: dict[str, float] = field(default_factory=dict, repr=False)
 
     def block(self, name: str, shard: LocalShard, start: int, stop: int) -> Tensor | None:
+        """See `Direction`."""
         if self.normalize != "none" and shard.shape[0] == 1:
             return None
         noise = self._noise(name, start, stop, shard.shape[1])
@@ -123,6 +124,7 @@ class RankOne:
             self._norms = full_norms({name: t for name, t in self.tensors.items() if isinstance(t, DTensor)})
 
     def block(self, name: str, shard: LocalShard, start: int, stop: int) -> Tensor | None:
+        """See `Direction`."""
         if name in self.pairs:
             u, v = (vector.to(shard.entries_RC) for vector in self.pairs[name])
             rows = shard.local_rows(start, stop)

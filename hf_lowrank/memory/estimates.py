@@ -77,6 +77,7 @@ class MemoryEstimate:
 
     @property
     def optimizer_state(self) -> int:
+        """Moments and bases together."""
         return self.moments + self.bases
 
     @property
@@ -86,9 +87,11 @@ class MemoryEstimate:
 
     @property
     def peak_phase(self) -> str:
+        """The phase that holds the most."""
         return max(self.phases, key=self.phases.__getitem__)
 
     def plain(self) -> dict[str, Any]:
+        """All attributes, the state and the peak as plain data."""
         return {**asdict(self), "optimizer_state": self.optimizer_state, "peak": self.peak}
 
     def facts(self) -> dict[str, int | None]:

@@ -69,10 +69,12 @@ class Measurement:
 
     @property
     def has_value(self) -> bool:
+        """Whether the value is a finite number."""
         return math.isfinite(self.value)
 
     @property
     def has_interval(self) -> bool:
+        """Whether both ends of the interval are finite numbers."""
         return math.isfinite(self.ci_low) and math.isfinite(self.ci_high)
 
     @property

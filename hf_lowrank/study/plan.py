@@ -159,6 +159,7 @@ class StagePlan:
 
     @property
     def left(self) -> int:
+        """Units still to do."""
         return self.total - self.done
 
 
@@ -212,6 +213,7 @@ class Plan:
 
     @property
     def left(self) -> int:
+        """Units still to do, in all stages."""
         return sum(stage.left for stage in self.stages)
 
 

@@ -17,6 +17,7 @@ from hf_lowrank.storage.layers import Layers, read_layers, validated
 from hf_lowrank.study.ranges import Values, check_ranges, grid, sample
 
 STAGES = ("sweep", "train", "measure", "evaluate", "predict", "claims", "report")
+"""The stages of a study, in order."""
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 Steps = int | str | list[int] | None
 Names = str | list[str] | None
