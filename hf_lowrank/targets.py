@@ -28,8 +28,17 @@ NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)",
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every `nn.Linear` and `Conv1D` of `model` by its dotted name, in module order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
+    """Every `nn.Linear` and `Conv1D` of `model`, and those that keep codes, by dotted name, in module order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR_TYPES) or keeps_codes(module)
+    }
+
+
+def keeps_codes(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that stores its weight in eight bits."""
+    return bool(getattr(type(module), "keeps_codes", False))
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -38,7 +47,7 @@ def is_plain(module: nn.Module) -> bool:
     A class with a forward pass of its own is tried once.
     """
     kind = type(module)
-    if kind.forward in [linear.forward for linear in LINEAR_TYPES]:
+    if keeps_codes(module) or kind.forward in [linear.forward for linear in LINEAR_TYPES]:
         return True
     if kind not in _TRIED:
         _TRIED[kind] = _computes_linearly(module)
@@ -204,7 +213,7 @@ def adam_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def _shape(module: Any) -> tuple[int, ...]:
-    return tuple(module.weight.shape)
+    return (module.out_features, module.in_features) if keeps_codes(module) else tuple(module.weight.shape)
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ PUBLISHED = {
         "weight_decay": (0.0,) * 5,
         "projection_bits": (4,) * 5,
         "state_dtype": ("8bit",) * 5,
+        "weight_dtype": ("8bit",) * 5,
         "lazy": (True,) * 5,
         "max_grad_norm": (0.0, 0.0, 0.0, 0.0, 1.0),
     },

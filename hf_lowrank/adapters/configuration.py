@@ -69,8 +69,9 @@ class LowRankConfig(PreTrainedConfig):
     Attributes:
         base_config: config of the dense architecture.
         adapter_config: `peft_type` (one of `ADAPTERS`) and the options of its PEFT config, or that config; None for
-            dense layers, which only `layernorm_scaling` allows.
+            dense layers, which only `layernorm_scaling` and `eight_bit_modules` allow.
         guided: whether the layers have guides, see `hf_lowrank.adapters.guide`; a training sets it.
+        eight_bit_modules: which linear layers keep their weight in eight bits, as for `target_modules`; None for none.
         layernorm_scaling: whether the norms' outputs are scaled by depth, see `hf_lowrank.adapters.norms`.
     """
 
@@ -82,6 +83,7 @@ class LowRankConfig(PreTrainedConfig):
     base_config: Any = None
     adapter_config: Any = None
     layernorm_scaling: bool = False
+    eight_bit_modules: Any = None
     guided: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

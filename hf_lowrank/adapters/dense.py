@@ -9,6 +9,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from hf_lowrank.adapters.configuration import adapter_from_dict
+from hf_lowrank.adapters.eight_bit import decoded
 from hf_lowrank.adapters.functional import sltrain_weight, structured_product
 from hf_lowrank.errors import UserError
 
@@ -33,8 +34,10 @@ def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scaling).to(weight.dtype)
 
 
-def dense_weight_kind(adapter_config: dict[str, Any]) -> Literal["exact", "surrogate"]:
+def dense_weight_kind(adapter_config: dict[str, Any] | None) -> Literal["exact", "surrogate"]:
     """Whether the dense weight is equivalent to the layer ("exact") or only a stand-in ("surrogate": CoLA)."""
+    if adapter_config is None:
+        return "exact"
     config: Any = adapter_from_dict(adapter_config)
     return "surrogate" if getattr(config, "bottleneck_act", "linear") != "linear" else "exact"
 
@@ -86,6 +89,16 @@ def dense_weight_from_tensors(
     if weight.shape != shape or (shape[0] == shape[1] and adapter_config.get("fan_in_fan_out", False)):
         weight = weight.T
     return merged(weight, A, B, scaling)
+
+
+def eight_bit_weight_from_tensors(module: str, get_tensor: Callable[[str], Tensor]) -> Tensor:
+    """The dense weight (out, in), float32, of a module that keeps it in eight bits.
+
+    Raises:
+        UserError: a tensor of the module is missing.
+    """
+    codes, grid = (_read(module, name, get_tensor, "eight-bit") for name in ("codes", "grid"))
+    return decoded(codes, grid, torch.float32)
 
 
 def _read(module: str, name: str, get_tensor: Callable[[str], Tensor], kind: str) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.configuration import LowRankConfig
 from hf_lowrank.adapters.dense import PREFIX, lora_dense_weight
+from hf_lowrank.adapters.eight_bit import EightBitLinear, eight_bit_layers, keep_in_eight_bits, train_weights
 from hf_lowrank.adapters.guide import add_guides, drop_guides
 from hf_lowrank.adapters.layers import ReplacedLinear, check_plain, check_rank, dense_linear, linear_shape
 from hf_lowrank.adapters.methods import AdapterSettings, ReLoraSettings
@@ -25,6 +26,7 @@ from hf_lowrank.adapters.norms import fold_scaling, scale_norms
 from hf_lowrank.adapters.relora import dense_weights, reinitialise
 from hf_lowrank.compat import exclude_from_ddp, targets_unchanged
 from hf_lowrank.errors import LowRankWarning, UserError
+from hf_lowrank.methods import dense_model
 from hf_lowrank.targets import target_modules, warn_about_stacks
 
 PASSED_BY_NAME = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
@@ -45,7 +47,7 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
     Everything outside the targets (embeddings, norms, head, biases) trains. Replaced layers keep no dense weight of a
     target; LoRA keeps it frozen (ReLoRA merges into it). The dense model is built and initialised first, so that
     everything else starts as in the dense model of the same seed. With `config.layernorm_scaling` the norms are
-    scaled, and the layers may stay dense.
+    scaled, and the layers may stay dense; with `config.eight_bit_modules` some keep their weight in eight bits.
 
     Raises:
         UserError: the targets match nothing, a rank does not fit, or a checkpoint lacks a tensor or has an unexpected
@@ -66,19 +68,24 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         config.base_config = self.lm.config
         if config.layernorm_scaling:
             scale_norms(self.lm)
-        if config.adapter_config is not None or not config.layernorm_scaling:
+        if config.adapter_config is not None or not (config.layernorm_scaling or config.eight_bit_modules):
             adapter = config.peft_config()
             inject(self.lm, adapter)
             if getattr(adapter, "fan_in_fan_out", False):
                 config.adapter_config["fan_in_fan_out"] = True  # needed to read the tensors without the model
+        if config.eight_bit_modules:
+            keep_in_eight_bits(self.lm, config.eight_bit_modules)
         if config.guided:
             add_guides(self.lm)
         self.post_init()
-        # Every rank has the same support and indices; DDP would otherwise broadcast it in each forward pass.
+        # Every rank has the same support, indices and codes; DDP would otherwise broadcast it in each forward pass.
         buffers = (name for name, _ in self.named_buffers())
-        own = (".sltrain_support.", ".sst_index.", ".placement")
+        own = (".sltrain_support.", ".sst_index.", ".placement.", ".codes.", ".grid.")
         guides = (name for name, _ in self.named_parameters() if name.endswith(".guide"))
-        exclude_from_ddp(self, [*(n for n in buffers if any(part in f"{n}." for part in own)), *guides])
+        without_values = (f"{name}.weight" for name in eight_bit_layers(self))
+        exclude_from_ddp(
+            self, [*(n for n in buffers if any(part in f"{n}." for part in own)), *guides, *without_values]
+        )
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """As of any module; the weights of a training whose guides are gone drop the guides here, too."""
@@ -163,7 +170,7 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UserError: the adapter has no dense equivalent (CoLA).
         """
-        layers = dict(target_layers(self))
+        layers: dict[str, Any] = {**target_layers(self), **eight_bit_layers(self.lm)}
         for name, layer in layers.items():
             if isinstance(layer, ReplacedLinear) and layer.dense_weight_kind != "exact":
                 raise UserError(
@@ -235,6 +242,8 @@ def dense_weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, torch.
         layer: Any = lm.get_submodule(name)
         if isinstance(layer, BaseTunerLayer):
             found[name] = layer.dense_weight() if isinstance(layer, ReplacedLinear) else lora_dense_weight(layer)
+        elif isinstance(layer, EightBitLinear):
+            found[name] = layer.dense_weight()
         else:
             found[name] = layer.weight.detach()
     return found
@@ -245,6 +254,8 @@ def _dense_layer(layer: Any) -> nn.Module:
     if isinstance(layer, ReplacedLinear):
         shell = layer.base_layer
         weight, bias, as_conv1d = layer.dense_weight().to(shell.placement.dtype), shell.bias, shell.was_conv1d
+    elif isinstance(layer, EightBitLinear):
+        weight, bias, as_conv1d = layer.dense_weight(), layer.bias, layer.was_conv1d
     else:
         base = layer.get_base_layer()
         weight, bias, as_conv1d = lora_dense_weight(layer), base.bias, isinstance(base, Conv1D)
@@ -253,7 +264,8 @@ def _dense_layer(layer: Any) -> nn.Module:
 
 def _check_complete(source: Any, model: LowRankForCausalLM, info: dict[str, Any]) -> None:
     prefix = f"{os.fspath(source)}: " if source is not None else ""
-    method = (model.config.adapter_config or {}).get("peft_type", "layernorm_scaling")
+    kind = "eight-bit" if model.config.eight_bit_modules else "layernorm_scaling"
+    method = (model.config.adapter_config or {}).get("peft_type", kind)
     for problem, keys in (
         ("lacks the tensor", info["missing_keys"]),
         ("has an unexpected tensor,", info["unexpected_keys"]),
@@ -290,6 +302,22 @@ def build_relora(config: PreTrainedConfig, settings: ReLoraSettings, seed: int) 
     if settings.warm_start_steps:
         for weight in dense_weights(model):
             weight.requires_grad_(True)
+    return model
+
+
+def build_with_weight_dtype(config: PreTrainedConfig, settings: Any, seed: int) -> PreTrainedModel:
+    """The dense model, whose target modules keep their weight as `settings.weight_dtype` says.
+
+    Raises:
+        UserError: the targets match nothing, or one shares its weight with another layer.
+    """
+    if settings.weight_dtype == "parameter":
+        return dense_model(config, settings, seed)
+    own: dict[str, Any] = {"base_config": config, "eight_bit_modules": settings.target_modules}
+    if isinstance(config, LowRankConfig):  # of a recipe with layernorm_scaling
+        own |= {"base_config": config.base_config, "layernorm_scaling": config.layernorm_scaling}
+    model = LowRankForCausalLM(LowRankConfig(**own))
+    train_weights(model)
     return model
 
 

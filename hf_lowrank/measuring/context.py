@@ -168,7 +168,8 @@ class RunContext:
     @cached_property
     def space(self) -> Space:
         """Whose weights are moved: the dense ones, or those of the model as it is stored. A plain model is dense."""
-        exact = self.settings.space == "dense" and self.trajectory.dense_weight_kind == "exact"
+        wanted = "dense" if self.trajectory.in_eight_bits else self.settings.space  # codes cannot be moved
+        exact = wanted == "dense" and self.trajectory.dense_weight_kind == "exact"
         return "dense" if exact or not self.trajectory.adapted else "parameters"
 
     def settings_of(self, block: str, space: Space | None = None) -> dict[str, Any]:

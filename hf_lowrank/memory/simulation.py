@@ -21,12 +21,14 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import import_utils
 
+from hf_lowrank.adapters.eight_bit import EightBitLinear, train_weights
 from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.compat import FakeTensorMode, accelerate_unchanged
 from hf_lowrank.errors import UserError, first_line
 from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, WORKSPACE, Ledger, Peak, StandIns
 from hf_lowrank.optim.refresh import STORED_BASES
 from hf_lowrank.optim.state import quantization_levels
+from hf_lowrank.storage.codes import coded_layer
 from hf_lowrank.targets import decayed_names
 from hf_lowrank.training.recipe import Recipe
 from hf_lowrank.training.trainer import drop_logits
@@ -148,6 +150,8 @@ def _replace_tensors(model: nn.Module, device: torch.device, dtype: torch.dtype 
     for module in model.modules():
         own: Any = {"recurse": False, "remove_duplicate": False}
         for name, tensor in [*module.named_parameters(**own), *module.named_buffers(**own)]:
+            if coded_layer(tensor) is not None:
+                continue
             if id(tensor) not in fresh:
                 kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 empty = torch.empty(tensor.shape, dtype=kept, device=device)
@@ -155,6 +159,7 @@ def _replace_tensors(model: nn.Module, device: torch.device, dtype: torch.dtype 
                     empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
                 fresh[id(tensor)] = empty
             setattr(module, name, fresh[id(tensor)])
+    train_weights(model)
 
 
 class _Run:
@@ -311,6 +316,8 @@ def _weigh(model: PreTrainedModel, ledger: Ledger) -> Counter[str]:
             for name in module.tensor_names:
                 kind = "sparse" if name in module.sparse_names else "factors"
                 kinds.update((id(tensor), kind) for tensor in getattr(module, name).values())
+        elif isinstance(module, EightBitLinear):
+            kinds.update((id(tensor), "dense") for tensor in (module.codes, module.grid))
         elif isinstance(module, LoraLayer):
             for part in (module.lora_A, module.lora_B):
                 kinds.update((id(tensor), "factors") for tensor in part.parameters())

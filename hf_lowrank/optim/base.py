@@ -363,7 +363,7 @@ class TargetedAdamW(Optimizer):
         for (*_, own, alone), members in alike.items():
             group = members[0].group
             dtype = own if alone is None else torch.promote_types(own, torch.float32)
-            weights = [entry.weight.to(dtype) for entry in members]
+            weights = [entry.wide_weight().to(dtype) for entry in members]
             moments = [
                 [moment.read(entry.state, key).to(dtype) for entry in members] for key, moment in FULL_MOMENTS.items()
             ]

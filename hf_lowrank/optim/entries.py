@@ -15,6 +15,7 @@ from hf_lowrank.optim.layout import Layout
 from hf_lowrank.optim.sharding import agree_all, local_part, sharding_of
 from hf_lowrank.optim.state import StateTensor, round_stochastically_
 from hf_lowrank.optim.subspaces import draw_generator
+from hf_lowrank.storage.codes import coded_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,8 @@ class Entry:
     @property
     def rounds(self) -> bool:
         """Whether the weight is rounded stochastically."""
+        if coded_layer(self.param) is not None:
+            return True
         return bool(self.group["stochastic_rounding"]) and self.param.dtype == torch.bfloat16
 
     def declared(self, key: str) -> StateTensor:
@@ -95,11 +98,20 @@ class Entry:
 
     def wide_weight(self) -> Tensor:
         """The weight to update: itself, or a float32 copy if it is rounded stochastically."""
+        layer = coded_layer(self.param)
+        if layer is not None:
+            return layer.read_weight()
         return self.weight.float() if self.rounds else self.weight
 
     def write_weight(self, updated: Tensor) -> None:
         """Writes an updated copy of the weight back, if it is one; to be called once the step is counted."""
         if updated is self.weight:
+            return
+        layer = coded_layer(self.param)
+        if layer is not None:
+            generator = draw_generator(updated.device, self.group["seed"], self.info.position, self.state["step"])
+            noise = torch.rand(updated.shape, generator=generator, device=updated.device, dtype=torch.float32)
+            layer.write_weight(updated, noise, self.finite)
             return
         if self.finite is not None:
             updated = torch.where(self.finite, updated, self.weight.to(updated.dtype))

@@ -6,7 +6,7 @@ in its own file checks its options against the settings class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from hf_lowrank.compat import LazyObject
+from hf_lowrank.errors import UserError
 from hf_lowrank.methods import (
     DASH_DOTTED,
     DASHED,
@@ -180,6 +181,14 @@ class QGaLoreSettings(GaLoreSettings):
     state_dtype: StateDtype = "8bit"
     lazy: Lazy = True
     projection_bits: ProjectionBits = 4
+    weight_dtype: Literal["parameter", "8bit"] = explained(
+        "storage of the target modules' weights",
+        "parameter",
+        **{
+            "parameter": "the model's type",
+            "8bit": "codes in groups of 256, rounded up or down at random, with no other copy",
+        },
+    )
 
 
 class FiraSettings(SubspaceSettings):
@@ -254,11 +263,13 @@ class Dion2Settings(OptimizerSettings):
     matrix_lr_scale: MatrixLrScale = 1.0
 
 
-def build_optimizer(optimizer: str) -> Callable[[nn.Module, Any, TrainingArguments], Optimizer]:
+def build_optimizer(
+    optimizer: str, *, without: Collection[str] = ()
+) -> Callable[[nn.Module, Any, TrainingArguments], Optimizer]:
     """A `Method.build_optimizer` for the class `optimizer`, given as `module:name` and imported when it is called.
 
     The class is called with the model, the learning rate, betas, ε and weight decay of the training arguments, and
-    each setting under its own name.
+    each setting under its own name, `without` those that are the model's.
 
     Raises (when called):
         UserError: the target pattern matches nothing, the rank is too large for a target, or the training arguments
@@ -273,9 +284,26 @@ def build_optimizer(optimizer: str) -> Callable[[nn.Module, Any, TrainingArgumen
             check_layerwise(max_grad_norm=args.max_grad_norm, fp16=args.fp16)
         seed = args.seed if settings.seed is None else settings.seed
         cls: Callable[..., Optimizer] = resolve_name(optimizer)
-        return cls(model, **adam_arguments(args), **settings.model_dump(exclude={"seed"}), seed=seed)
+        return cls(model, **adam_arguments(args), **settings.model_dump(exclude={"seed", *without}), seed=seed)
 
     return build
+
+
+def build_q_galore(model: nn.Module, settings: QGaLoreSettings, args: TrainingArguments) -> Optimizer:
+    """Q-GaLore's optimizer.
+
+    Raises:
+        UserError: as other optimizers, or weights in eight bits are to be sharded.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    if settings.weight_dtype == "8bit" and (getattr(args, "fsdp", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+        raise UserError(
+            "weight_dtype must be parameter under FSDP2, got '8bit'; a group of 256 values could be split between two "
+            "processes"
+        )
+    build = build_optimizer("hf_lowrank.optim.q_galore:QGaLoreAdamW", without=["weight_dtype"])
+    return build(model, settings, args)
 
 
 def subspace_callbacks(settings: SubspaceSettings, args: TrainingArguments) -> Sequence[TrainerCallback]:
@@ -315,7 +343,8 @@ ENTRIES = (
         settings=QGaLoreSettings,
         source="arXiv 2407.08296",
         look=Look("#3a1fc8", "#8f6bff", DASHED, "down"),
-        build_optimizer=build_optimizer("hf_lowrank.optim.q_galore:QGaLoreAdamW"),
+        build_model=LazyObject("hf_lowrank.adapters.modeling:build_with_weight_dtype"),
+        build_optimizer=build_q_galore,
     ),
     _subspace_method(
         name="fira",

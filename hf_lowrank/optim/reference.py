@@ -238,6 +238,21 @@ def in_few_bits(basis: Tensor | None, bits: int | None) -> Tensor | None:
     return torch.cat(groups).view(basis.shape)
 
 
+def in_eight_bits(W: Tensor, noise: Tensor) -> Tensor:
+    """A weight as Q-GaLore stores it: groups of 256 values with float32 scales, each rounded up or down at random.
+
+    Args:
+        noise: of W's shape, uniform from 0 to below 1.
+    """
+    groups = []
+    for group, drawn in zip(W.flatten().split(256), noise.flatten().split(256), strict=True):
+        scale = torch.tensor(max(float(group.max() - group.min()), 1e-5) / 255, dtype=torch.float32).to(group.dtype)
+        zero = (-group.min() / scale).float().to(group.dtype)
+        codes = torch.floor(group / scale + zero + drawn).clamp(0, 255)
+        groups.append(scale * (codes - zero))
+    return torch.cat(groups).view(W.shape)
+
+
 def settling(state: State, P: Tensor | None, Q: Tensor | None) -> tuple[int, tuple[float, ...]]:
     """Q-GaLore's lazy interval (arXiv 2407.08296): doubled while the last five cosines average at least 0.4."""
     old, new = (state.P, P) if Q is None else (state.Q, Q)

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from hf_lowrank.compat import foreach_copy_
 from hf_lowrank.optim.batch import batch_limits
-from hf_lowrank.optim.codes import Codes, byte_count, decode, encode, group_count
 from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.layout import Layout, RowSharded
 from hf_lowrank.optim.sharding import Sharding, local_part
@@ -31,6 +30,7 @@ from hf_lowrank.optim.subspaces import (
     exact_bases,
     is_usable,
 )
+from hf_lowrank.storage.codes import Codes, byte_count, decode, encode, group_count
 
 SIDES = ("basis", "left_basis")
 # What a side with codes stores besides them.

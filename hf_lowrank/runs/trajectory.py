@@ -30,7 +30,7 @@ from hf_lowrank.runs.weights import (
     read_config,
     skeleton,
 )
-from hf_lowrank.targets import target_modules, warn_about_stacks
+from hf_lowrank.targets import keeps_codes, target_modules, warn_about_stacks
 
 # A metric compares a step with the one before it and with the first.
 KEPT_STEPS = 3
@@ -215,6 +215,11 @@ class Trajectory:
         return bool(self.config.model_type == "lowrank")
 
     @property
+    def in_eight_bits(self) -> bool:
+        """Whether the checkpoints hold weights as codes of eight bits."""
+        return self.adapted and bool(getattr(self.config, "eight_bit_modules", None))
+
+    @property
     def _adapter(self) -> dict[str, Any] | None:
         """The adapter's configuration; None where the target modules are dense."""
         return getattr(self.config, "adapter_config", None) if self.adapted else None
@@ -261,6 +266,12 @@ class Trajectory:
             if not self._stores(step, module):
                 return self._loaded_weights(step)[module]
             return dense_weight_from_tensors(module, self._getter(step), self._adapter).float()
+        if keeps_codes(layer):
+            from hf_lowrank.adapters.dense import eight_bit_weight_from_tensors
+
+            if not self._stores(step, module):
+                return self._loaded_weights(step)[module]
+            return eight_bit_weight_from_tensors(module, self._getter(step))
         base = getattr(self._skeleton, "base_model_prefix", "")
         prefix = f"{base}." if self.adapted else ""
         names = (f"{prefix}{module}.weight", f"{module.removeprefix(base + '.')}.weight")

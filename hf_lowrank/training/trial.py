@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
+from hf_lowrank.adapters.eight_bit import EightBitLinear
 from hf_lowrank.errors import LowRankWarning, UserError, one_line
 from hf_lowrank.runs.causality import PROBED_TOKENS, check_causal
 from hf_lowrank.runs.evaluation_set import EvaluationSet
@@ -122,13 +123,14 @@ def _tracing(entered: list[nn.Module]) -> Iterator[list[nn.Module]]:
 
 
 def _check_used(model: nn.Module, called: set[str], where: str) -> None:
-    """Raises a `UserError` for an adapted layer that the module around it does not call but reads the weight of."""
+    """Raises a `UserError` for a replaced layer that the module around it does not call but reads the weight of."""
     for name, layer in model.named_modules():
         parent = name.rpartition(".")[0]
-        if isinstance(layer, BaseTunerLayer) and name not in called and parent in called:
+        if isinstance(layer, BaseTunerLayer | EightBitLinear) and name not in called and parent in called:
+            missed = "adapter would do nothing" if isinstance(layer, BaseTunerLayer) else "codes would not be read"
             raise UserError(
-                f"{where}: {name.removeprefix('lm.')} is never called by the module around it, so its adapter would "
-                "do nothing; choose method.target_modules without it"
+                f"{where}: {name.removeprefix('lm.')} is never called by the module around it, so its {missed}; "
+                "choose method.target_modules without it"
             )
 
 

@@ -25,6 +25,7 @@ CASES = {
     "full_rank": {},
     "galore": SUBSPACE,
     "q_galore": {**SUBSPACE, "update_proj_gap": 1},
+    "q_galore_8bit": {"name": "q_galore", **SUBSPACE, "update_proj_gap": 1, "weight_dtype": "8bit"},
     "fira": SUBSPACE,
     "apollo": SUBSPACE,
     "apollo_mini": {"update_proj_gap": 5},
@@ -45,7 +46,7 @@ CASES = {
     "sltrain_refactorised": {"name": "sltrain", "r": 4, "refactorise_every": 4, "recovery_steps": 2},
 }
 # Refused under FSDP2: groups of values that share a scale could be split between two processes.
-UNSHARDED = ("q_galore",)
+UNSHARDED = ("q_galore", "q_galore_8bit")
 BATCH = 8
 SHAPE = {
     "hidden_size": 28,

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_lowrank.optim import FrugalAdamW, param_groups
 from hf_lowrank.optim.muon import muon_groups
 from hf_lowrank.optim.sharding import local_part
+from hf_lowrank.storage.codes import coded_layer
 from tests.optim.test_conformance import IN_FOUR_BITS, METHOD_CASES, ORTHOGONAL, in_full_precision, own_options
 
 METHODS = {**METHOD_CASES, "frugal-blocks": partial(FrugalAdamW, subspace="blocks")}
@@ -95,10 +96,12 @@ def train(model, optimizer, steps, rank=0, world=1, start=0):
 
 
 def whole_weights(model):
-    return {
-        name.removeprefix("module."): getattr(param, "full_tensor", lambda p=param: p)().detach().clone()
-        for name, param in model.named_parameters()
-    }
+    found = {}
+    for name, param in model.named_parameters():
+        layer = coded_layer(param)
+        whole = getattr(param, "full_tensor", lambda p=param: p)() if layer is None else layer.read_weight()
+        found[name.removeprefix("module.")] = whole.detach().clone()
+    return found
 
 
 def state_bytes(optimizer):

@@ -55,6 +55,16 @@ def test_galore_has_a_basis_and_moments_of_its_rank(tiny):
     assert found.weights == estimate(tiny("full_rank")).weights
 
 
+def test_q_galore_weights_in_eight_bits_take_a_byte_each(tiny):
+    found = estimate(tiny("q_galore", "method.weight_dtype=8bit"))
+    whole = estimate(tiny("q_galore"))
+    groups = LAYERS * sum(-(-out * fan_in // 256) for out, fan_in in LINEARS)
+    assert found.dense == dense() + 8 * groups + 4 * (2 * LAYERS + 1) * HIDDEN + 4 * 7 * LAYERS
+    assert whole.dense == 4 * dense() + 4 * (2 * LAYERS + 1) * HIDDEN
+    assert (found.optimizer_state, found.gradients) == (whole.optimizer_state, whole.gradients)
+    assert found.peak < whole.peak
+
+
 def in_q_galore(hidden, mlp, layers, rank, rest):
     """Bytes of bases, and of moments in blocks of 256 with counters of cosines, at sizes that fill all groups."""
     shapes = layers * ([(hidden, hidden)] * 4 + [(mlp, hidden)] * 3)
@@ -119,6 +129,7 @@ def test_relora_freezes_the_dense_weights(tiny):
 VARIANTS = {
     **{method: (method,) for method in METHODS if METHODS[method].settings.__module__.startswith("hf_lowrank")},
     "galore-8bit": ("galore", "method.state_dtype=8bit"),
+    "q_galore-weights-8bit": ("q_galore", "method.weight_dtype=8bit"),
     "galore-svd-full": ("galore", "method.proj_type=full", "method.subspace=svd"),
     "fira-float32": ("fira", "method.state_dtype=float32"),
     "apollo-rounded": ("apollo", "method.stochastic_rounding=true"),
@@ -142,7 +153,8 @@ def test_items_match_two_real_steps(tiny, training, variant, dtype):
     assert found.gradients == gradients
     model = [*real.model.parameters(), *real.model.buffers()]
     # `.to(dtype)` leaves integer buffers and shares what is shared.
-    assert found.weights == size_of({tensor.data_ptr(): tensor for tensor in model if tensor.numel()}.values())
+    storages = [tensor.untyped_storage() for tensor in model]  # one that has codes stands for values it does not hold
+    assert found.weights == sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def saved_bytes(real):
@@ -194,6 +206,7 @@ PEAKS = [
     ("full_rank", "training.gradient_checkpointing=true"),
     ("galore", "training.gradient_checkpointing=false"),
     ("galore", "method.layerwise=true", "training.max_grad_norm=0"),
+    ("q_galore", "method.weight_dtype=8bit", "method.layerwise=true", "training.max_grad_norm=0"),
     ("sltrain", "training.gradient_checkpointing=true"),
     ("galore", *MIXTURE, "method.target_parameters=[experts.gate_up_proj, experts.down_proj]"),
     ("full_rank", *MIXTURE, "training.gradient_checkpointing=true"),

@@ -10,8 +10,8 @@ from torchao.optim.quant_utils import create_dynamic_map, dequant_with_qmap, qua
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, QGaLoreAdamW, reference
-from hf_lowrank.optim.codes import Codes, decode, encode
 from hf_lowrank.optim.reference import Options, State
+from hf_lowrank.storage.codes import Codes, decode, encode
 
 # Tall, wide, square; two of a kind are stepped in one batch. Bases of 24 to 480 values: short groups and full ones.
 SHAPES = [(12, 7), (7, 12), (9, 9), (12, 7), (70, 40), (40, 70), (48, 48)]
