@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
-from hf_lowrank.cli import STAGES, main
+from hf_lowrank.cli import main
+from hf_lowrank.cli.arguments import STAGES
 from hf_lowrank.errors import LowRankWarning
 from hf_lowrank.formats import console, echo, hide_hub_progress_bars, is_first_process, print_own_warnings_as_lines
 from hf_lowrank.methods import METHODS
