@@ -200,6 +200,25 @@ def dense_model(config: PreTrainedConfig, settings: Any, seed: int) -> PreTraine
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodPage:
+    """What a method's page says besides its entry, in Markdown without headings.
+
+    Attributes:
+        idea: what it does, in a few sentences.
+        formula: the step or the layer in plain text, one formula each.
+        use: when to take it.
+        cost: memory and time, compared with the dense weight.
+        notes: published settings and pitfalls.
+    """
+
+    idea: str
+    formula: tuple[str, ...]
+    use: str
+    cost: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """One way of pre-training.
 
@@ -219,6 +238,7 @@ class Method:
         build_scheduler: `(optimizer, settings, args, num_training_steps) -> scheduler`; without one, or where it
             returns None, Trainer has its own.
         callbacks: `(settings, args) -> callbacks`.
+        page: what its page says besides all this; None for a page of the entry alone.
     """
 
     name: str
@@ -232,6 +252,7 @@ class Method:
     build_optimizer: Callable[[nn.Module, Any, TrainingArguments], Optimizer | None] | None = None
     build_scheduler: Callable[[Optimizer, Any, TrainingArguments, int], LRScheduler | None] | None = None
     callbacks: Callable[[Any, TrainingArguments], Sequence[TrainerCallback]] = lambda settings, args: ()
+    page: MethodPage | None = None
 
     def optimizer(self, model: nn.Module, settings: Any, args: TrainingArguments) -> Optimizer | None:
         """Its optimizer; None leaves Trainer its own AdamW."""

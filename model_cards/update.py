@@ -1,7 +1,7 @@
-"""Writes metadata and tables of these pages from the methods' entries: `make pages`.
+"""Writes the methods' pages, with their metadata, and their list from the methods' entries: `make pages`.
 
-Each method has a page `NAME.md` with a table under "## Settings"; README.md lists the pages. The metadata are those of
-a model card, so that a page can stand on the Hub as it is.
+The page `NAME.md` of a method is made whole. Of an entry without a page, the table of settings is; in README.md, the
+list of pages. The metadata are those of a model card, so that a page can stand on the Hub as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from hf_lowrank.methods import METHODS, Method, Setting, settings_of
+from hf_lowrank.methods import METHODS, Method, MethodPage, Setting, settings_of
 
 PAGES = Path(__file__).parent
 TABLE = re.compile(r"^\| .*\n(?:\|.*\n)+", re.MULTILINE)
@@ -27,7 +27,7 @@ def meaning(setting: Setting) -> str:
 def settings_table(method: Method) -> str:
     """The Markdown table of a method's settings."""
     rows = [f"| `{s.name}` | `{s.default}` | {meaning(s)} |" for s in settings_of(method.settings).values()]
-    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows, ""])
+    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
 
 
 def methods_table() -> str:
@@ -48,13 +48,40 @@ def metadata(page: Path) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n"
 
 
+def method_page(method: Method, page: MethodPage) -> str:
+    """The whole page of a method."""
+    parts = [
+        f"# {method.title}",
+        page.idea,
+        *([f"Source: {method.source}."] if method.source else []),
+        "## Formula",
+        "\n".join(["```text", *page.formula, "```"]),
+        "## When to use it",
+        page.use,
+        "## Cost",
+        page.cost,
+        "## Settings",
+        f"Keys of a recipe's `method:` block, next to `name: {method.name}`.",
+        settings_table(method),
+        "## Notes",
+        "\n".join(f"- {note}" for note in page.notes),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def updated(page: Path) -> str:
-    """A page's text with its metadata and its table up to date; pages without a table get none."""
-    text = METADATA.sub(lambda _: metadata(page), page.read_text(encoding="utf-8"), count=1)
+    """A page's text as it should be."""
+    return metadata(page) + _text(page)
+
+
+def _text(page: Path) -> str:
+    if page.stem in METHODS and METHODS[page.stem].page is not None:
+        return method_page(METHODS[page.stem], METHODS[page.stem].page)
+    text = METADATA.sub("", page.read_text(encoding="utf-8"), count=1)
     if page.stem == "README":
         return TABLE.sub(lambda _: methods_table(), text, count=1)
     if page.stem in METHODS:
-        return TABLE.sub(lambda _: settings_table(METHODS[page.stem]), text, count=1)
+        return TABLE.sub(lambda _: f"{settings_table(METHODS[page.stem])}\n", text, count=1)
     return text
 
 

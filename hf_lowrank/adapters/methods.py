@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from hf_lowrank.adapters.pages import PAGES
 from hf_lowrank.compat import LazyObject
 from hf_lowrank.methods import (
     DASH_DOTTED,
@@ -170,6 +171,7 @@ ENTRIES = (
         build_optimizer=LazyObject("hf_lowrank.adapters.guide:build_guided_optimizer"),
         build_scheduler=LazyObject("hf_lowrank.adapters.refactorise:build_scheduler"),
         callbacks=LazyObject("hf_lowrank.adapters.refactorise:low_rank_callbacks"),
+        page=PAGES["low_rank"],
     ),
     Method(
         name="cola",
@@ -180,6 +182,7 @@ ENTRIES = (
         source="arXiv 2502.10940",
         look=Look("#b5307f", "#f08bc6", DASHED, "up"),
         build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
+        page=PAGES["cola"],
     ),
     Method(
         name="sltrain",
@@ -192,6 +195,7 @@ ENTRIES = (
         build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
         build_scheduler=LazyObject("hf_lowrank.adapters.refactorise:build_scheduler"),
         callbacks=LazyObject("hf_lowrank.adapters.refactorise:refactorise_callbacks"),
+        page=PAGES["sltrain"],
     ),
     Method(
         name="structured",
@@ -204,6 +208,7 @@ ENTRIES = (
         build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
         build_optimizer=LazyObject("hf_lowrank.adapters.guide:build_guided_optimizer"),
         callbacks=LazyObject("hf_lowrank.adapters.guide:guide_callbacks"),
+        page=PAGES["structured"],
     ),
     Method(
         name="sst",
@@ -216,6 +221,7 @@ ENTRIES = (
         build_model=LazyObject("hf_lowrank.adapters.modeling:build_adapted"),
         build_scheduler=LazyObject("hf_lowrank.adapters.spectral:build_sst_scheduler"),
         callbacks=LazyObject("hf_lowrank.adapters.spectral:sst_callbacks"),
+        page=PAGES["sst"],
     ),
     Method(
         name="relora",
@@ -229,5 +235,6 @@ ENTRIES = (
         build_optimizer=LazyObject("hf_lowrank.adapters.relora:build_relora_optimizer"),
         build_scheduler=LazyObject("hf_lowrank.adapters.relora:build_relora_scheduler"),
         callbacks=LazyObject("hf_lowrank.adapters.relora:relora_callbacks"),
+        page=PAGES["relora"],
     ),
 )

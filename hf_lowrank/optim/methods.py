@@ -26,6 +26,7 @@ from hf_lowrank.methods import (
     MethodSettings,
     explained,
 )
+from hf_lowrank.optim.pages import PAGES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -326,6 +327,7 @@ ENTRIES = (
         settings=FullRankSettings,
         look=Look("#1f1d1a", "#f3f0e8", SOLID, "circle"),
         build_optimizer=LazyObject("hf_lowrank.optim.full_rank:build_optimizer"),
+        page=PAGES["full_rank"],
     ),
     _subspace_method(
         name="galore",
@@ -335,6 +337,7 @@ ENTRIES = (
         source="arXiv 2403.03507",
         look=Look("#0a6fb5", "#5fb0ee", SOLID, "square"),
         build_optimizer=build_optimizer("hf_lowrank.optim.galore:GaLoreAdamW"),
+        page=PAGES["galore"],
     ),
     _subspace_method(
         name="q_galore",
@@ -345,6 +348,7 @@ ENTRIES = (
         look=Look("#3a1fc8", "#8f6bff", DASHED, "down"),
         build_model=LazyObject("hf_lowrank.adapters.modeling:build_with_weight_dtype"),
         build_optimizer=build_q_galore,
+        page=PAGES["q_galore"],
     ),
     _subspace_method(
         name="fira",
@@ -354,6 +358,7 @@ ENTRIES = (
         source="arXiv 2410.01623",
         look=Look("#cf4a0c", "#ff9159", SOLID, "up"),
         build_optimizer=build_optimizer("hf_lowrank.optim.fira:FiraAdamW"),
+        page=PAGES["fira"],
     ),
     _subspace_method(
         name="apollo",
@@ -363,6 +368,7 @@ ENTRIES = (
         source="arXiv 2412.05270",
         look=Look("#11803f", "#35c79b", SOLID, "diamond"),
         build_optimizer=build_optimizer("hf_lowrank.optim.apollo:ApolloAdamW"),
+        page=PAGES["apollo"],
     ),
     _subspace_method(
         name="apollo_mini",
@@ -372,6 +378,7 @@ ENTRIES = (
         source="arXiv 2412.05270",
         look=Look("#4d9a2a", "#9bd85e", SOLID, "down"),
         build_optimizer=build_optimizer("hf_lowrank.optim.apollo:ApolloAdamW"),
+        page=PAGES["apollo_mini"],
     ),
     _subspace_method(
         name="frugal",
@@ -381,6 +388,7 @@ ENTRIES = (
         source="arXiv 2411.07837",
         look=Look("#6d4bb8", "#b79cf2", SOLID, "hexagon"),
         build_optimizer=build_optimizer("hf_lowrank.optim.frugal:FrugalAdamW"),
+        page=PAGES["frugal"],
     ),
     Method(
         name="muon",
@@ -391,6 +399,7 @@ ENTRIES = (
         source="arXiv 2502.16982",
         look=Look("#8a5a2b", "#d3a273", SOLID, "pentagon"),
         build_optimizer=build_optimizer("hf_lowrank.optim.muon:MuonAdamW"),
+        page=PAGES["muon"],
     ),
     Method(
         name="normuon",
@@ -401,6 +410,7 @@ ENTRIES = (
         source="arXiv 2510.05491",
         look=Look("#9900e6", "#c042ff", DASH_DOTTED, "pentagon"),
         build_optimizer=build_optimizer("hf_lowrank.optim.normuon:NorMuonAdamW"),
+        page=PAGES["normuon"],
     ),
     Method(
         name="dion",
@@ -411,6 +421,7 @@ ENTRIES = (
         source="arXiv 2504.05295",
         look=Look("#59260d", "#e64c00", DASHED, "star"),
         build_optimizer=build_optimizer("hf_lowrank.optim.dion:DionAdamW"),
+        page=PAGES["dion"],
     ),
     Method(
         name="dion2",
@@ -421,5 +432,6 @@ ENTRIES = (
         source="arXiv 2512.16928",
         look=Look("#80006a", "#bd65af", DASH_DOTTED, "cross"),
         build_optimizer=build_optimizer("hf_lowrank.optim.dion2:Dion2AdamW"),
+        page=PAGES["dion2"],
     ),
 )
