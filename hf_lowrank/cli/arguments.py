@@ -81,3 +81,4 @@ Revisions = Annotated[str | None, Option(metavar="PATTERN", help="Which revision
 Steps = Annotated[
     str | None, Option(callback=check_steps, help="all, last, or numbers such as 100,200; default: all.")
 ]
+Json = Annotated[bool, Option("--json", help="Print one JSON document instead of tables.")]

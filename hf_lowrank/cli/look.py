@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import INCOMPLETE_STATUS, command
 from hf_lowrank.cli.arguments import (
+    Json,
     Revisions,
     Runs,
     Steps,
@@ -17,10 +18,16 @@ from hf_lowrank.cli.arguments import (
     existing_file,
     existing_folder,
 )
+from hf_lowrank.cli.output import print_json
 from hf_lowrank.formats import console, echo, is_first_process, pluralize
 
 
-@app.command()
+@command(
+    "hf-lowrank measure runs/full_rank runs/galore",
+    "hf-lowrank measure runs/galore --metrics spectra --steps last",
+    "hf-lowrank measure user/repo --revisions 'step*'",
+    "accelerate launch --module hf_lowrank measure runs/galore --sharded",
+)
 def measure(
     runs: Runs,
     metrics: Annotated[
@@ -64,7 +71,10 @@ def measure(
     echo(f"{pluralize(len(rows), 'measurement')} of {pluralize(len(runs), 'run')}{rest}")
 
 
-@app.command()
+@command(
+    "hf-lowrank report runs/full_rank runs/galore --output report",
+    "hf-lowrank report runs/* --output report --json",
+)
 def report(
     runs: Annotated[
         list[str], Argument(metavar="RUN...", callback=existing_folder("run directory"), help="Run directories.")
@@ -87,16 +97,24 @@ def report(
             help="A study of the same methods at another size, to show side by side; repeatable.",
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Compare runs in a table in the terminal and on one self-contained page in DIR."""
     from hf_lowrank.report import terminal_table, write_report
+    from hf_lowrank.report.terminal import answer_document
 
     page = write_report(runs, output, study=study, others=others or ())
+    if as_json:
+        print_json({"page": page, "answer": answer_document(runs, study=study)})
+        return
     console().print(terminal_table(runs, study=study))
     typer.echo(f"page: {page}")
 
 
-@app.command()
+@command(
+    "hf-lowrank evaluate runs/full_rank runs/galore",
+    "hf-lowrank evaluate runs/galore --tasks blimp,arc_easy --steps last --limit 100",
+)
 def evaluate(
     runs: Runs,
     tasks: Annotated[
@@ -110,6 +128,7 @@ def evaluate(
         Path | None, Option(metavar="DIR", help="Folder for the scores; default: each run's directory.")
     ] = None,
     revisions: Revisions = None,
+    as_json: Json = False,
 ) -> None:
     """Score checkpoints with lm-eval and add rows to downstream.jsonl. Skips finished scores. Exits with status 1 if
     a requested score is missing."""
@@ -129,16 +148,21 @@ def evaluate(
         progress=sys.stderr.isatty(),
     )
     asked, missing = requested_scores(trajectories, **wanted)
-    if asked:
+    if as_json:
+        print_json({"scores": asked, "missing": missing})
+    elif asked:
         console().print(score_table(asked))
     if missing:
         if is_first_process():
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             typer.echo(f"hf-lowrank: without a score: {missing[0]}{more}", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(INCOMPLETE_STATUS)
 
 
-@app.command()
+@command(
+    "hf-lowrank predict runs/*",
+    "hf-lowrank predict runs/* --metrics random_sharpness,weight_effective_rank --output prediction",
+)
 def predict(
     runs: Runs,
     tasks: Annotated[str | None, Option(metavar="NAMES", help="Tasks whose mean score to predict.")] = None,
@@ -150,6 +174,7 @@ def predict(
     output: Annotated[
         Path | None, Option(metavar="DIR", help="Folder for prediction.json and prediction.png.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Test, on methods and runs left out, whether geometry adds to perplexity in predicting downstream scores."""
     from hf_lowrank.downstream import predict as predict_scores
@@ -158,14 +183,19 @@ def predict(
     prediction = predict_scores(
         runs, tasks=tasks, metrics=metrics, permutations=permutations, seed=seed, output=output
     )
+    if as_json:
+        print_json(prediction)
+        return
     for note in prediction.notes:
         typer.echo(f"hf-lowrank: {note}", err=True)
     for table in prediction_tables(prediction):
         console().print(table)
 
 
-@app.command(
-    "lm-eval",
+@command(
+    "hf-lowrank lm-eval run --model_args pretrained=runs/galore/checkpoint-400 --tasks pylib",
+    "hf-lowrank lm-eval ls tasks",
+    name="lm-eval",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def lm_eval(context: typer.Context) -> None:

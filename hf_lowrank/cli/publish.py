@@ -6,12 +6,15 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import command
 from hf_lowrank.cli.arguments import existing_folder
 from hf_lowrank.errors import UserError
 
 
-@app.command()
+@command(
+    "hf-lowrank push runs/galore user/repo --every 2",
+    "hf-lowrank push runs/sltrain user/repo --steps 100,400 --dense beside --license apache-2.0",
+)
 def push(
     run: Annotated[str, Argument(metavar="RUN", callback=existing_folder("run directory"), help="A run directory.")],
     repo_id: Annotated[str, Argument(metavar="USER/REPO", help="The Hub repository; created if missing.")],
@@ -49,7 +52,10 @@ def _numbers(text: str | None) -> list[int] | None:
         raise UserError(f"--steps must be numbers such as 100,200, got {text!r}") from None
 
 
-@app.command()
+@command(
+    "hf-lowrank export runs/sltrain@400 dense",
+    "hf-lowrank export runs/relora/checkpoint-400 dense",
+)
 def export(
     checkpoint: Annotated[str, Argument(metavar="RUN@STEP", help="A run's checkpoint, or its folder.")],
     output: Annotated[Path, Argument(metavar="DIR", help="A new folder.")],

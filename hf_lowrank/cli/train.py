@@ -7,12 +7,18 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from hf_lowrank.cli.app import app
-from hf_lowrank.cli.arguments import STAGES, Overrides, Recipe, check_stages, existing_file
+from hf_lowrank.cli.app import INCOMPLETE_STATUS, command
+from hf_lowrank.cli.arguments import STAGES, Json, Overrides, Recipe, check_stages, existing_file
+from hf_lowrank.cli.output import print_json
 from hf_lowrank.formats import console, echo
 
 
-@app.command()
+@command(
+    "hf-lowrank train recipes/nano/galore.yaml",
+    "hf-lowrank train recipes/nano/galore.yaml --set method.rank=16 --output runs/rank16",
+    "hf-lowrank train recipes/llama_60m/fira.yaml --seed 1",
+    "accelerate launch --module hf_lowrank train recipes/llama_1b/galore.yaml",
+)
 def train(
     recipe: Annotated[Path, Recipe],
     overrides: Overrides = None,
@@ -28,7 +34,11 @@ def train(
     echo(f"run directory: {run}")
 
 
-@app.command()
+@command(
+    "hf-lowrank study recipes/studies/nano.yaml --dry-run",
+    "hf-lowrank study recipes/studies/nano.yaml --jobs 2",
+    "hf-lowrank study recipes/studies/nano.yaml --stages claims,report --json",
+)
 def study(
     path: Annotated[
         Path,
@@ -43,27 +53,35 @@ def study(
     ] = None,
     jobs: Annotated[int | None, Option(help="Parallel units of work; default: the study's.")] = None,
     threads: Annotated[int | None, Option(help="CPU threads per unit; default: the study's.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Train, measure, evaluate and report the runs of a study file. Skips finished work and resumes where it stopped.
     Exits with status 1 if a unit failed."""
     options = dict(locals())
+    del options["as_json"]
     from hf_lowrank.study import run_study
-    from hf_lowrank.study.show import print_plan, print_result
+    from hf_lowrank.study.show import print_plan, print_result, result_document
 
     out = console()
     result = run_study(
         **options,
         say=lambda line: typer.echo(line, err=True),
-        show_plan=lambda plan: print_plan(plan, out),
+        show_plan=lambda plan: None if as_json else print_plan(plan, out),
         stream=sys.stderr if sys.stderr.isatty() else None,
     )
-    if not dry_run:
+    if as_json:
+        print_json(result_document(result))
+    elif not dry_run:
         print_result(result, out)
-        if result.failures:
-            raise typer.Exit(1)
+    if result.failures:
+        raise typer.Exit(INCOMPLETE_STATUS)
 
 
-@app.command()
+@command(
+    "hf-lowrank memory recipes/llama_60m/galore.yaml",
+    "hf-lowrank memory recipes/llama_60m/galore.yaml --all-methods --batch-size 1",
+    "hf-lowrank memory recipes/llama_350m/fira.yaml --world-size 8 --sharding fsdp2 --json",
+)
 def memory(
     recipes: Annotated[
         list[Path],
@@ -84,6 +102,7 @@ def memory(
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Option(help="Type of the weights.")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda; default: the one of this machine.")] = None,
     overrides: Overrides = None,
+    as_json: Json = False,
 ) -> None:
     """Estimate the training memory of recipes, item by item and compared with full-rank training. Trains nothing."""
     from hf_lowrank.memory.compare import compare, comparison_table, item_table, sibling_recipes, verdicts
@@ -102,6 +121,9 @@ def memory(
         dtype=dtype,
         device=device,
     )
+    if as_json:
+        print_json([comparison.document() for comparison in comparisons])
+        return
     table = item_table(comparisons[0]) if len(comparisons) == 1 else comparison_table(comparisons)
     console().print(table)
     for line in verdicts(comparisons):

@@ -67,6 +67,11 @@ class Comparison:
         start = f"saves only {amount}" if self.saved >= 0 else f"needs {byte_size(-self.saved)} more than full-rank"
         return f"{title} {start}: {_cause(found)}; {_remedy(found)}."
 
+    def document(self) -> dict[str, Any]:
+        """All items of the estimate in bytes, full-rank's peak and the sentence, for JSON."""
+        found = self.estimate
+        return {**found.plain(), "full_rank_peak": self.full_rank.peak, "saved": self.saved, "verdict": self.verdict}
+
 
 def compare(
     recipes: Iterable[str | Path | Recipe], *, overrides: Sequence[str] = (), **options: Any

@@ -1,4 +1,4 @@
-"""The answer as a table for the terminal: methods where there are several seeds of one, else runs."""
+"""The answer for the terminal: methods where there are several seeds of one, else runs; or all of it for JSON."""
 
 from __future__ import annotations
 
@@ -80,6 +80,44 @@ def terminal_table(runs: Iterable[Any], width: int | None = None, *, study: Path
             table.add_row(*(Text(line.get(name, "—")) for name in wanted))
         table.add_section()
     return table
+
+
+def answer_document(runs: Iterable[Any], *, study: Path | None = None) -> list[dict[str, Any]]:
+    """The tables of methods and of runs with the sentences about them, for JSON; one entry per comparable group.
+
+    Arguments and errors as for `terminal_table`.
+    """
+    named = with_distinct_methods(load_runs(runs), study)
+    return [_group_document(group) for group in groups(named, baseline_of(named, study), sweep_of(named, study))]
+
+
+def _group_document(group: Group) -> dict[str, Any]:
+    table = group.standings
+    numbers = ("value", "low", "high", "n", "rank", "tied", "certain", "note")
+    methods = [
+        {
+            "method": row.method,
+            "title": row.title,
+            "seeds": row.seeds,
+            **{
+                one.id: {name: getattr(cell, name) for name in numbers}
+                for one, cell in zip(table.criteria, row.standings, strict=True)
+            },
+        }
+        for row in table.rows
+    ]
+    runs = [{c.id: cell.value for c, cell in zip(group.columns, row, strict=True)} for row in group.cells]
+    return {
+        "scale": group.scale,
+        "evaluation_set": group.fingerprint,
+        "caution": group.caution,
+        "headline": group.headline,
+        "basis": group.standfirst,
+        "trade_off": group.trade,
+        "baseline": table.baseline,
+        "methods": methods,
+        "runs": runs,
+    }
 
 
 def sweep_table(runs: Iterable[Any], study: Path) -> Table | None:

@@ -39,6 +39,25 @@ def print_result(result: StudyResult, console: Any) -> None:
         print(f"failed: {stage} {', '.join(names)}: {reason}")  # noqa: T201
 
 
+def result_document(result: StudyResult) -> dict[str, Any]:
+    """The plan and, of what has been run, failures, claims and the answer, for JSON."""
+    from hf_lowrank.claims import read_claims
+    from hf_lowrank.report.terminal import answer_document
+
+    claims = result.directory / CLAIMS
+    shown = result.page is not None
+    return {
+        "directory": result.directory,
+        "plan": result.plan,
+        "seconds": result.plan.seconds,
+        "left": result.plan.left,
+        "failures": result.failures,
+        "page": result.page,
+        "claims": read_claims(claims) if shown and claims.is_file() else [],
+        "answer": answer_document(result.runs, study=result.directory) if shown else [],
+    }
+
+
 def plan_tables(plan: Plan) -> list[Any]:
     """The plan as rich tables and a line."""
     from rich.table import Table

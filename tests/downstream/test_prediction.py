@@ -10,6 +10,7 @@ from simulated_studies import simulated_table
 from sklearn.linear_model import Ridge
 
 from hf_lowrank.claims.predicted import prediction_claim
+from hf_lowrank.cli import main
 from hf_lowrank.downstream.gathering import gather, predict
 from hf_lowrank.downstream.prediction import analyse, answer, gain_interval, question, without_useless
 from hf_lowrank.downstream.ridge import PENALTIES, leave_one_group_out
@@ -220,7 +221,7 @@ def write_study(folder, **shape):
     return table, [write_tables(folder / name, number, table) for number, name in enumerate(table.runs)]
 
 
-def test_predict_reads_runs_and_writes_its_answer(tmp_path):
+def test_predict_reads_runs_and_writes_its_answer(tmp_path, capsys):
     table, runs = write_study(tmp_path)
     gathered = gather(runs, metrics=["random_sharpness", "weight_stable_rank", "update_norm"])
     later = table.step_N > 0
@@ -241,6 +242,14 @@ def test_predict_reads_runs_and_writes_its_answer(tmp_path):
         assert content[found.question]["methods"] == 6
         assert content[found.question]["rows"][0] == [str(runs[0]), 1]
     assert (tmp_path / "answer" / "prediction.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", *map(str, runs), "--permutations", "19", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0
+    assert printed["notes"] == prediction.notes
+    for found in prediction.answers:
+        assert printed[found.question]["gain"] == pytest.approx(found.gain)
+        assert printed[found.question]["predicted_both"] == pytest.approx(found.predicted_both.tolist())
 
 
 def test_own_parameters_take_part_and_the_claim_says_so(tmp_path):

@@ -296,6 +296,11 @@ def test_the_command_shows_what_was_asked_for_and_fails_where_that_has_no_score(
     asked, missing = requested_scores([Trajectory(run)], output=tmp_path, tasks="spell", steps=10, limit=3)
     assert {(row.limit, row.step) for row in asked} == {(3, 10)}
     assert missing == []
+    status, said = command("no_such_task,spell", "--limit", "3", "--json")
+    document = json.loads(said.out)
+    assert status == 1
+    assert document["missing"] == [f"{run.name}@10 no_such_task"]
+    assert [(row["task"], row["value"]) for row in document["scores"]] == [(row.task, row.value) for row in asked]
     assert requested_scores([Trajectory(run)], output=tmp_path, tasks="spell", steps=[5, 10], limit=5) == (
         [],
         [f"{run.name}@5 spell", f"{run.name}@10 spell"],

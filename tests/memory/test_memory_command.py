@@ -1,5 +1,6 @@
 """`hf-lowrank memory`: tables, sentences, and wrong input in one line."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -30,6 +31,17 @@ def test_one_recipe_is_itemised_next_to_full_rank(capsys, tiny):
         assert byte_size(getattr(found, item)) in out, item
     assert "2 sequences of 32 tokens" in out
     assert "full_rank" in out
+
+
+def test_one_recipe_as_json(capsys, tiny):
+    status, out, err = run(capsys, NANO / "galore.yaml", *SET, "--set", "method.rank=8", "--batch-size", 2, "--json")
+    assert (status, err) == (0, "")
+    (document,) = json.loads(out)
+    (compared,) = compare([tiny("galore")], batch_size=2)
+    assert document["peak"] == compared.estimate.peak
+    assert document["phases"] == compared.estimate.phases
+    assert document["full_rank_peak"] - document["peak"] == document["saved"] == compared.saved
+    assert document["verdict"] == compared.verdict
 
 
 def test_all_methods_in_one_table(capsys, tmp_path):

@@ -1,6 +1,7 @@
 """The answer, its statistics, its colours and its numbers, against tables and closed forms."""
 
 import io
+import json
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from hf_lowrank.claims.results import StudyResults, Trial
+from hf_lowrank.cli import main
 from hf_lowrank.formats import big_count, byte_size, duration, join_words, loss_text, significant
 from hf_lowrank.report import terminal_table
 from hf_lowrank.report.answer import groups, verdict
@@ -125,6 +127,24 @@ def test_runs_that_end_at_different_steps_say_so(make_run):
     runs = [make_run("a", "full_rank"), make_run("b", "galore", steps=(0, 50, 100))]
     (group,) = groups(load_runs(runs))
     assert group.standfirst.endswith("The runs end at different steps: 100 and 200.")
+
+
+def test_the_answer_as_json_is_that_of_the_table(make_run, tmp_path, capsys):
+    runs = [make_run(f"{m}-{seed}", m, seed, loss=loss + 0.01 * seed)
+            for m, loss in (("full_rank", 3.3), ("fira", 3.2)) for seed in range(3)]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main(["report", *map(str, runs), "--output", str(tmp_path / "page"), "--json"])
+    assert stop.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["page"] == str(tmp_path / "page" / "report.html")
+    (group,) = found["answer"]
+    (expected,) = groups(load_runs(runs))
+    assert group["headline"] == expected.headline
+    assert [row["method"] for row in group["methods"]] == ["fira", "full_rank"]
+    assert group["methods"][0]["loss"]["value"] == pytest.approx(3.21)
+    assert group["methods"][0]["loss"]["low"] < 3.21 < group["methods"][0]["loss"]["high"]
+    assert [run["run"] for run in group["runs"]] == [run.name for run in expected.runs]
+    assert group["runs"][0]["validation_loss"] == pytest.approx(3.2)
 
 
 def test_the_terminal_table_is_readable(make_run):

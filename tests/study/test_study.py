@@ -144,6 +144,19 @@ def test_dry_run_by_command_writes_nothing(write_study, tmp_path, capsys, monkey
     assert sweep.split("│")[2].strip() == "4"
 
 
+def test_the_plan_as_json(write_study, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = write_study()
+    with pytest.raises(SystemExit) as stop:
+        main(["study", str(study), "--dry-run", "--jobs", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0
+    (train,) = [stage for stage in found["plan"]["stages"] if stage["stage"] == "train"]
+    assert train["total"] == sum(member["runs"] for member in found["plan"]["members"])
+    assert found["left"] == sum(stage["total"] - stage["done"] for stage in found["plan"]["stages"])
+    assert (found["failures"], found["page"], found["claims"], found["answer"]) == ([], None, [], [])
+
+
 def test_the_cost_of_a_step_is_probed(write_study, monkeypatch):
     """Time from steps on this machine, disk and memory from the model and its optimizer."""
     study = write_study(members={"full_rank": "full_rank.yaml"})
