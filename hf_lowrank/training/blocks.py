@@ -1,10 +1,10 @@
 """The recipe's `model:` and `training:` blocks: fields of transformers' configurations and `TrainingArguments`."""
 
+import ast
 import copy
 import dataclasses
 import inspect
 import math
-import re
 import sys
 import typing
 from collections.abc import Callable
@@ -80,8 +80,11 @@ def checked_model(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
         )
     config_class = CONFIG_MAPPING[architecture]
     allowed = {*_fields(config_class), SCALING}
-    for key in section:
-        if key != "architecture" and key not in allowed and not _is_read(config_class, str(key)):
+    unknown = [key for key in section if key != "architecture" and key not in allowed]
+    if unknown:
+        allowed |= _optional_fields(config_class)
+    for key in unknown:
+        if key not in allowed:
             known = nearest(str(key), {"architecture", *allowed})
             raise UserError(f"{layers.origin(f'model.{key}')}: unknown key {f'model.{key}'!r}; {known}")
     if not isinstance(section.get(SCALING, False), bool):
@@ -113,7 +116,8 @@ def build_config(section: dict[str, Any], **defaults: Any) -> PreTrainedConfig:
 
 
 def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
-    names = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    names = {field.name for field in dataclasses.fields(config_class)}
+    names |= {*config_class.attribute_map, *config_class.sub_configs}
     return names - {
         "transformers_version",
         "architectures",
@@ -124,11 +128,23 @@ def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
     }
 
 
-def _is_read(config_class: type[PreTrainedConfig], key: str) -> bool:
-    """Whether the architecture's code reads the field `key` from its configuration, which does not declare it."""
+def _optional_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    """Fields that a configuration does not declare, but that its architecture reads where they are given.
+
+    Those are the names in `getattr(config, "head_dim", default)`. A plain `config.name` does not count: of a field
+    that is not declared it is computed from others, or belongs to the configuration of another part or head of the
+    model. Nor does anything in a model whose text part has a configuration of its own.
+    """
+    if config_class.sub_configs:
+        return set()
     code = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__module__])
-    name = re.escape(key)
-    return re.search(rf'config\.{name}\b|getattr\([\w.]*config, "{name}"', code) is not None
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and len(node.args) == 3:
+            owner, name = node.args[:2]
+            if ast.unparse(owner) in ("config", "self.config") and isinstance(name, ast.Constant):
+                found.add(str(name.value))
+    return {name for name in found if not name.startswith("_") and not hasattr(config_class, name)}
 
 
 def checked_arguments(

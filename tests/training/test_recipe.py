@@ -284,6 +284,23 @@ def test_a_field_that_only_the_architectures_code_reads_is_allowed(write_recipe)
         load_recipe(path, ["model.head_dimm=16"])
 
 
+@pytest.mark.parametrize(
+    ("architecture", "key"),
+    [
+        ("gpt2", "classifier_dropout"),  # of another head
+        ("mamba", "intermediate_size"),  # computed from other fields
+        ("qwen3_5_text", "depth"),  # of the images' part
+        ("gemma3", "head_dim"),  # of the text's own configuration
+        ("llama", "to_dict"),
+        ("llama", "_attn_implementation"),
+    ],
+)
+def test_a_field_that_the_architectures_code_merely_mentions_is_unknown(write_recipe, architecture, key):
+    path = write_recipe(model={"architecture": architecture})
+    with pytest.raises(UserError, match=rf"unknown key 'model\.{key}'"):
+        load_recipe(path, [f"model.{key}=16"])
+
+
 def test_hub_needs_a_dataset_and_a_stream_a_tokenizer(write_recipe):
     files = {"data__train_files": None, "data__held_out_files": None, "data__source": "hub"}
     path = write_recipe(**files)
