@@ -37,6 +37,7 @@ from hf_lowrank.storage.checksums import write_checksums
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.training.callbacks import check_finite, in_any_process
+from hf_lowrank.training.stream import StreamPlaces
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Checkpointing(TrainerCallback):
         write_facts: writes `facts.json`, given the step and the optimizer.
         epoch: the steps of one pass over the training sequences, a fraction; None for a stream. To Trainer all passes
             are one epoch, so strategies "epoch" are followed here.
-        write_place: writes the place of a stream after a step into a checkpoint.
+        places: of a stream: they save the place after a step into its checkpoint, and forget those of other steps.
     """
 
     def __init__(
@@ -61,12 +62,12 @@ class Checkpointing(TrainerCallback):
         resumed: Path | None,
         write_facts: Callable[[int, Any], None],
         epoch: Fraction | None = None,
-        write_place: Callable[[int, Path], None] | None = None,
+        places: StreamPlaces | None = None,
     ) -> None:
         self.trainer: Trainer | None = None  # set once it exists
         self.stopped: int | None = None  # the step after which SIGTERM stopped the run
         self._resumed, self._write_facts = resumed, write_facts
-        self._epoch, self._write_place = epoch, write_place
+        self._epoch, self._places = epoch, places
         self._signalled = self._interim = False
         self._previous_handler: Any = None
 
@@ -77,6 +78,8 @@ class Checkpointing(TrainerCallback):
             _restore_interim(self.trainer, self._resumed)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if self._places is not None:
+            self._places.forget(state.global_step - 1)
         if self._epoch is not None and state.global_step // self._epoch > (state.global_step - 1) // self._epoch:
             passes = state.global_step // self._epoch
             control.should_save |= args.save_strategy == SaveStrategy.EPOCH
@@ -111,8 +114,8 @@ class Checkpointing(TrainerCallback):
             dist.barrier()  # every process has written its part
         if state.is_world_process_zero:
             self._write_facts(state.global_step, kw["optimizer"])
-            if self._write_place is not None:
-                self._write_place(state.global_step, checkpoint)
+            if self._places is not None:
+                self._places.save(state.global_step, checkpoint)
             write_checksums(checkpoint)  # completes the checkpoint
             remove_interim(run, before=state.global_step)
 

@@ -209,7 +209,7 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
     if corpus.train is None:
         notes = Path(resources.enter_context(TemporaryDirectory(prefix="hf-lowrank-")))
         stream = StreamPlaces(Notes(notes), args, sequences_per_step, Place.load(checkpoint) if checkpoint else None)
-    checkpointing = Checkpointing(checkpoint, costs.write, epoch, stream.save if stream is not None else None)
+    checkpointing = Checkpointing(checkpoint, costs.write, epoch, stream)
     resources.callback(checkpointing.release)
     # The costs come last: the seconds of a step include what its other callbacks do.
     callbacks: list[Any] = [checkpointing, KeepPadding(model), StopOnNonFinite(), Progress()]

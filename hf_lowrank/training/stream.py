@@ -68,25 +68,35 @@ class Place:
 
 
 class Notes:
-    """Places between steps, which the processes that read a stream write and the one that saves reads."""
+    """Places between steps, a file each, which the processes that read a stream write and the one that saves reads."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def writer(self) -> Callable[[Place], None]:
-        """Writes places into a file of this process."""
+        """Notes a place, from this process."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        file = open(self._folder / f"{os.getpid()}.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        return lambda place: print(json.dumps(asdict(place)), file=file, flush=True)
+        unfinished = self._folder / f"{os.getpid()}.part"
+
+        def note(place: Place) -> None:
+            unfinished.write_text(json.dumps(asdict(place)), encoding="utf-8")
+            os.replace(unfinished, self._file(place.sequences))
+
+        return note
 
     def place_of(self, sequences: int) -> Place | None:
         """The place after so many sequences; None where none is noted."""
-        found = None
-        for file in self._folder.glob("*.jsonl"):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                if line.startswith(f'{{"sequences": {sequences},'):
-                    found = Place(**json.loads(line))
-        return found
+        try:
+            return Place(**json.loads(self._file(sequences).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def forget(self, sequences: int) -> None:
+        """Removes the place after so many sequences, if it is noted."""
+        self._file(sequences).unlink(missing_ok=True)
+
+    def _file(self, sequences: int) -> Path:
+        return self._folder / f"{sequences}.json"
 
 
 class StreamPlaces:
@@ -109,6 +119,10 @@ class StreamPlaces:
         """Of `StreamedSequences`."""
         batches = {"batch": self._batch, "noted": self._sequences_per_step}
         return {**batches, "start": self._resumed, "notes": self._notes}
+
+    def forget(self, step: int) -> None:
+        """Drops the place after a step, once no checkpoint will be written there."""
+        self._notes.forget(step * self._sequences_per_step)
 
     def save(self, step: int, checkpoint: Path) -> None:
         """Writes the place after a step into its checkpoint."""

@@ -98,6 +98,25 @@ def test_a_stream_goes_on_from_every_place(write_recipe, stream, tmp_path, worke
         assert notes.place_of(sequences + 5 if sequences % 2 == 0 else sequences + 6) is None
 
 
+def test_notes_hold_no_more_than_a_checkpoint_can_need(write_recipe, stream, tmp_path, monkeypatch):
+    """However many steps lie between checkpoints, one place and what is read ahead is on disk."""
+    held = []
+
+    def forget(notes, sequences):
+        before(notes, sequences)
+        held.append(sorted(int(file.stem) for file in notes._folder.glob("*.json")))
+
+    before = Notes.forget
+    monkeypatch.setattr(Notes, "forget", forget)
+    path = write_recipe(data={**stream, "shape": "packed"}, training__max_steps=12, training__save_steps=12)
+    run = trained(path, tmp_path / "run")
+    assert len(held) == 12
+    size = Place.load(run / "checkpoint-12").sequences // 12
+    for step, places in enumerate(held, 1):
+        assert places[0] == step * size
+        assert len(places) <= 2
+
+
 def test_a_place_is_sought_without_tokenizing_what_is_before_it(write_recipe, stream, monkeypatch):
     corpus = corpus_of(write_recipe, stream, shape="packed")
     whole = corpus.training_set(0, 5)
