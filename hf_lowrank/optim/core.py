@@ -193,8 +193,8 @@ class ProjectedAdamW(TargetedAdamW):
     def _finish_loading(self, loaded: Mapping[str, Any]) -> None:
         super()._finish_loading(loaded)
         for info, _, param in self._registered():
-            state = self.state.get(param)
-            for key in STORED_BASES if state and state.get("refreshes") else ():
+            state = self.state.get(param) or {}
+            for key in STORED_BASES if state.get("refreshes") else ():
                 if key in info.declared and key not in state:  # one that is drawn would be taken in its place
                     raise missing(key, info)
 

@@ -1,7 +1,7 @@
 """What loading a state adds to torch's own loading: options that old states lack, and the type of each tensor."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from itertools import zip_longest
+from itertools import chain, repeat
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +25,7 @@ def fill_options(
         settings: the options that are settings of the method, with their defaults, which hold whatever the optimizer
             was made with: they are what the saved run did.
     """
-    for group, known in zip_longest(groups, last, fillvalue=defaults):
+    for group, known in zip(groups, chain(last, repeat(defaults)), strict=False):
         for key in defaults.keys() - group.keys():
             group[key] = settings[key] if key in settings else known[key]
 
