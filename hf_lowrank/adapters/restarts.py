@@ -29,8 +29,8 @@ def inner(optimizer: Any) -> Optimizer:
 class PeriodicCallback(TrainerCallback):
     """Calls `restart` at the end of every `restart_every`-th optimizer step, before that step's checkpoint is written.
 
-    A resume therefore has nothing to repeat. Each restart is an entry in the trainer's log history. Steps are counted
-    from the end of a warm start.
+    A resume therefore has nothing to repeat. Each restart is an entry in the trainer's log history. Callbacks after
+    this one, such as trackers, find how many there were in each log. Steps are counted from the end of a warm start.
     """
 
     title: ClassVar[str]
@@ -42,9 +42,17 @@ class PeriodicCallback(TrainerCallback):
         step = state.global_step
         if is_restart(step, self.restart_every, self.warm_start_steps):
             self.restart(model, kwargs["optimizer"], step)
-            count = (step - self.warm_start_steps) // self.restart_every
+            count = self._restarts(step)
             state.log_history.append({self.log_key: count, "epoch": state.epoch, "step": step})
             logger.info("%s %d after step %d", self.title, count, step)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs is not None:
+            logs[self.log_key] = self._restarts(state.global_step)
+
+    def _restarts(self, step: int) -> int:
+        """How many there were up to optimizer step `step`."""
+        return max(0, step - self.warm_start_steps) // self.restart_every
 
     def restart(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """What happens after optimizer step `step`."""

@@ -164,6 +164,12 @@ class MemoryRecorder(TrainerCallback):
         if self._watch.running and not self._steps:
             self._take(self._watch.stop())
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Gives trackers, which come after it, the estimated and the measured peak as far as they are known."""
+        if args.report_to:
+            sizes = {"measured": self._measured, "estimated": self._estimate and self._estimate.peak}
+            kw["logs"].update({f"memory/{kind}_peak_bytes": size for kind, size in sizes.items() if size is not None})
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._read_accelerator(args)
 

@@ -167,7 +167,9 @@ class SubspaceSettings(OptimizerSettings):
     )
     moments: Annotated[Literal["keep", "rotate", "reset"], MOMENTS] = "keep"
     diagnostics: bool = Field(
-        False, description="log the captured gradient energy and the overlap of successive bases"
+        False,
+        description="log the captured gradient energy and the overlap of successive bases; with `training.report_to` "
+        "they always are",
     )
     subspace: Annotated[AnySubspace, SUBSPACE] = "randomized"
     lazy: Lazy = False
@@ -284,8 +286,11 @@ def build_optimizer(
         if settings.layerwise:
             check_layerwise(max_grad_norm=args.max_grad_norm, fp16=args.fp16)
         seed = args.seed if settings.seed is None else settings.seed
+        options = settings.model_dump(exclude={"seed", *without})
+        if isinstance(settings, SubspaceSettings):
+            options["diagnostics"] = _has_diagnostics(settings, args)
         cls: Callable[..., Optimizer] = resolve_name(optimizer)
-        return cls(model, **adam_arguments(args), **settings.model_dump(exclude={"seed", *without}), seed=seed)
+        return cls(model, **adam_arguments(args), **options, seed=seed)
 
     return build
 
@@ -307,9 +312,13 @@ def build_q_galore(model: nn.Module, settings: QGaLoreSettings, args: TrainingAr
     return build(model, settings, args)
 
 
+def _has_diagnostics(settings: SubspaceSettings, args: TrainingArguments) -> bool:
+    return settings.diagnostics or bool(args.report_to)
+
+
 def subspace_callbacks(settings: SubspaceSettings, args: TrainingArguments) -> Sequence[TrainerCallback]:
-    """Logs the subspace diagnostics where the settings ask for them."""
-    if not settings.diagnostics:
+    """Logs the subspace diagnostics where the settings ask for them, or a tracker could show them."""
+    if not _has_diagnostics(settings, args):
         return []
     from hf_lowrank.optim.diagnostics import SubspaceLogCallback
 

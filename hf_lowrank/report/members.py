@@ -27,7 +27,7 @@ _MEMBER = re.compile(r"(.+)-seed-?\d+$")
 # Settings that do not affect what is learnt.
 _IRRELEVANT = re.compile(
     r"(method\.(name|seed|diagnostics)|training\.(seed|data_seed|output_dir|run_name|logging_.*|save_.*|eval_.*|report_to"
-    r"|hub_.*|push_to_hub|dataloader_.*|disable_tqdm|per_device_eval_batch_size|use_cpu|log_level.*))$"
+    r"|project|trackio_.*|hub_.*|push_to_hub|dataloader_.*|disable_tqdm|per_device_eval_batch_size|use_cpu|log_level.*))$"
 )
 _MOST_DIFFERENCES = 3
 

@@ -249,6 +249,8 @@ def build_arguments(section: dict[str, Any], *, seed: int, output_dir: str | Pat
     """The `TrainingArguments` of a run: the recipe's fields over this package's defaults."""
     defaults: dict[str, Any] = {
         "report_to": "none",
+        # By this name a tracker finds a resumed run again.
+        "run_name": Path(output_dir).absolute().name,
         "eval_strategy": "epoch" if section.get("save_strategy") == "epoch" else "steps",
         "eval_steps": section.get("save_steps"),
         "logging_steps": 10,

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowrank.adapters.restarts import inner
 from hf_lowrank.errors import DivergedError
 from hf_lowrank.runs.run_files import write_facts
 
@@ -55,7 +56,7 @@ def check_finite(model: torch.nn.Module, optimizer: Any, args: TrainingArguments
     """
     if in_any_process(not _all_finite(model), args.device):
         raise _diverged(args, state, "the weights contain NaN or Inf")
-    skipped = sorted(getattr(getattr(optimizer, "optimizer", optimizer), "skipped", ()))
+    skipped = sorted(getattr(inner(optimizer), "skipped", ()))
     if in_any_process(bool(skipped), args.device):
         names = f" ({skipped[0]})" if skipped else ""
         raise _diverged(args, state, f"the optimizer skipped a non-finite gradient{names}")
@@ -175,6 +176,16 @@ class FactsRecorder(TrainerCallback):
         self._training += time.perf_counter() - self._step_began
         self._cpu += time.process_time() - self._cpu_began
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Gives trackers, which come after it, the memory that facts record."""
+        if not args.report_to:
+            return
+        self._peak = max(self._peak, peak_memory_bytes() or 0)
+        kw["logs"]["memory/peak_bytes"] = self._peak
+        optimizer = kw.get("optimizer")
+        if optimizer is not None:
+            kw["logs"]["memory/optimizer_state_bytes"] = optimizer_state_bytes(inner(optimizer))
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if state.is_world_process_zero:
             self.write(state.global_step, kw.get("optimizer"))
@@ -190,9 +201,8 @@ class FactsRecorder(TrainerCallback):
             "tokens_seen": step * self._tokens_per_step,
         }
         self._history[step] = costs
-        optimizer = getattr(optimizer, "optimizer", optimizer)
         now = {"step": step, **costs}
         if optimizer is not None:
-            now["optimizer_state_bytes"] = optimizer_state_bytes(optimizer)
+            now["optimizer_state_bytes"] = optimizer_state_bytes(inner(optimizer))
         self._facts.update(now, progress={str(step): costs for step, costs in sorted(self._history.items())})
         write_facts(self._run, self._facts)

@@ -22,6 +22,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging as transformers_logging
 
 from hf_lowrank.errors import StoppedError, UserError, one_line
@@ -83,6 +84,10 @@ def build_trainer(
         own_loss=own_loss,
     )
     trainer.remove_callback(PrinterCallback)
+    # Trackers come last, and see what the other callbacks add to a log.
+    for kind in get_reporting_integration_callbacks(args.report_to):
+        tracker: Any = trainer.pop_callback(kind)
+        trainer.add_callback(tracker)
     if trainer.is_fsdp_enabled:
         _shard_states(trainer)
     elif args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
