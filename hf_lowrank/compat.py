@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from peft.utils import PeftType
     from torch import Tensor, nn
-    from transformers import PreTrainedConfig, Trainer
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 
 # Lazy loading
@@ -246,6 +246,21 @@ def accelerate_unchanged() -> Iterator[None]:
     finally:
         AcceleratorState._shared_state.clear()
         AcceleratorState._shared_state.update(before)
+
+
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """The attention implementation that a config is for; None until a model is built, if it asks for none."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def has_liger_kernels(architecture: str) -> bool:
+    """Whether Liger has kernels for a model type of transformers."""
+    return architecture in import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def apply_liger_kernels(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Gives a model Liger's kernels, as Trainer does."""
+    import_module("liger_kernel.transformers.monkey_patch")._apply_liger_kernel_to_instance(model=model, **options)
 
 
 def unlogged_loss(trainer: Trainer) -> tuple[Tensor, int]:

@@ -9,7 +9,7 @@ from peft.utils import PeftType
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from hf_lowrank.compat import is_initialized, register_model
+from hf_lowrank.compat import attention_of, is_initialized, register_model
 from hf_lowrank.errors import UserError
 
 ADAPTERS = ("COLA", "SLTRAIN", "STRUCTURED", "SST", "LORA")
@@ -89,6 +89,8 @@ class LowRankConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.adapter_config is not None:
             self.adapter_config = adapter_to_dict(self.adapter_config)
+        # transformers would set that of the base config to the one of this config.
+        kwargs.setdefault("attn_implementation", attention_of(self.base_config))
         super().__post_init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

@@ -185,7 +185,8 @@ class _Run:
 
     def _batch(self, size: int) -> dict[str, Tensor]:
         shape = (size, self._recipe.data.sequence_length)
-        names = ["input_ids", "labels"] + ["attention_mask"] * (self._recipe.data.shape == "documents")
+        further = {"packed": [], "packed_documents": ["position_ids"], "documents": ["attention_mask"]}
+        names = ["input_ids", "labels", *further[self._recipe.data.shape]]
         return {name: torch.zeros(shape, dtype=torch.long, device=self._device) for name in names}
 
     def forward(self) -> Tensor:

@@ -29,6 +29,7 @@ from hf_lowrank.adapters.configuration import LowRankConfig
 from hf_lowrank.errors import UserError, first_line, nearest
 from hf_lowrank.runs.weights import MOST_LAYERS
 from hf_lowrank.storage.layers import Layers
+from hf_lowrank.training.kernels import ATTENTION
 
 # The key of `model:` that is no field of the architecture's configuration.
 SCALING = "layernorm_scaling"
@@ -79,7 +80,7 @@ def checked_model(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
             f"{where}: model.architecture must be a model_type of transformers, got {architecture!r}; {hint}"
         )
     config_class = CONFIG_MAPPING[architecture]
-    allowed = {*_fields(config_class), SCALING}
+    allowed = {*_fields(config_class), SCALING, ATTENTION}
     unknown = [key for key in section if key != "architecture" and key not in allowed]
     if unknown:
         allowed |= _optional_fields(config_class)

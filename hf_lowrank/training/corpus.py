@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_lowrank.errors import UserError
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.storage.cache import cached_folder
-from hf_lowrank.training.recipe import DataSettings
+from hf_lowrank.training.recipe import DataSettings, is_packed
 from hf_lowrank.training.sequences import (
     SequenceStore,
     ShuffledSequences,
@@ -75,9 +75,10 @@ class Corpus:
 
     def training_set(self, total: int, seed: int, **stream: Any) -> Dataset:
         """`total` training sequences, in the order of `seed`; `stream` are further options of `StreamedSequences`."""
+        end = self.tokenizer.eos_token_id if self.data.shape == "packed_documents" else None
         if self.train is not None:
-            return ShuffledSequences(self.train, total, seed)
-        return StreamedSequences(self.data, self.tokenizer, seed=seed, skip=self.stream_skip, **stream)
+            return ShuffledSequences(self.train, total, seed, end)
+        return StreamedSequences(self.data, self.tokenizer, seed=seed, skip=self.stream_skip, end=end, **stream)
 
 
 def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
@@ -90,6 +91,11 @@ def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None
     """
     if tokenizer is None and data.tokenizer is not None:
         tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer is not None and tokenizer.eos_token_id is None and data.shape == "packed_documents":
+        raise UserError(
+            "data.shape packed_documents must have a tokenizer with an end-of-text token, which ends each document; "
+            f"{data.tokenizer} has none"
+        )
     if data.streaming:
         if tokenizer is None:
             raise UserError("data.tokenizer must be given with data.streaming")
@@ -105,7 +111,8 @@ def prepare_corpus(data: DataSettings, tokenizer: PreTrainedTokenizerBase | None
         vocabulary = len(chosen)
         for name, texts in (("held_out", documents.held_out()), ("train", documents.train())):
             titled = progress(texts, f"tokenizing ({name.replace('_', ' ')})")
-            SequenceStore.write(folder, name, _rows(titled, data, chosen), data.sequence_length, vocabulary)
+            rows = _rows(titled, data, chosen, packed=is_packed(data, held_out=name == "held_out"))
+            SequenceStore.write(folder, name, rows, data.sequence_length, vocabulary)
 
     folder = cached_folder("sequences", key, make)
     train, held_out = SequenceStore.open(folder, "train"), SequenceStore.open(folder, "held_out")
@@ -160,9 +167,9 @@ def _trained_tokenizer(documents: Documents, data: DataSettings) -> PreTrainedTo
 
 
 def _rows(
-    texts: Iterable[str], data: DataSettings, tokenizer: PreTrainedTokenizerBase
+    texts: Iterable[str], data: DataSettings, tokenizer: PreTrainedTokenizerBase, *, packed: bool
 ) -> Iterator[tuple[np.ndarray, int]]:
-    if data.shape == "packed":
+    if packed:
         return packed_rows(encoded(texts, tokenizer, cut=None), data.sequence_length)
     documents = encoded(texts, tokenizer, cut=data.sequence_length)
     return document_rows(documents, data.sequence_length, padding_id(tokenizer))
@@ -179,7 +186,8 @@ def _streamed(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
 
     held_out_split = data.held_out_split or data.split
     held_out = batched_rows(
-        _rows(counted(hub_stream(data, held_out_split)), data, tokenizer), data.evaluation_sequences
+        _rows(counted(hub_stream(data, held_out_split)), data, tokenizer, packed=is_packed(data, held_out=True)),
+        data.evaluation_sequences,
     )
     if len(held_out) < data.evaluation_sequences:
         raise UserError(
@@ -189,7 +197,9 @@ def _streamed(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     # The documents at the head of the stream, which are held out, are not trained on.
     skip = read if data.held_out_split is None else 0
     evaluation = held_out.spread(data.evaluation_sequences)
-    sample = batched_rows(_rows(hub_stream(data, data.split, skip=skip), data, tokenizer), STREAM_SAMPLE)
+    sample = batched_rows(
+        _rows(hub_stream(data, data.split, skip=skip), data, tokenizer, packed=is_packed(data)), STREAM_SAMPLE
+    )
     if not len(sample):
         raise UserError(f"data.dataset {data.dataset!r} split {data.split!r} contains no training text")
     key = f"{data.model_dump_json()} {tokenizer_fingerprint(tokenizer)} {evaluation.fingerprint}"

@@ -37,6 +37,7 @@ from hf_lowrank.storage.locks import locked
 from hf_lowrank.training.callbacks import FactsRecorder, KeepPadding, Progress, StopOnNonFinite
 from hf_lowrank.training.checkpointing import Checkpointing, is_interim, remove_interim
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
+from hf_lowrank.training.kernels import apply_liger, has_fused_loss
 from hf_lowrank.training.recipe import Recipe
 from hf_lowrank.training.sequences import HeldOutSequences, collate, load_tokenizer, padding_id
 from hf_lowrank.training.start import (
@@ -50,7 +51,7 @@ from hf_lowrank.training.start import (
 )
 from hf_lowrank.training.stream import Notes, Place, StreamPlaces
 from hf_lowrank.training.trainer import RunTrainer
-from hf_lowrank.training.trial import OwnLoss, try_model
+from hf_lowrank.training.trial import OwnLoss, check_documents_apart, try_model
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,15 @@ def build_trainer(
     """The Trainer of a run, with the method's optimizer and schedule; `own_loss` is what `try_model` found.
 
     Raises:
-        UserError: FSDP is asked for where accelerate cannot shard.
+        UserError: FSDP is asked for where accelerate cannot shard, or Liger's kernels do not fit the model.
     """
     method, settings = recipe.method, recipe.settings
+    if own_loss == "other" and has_fused_loss(args):
+        raise UserError(
+            f"{recipe.path}: training.use_liger_kernel must be left out with model.architecture "
+            f"{recipe.model['architecture']}, whose own loss is not that of the next token"
+        )
+    apply_liger(model, args, str(recipe.path))
     trainer = RunTrainer(
         model=model,
         args=args,
@@ -190,6 +197,8 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
         args.max_steps = math.ceil(args.num_train_epochs * len(corpus.train) / sequences_per_step)
     model = _initial_model(recipe, corpus, run)
     own_loss = try_model(model, corpus.evaluation, str(recipe.path))
+    if recipe.data.shape == "packed_documents":
+        check_documents_apart(model, corpus.evaluation, str(recipe.path))
 
     if not started:
         resources.enter_context(locked(run, "train"))

@@ -15,6 +15,7 @@ from hf_lowrank.methods import METHODS, Method, MethodSettings
 from hf_lowrank.storage.layers import Layers, read_layers, validated
 from hf_lowrank.training.blocks import build_arguments, build_config, checked_arguments, checked_model
 from hf_lowrank.training.files import is_remote
+from hf_lowrank.training.kernels import ATTENTION, check_kernels
 
 SECTIONS = ("name", "seed", "method", "model", "data", "training")
 HUB_KEYS = ("dataset", "subset", "revision", "split", "held_out_split", "streaming", "shuffle_buffer")
@@ -50,9 +51,11 @@ class DataSettings(BaseModel):
         0.05, gt=0, lt=1, description="share of documents held out, chosen by a hash of each"
     )
     sequence_length: int = Field(ge=2, description="tokens per sequence")
-    shape: Literal["packed", "documents"] = Field(
+    shape: Literal["packed", "packed_documents", "documents"] = Field(
         "packed",
-        description="packed: documents concatenated and cut; documents: one per sequence, truncated or padded",
+        description="packed: documents concatenated and cut; packed_documents: the same for training, without "
+        "attention across documents, and positions that restart at each; documents: one per sequence, truncated or "
+        "padded, as packed_documents evaluates",
     )
     tokenizer: str | None = Field(None, description="a Hub id or a folder; default: trained on the training split")
     vocabulary_size: int = Field(2048, ge=300, description="vocabulary size of a trained tokenizer")
@@ -81,6 +84,11 @@ class DataSettings(BaseModel):
                 "data.tokenizer must be given with data.streaming: a stream cannot be read twice to train one"
             )
         return self
+
+
+def is_packed(data: DataSettings, *, held_out: bool = False) -> bool:
+    """Whether a training or held-out sequence may hold several documents."""
+    return data.shape == "packed" or (data.shape == "packed_documents" and not held_out)
 
 
 def _disjoint(one: str, other: str) -> bool:
@@ -197,6 +205,8 @@ def _resolve(layers: Layers) -> Recipe:
         ),
         path=layers.path,
     )
+    args = recipe.arguments(layers.path.parent)
+    check_kernels(recipe.model.get(ATTENTION), recipe.data.shape, args, layers)
     if recipe.data.streaming and "max_steps" not in recipe.training:
         raise UserError(f"{layers.path}: training.max_steps must be given with data.streaming")
     for key in ("save_strategy", "eval_strategy", "logging_strategy"):
@@ -205,7 +215,7 @@ def _resolve(layers: Layers) -> Recipe:
             raise UserError(f"{where}: training.{key} must be steps or no with data.streaming, got 'epoch'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are shown when the model is built for training
-        _check_buildable(recipe, layers)
+        _check_buildable(recipe, args, layers)
     return recipe
 
 
@@ -245,9 +255,8 @@ def _method(layers: Layers, section: dict[str, Any]) -> tuple[Method, MethodSett
     return method, validated(method.settings, section, layers, "method", also_allowed=("name",))
 
 
-def _check_buildable(recipe: Recipe, layers: Layers) -> None:
+def _check_buildable(recipe: Recipe, args: TrainingArguments, layers: Layers) -> None:
     """Builds model and optimizer on the meta device, so that what cannot be built fails before anything starts."""
-    args = recipe.arguments(layers.path.parent)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = recipe.method.build_model(recipe.config(), recipe.settings, recipe.seed)

@@ -132,6 +132,24 @@ def document_rows(documents: Iterable[list[int]], length: int, padding: int) -> 
             yield row, len(ids)
 
 
+def document_positions(ids: np.ndarray, end: int) -> np.ndarray:
+    """(T,) the position of each token in its document, of which each token `end` in `ids` is the last."""
+    index = np.arange(len(ids))
+    begins = np.append(True, ids[:-1] == end)
+    return index - np.maximum.accumulate(np.where(begins, index, 0))
+
+
+def sequence(ids: np.ndarray, length: int, end: int | None) -> dict[str, Any]:
+    """A sequence as datasets give it to `collate`.
+
+    Args:
+        ids: (T,), of which `length` are tokens and the rest is padding.
+        end: the last token of each document in it, if documents are to be kept apart.
+    """
+    apart = {} if end is None else {"positions": document_positions(ids, end)}
+    return {"ids": ids, "length": length, **apart}
+
+
 @dataclass(frozen=True)
 class SequenceStore:
     """Sequences of equal length.
@@ -210,10 +228,13 @@ class ShuffledSequences(Dataset):
 
     It needs no random state of a sampler: the i-th sequence is the same whatever the method, and after any number of
     interruptions.
+
+    Args:
+        end: of `sequence`.
     """
 
-    def __init__(self, store: SequenceStore, total: int, seed: int) -> None:
-        self._store, self._total = store, total
+    def __init__(self, store: SequenceStore, total: int, seed: int, end: int | None = None) -> None:
+        self._store, self._total, self._end = store, total, end
         generator = np.random.Generator
         self._order = lru_cache(maxsize=2)(
             lambda epoch: generator(np.random.PCG64([seed, epoch])).permutation(len(store))
@@ -225,7 +246,7 @@ class ShuffledSequences(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, position = divmod(index, len(self._store))
         row = self._order(epoch)[position]
-        return {"ids": self._store.ids[row], "length": int(self._store.lengths[row])}
+        return sequence(self._store.ids[row], int(self._store.lengths[row]), self._end)
 
 
 class HeldOutSequences(Dataset):
@@ -242,7 +263,11 @@ class HeldOutSequences(Dataset):
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch for a causal language model: ids, labels with -100 on padding, and a mask if there is padding."""
+    """A batch for a causal language model: ids, labels with -100 on padding, and a mask if there is padding.
+
+    Sequences of documents that are kept apart have positions that restart at each. Without a mask, transformers finds
+    the documents in them, as in those of its `DataCollatorWithFlattening`.
+    """
     ids = torch.from_numpy(np.stack([row["ids"] for row in rows]).astype(np.int64))
     lengths = torch.tensor([row["length"] for row in rows])
     mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
@@ -250,6 +275,9 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     # Nothing predicts the first token; so labelled, every version of Trainer counts predicted tokens correctly.
     labels[:, 0] = IGNORED
     batch = {"input_ids": ids, "labels": labels}
+    if "positions" in rows[0]:
+        batch["position_ids"] = torch.from_numpy(np.stack([row["positions"] for row in rows]))
+        labels[batch["position_ids"] == 0] = IGNORED
     # Without a mask, attention takes its causal fast path.
     if not bool(mask.all()):
         batch["attention_mask"] = mask.long()

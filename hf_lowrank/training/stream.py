@@ -23,8 +23,8 @@ from hf_lowrank.compat import hide_worker
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
-from hf_lowrank.training.recipe import DataSettings
-from hf_lowrank.training.sequences import DOCUMENTS_PER_BATCH, encoded_batch, padding_id
+from hf_lowrank.training.recipe import DataSettings, is_packed
+from hf_lowrank.training.sequences import DOCUMENTS_PER_BATCH, encoded_batch, padding_id, sequence
 from hf_lowrank.training.sources import hub_stream
 
 PLACE = "stream.json"
@@ -139,6 +139,7 @@ class StreamedSequences(IterableDataset):
     Args:
         batch: sequences that a worker reads before the next one is asked, as many as the loader asks for.
         start: the place of the first sequence that counts.
+        end: of `sequence`.
         notes: where to note the places after every `noted` sequences.
     """
 
@@ -153,15 +154,16 @@ class StreamedSequences(IterableDataset):
         noted: int = 1,
         start: Place | None = None,
         notes: Notes | None = None,
+        end: int | None = None,
     ) -> None:
-        self._data, self._tokenizer, self._seed, self._skip = data, tokenizer, seed, skip
+        self._data, self._tokenizer, self._seed, self._skip, self._end = data, tokenizer, seed, skip, end
         self._batch, self._noted, self._start, self._notes = batch, noted, start or Place(), notes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         index, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
         note = self._notes.writer() if self._notes is not None else None
-        empty = {"ids": np.full(self._data.sequence_length, padding_id(self._tokenizer)), "length": 0}
+        empty = sequence(np.full(self._data.sequence_length, padding_id(self._tokenizer)), 0, self._end)
         for number in range(self._start.sequences):
             if number // self._batch % count == index:
                 yield empty
@@ -171,7 +173,7 @@ class StreamedSequences(IterableDataset):
                 if number // self._batch % count == index:
                     if note is not None and after.sequences % self._noted == 0:
                         note(after)
-                    yield {"ids": row, "length": tokens}
+                    yield sequence(row, tokens, self._end)
 
     def rows(self) -> Iterator[tuple[np.ndarray, int, Place]]:
         """Each sequence from the start, its tokens, and where the next one starts."""
@@ -190,7 +192,7 @@ class StreamedSequences(IterableDataset):
 
     def _pass(self, number: int, start: Place) -> Iterator[tuple[Any, int, tuple[int, int, Any]]]:
         data = self._data
-        length, packed = data.sequence_length, data.shape == "packed"
+        length, packed = data.sequence_length, is_packed(data)
         stream = hub_stream(data, data.split, seed=self._seed + number, skip=self._skip)
         documents = stream.read(start.documents, start.state)
         # Of each document in the buffer: its number, the tokens used, all its tokens, the state before it.

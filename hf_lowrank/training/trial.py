@@ -18,6 +18,7 @@ from hf_lowrank.adapters.eight_bit import EightBitLinear
 from hf_lowrank.errors import LowRankWarning, UserError, one_line
 from hf_lowrank.runs.causality import PROBED_TOKENS, check_causal
 from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.training.kernels import attention_of_any_device
 from hf_lowrank.training.sequences import IGNORED, HeldOutSequences, collate
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,12 @@ def try_model(model: PreTrainedModel, evaluation: EvaluationSet, where: str) -> 
     names = {module: name for name, module in model.named_modules()}
     training = model.training
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _tracing(entered) as active:
+        with (
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+            attention_of_any_device(model),
+            _tracing(entered) as active,
+        ):
             warnings.simplefilter("ignore")
             check_causal(model, where, rows.input_ids)
             with torch.no_grad():
@@ -100,6 +106,42 @@ def try_model(model: PreTrainedModel, evaluation: EvaluationSet, where: str) -> 
         )
     _check_used(model, {names[module] for module in entered if module in names}, where)
     return _own_loss(model, outputs, batch["labels"])
+
+
+@torch.no_grad()
+def check_documents_apart(model: PreTrainedModel, evaluation: EvaluationSet, where: str) -> None:
+    """Raises a `UserError` if a document's logits depend on what shares its sequence, whatever the positions say.
+
+    Recurrent blocks and convolutions carry state across documents, and some architectures take positions from the
+    place in the sequence alone.
+    """
+    lengths = evaluation.attention_mask.sum(1).tolist()
+    one = evaluation.input_ids[0, : min(lengths[0], PROBED_TOKENS)].to(model.device)
+    two = evaluation.input_ids[-1, : min(lengths[-1], PROBED_TOKENS // 2)].to(model.device)
+    ids = torch.stack([torch.cat([one, two]), torch.cat([two, one])])
+    positions = [torch.arange(len(document), device=model.device) for document in (one, two)]
+    orders = torch.stack([torch.cat(positions), torch.cat(positions[::-1])])
+    training = model.training
+    try:
+        with torch.random.fork_rng(devices=[]), attention_of_any_device(model):
+            model.eval()
+            alone = [model(input_ids=document[None], use_cache=False).logits[0].float() for document in (one, two)]
+            packed = model(input_ids=ids, position_ids=orders, use_cache=False).logits.float()
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        found = f"fails: {type(error).__name__}: {one_line(error)}"
+    else:
+        expected = torch.stack([torch.cat(alone), torch.cat(alone[::-1])])
+        difference = float((packed - expected).abs().max() / expected.abs().max())
+        # float32's own rounding stays below 1e-5; a model that carries anything across changes its logits by percents.
+        if difference <= max(1e-4, 4 * torch.finfo(model.dtype).eps):
+            return
+        found = f"changes a document's logits by {difference:.1g} of the largest"
+    finally:
+        model.train(training)
+    raise UserError(
+        f"{where}: data.shape must be packed or documents with model.architecture "
+        f"{model.config.get_text_config().model_type}, which {found} when documents share a sequence"
+    )
 
 
 @contextmanager
