@@ -10,7 +10,7 @@ from hf_lowrank.cli import main
 ROOT = Path(__file__).parents[1]
 # Copied from the package by docs/update.py: not for running.
 QUOTED = re.compile(r"^<!-- code: .*\n```\w+\n.*?^```$", re.DOTALL | re.MULTILINE)
-FOLDERS = "benchmarks|docs|hf_lowrank|model_cards|recipes|tests"
+FOLDERS = "benchmarks|docs|examples|hf_lowrank|model_cards|recipes|tests"
 
 
 def blocks(text, language):
