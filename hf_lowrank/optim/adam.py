@@ -40,6 +40,29 @@ def rate(group: Mapping[str, Any]) -> Number:
     return lr if not lr.ndim else lr.reshape(())
 
 
+def rotated_moments(
+    mean: Tensor, square: Tensor, right: Tensor, left: Tensor | None, *, age: int, betas: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Adam's moments, (…, rows, rank) each, carried into a new basis by LDAdam's rule (arXiv 2410.16103).
+
+    The entries are taken as independent, so that their variances, not their squares, turn with the squared matrix.
+
+    Args:
+        right: `Qᵀ Q_new`, (…, rank, rank).
+        left: `P_newᵀ P`, if rows are projected too.
+        age: number of Adam steps behind the moments, at least 1.
+    """
+
+    def turn(matrix: Tensor, power: int) -> Tensor:
+        matrix = matrix @ right.pow(power)
+        return matrix if left is None else left.pow(power) @ matrix
+
+    seen, seen_squares = (1 - beta**age for beta in betas)
+    variance = turn(square / seen_squares - (mean / seen).square(), 2)
+    turned = turn(mean, 1)
+    return turned, (variance + (turned / seen).square()).abs() * seen_squares
+
+
 def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -79,7 +79,9 @@ class TargetedAdamW(Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Lists the settings in the signature that `help` and notebooks show."""
         super().__init_subclass__(**kwargs)
-        shown = {key: one for key, one in signature(cls.__init__).parameters.items() if key not in ("self", "options")}
+        given = signature(cls.__init__).parameters.items()
+        named = {key: one for key, one in given if one.kind is not Parameter.VAR_KEYWORD}
+        shown = {key: one for key, one in named.items() if key not in ("self", "options")}
         for key, field in cls.settings.model_fields.items():
             option = Parameter(key, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
             shown.setdefault(key, option)

@@ -108,6 +108,35 @@ class Batch:
             return values
         return torch.where(self.finite.view(-1, *[1] * (values.ndim - 1)), values, others)
 
+    # All matrices in one stack
+
+    def stack(self, stored: Sequence[Tensor]) -> Tensor:
+        """An oriented copy, (k, rows, columns), of matrices as they are stored."""
+        stack = torch.stack(list(stored))
+        return stack.mT if self._transposed else stack
+
+    def unstack(self, stack: Tensor) -> tuple[Tensor, ...]:
+        """The matrices of an oriented stack, as they are stored."""
+        return (stack.mT if self._transposed else stack).unbind()
+
+    def stacked_gradients(self, dtype: torch.dtype) -> Tensor:
+        """The oriented gradients in one stack; zeros for those that are not finite."""
+        return self.where_finite(self.stack(self._stored_grads).to(dtype), 0)
+
+    def move_(self, directions: Tensor, factor: float = 1.0) -> None:
+        """`W ← keep · W − lr · factor · directions`, of an oriented stack."""
+        weights, rate = self._stored_weights, self.lr * factor
+        directions = directions.to(weights[0].dtype)
+        if isinstance(rate, float) and self.finite is None:
+            if self.keep != 1:
+                foreach_mul_(weights, self.keep)
+            foreach_add_(weights, self.unstack(directions), alpha=-rate)
+            return
+        moves = directions * rate
+        if self.group["weight_decay"]:
+            moves += (1 - self.keep) * self.stack(weights)
+        foreach_add_(weights, self.unstack(self.where_finite(moves, 0)), alpha=-1)
+
     def finish(self) -> None:
         """Writes back the weights and states that were updated in copies."""
         for key, tensors in self._decoded.items():

@@ -5,21 +5,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_lowrank.compat import foreach_copy_
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import MethodSettings
-from hf_lowrank.optim.adam import host_reads
-from hf_lowrank.optim.base import Declared, Params, TargetedAdamW
+from hf_lowrank.optim.adam import host_reads, rotated_moments
+from hf_lowrank.optim.base import Declared, Params
 from hf_lowrank.optim.batch import ProjectedBatch, project_matrix
-from hf_lowrank.optim.entries import Entry, nonzero
-from hf_lowrank.optim.groups import param_groups
-from hf_lowrank.optim.layout import Layout, dense_basis, make_layout
+from hf_lowrank.optim.entries import Entry
+from hf_lowrank.optim.layout import Layout, dense_basis
 from hf_lowrank.optim.loading import missing
 from hf_lowrank.optim.methods import SubspaceSettings
-from hf_lowrank.optim.refresh import STORED_BASES, basis_state, choose_bases, held_bases, write_bases
+from hf_lowrank.optim.ranked import RankedAdamW
+from hf_lowrank.optim.refresh import (
+    STORED_BASES,
+    basis_state,
+    choose_bases,
+    held_bases,
+    without_directions,
+    write_bases,
+)
 from hf_lowrank.optim.sharding import local_part
 from hf_lowrank.optim.state import StateTensor, adam_moments
 from hf_lowrank.optim.subspaces import (
@@ -40,7 +47,7 @@ TWO_SIDED = ("svd", "randomized", "random")
 OF_VALUES = (*TWO_SIDED, "gaussian")
 
 
-class ProjectedAdamW(TargetedAdamW):
+class ProjectedAdamW(RankedAdamW):
     """AdamW whose target matrices have moments in subspaces of their gradients; base of the methods' classes.
 
     A method defines `update`, and in `settings` its options with their defaults. It may add state (`declare_state`),
@@ -108,16 +115,6 @@ class ProjectedAdamW(TargetedAdamW):
         diagnostics: bool = False,
         **options: Any,
     ) -> None:
-        if isinstance(params, nn.Module):
-            if rank is None:
-                raise UserError(f"{type(self).__name__} of a model needs rank, an integer of at least 1")
-            params = param_groups(
-                params,
-                rank=rank,
-                target_modules=target_modules,
-                target_parameters=target_parameters,
-                weight_decay=weight_decay,
-            )
         if diagnostics:
             self.diagnostics = {}
         super().__init__(
@@ -128,20 +125,17 @@ class ProjectedAdamW(TargetedAdamW):
             eps=eps,
             weight_decay=weight_decay,
             rank=rank,
+            target_modules=target_modules,
+            target_parameters=target_parameters,
             matrix=matrix,
             seed=seed,
             layerwise=layerwise,
         )
-        if not any(group["rank"] is not None for group in self.param_groups):
-            raise UserError(
-                f"{type(self).__name__} needs at least one group with a rank; pass the model itself with rank=, "
-                "or groups made by hf_lowrank.param_groups (under Trainer as the key 'model' or 'params')"
-            )
 
     # Groups
 
-    def is_target(self, group: Mapping[str, Any]) -> bool:
-        return group["rank"] is not None
+    def side(self, group: Mapping[str, Any]) -> str:
+        return str(group["proj_type"])
 
     def make_layout(self, group: dict[str, Any], param: Tensor, name: str) -> Layout:
         if group["projection_bits"] is not None and isinstance(param, DTensor):
@@ -149,14 +143,7 @@ class ProjectedAdamW(TargetedAdamW):
                 f"projection_bits must be None for sharded parameters, got {group['projection_bits']} for {name}; a "
                 "group of 256 values could be split between two processes"
             )
-        return make_layout(
-            param,
-            name,
-            rank=group["rank"],
-            proj_type=group["proj_type"],
-            matrix=group["matrix"],
-            first_index=self.matrix_count,
-        )
+        return super().make_layout(group, param, name)
 
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
         counters = {"refreshes": 0, **({"reset_at": 0} if group["moments"] == "reset" else {})}
@@ -231,9 +218,8 @@ class ProjectedAdamW(TargetedAdamW):
         waiting = [entry for entry in entries if entry.param not in self._accumulated]
         due = list(filter(self.is_due, waiting))
         self._choose_missing([entry for entry in waiting if entry not in due])
-        # A zero gradient has no directions: the last basis stays, and a first one is chosen again at the next step.
-        asked = [one for one in due if one.group["subspace"] in OF_GRADIENTS and host_reads(one.grad.device)]
-        silent = set(asked).difference(nonzero(asked))
+        # The last basis stays, and a first one is chosen again at the next step.
+        silent = without_directions(due)
         due = [entry for entry in due if entry not in silent or not entry.state["refreshes"]]
         chosen = choose_bases(due)
         again = [entry for entry in due if entry.state["refreshes"]]
@@ -419,29 +405,6 @@ class ProjectedAdamW(TargetedAdamW):
         for entry in set(entries).difference(good):
             self._accumulated.pop(entry.param, None)
         return good
-
-
-def rotated_moments(
-    mean: Tensor, square: Tensor, right: Tensor, left: Tensor | None, *, age: int, betas: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """Adam's moments, (rows, rank) each, carried into a new basis by LDAdam's rule (arXiv 2410.16103).
-
-    The entries are taken as independent, so that their variances, not their squares, turn with the squared matrix.
-
-    Args:
-        right: `Qᵀ Q_new`, (rank, rank).
-        left: `P_newᵀ P`, if rows are projected too.
-        age: number of Adam steps behind the moments, at least 1.
-    """
-
-    def turn(matrix: Tensor, power: int) -> Tensor:
-        matrix = matrix @ right.pow(power)
-        return matrix if left is None else left.pow(power) @ matrix
-
-    seen, seen_squares = (1 - beta**age for beta in betas)
-    variance = turn(square / seen_squares - (mean / seen).square(), 2)
-    turned = turn(mean, 1)
-    return turned, (variance + (turned / seen).square()).abs() * seen_squares
 
 
 def _waves(entries: Sequence[Entry]) -> list[Tensor]:

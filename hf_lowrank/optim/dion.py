@@ -71,13 +71,9 @@ class DionAdamW(OrthogonalAdamW):
         seen = squares > rounding
         Q = torch.where(seen, R / squares.sqrt(), last)
 
-        batch.move_(P @ (Q * seen).mT)
+        batch.move_(P @ (Q * seen).mT, batch.adjusted)
         batch.write_momenta(torch.baddbmm(M, P, R.mT, alpha=group["momentum"] - 1), before)
-        Q = batch.where_finite(Q, last)
-        if layout.sharding is not None and not layout.transposed:
-            first, end = layout.sharding.bounds(layout.columns)
-            Q = Q.narrow(1, first, end - first)
-        foreach_copy_(kept, Q.unbind())
+        foreach_copy_(kept, partition.own_basis_rows(batch.where_finite(Q, last)).unbind())
 
 
 def first_basis(entry: Entry) -> Tensor:

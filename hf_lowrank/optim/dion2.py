@@ -51,6 +51,6 @@ class Dion2AdamW(OrthogonalAdamW):
         selected = partition.projected(pad(momenta, (0, 1)).gather(-1, index))
         directions = partition.for_lifting(batch.orthogonalised(selected))
         moves = momenta.new_zeros(*momenta.shape[:-1], count + 1).scatter_(-1, index, directions)
-        batch.move_(moves.narrow(-1, 0, count))
+        batch.move_(moves.narrow(-1, 0, count), batch.adjusted)
         damping = momenta.new_ones(len(momenta), 1, count + 1).scatter_(-1, chosen, group["momentum"])
         batch.write_momenta(momenta * damping.narrow(-1, 0, count), last)

@@ -74,6 +74,11 @@ class Layout:
         return (self.rank if self.both else self.rows, self.rank)
 
     @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of a whole matrix as it is stored."""
+        return (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+
+    @property
     def elements(self) -> int:
         """Elements of the whole parameter."""
         return self.count * self.rows * self.columns
@@ -120,6 +125,10 @@ class Replicated:
     def own_rows(self, basis: Tensor) -> Tensor:
         """This process's rows of a whole basis."""
         return basis
+
+    def own_basis_rows(self, bases: Tensor) -> Tensor:
+        """This process's rows of the bases that it multiplies by, (k, columns or columns_i, rank)."""
+        return bases
 
     def projected(self, products: Tensor) -> Tensor:
         """This process's rows of the projections, from its products: (k, rows, rank) -> (k, rows_i, rank)."""
@@ -186,6 +195,12 @@ class RowSharded(Replicated):
 
     def own_rows(self, basis: Tensor) -> Tensor:
         return self._sharding.part(basis)
+
+    def own_basis_rows(self, bases: Tensor) -> Tensor:
+        if not self._along_rows:
+            return bases
+        first, end = self._sharding.bounds(self._layout.columns)
+        return bases.narrow(1, first, end - first)
 
     def projected(self, products: Tensor) -> Tensor:
         return self._sharding.scatter_sum(products) if self._is_sum else products
@@ -259,7 +274,8 @@ def make_layout(
     """The layout of target parameter `name`.
 
     A parameter of three dimensions is a stack of matrices (experts); one of four or five is a convolution kernel,
-    flattened after its first dimension. `matrix="flatten"` or `"stack"` overrides that rule.
+    flattened after its first dimension. `matrix="flatten"` or `"stack"` overrides that rule. `proj_type` is one of the
+    settings' sides, or `std_left`: `std`, but a square matrix is projected on its left.
 
     Raises:
         UserError: a vector, a rank above the smaller side, or an unknown `matrix`; names the parameter.
@@ -282,8 +298,9 @@ def make_layout(
     count = param.shape[0] if stacked else 1
     rows, columns = param.shape[-2:] if stacked else (param.shape[0], math.prod(param.shape[1:]))
     check_rank(rank, name, param.shape, rows, columns)
-    # GaLore's rule (arXiv 2403.03507); False for "right" and "full".
-    transposed = {"std": rows < columns, "reverse_std": rows >= columns, "left": True}.get(proj_type, False)
+    # GaLore's rule (arXiv 2403.03507) and LDAdam's (arXiv 2410.16103); False for "right" and "full".
+    left = {"std": rows < columns, "std_left": rows <= columns, "reverse_std": rows >= columns, "left": True}
+    transposed = left.get(proj_type, False)
     if transposed:
         rows, columns = columns, rows
     return Layout(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_lowrank.compat import foreach_add_, foreach_copy_, foreach_mul_
+from hf_lowrank.compat import foreach_copy_
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import MethodSettings
 from hf_lowrank.optim.base import Declared, Params, TargetedAdamW
@@ -35,14 +35,14 @@ class MatrixBatch(Batch):
 
     def gradients(self) -> Tensor:
         """In the momenta's type; zeros for those that are not finite."""
-        return self.where_finite(self._stack(self._stored_grads).to(self.state(MOMENTUM)[0].dtype), 0)
+        return self.stacked_gradients(self.state(MOMENTUM)[0].dtype)
 
     def momenta(self) -> Tensor:
-        return self._stack(self.state(MOMENTUM))
+        return self.stack(self.state(MOMENTUM))
 
     def write_momenta(self, momenta: Tensor, last: Tensor) -> None:
         """Stores new momenta in place of the last ones."""
-        foreach_copy_(self.state(MOMENTUM), self._unstack(self.where_finite(momenta, last)))
+        foreach_copy_(self.state(MOMENTUM), self.unstack(self.where_finite(momenta, last)))
 
     def orthogonalised(self, updates: Tensor) -> Tensor:
         """Each whole matrix orthogonalised, in its own type.
@@ -64,32 +64,16 @@ class MatrixBatch(Batch):
         parts = sharding.from_owners(wholes, owners, [shape] * len(work), work)
         return torch.stack(parts).to(updates.dtype)
 
-    def move_(self, directions: Tensor) -> None:
-        """`W ← (1 − η·wd) W − η_adjusted · directions`."""
+    @property
+    def adjusted(self) -> float:
+        """What `adjust_lr_fn` multiplies the learning rate by."""
         rows, columns = self.entries[0].param.shape
         factors = {
             "original": math.sqrt(max(1, rows / columns)),
             "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
             "spectral": math.sqrt(rows / columns),
         }
-        weights, rate = self._stored_weights, self.lr * factors[self.group["adjust_lr_fn"]]
-        directions = directions.to(weights[0].dtype)
-        if isinstance(rate, float) and self.finite is None:
-            if self.keep != 1:
-                foreach_mul_(weights, self.keep)
-            foreach_add_(weights, self._unstack(directions), alpha=-rate)
-            return
-        moves = directions * rate
-        if self.group["weight_decay"]:
-            moves += (1 - self.keep) * self._stack(weights)
-        foreach_add_(weights, self._unstack(self.where_finite(moves, 0)), alpha=-1)
-
-    def _stack(self, stored: Sequence[Tensor]) -> Tensor:
-        stack = torch.stack(list(stored))
-        return stack.mT if self._transposed else stack
-
-    def _unstack(self, stack: Tensor) -> tuple[Tensor, ...]:
-        return (stack.mT if self._transposed else stack).unbind()
+        return factors[self.group["adjust_lr_fn"]]
 
 
 class OrthogonalAdamW(TargetedAdamW):
@@ -165,8 +149,7 @@ class OrthogonalAdamW(TargetedAdamW):
         return "right"
 
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
-        shape = (layout.columns, layout.rows) if layout.transposed else (layout.rows, layout.columns)
-        return {MOMENTUM: StateTensor(shape=shape, quantized="signed")}
+        return {MOMENTUM: StateTensor(shape=layout.stored_shape, quantized="signed")}
 
     def make_batch(self, entries: Sequence[Entry]) -> MatrixBatch:
         return MatrixBatch(entries)
@@ -200,7 +183,7 @@ class MuonAdamW(OrthogonalAdamW):
         group, G, last = batch.group, batch.gradients(), batch.momenta()
         M = torch.lerp(last, G, 1 - group["momentum"])
         updates = torch.lerp(G, M, group["momentum"]) if group["nesterov"] else M
-        batch.move_(self.rescaled(batch, batch.orthogonalised(updates)))
+        batch.move_(self.rescaled(batch, batch.orthogonalised(updates)), batch.adjusted)
         batch.write_momenta(M, last)
 
     def rescaled(self, batch: MatrixBatch, directions: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ def orthogonalise(matrices: Tensor, steps: int = 5, rule: str = "newton_schulz")
     return work.mT if tall else work
 
 
-def orthonormal_columns(matrices: Tensor, total: Callable[[Tensor], Tensor] = lambda gram: gram) -> Tensor:
+def orthonormal_columns(
+    matrices: Tensor, total: Callable[[Tensor], Tensor] = lambda gram: gram, toward: Tensor | None = None
+) -> Tensor:
     """The Q-factors of (k, rows, r) matrices, with the signs that make the diagonals of their R-factors positive.
 
     Cholesky QR, twice, in float64: `X R⁻¹` for any triangular R has the Q-factor of X, so the first pass may shift the
@@ -54,11 +56,21 @@ def orthonormal_columns(matrices: Tensor, total: Callable[[Tensor], Tensor] = la
 
     Args:
         total: sums Gram matrices, (k, r, r), over the processes that hold the other rows.
+        toward: orthonormal columns that take the places of those that depend on earlier ones. If X is P times a
+            positive semidefinite matrix from the left, those of P are always independent of the others.
     """
-    work = matrices.double()
-    for _ in range(2):
-        gram = total(work.mT @ work)
-        shift = gram.diagonal(dim1=-2, dim2=-1) * SHIFT + torch.finfo(gram.dtype).tiny
-        factor = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift)).L
-        work = torch.linalg.solve_triangular(factor.mT, work, upper=True, left=False)
-    return work.to(matrices.dtype)
+    work = _divided(matrices.double(), total)
+    if toward is not None:
+        # The shift leaves a column that is independent its norm, and takes that of one that is not.
+        norms = total(work.square().sum(-2, keepdim=True))
+        work = _divided(torch.where(norms > 0.5, work, toward.double()), total)
+        return _divided(work, total, shift=0.0).to(matrices.dtype)
+    return _divided(work, total).to(matrices.dtype)
+
+
+def _divided(work: Tensor, total: Callable[[Tensor], Tensor], shift: float = SHIFT) -> Tensor:
+    """`X R⁻¹` with the R-factor of X, whose Gram matrix is shifted by its diagonal: one pass of Cholesky QR."""
+    gram = total(work.mT @ work)
+    added = gram.diagonal(dim1=-2, dim2=-1) * shift + torch.finfo(gram.dtype).tiny
+    factor = torch.linalg.cholesky_ex(gram + torch.diag_embed(added)).L
+    return torch.linalg.solve_triangular(factor.mT, work, upper=True, left=False)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_lowrank.compat import foreach_copy_
+from hf_lowrank.optim.adam import host_reads
 from hf_lowrank.optim.batch import batch_limits
-from hf_lowrank.optim.entries import Entry
+from hf_lowrank.optim.entries import Entry, nonzero
 from hf_lowrank.optim.layout import Layout, RowSharded
 from hf_lowrank.optim.sharding import Sharding, local_part
 from hf_lowrank.optim.state import StateTensor
@@ -81,7 +82,7 @@ def held_bases(entries: Sequence[Entry], side: str) -> list[Tensor]:
 
 def _bits(entry: Entry) -> int | None:
     """Bits of each value of a target's bases; None where they are stored as they are."""
-    bits: int | None = entry.group["projection_bits"]
+    bits: int | None = entry.group.get("projection_bits")
     return bits
 
 
@@ -157,6 +158,32 @@ def write_bases(targets: Sequence[Entry], chosen: Sequence[Bases]) -> None:
         foreach_copy_(held, fresh)
 
 
+def without_directions(entries: Sequence[Entry]) -> set[Entry]:
+    """Those whose gradients are zero, so that no basis can be chosen from them, where the host reads gradients."""
+    asked = [one for one in entries if one.group["subspace"] in OF_GRADIENTS and host_reads(one.grad.device)]
+    return set(asked).difference(nonzero(asked))
+
+
+def choose_first(entries: Sequence[Entry]) -> None:
+    """Chooses the first bases of targets whose later ones are made from the last at each step.
+
+    Where the host reads gradients, it waits for one that is not zero, which is the first that Adam's steps count.
+    Elsewhere a matrix without directions gets unit vectors, from which the steps find their way.
+    """
+    due = [entry for entry in entries if not entry.state["refreshes"]]
+    silent = without_directions(due)
+    chosen = choose_bases(due)
+    for entry, bases in zip(due, chosen, strict=True):
+        layout, basis = entry.layout, local_part(bases["basis"])
+        unit = torch.eye(layout.columns, layout.rank, dtype=basis.dtype, device=basis.device)
+        found = layout.partition.sum(basis.abs().sum((-2, -1), keepdim=True)) > 0
+        foreach_copy_([basis], [torch.where(found, basis, layout.partition.own_rows(unit))])
+    write_bases(due, chosen)
+    for entry in due:
+        entry.state["refreshes"] += entry not in silent
+        entry.state["reset_at"] = entry.state["step"]
+
+
 def _shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
     """The shapes of the state tensors of one matrix's bases; none for a subspace that is not stored."""
     return {key: entry.declared(key).shape or () for key in STORED_BASES if key in entry.info.declared}
@@ -210,7 +237,7 @@ def _choose_sharded(targets: Sequence[Entry], sharding: Sharding, afresh: bool) 
         grads = sharding.to_owners(stored, owners, lengths)
     else:
         grads = {
-            number: entry.grad.new_zeros(()).expand(_stored_shape(entry.layout))
+            number: entry.grad.new_zeros(()).expand(entry.layout.stored_shape)
             for number, entry in enumerate(targets)
             if owners[number] == sharding.rank
         }
@@ -239,11 +266,6 @@ def _choose_sharded(targets: Sequence[Entry], sharding: Sharding, afresh: bool) 
         for of_one, part, shape in zip(bases, parts, shapes, strict=True):
             of_one[side] = sharding.tensor(part.clone(), shape)  # not a view of the exchanged buffer
     return bases
-
-
-def _stored_shape(layout: Layout) -> tuple[int, int]:
-    """The shape of a whole matrix as it is stored."""
-    return (layout.columns, layout.rows) if layout.transposed else (layout.rows, layout.columns)
 
 
 class Matrix(NamedTuple):

@@ -25,6 +25,7 @@ from hf_lowrank.optim import (
 from hf_lowrank.optim.base import TargetedAdamW
 from hf_lowrank.optim.core import ProjectedAdamW
 from hf_lowrank.optim.muon import OrthogonalAdamW
+from hf_lowrank.optim.ranked import RankedAdamW
 
 METHOD_CASES = {
     "galore": partial(GaLoreAdamW, subspace="svd"),
@@ -530,4 +531,4 @@ def test_every_public_method_is_in_the_matrix():
         return {base}.union(*(classes(sub) for sub in base.__subclasses__()))
 
     covered = {getattr(case, "func", case) for case in METHOD_CASES.values()}
-    assert classes(TargetedAdamW) - {TargetedAdamW, ProjectedAdamW, OrthogonalAdamW} <= covered
+    assert classes(TargetedAdamW) - {TargetedAdamW, RankedAdamW, ProjectedAdamW, OrthogonalAdamW} <= covered
