@@ -16,11 +16,9 @@ from hf_lowrank.optim.base import Declared, Params
 from hf_lowrank.optim.batch import ProjectedBatch, project_matrix
 from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.layout import Layout, dense_basis
-from hf_lowrank.optim.loading import missing
 from hf_lowrank.optim.methods import SubspaceSettings
 from hf_lowrank.optim.ranked import RankedAdamW
 from hf_lowrank.optim.refresh import (
-    STORED_BASES,
     basis_state,
     choose_bases,
     held_bases,
@@ -176,14 +174,6 @@ class ProjectedAdamW(RankedAdamW):
     def _forget(self) -> None:
         super()._forget()
         self._accumulated: dict[Tensor, list[Tensor]] = {}
-
-    def _finish_loading(self, loaded: Mapping[str, Any]) -> None:
-        super()._finish_loading(loaded)
-        for info, _, param in self._registered():
-            state = self.state.get(param) or {}
-            for key in STORED_BASES if state.get("refreshes") else ():
-                if key in info.declared and key not in state:  # one that is drawn would be taken in its place
-                    raise missing(key, info)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "diagnostics": self.diagnostics, "_accumulated": self._accumulated}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim.entries import ParameterInfo
+from hf_lowrank.optim.refresh import STORED_BASES
 from hf_lowrank.optim.state import StateTensor
 
 
@@ -51,6 +52,9 @@ def restore(
         if isinstance(declared, int):
             state[key] = declared
         elif declared.initial is not None:
+            raise missing(key, info)
+    for key in STORED_BASES if state.get("refreshes") else ():
+        if key in info.declared and key not in state:  # one that is chosen anew would be taken in its place
             raise missing(key, info)
     if "step" not in saved:
         raise missing("step", info)
