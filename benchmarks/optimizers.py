@@ -29,10 +29,12 @@ from _common import SIZES, llama, machine, real_gradients, spread, versions, wri
 
 from hf_lowrank.optim import (
     ApolloAdamW,
+    CosmosAdamW,
     Dion2AdamW,
     DionAdamW,
     FiraAdamW,
     GaLoreAdamW,
+    LDAdamW,
     MuonAdamW,
     NorMuonAdamW,
     QGaLoreAdamW,
@@ -41,7 +43,15 @@ from hf_lowrank.optim import (
 
 GAP = 200
 TORCH_MUON = "torch's Muon, target matrices alone"
-SLOW_ON_CPU = ("hf_lowrank Muon", "hf_lowrank NorMuon", "hf_lowrank Dion", "hf_lowrank Dion2", TORCH_MUON)
+SLOW_ON_CPU = (
+    "hf_lowrank Muon",
+    "hf_lowrank NorMuon",
+    "hf_lowrank Dion",
+    "hf_lowrank Dion2",
+    "hf_lowrank LDAdam",
+    "hf_lowrank COSMOS",
+    TORCH_MUON,
+)
 WITHOUT_REFRESH = ("AdamW", *SLOW_ON_CPU)
 Builder = Callable[[int], Optimizer]
 
@@ -78,6 +88,8 @@ def builders_of(model: torch.nn.Module, rank: int, with_official: bool) -> dict[
         "hf_lowrank NorMuon": lambda gap: NorMuonAdamW(model, lr=1e-5),
         "hf_lowrank Dion": lambda gap: DionAdamW(model, lr=1e-5, rank=rank),
         "hf_lowrank Dion2": lambda gap: Dion2AdamW(model, lr=1e-5),
+        "hf_lowrank LDAdam": lambda gap: LDAdamW(model, lr=1e-5, rank=rank, subspace="randomized"),
+        "hf_lowrank COSMOS": lambda gap: CosmosAdamW(model, lr=1e-5, subspace="randomized"),
         TORCH_MUON: lambda gap: torch.optim.Muon(targets, lr=1e-5),
     }
     if with_official:

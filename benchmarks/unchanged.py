@@ -42,6 +42,8 @@ METHODS = {
     "normuon": (),
     "dion": (),
     "dion2": (),
+    "ldadam": (),
+    "cosmos": (),
     "relora": ("method.restart_every=20", "method.restart_warmup_steps=5"),
     "cola": (),
     "sltrain": (),

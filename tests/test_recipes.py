@@ -23,7 +23,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 TREES = ("nano", "llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b")
 BUILT_IN = (
     "full_rank", "low_rank", "galore", "q_galore", "fira", "apollo", "apollo_mini", "frugal", "muon", "normuon",
-    "dion", "dion2", "relora", "cola", "sltrain", "structured", "sst",
+    "dion", "dion2", "ldadam", "cosmos", "relora", "cola", "sltrain", "structured", "sst",
 )  # fmt: skip
 
 # hidden, MLP, layers, heads; steps, checkpoint every
@@ -113,6 +113,22 @@ PUBLISHED = {
         name: {"weight_decay": (0.01,) * 5, "momentum": (0.95,) * 5, "adjust_lr_fn": ("spectral",) * 5}
         for name in ("normuon", "dion", "dion2")
     },
+    "ldadam": {
+        "learning_rate": (1e-3,) * 5,
+        "adam_beta1": (0.908,) * 5,
+        "adam_beta2": (0.99,) * 5,
+        "rho": (0.908,) * 5,
+        "error_feedback": (True,) * 5,
+    },
+    "cosmos": {
+        "learning_rate": (2e-3,) * 5,
+        "adam_beta1": (0.95,) * 5,
+        "adam_beta2": (0.95,) * 5,
+        "weight_decay": (0.1,) * 5,
+        "lr_ratio": (0.2,) * 5,
+        "rank": (64,) * 5,
+        "gamma": (0.2,) * 5,
+    },
     "low_rank": {"r": (128, 256, 256, 512, 1024)},
     "frugal": {"learning_rate": (1e-3,) * 5, "update_proj_gap": (200,) * 5, "rank": (128, 192, 256, 512, 1024)},
 }
@@ -197,6 +213,7 @@ def test_matrices_get_the_published_rate_and_the_rest_that_of_full_rank(name, tr
 
 def test_where_nothing_was_published_the_file_says_so():
     for name, tree in (("muon", "llama_60m"), ("normuon", "llama_60m"), ("dion", "llama_1b"), ("dion2", "llama_7b"),
+                       ("ldadam", "llama_350m"), ("cosmos", "llama_130m"),
                        ("low_rank", "llama_350m"), ("relora", "llama_1b"),
                        ("full_rank", "llama_7b"), ("frugal", "llama_7b"), ("fira", "llama_7b")):  # fmt: skip
         assert (RECIPES / tree / f"{name}.yaml").read_text().startswith("# ")
@@ -304,6 +321,7 @@ STUDIES = {
     "nano": ("nano", TUNED, 5),
     "pico": ("nano", TUNED, 3),
     "quickstart": ("nano", ["full_rank", "galore", "fira", "relora", "cola", "sltrain"], 1),
+    "ablations": ("nano", ["ldadam", "ldadam_no_feedback"], 3),
     "paper_60m": ("llama_60m", list(BUILT_IN), 3),
     "paper_130m": ("llama_130m", list(BUILT_IN), 3),
     "paper_350m": ("llama_350m", list(BUILT_IN), 3),
@@ -320,7 +338,7 @@ def test_studies_name_recipes_that_are_there(name):
     study = load_study(RECIPES / "studies" / f"{name}.yaml").settings
     assert list(study.members) == members
     for member, settings in study.members.items():
-        file = f"{member.removesuffix('_two_rates')}.yaml"
+        file = f"{member.removesuffix('_two_rates').removesuffix('_no_feedback')}.yaml"
         assert Path(settings.recipe).resolve() == (RECIPES / tree / file).resolve()
     assert (study.name, study.baseline, study.stages) == (name, members[0], None)
     assert study.seeds == list(range(seeds))

@@ -18,6 +18,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.methods import (
     DASH_DOTTED,
     DASHED,
+    DOTTED,
     SEED,
     SOLID,
     TARGET_MODULES,
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import TrainerCallback, TrainingArguments
 
+TARGET_PARAMETERS = (
+    "further target parameters, by name or name ending, e.g. `experts.down_proj` for the stacked experts of a mixture"
+)
 Rank = Annotated[int, Field(ge=1, description="rank of the subspaces")]
 Scale = Annotated[float, Field(gt=0, description="factor of the update that is lifted back from the subspace")]
 ApolloScale = Annotated[float, Field(gt=0, description="the update is multiplied by its square root")]
@@ -116,6 +120,14 @@ MatrixLrScale = Annotated[
     float,
     Field(gt=0, description="learning rate of the target matrices relative to that of all other parameters"),
 ]
+FirstSubspace = Annotated[
+    Literal["svd", "randomized"],
+    explained(
+        "how the first subspace is chosen",
+        svd="the leading singular vectors of the first gradient",
+        randomized="nearly that space, by subspace iteration, much faster for large matrices",
+    ),
+]
 FrugalSubspace = Annotated[Literal["svd", "randomized", "random", "columns", "dct", "blocks"], SUBSPACE]
 
 
@@ -150,11 +162,7 @@ class SubspaceSettings(OptimizerSettings):
     """
 
     rank: Rank = 128
-    target_parameters: list[str] = Field(
-        [],
-        description="further target parameters, by name or name ending, e.g. `experts.down_proj` for the stacked "
-        "experts of a mixture",
-    )
+    target_parameters: list[str] = Field([], description=TARGET_PARAMETERS)
     update_proj_gap: int = Field(200, ge=1, description="optimizer steps between refreshes of the subspace")
     scale: Scale = 1.0
     proj_type: Annotated[Literal["std", "reverse_std", "right", "left", "full"], SIDE] = "std"
@@ -264,6 +272,30 @@ class Dion2Settings(OptimizerSettings):
     adjust_lr_fn: AdjustLr = "spectral"
     orthogonaliser: Orthogonaliser = "polar_express"
     matrix_lr_scale: MatrixLrScale = 1.0
+
+
+class LDAdamSettings(OptimizerSettings):
+    rank: Rank = 16
+    target_parameters: list[str] = Field([], description=TARGET_PARAMETERS)
+    subspace: FirstSubspace = "svd"
+    rho: float = Field(0.908, ge=0, le=1, description="weight of the momentum in what the subspace follows")
+    error_feedback: bool = Field(
+        True,
+        description="keep what the subspace cannot hold, which takes the size of the weight, for the next gradient",
+    )
+
+
+class CosmosSettings(OptimizerSettings):
+    rank: Rank = 64
+    lr_ratio: float = Field(
+        0.1, gt=0, description="root mean square of an update of a target matrix, in units of the learning rate"
+    )
+    gamma: float = Field(0.2, ge=0, description="weight of the orthogonalised part outside the subspace")
+    subspace: FirstSubspace = "svd"
+    nesterov: bool = Field(True, description="use Nesterov momentum")
+    ns_steps: NsSteps = 5
+    ns_dtype: NsDtype = "bfloat16"
+    orthogonaliser: Orthogonaliser = "newton_schulz"
 
 
 def build_optimizer(
@@ -442,5 +474,27 @@ ENTRIES = (
         look=Look("#80006a", "#bd65af", DASH_DOTTED, "cross"),
         build_optimizer=build_optimizer("hf_lowrank.optim.dion2:Dion2AdamW"),
         page=PAGES["dion2"],
+    ),
+    Method(
+        name="ldadam",
+        title="LDAdam",
+        summary="Adam in a subspace that follows the gradient at each step, with feedback of what it cannot hold.",
+        kind="optimizer",
+        settings=LDAdamSettings,
+        source="arXiv 2410.16103",
+        look=Look("#e16400", "#fa7d19", DOTTED, "down"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.ldadam:LDAdamW"),
+        page=PAGES["ldadam"],
+    ),
+    Method(
+        name="cosmos",
+        title="COSMOS",
+        summary="Adam in the leading subspace of the gradients, orthogonalised momentum outside it.",
+        kind="optimizer",
+        settings=CosmosSettings,
+        source="arXiv 2502.17410",
+        look=Look("#254d00", "#4bfaaf", DASH_DOTTED, "hexagon"),
+        build_optimizer=build_optimizer("hf_lowrank.optim.cosmos:CosmosAdamW"),
+        page=PAGES["cosmos"],
     ),
 )

@@ -235,4 +235,70 @@ PAGES = {
             "at 1e-2, fraction 0.25, momentum 0.95, weight decay 0.01.",
         ),
     ),
+    "ldadam": MethodPage(
+        idea="Adam in a subspace that follows the gradient at each step: one power iteration moves the basis towards "
+        "the leading subspace of the momentum and the gradient, and the moments are turned into it. What the subspace "
+        "cannot hold, of the gradient and of the momentum, is kept as an error and added to the next gradient. AdamW "
+        "on the rest.",
+        formula=(
+            "A = G + E, in a basis Q of the shorter side (here m ≥ n): Q is n × r",
+            "B = ρ · M̂ Q₋ᵀ + (1−ρ) A;  Q = orthonormal columns of Bᵀ B Q₋, with Q₋ the last basis",
+            "T = Q₋ᵀ Q;  M ← M₋ T,  V ← (1−β₂ᵗ⁻¹) |(V̂₋ − M̂₋²) T² + (M̂₋ T)²|, squares by entry",
+            "R = A Q",
+            "E ← A − R Qᵀ + β₁/(1−β₁) · (M₋ Q₋ᵀ − M Qᵀ)",
+            "M ← β₁ M + (1−β₁) R,  V ← β₂ V + (1−β₂) R²",
+            "W ← (1 − η·wd) W − η · M̂ / (√V̂ + ε) · Qᵀ",
+        ),
+        use="Use it for small ranks, and where the refreshes of GaLore disturb training: the basis follows every "
+        "gradient, and no gradient is lost. Without error feedback it has GaLore's memory.",
+        cost="For m ≥ n: 2mr values of moments and nr of the basis per matrix, and mn of the error with "
+        "`error_feedback`, so that it then saves less than half of AdamW's state. A step costs seven products of "
+        "rank r, and r orthonormal columns; only the first one decomposes a matrix.",
+        notes=(
+            "A square matrix is projected on its left; otherwise the longer side is kept. Orthonormal columns come "
+            "from Cholesky QR in float64, for all matrices of a shape at once: no loop and no wait for the device. A "
+            "direction in which there is neither momentum nor gradient keeps its basis vector.",
+            "The error is optimizer state: it is saved and resumed, neither clipping nor `zero_grad` changes it, and "
+            "FSDP2 shards it with the weight. In bfloat16 it rounds small gradients away; `state_dtype: float32` "
+            "keeps them.",
+            "`training.adam_beta1` and `adam_beta2` set the decay of the moments, of all other parameters too. "
+            "Published: 0.908 and 0.99.",
+            "The authors' code ignores the betas of groups, does not save the step count, and keeps the error in "
+            "`p.grad`, where clipping rescales it.",
+            "`recipes/studies/ablations.yaml` trains with and without error feedback, with three seeds.",
+        ),
+    ),
+    "cosmos": MethodPage(
+        idea="Adam in the leading subspace of the gradients' second moment (as SOAP does in the whole space), and "
+        "Muon in what of the momentum lies outside it: both are added, and the sum is brought to a fixed size. The "
+        "basis follows by one power iteration per step. AdamW on the rest.",
+        formula=(
+            "M ← β₁ M + G,  κ = (1−β₁ᵗ)/(1−β₁),  H = (G + β₁ M) / (1 + β₁ κ)",
+            "P = orthonormal columns of β₂ P₋ S + (1−β₂) GᵀG P₋, with P₋ the last basis (n × r)",
+            "S ← β₂ (P₋ᵀP)ᵀ S (P₋ᵀP) + (1−β₂) (GP)ᵀ GP,  V ← β₂ V + (1−β₂) (GP)²",
+            "A = H P / (√(V / (1−β₂ᵗ)) + ε) · Pᵀ",
+            "C = orthogonalise(H − H P Pᵀ), with a root mean square of 1",
+            "D = A + gamma · C",
+            "W ← (1 − η·wd) W − η · lr_ratio · √(mn) · D / (‖D‖ + ε)",
+        ),
+        use="Use it in place of SOAP, whose state is larger, or of Muon, where a few directions of the gradients "
+        "dominate. It does not save state as GaLore does: its momentum is dense.",
+        cost="mn values of momentum, mr of the second moment, nr of the basis and r² of its covariance per matrix: "
+        "a little more than half of AdamW's state. A step costs about five products of rank r, and the iterations of "
+        "Muon.",
+        notes=(
+            "The basis is always of the columns' side. A target matrix moves by `learning_rate · lr_ratio` in root "
+            "mean square, whatever its gradient. A rank above the shorter side of a target is refused by name.",
+            "`training.adam_beta1` and `adam_beta2` set the decay of momentum and second moments, of AdamW's too. "
+            "Published: a learning rate of 2e-3, betas of 0.95, `lr_ratio` 0.2 and weight decay 0.1 in the authors' "
+            "example.",
+            "The authors' code steps embeddings and other matrices of more than 10 000 rows by AdamW; here "
+            "`target_modules` decides. Without Nesterov it does not use the momentum at all; here H is then the mean "
+            "of the gradients. Where the basis leaves nothing but rounding errors outside, as with a rank of all "
+            "columns, that part is left out.",
+            "The part outside is orthogonalised in bfloat16; `ns_dtype: float32` keeps runs on different numbers of "
+            "processes together. FSDP2 shards momentum, second moment and basis, and sends the part outside to one "
+            "process per matrix.",
+        ),
+    ),
 }

@@ -8,6 +8,8 @@ last step returned, and returns the new weight and state; it changes nothing in 
     N = M / (√V + ε)       Adam's direction without bias correction, which is part of η_t
     S                      what APOLLO, or Fira outside the subspace, makes of the gradient
     U                      orthogonalised momentum; Dion's P and Q are bases of the momentum, V of NorMuon is per row
+    A, E                   LDAdam's gradient with the error of the last step, and that error
+    H, S                   COSMOS's averaged momentum, and the second moment of the gradients inside its basis
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ class State:
     Q: Tensor | None = None
     M: Tensor | None = None
     V: Tensor | None = None
+    E: Tensor | None = None
+    S: Tensor | None = None
     norm: float = math.inf
     interval: int = 1
     cosines: tuple[float, ...] = ()
@@ -93,6 +97,10 @@ class Options:
     orthogonaliser: str = "newton_schulz"
     muon_beta2: float = 0.95
     fraction: float = 0.25
+    rho: float = 0.908
+    error_feedback: bool = True
+    lr_ratio: float = 0.1
+    gamma: float = 0.2
 
 
 # The methods
@@ -193,6 +201,52 @@ def dion2(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor,
     U = torch.zeros_like(G).index_copy(dim, chosen, orthogonalise(selected, options))
     M = M.index_copy(dim, chosen, options.momentum * selected)
     return move(W, U, options), replace(state, step=state.step + 1, M=M)
+
+
+def ldadam(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """LDAdam (arXiv 2410.16103), of the transpose of a matrix with more rows than columns."""
+    tall = G.shape[0] > G.shape[1]
+    A = (G.mT if tall else G) + (0.0 if state.E is None else state.E)
+    (beta1, beta2), rho, t = options.betas, options.rho, state.step + 1
+    if state.P is None or state.M is None or state.V is None:
+        P = torch.linalg.svd(A, full_matrices=False)[0][:, : options.rank]
+        M, V, drift = torch.zeros_like(P.mT @ A), torch.zeros_like(P.mT @ A), torch.zeros_like(A)
+    else:
+        B = rho * state.P @ state.M / (1 - beta1 ** (t - 1)) + (1 - rho) * A
+        P = torch.linalg.qr(B @ (B.mT @ state.P))[0]
+        M, V = rotate(state.M, state.V, P.mT @ state.P, None, t - 1, options)
+        drift = state.P @ state.M - P @ M
+    R = P.mT @ A
+    E = A - P @ R + beta1 / (1 - beta1) * drift if options.error_feedback else None
+    M, V = beta1 * M + (1 - beta1) * R, beta2 * V + (1 - beta2) * R.square()
+    update = P @ (M / (1 - beta1**t) / ((V / (1 - beta2**t)).sqrt() + options.eps))
+    W = (1 - options.lr * options.weight_decay) * W - options.lr * (update.mT if tall else update)
+    return W, replace(state, step=t, P=P, M=M, V=V, E=E)
+
+
+def cosmos(W: Tensor, G: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    """COSMOS (arXiv 2502.17410): Adam inside a basis P of the columns' side, orthogonalised momentum outside it."""
+    (beta1, beta2), t = options.betas, state.step + 1
+    M = G if state.M is None else beta1 * state.M + G
+    if state.P is None or state.S is None or state.V is None:
+        P = torch.linalg.svd(G, full_matrices=False)[2][: options.rank].mT
+        S, V = (1 - beta2) * (G @ P).mT @ (G @ P), (1 - beta2) * (G @ P).square()
+    else:
+        P = torch.linalg.qr(beta2 * state.P @ state.S + (1 - beta2) * G.mT @ (G @ state.P))[0]
+        turn = state.P.mT @ P
+        S = beta2 * turn.mT @ state.S @ turn + (1 - beta2) * (G @ P).mT @ (G @ P)
+        V = beta2 * state.V + (1 - beta2) * (G @ P).square()
+    kappa = (1 - beta1**t) / (1 - beta1)
+    H = (G + beta1 * M) / (1 + beta1 * kappa) if options.nesterov else M / kappa
+    A = H @ P / ((V / (1 - beta2**t)).sqrt() + options.eps) @ P.mT
+    outside, size = H - H @ P @ P.mT, math.sqrt(W.numel())
+    D = A
+    if outside.norm() > 64 * torch.finfo(H.dtype).eps * H.norm():  # more than rounding error
+        U = orthogonalise(outside, options)
+        D = A + options.gamma * size * U / U.norm()
+    keep = 1 - options.lr * options.weight_decay
+    W = keep * W - options.lr * options.lr_ratio * size * D / (D.norm() + options.eps)
+    return W, replace(state, step=t, P=P, M=M, V=V, S=S)
 
 
 # What they share

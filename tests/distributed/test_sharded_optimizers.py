@@ -32,9 +32,9 @@ from tests.distributed.training import (
 EVERY = ["full-rank", *METHODS]
 EVERY_SHARDED = ["full-rank", *SHARDED]
 # Both ways of storing a basis, both sides, channel scales, a limiter, whole blocks, matrices gathered on one process,
-# state per row, sharded orthonormal columns, slices of matrices.
+# state per row, sharded orthonormal columns, slices of matrices, bases that move at each step, sharded errors.
 SOME = ["galore-randomized", "galore-dct", "galore-lazy", "galore-full", "fira", "apollo-mini", "frugal",
-        "frugal-blocks", "muon", "normuon", "dion", "dion2"]  # fmt: skip
+        "frugal-blocks", "muon", "normuon", "dion", "dion2", "ldadam", "cosmos"]  # fmt: skip
 LOSS, WEIGHT = 1e-4, 2e-4
 
 

@@ -59,7 +59,8 @@ def groups_of(name, model):
 def optimizer_of(name, model, **options):
     if name == "full-rank":
         return torch.optim.AdamW(model.parameters(), lr=1e-2)
-    own = own_options(name, 4, 5) if name in ORTHOGONAL else {"update_proj_gap": 5}
+    own = {"update_proj_gap": 5} if name == "frugal-blocks" else own_options(name, 4, 5)
+    own = own if name in ORTHOGONAL else {key: value for key, value in own.items() if key != "rank"}
     return METHODS[name](groups_of(name, model), **{"lr": 1e-2, **own, **in_full_precision(name), **options})
 
 

@@ -19,6 +19,8 @@ METHODS: dict[str, dict[str, object]] = {
     "normuon": {},
     "dion": {"rank": 4},
     "dion2": {},
+    "ldadam": {"rank": 4},
+    "cosmos": {"rank": 4},
     "relora": {"r": 4, "restart_every": 3, "restart_warmup_steps": 1},
     "cola": {"r": 4},
     "sltrain": {"r": 4},

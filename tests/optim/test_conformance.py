@@ -13,11 +13,13 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from hf_lowrank.errors import UserError
 from hf_lowrank.optim import (
     ApolloAdamW,
+    CosmosAdamW,
     Dion2AdamW,
     DionAdamW,
     FiraAdamW,
     FrugalAdamW,
     GaLoreAdamW,
+    LDAdamW,
     MuonAdamW,
     NorMuonAdamW,
     QGaLoreAdamW,
@@ -55,10 +57,15 @@ METHOD_CASES = {
     "normuon": NorMuonAdamW,
     "dion": DionAdamW,
     "dion2": Dion2AdamW,
+    "ldadam": LDAdamW,
+    "ldadam-no-feedback": partial(LDAdamW, error_feedback=False, subspace="randomized"),
+    "cosmos": CosmosAdamW,
 }
-ORTHOGONAL = ["muon", "muon-polar", "normuon", "dion", "dion2"]
+ORTHOGONAL = ["muon", "muon-polar", "normuon", "dion", "dion2", "cosmos"]
 IN_FOUR_BITS = ["q-galore", "galore-full-4bit", "fira-4bit"]
 PROJECTED = [name for name in METHOD_CASES if name not in ORTHOGONAL]
+# Projections that are refreshed in intervals, not at each step.
+REFRESHED = [name for name in PROJECTED if not name.startswith("ldadam")]
 every_method = pytest.mark.parametrize("name", METHOD_CASES)
 every_projection = pytest.mark.parametrize("name", PROJECTED)
 
@@ -89,8 +96,9 @@ def make(name, params, **options):
 def own_options(name, rank, gap):
     """The options that a method needs: a rank, if it has one, and an interval of refreshes, if it has refreshes."""
     if name in ORTHOGONAL:
-        return {"rank": rank} if name == "dion" else {}
-    return {"rank": 1 if name == "apollo-mini" else rank, "update_proj_gap": gap}
+        return {"rank": rank} if name in ("dion", "cosmos") else {}
+    interval = {"update_proj_gap": gap} if name in REFRESHED else {}
+    return {"rank": 1 if name == "apollo-mini" else rank, **interval}
 
 
 def of_targets(name, rank):
@@ -194,6 +202,8 @@ def test_same_seed_same_bits_other_seed_other_bits(name):
             "muon-polar",
             "normuon",
             "dion2",
+            "ldadam",
+            "cosmos",
         }
     )
 
@@ -213,7 +223,7 @@ def test_layerwise_is_the_same_optimizer(name):
 def test_layerwise_accumulation_is_the_sum(name):
     """Apart from refreshes, which see only the first gradient; so bases are chosen when both see the same one."""
     plain, inside = net(), net()
-    options = {} if name in ORTHOGONAL else {"update_proj_gap": 100, "stagger": False}
+    options = {"update_proj_gap": 100, "stagger": False} if name in REFRESHED else {}
     once, parts = make(name, plain, **options), make(name, inside, layerwise=True, **options)
     train(plain, once, 1)
     train(inside, parts, 1)
@@ -464,6 +474,8 @@ def test_state_has_the_size_that_the_method_needs(name, dtype):
         asked["cosines"] = 5 * 4
     if name.startswith(("fira", "apollo")):
         asked["residual_norm"] = 4
+    if name == "ldadam":
+        asked["error"] = rows * columns * size
     assert bytes_of == asked
 
 
@@ -491,8 +503,9 @@ def test_stacked_experts_are_matrices(name, shape):
     start, grads = torch.randn(shape), torch.randn(6, *shape)
     stack = nn.Parameter(start.clone())
     parts = [nn.Parameter(matrix.clone()) for matrix in start]
-    together = make(name, [{"params": [("experts", stack)]}], stagger=False)
-    alone = make(name, [{"params": [(f"expert{i}", part) for i, part in enumerate(parts)]}], stagger=False)
+    options = {"stagger": False} if name in REFRESHED else {}
+    together = make(name, [{"params": [("experts", stack)]}], **options)
+    alone = make(name, [{"params": [(f"expert{i}", part) for i, part in enumerate(parts)]}], **options)
     for grad in grads:
         stack.grad = grad.clone()
         for part, own in zip(parts, grad, strict=True):

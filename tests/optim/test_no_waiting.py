@@ -17,7 +17,7 @@ from hf_lowrank.optim import adam, batch
 from tests.optim.test_conformance import (
     METHOD_CASES,
     ORTHOGONAL,
-    PROJECTED,
+    REFRESHED,
     every_method,
     in_full_precision,
     loss_of,
@@ -78,7 +78,7 @@ def test_no_step_reads_a_value(name, tensor_rate, waits_nowhere, monkeypatch):
         for _ in range(9):  # refreshes at 0, 4 and 8 or spread over the steps, first choices offered again at 1 and 2
             step(optimizer, params)
     assert {state["step"] for state in optimizer.state.values()} == {9}
-    if name in PROJECTED:
+    if name in REFRESHED:
         assert {state["refreshes"] for state in optimizer.state.values() if "refreshes" in state} >= {3}
 
 
@@ -122,7 +122,7 @@ def operations(name, count, **options):
 
 @every_free_method
 def test_operations_do_not_grow_with_the_number_of_matrices(name, waits_nowhere):
-    options = {"moments": "keep", "stagger": False} if name in PROJECTED else {}
+    options = {"moments": "keep", "stagger": False} if name in REFRESHED else {}
     few, many = operations(name, 8, **options), operations(name, 24, **options)
     assert many[0] <= 1.2 * few[0], "plain"
     assert many[1] <= 1.2 * few[1], "refresh"

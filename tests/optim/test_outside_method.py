@@ -30,11 +30,11 @@ for arguments in json.loads(sys.argv[1]):
 def site(tmp_path_factory):
     """A folder for `sys.path` in which the package is installed."""
     folder = tmp_path_factory.mktemp("site")
-    shutil.copy(Path(__file__).parent / "outside" / "lowrank_ldadam.py", folder)
-    metadata = folder / "lowrank_ldadam-1.0.dist-info"
+    shutil.copy(Path(__file__).parent / "outside" / "lowrank_follower.py", folder)
+    metadata = folder / "lowrank_follower-1.0.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: lowrank-ldadam\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[hf_lowrank.methods]\nldadam = lowrank_ldadam:METHOD\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: lowrank-follower\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[hf_lowrank.methods]\nfollower = lowrank_follower:METHOD\n")
     return folder
 
 
@@ -62,8 +62,8 @@ def recipe(folder):
         words = [f"{generator.choice(['alpha', 'beta', 'gamma'])}{generator.randrange(90)}" for _ in range(500)]
         (folder / f"text{number}.txt").write_text(" ".join(words))
     content = {
-        "name": "ldadam",
-        "method": {"name": "ldadam", "rank": 4, "rho": 0.9, "state_dtype": "float32"},
+        "name": "follower",
+        "method": {"name": "follower", "rank": 4, "rho": 0.9, "state_dtype": "float32"},
         "model": {
             "architecture": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": 2, "max_position_embeddings": 16,
@@ -77,7 +77,7 @@ def recipe(folder):
             "logging_steps": 1, "use_cpu": True,
         },
     }  # fmt: skip
-    path = folder / "ldadam.yaml"
+    path = folder / "follower.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
 
@@ -92,7 +92,7 @@ def trained(site, tmp_path_factory):
     for step in (8, 12):
         shutil.rmtree(resumed / f"checkpoint-{step}")
     printed += run_commands(
-        site, folder, ["train", folder / "ldadam.yaml", "--output", resumed],
+        site, folder, ["train", folder / "follower.yaml", "--output", resumed],
         ["measure", whole, "--steps", "last", "--metrics", "weight_stable_rank,weight_effective_rank"],
         ["report", whole, "--output", folder / "page"],
     )  # fmt: skip
@@ -101,7 +101,7 @@ def trained(site, tmp_path_factory):
 
 def test_it_is_listed_with_its_own_settings(trained):
     _, printed = trained
-    assert "ldadam: LDAdam from outside (arXiv 2410.16103)" in printed
+    assert "follower: Follower from outside (arXiv 2410.16103)" in printed
     assert "rho" in printed
     assert "share of the momentum" in printed
 
@@ -132,14 +132,14 @@ def test_it_trains_and_resumes_to_the_bit(trained):
 def test_it_is_measured(trained):
     folder, _ = trained
     rows = [json.loads(line) for line in (folder / "whole" / "measurements.jsonl").read_text().splitlines()]
-    assert {row["method"] for row in rows} == {"ldadam"}
+    assert {row["method"] for row in rows} == {"follower"}
     assert {"weight_stable_rank", "weight_effective_rank"} <= {row["metric"] for row in rows if row["value"]}
 
 
 def test_the_report_shows_it_with_its_own_colour(trained):
     folder, _ = trained
     page = next((folder / "page").glob("*.html")).read_text()
-    assert "LDAdam from outside" in page
+    assert "Follower from outside" in page
     assert "#7a1f5c" in page
     assert "#d98cc0" in page
 
@@ -148,5 +148,5 @@ def test_a_wrong_setting_of_it_is_refused(trained, site):
     folder, _ = trained
     with pytest.raises(AssertionError, match=r"method\.rho.*at most 1|rho.*less than or equal to 1|rho.*\[0"):
         run_commands(
-            site, folder, ["train", folder / "ldadam.yaml", "--output", folder / "wrong", "--set", "method.rho=2"]
+            site, folder, ["train", folder / "follower.yaml", "--output", folder / "wrong", "--set", "method.rho=2"]
         )

@@ -67,6 +67,8 @@ class LargestGradient(TrainerCallback):
         ("normuon", {"ns_dtype": "float32"}),
         ("dion", {"rank": 4}),
         ("dion2", {"ns_dtype": "float32"}),
+        ("ldadam", {"rank": 4}),
+        ("cosmos", {"rank": 4, "ns_dtype": "float32"}),
     ],
 )
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -19,8 +19,8 @@ from hf_lowrank.report.plots import loss_curves, trends
 from hf_lowrank.runs.records import load_runs
 from hf_lowrank.statistics import without_outliers
 
-ORTHOGONAL = ["normuon", "dion", "dion2"]
-OTHERS = ["q_galore", "apollo_mini", "frugal", "muon", "cola_m", *ORTHOGONAL]
+LATER = ["q_galore", "normuon", "dion", "dion2", "ldadam", "cosmos"]
+OTHERS = ["apollo_mini", "frugal", "muon", "cola_m", *LATER]
 STUDY = ["full_rank", "low_rank", "galore", "fira", "apollo", "relora", "cola", "sltrain"]
 ALL = STUDY + OTHERS
 
@@ -215,8 +215,8 @@ def test_methods_are_distinguishable_without_colour_vision(tone, vision):
     chosen = looks(ALL)
     shapes = [(look.dash, look.marker) for look in chosen.values()]
     assert len(set(shapes)) == len(shapes)
-    for a in STUDY + ORTHOGONAL + ["q_galore"]:
-        for b in STUDY + ORTHOGONAL + ["q_galore"]:
+    for a in STUDY + LATER:
+        for b in STUDY + LATER:
             if a < b and chosen[a].dash == chosen[b].dash:
                 apart = np.linalg.norm(_lab(getattr(chosen[a], tone), vision) - _lab(getattr(chosen[b], tone), vision))
                 assert apart > 12, (a, b, apart)

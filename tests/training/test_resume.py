@@ -27,6 +27,8 @@ METHODS = {
     "normuon": {"name": "normuon"},
     "dion": {"name": "dion", "rank": 4, "matrix_lr_scale": 5.0},
     "dion2": {"name": "dion2", "fraction": 0.4},
+    "ldadam": {"name": "ldadam", "rank": 4},
+    "cosmos": {"name": "cosmos", "rank": 4},
 }
 STEPS, EVERY = 40, 5
 

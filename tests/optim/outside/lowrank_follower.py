@@ -1,4 +1,4 @@
-"""A method from outside the package: LDAdam (arXiv 2410.16103), with a state and a refresh of its own.
+"""A method from outside the package, with a state and a refresh of its own: LDAdam by a loop over matrices.
 
 The tests install this one file with an entry point of the group `hf_lowrank.methods` that names `METHOD`.
 """
@@ -13,25 +13,25 @@ from hf_lowrank.methods import Look, Method
 from hf_lowrank.optim.methods import SubspaceSettings, build_optimizer, subspace_callbacks
 
 
-class LDAdamSettings(SubspaceSettings):
+class FollowerSettings(SubspaceSettings):
     rho: Annotated[float, Field(ge=0, le=1, description="share of the momentum in what the subspace follows")] = 0.908
 
 
 METHOD = Method(
-    name="ldadam",
-    title="LDAdam from outside",
+    name="follower",
+    title="Follower from outside",
     summary="Adam in a subspace that follows the gradient at each step, with error feedback.",
     kind="optimizer",
-    settings=LDAdamSettings,
+    settings=FollowerSettings,
     source="arXiv 2410.16103",
     look=Look("#7a1f5c", "#d98cc0", (1.0, 1.0), "star"),
-    build_optimizer=build_optimizer("lowrank_ldadam:LDAdamW"),
+    build_optimizer=build_optimizer("lowrank_follower:FollowerAdamW"),
     callbacks=subspace_callbacks,
 )
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LDAdamW":  # listing methods must not import torch's optimizers
+    if name == "FollowerAdamW":  # listing methods must not import torch's optimizers
         return optimizer_class()
     raise AttributeError(name)
 
@@ -40,8 +40,8 @@ def optimizer_class() -> type:
     from hf_lowrank.optim.core import ProjectedAdamW
     from hf_lowrank.optim.state import StateTensor
 
-    class LDAdamW(ProjectedAdamW):
-        settings = LDAdamSettings
+    class FollowerAdamW(ProjectedAdamW):
+        settings = FollowerSettings
 
         def __init__(self, params, lr=1e-3, **options):
             super().__init__(params, lr, **{**options, "adam_variant": "torch"})
@@ -49,7 +49,7 @@ def optimizer_class() -> type:
         def make_layout(self, group, param, name):
             layout = super().make_layout(group, param, name)
             if layout.sharding is not None:
-                raise UserError(f"LDAdamW cannot shard {name}; train on one device or with DDP")
+                raise UserError(f"FollowerAdamW cannot shard {name}; train on one device or with DDP")
             return layout
 
         def declare_state(self, group, layout):
@@ -82,7 +82,7 @@ def optimizer_class() -> type:
             direction = batch.adam(low)
             batch.lift_and_add_(direction, -batch.lr * batch.group["scale"])
 
-    return LDAdamW
+    return FollowerAdamW
 
 
 def follow(A, Q, M, V, age, group):
