@@ -87,6 +87,7 @@ def _by_hand(case, way, steps, rank, world):
     args = SimpleNamespace(
         learning_rate=3e-3, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-6, weight_decay=0.1, seed=0,
         get_warmup_steps=lambda steps: 2, lr_scheduler_type="linear", lr_scheduler_kwargs=None,
+        report_to=[],
     )  # fmt: skip
     optimizer = method.optimizer(model, settings, args) or torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=3e-3, eps=1e-6, weight_decay=0.1
