@@ -3,6 +3,7 @@
 The numbers below were typed from the papers and their public scripts, not read from the YAML files.
 """
 
+import json
 import os
 import runpy
 import subprocess
@@ -350,34 +351,49 @@ def test_studies_name_recipes_that_are_there(name):
     assert (study.jobs, study.threads) == ((1, None) if name.startswith("paper") else (2, 1))
 
 
-@pytest.mark.parametrize(("name", "width", "seeds", "least"), [("nano", 128, 5, 1.2), ("pico", 64, 3, 20)])
-def test_studies_that_answer_tune_every_member_alike(name, width, seeds, least):
+@pytest.mark.parametrize(("name", "width", "seeds", "least"), [("nano", 128, 5, 0.6), ("pico", 64, 3, 20)])
+def test_studies_that_answer_train_every_member_alike(name, width, seeds, least):
     study = load_study(RECIPES / f"studies/{name}.yaml").settings
-    overrides = dict(text.split("=") for text in study.overrides)
-    steps = int(overrides["training.max_steps"])
+    one = load_recipe(RECIPES / "nano/full_rank.yaml", study.overrides)
+    one = load_recipe(
+        RECIPES / "nano/full_rank.yaml", [*study.overrides, f"model.vocab_size={one.data.vocabulary_size}"]
+    )
+    with torch.device("meta"):
+        model = one.method.build_model(one.config(), one.settings, 0)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    steps, every = one.training["max_steps"], one.training["save_steps"]
+    tokens = steps * one.training["per_device_train_batch_size"] * one.data.sequence_length
     assert len(study.seeds) == seeds
+    assert one.model["hidden_size"] == width
+    assert tokens / parameters >= least
+    assert steps // every == 10
+    assert (len(study.evaluate.steps), study.evaluate.steps[-1]) == (5, steps)
+    assert (len(study.measure.steps), study.measure.steps[-1]) == (4, steps)
+    assert all(step % every == 0 for step in [*study.evaluate.steps, *study.measure.steps])
+    assert study.measure.pairs == "last"
+
+
+def test_the_nano_study_tunes_every_member_alike():
+    study = load_study(RECIPES / "studies/nano.yaml").settings
     assert study.sweep.seed not in study.seeds
-    assert (study.sweep.trials, study.sweep.steps) == (8, round(steps / 3))
+    assert (study.sweep.trials, study.sweep.steps) == (8, round(400 / 3))
     for member in study.members.values():
         ranges = study.sweep.ranges(member)
         assert len(ranges) == 2
         assert "training.learning_rate" in ranges
         assert all(isinstance(given, dict) for given in ranges.values())  # no list of two, whose winner is at an edge
-    one = load_recipe(RECIPES / "nano/full_rank.yaml", study.overrides)
-    vocabulary = f"model.vocab_size={one.data.vocabulary_size}"
-    one = load_recipe(RECIPES / "nano/full_rank.yaml", [*study.overrides, vocabulary])
-    with torch.device("meta"):
-        model = one.method.build_model(one.config(), one.settings, 0)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens = steps * one.training["per_device_train_batch_size"] * one.data.sequence_length
-    assert one.model["hidden_size"] == width
-    assert tokens / parameters >= least
-    assert study.evaluate.steps == study.measure.steps
-    assert (len(study.evaluate.steps), study.evaluate.steps[-1]) == (5, steps)
-    assert steps // int(overrides["training.save_steps"]) == 10
-    assert study.measure.pairs == "last"
     swept = {path.stem for path in (RECIPES / "studies").glob("*.yaml") if load_study(path).settings.sweep is not None}
-    assert swept == {"nano", "pico"}
+    assert swept == {"nano"}
+
+
+def test_the_pico_study_takes_the_winners_of_the_nano_sweep():
+    trials = json.loads((RECIPES.parent / "benchmarks/results/nano_sweep.json").read_text())["trials"]
+    winners = {trial["member"]: trial["values"] for trial in trials if trial["chosen"]}
+    study = load_study(RECIPES / "studies/pico.yaml").settings
+    assert set(winners) == set(study.members)
+    for name, member in study.members.items():
+        overrides = dict(text.split("=") for text in member.overrides)
+        assert {key: float(overrides[key]) for key in winners[name]} == winners[name]
 
 
 def test_strangers_are_measured_without_training():
