@@ -284,7 +284,11 @@ class ProjectedBatch(Batch):
         if self.group["projection_bits"] is None:
             return squares
         wide = low.to(squares.dtype)
-        products = torch.stack([basis.mT @ basis for basis in (one.to(squares.dtype) for one in self._bases)])
+        if self.stacks:
+            bases = self._stack_of_bases.to(squares.dtype)
+            products = bases.mT @ bases
+        else:  # one wide copy of a basis at a time
+            products = torch.stack([basis.mT @ basis for basis in (one.to(squares.dtype) for one in self._bases)])
         return ((wide @ products) * wide).sum(-1)
 
     def grad_norms(self, dtype: torch.dtype) -> Tensor:

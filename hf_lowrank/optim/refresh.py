@@ -68,10 +68,10 @@ def basis_state(subspace: str, layout: Layout, bits: int | None = None) -> dict[
 
 
 def held_bases(entries: Sequence[Entry], side: str) -> list[Tensor]:
-    """This process's part of the bases in use of targets of one layout, one per matrix, decoded."""
-    layout, bits = entries[0].layout, _bits(entries[0])
+    """This process's part of the bases in use of targets of one shape, stacks among them, one per matrix, decoded."""
+    bits = _bits(entries[0])
     parts = {
-        key: [part for entry in entries for part in layout.parts(local_part(entry.state[key]))]
+        key: [part for entry in entries for part in entry.layout.parts(local_part(entry.state[key]))]
         for key in _keys_of(side, bits)
     }
     if bits is None:

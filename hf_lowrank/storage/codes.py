@@ -67,7 +67,8 @@ def encode(values: Tensor, bits: int, noise: Tensor | None = None) -> Codes:
     if bits == 4:
         pairs = codes.view(len(codes), -1, 2)
         codes = pairs.select(-1, 1) * 16 + pairs.select(-1, 0)
-    return Codes(codes.narrow(1, 0, byte_count(size, bits)).contiguous(), scale.squeeze(-1), zero.squeeze(-1))
+    held = codes.narrow(1, 0, byte_count(size, bits)).clone(memory_format=torch.contiguous_format)
+    return Codes(held, scale.squeeze(-1), zero.squeeze(-1))
 
 
 def decode(stored: Codes, shape: Sequence[int], bits: int) -> Tensor:

@@ -303,7 +303,10 @@ def test_page_terminal_and_card_begin_with_the_caution(make_run, page_of, tmp_pa
     assert said.startswith(caution)
     assert "Fira has a lower perplexity than Full-rank" in said
     card = render_study_card(study, tmp_path / "card").read_text()
-    assert card.splitlines()[2].startswith(
-        f"**{caution} the values tried.** Fira has a lower perplexity than Full-rank"
+    body = card.partition("\n---\n")[2]  # after the metadata
+    assert (
+        body.strip()
+        .splitlines()[2]
+        .startswith(f"**{caution} the values tried.** Fira has a lower perplexity than Full-rank")
     )
     assert "| Fira | 2 | learning rate 0.001, 0.002; scale 0.1 to 1 | learning rate 0.001, scale 0.5 | 3.000 |" in card
