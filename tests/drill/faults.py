@@ -24,7 +24,7 @@ METHODS: dict[str, dict[str, object]] = {
     "relora": {"r": 4, "restart_every": 3, "restart_warmup_steps": 1},
     "cola": {"r": 4},
     "sltrain": {"r": 4},
-    "structured": {"r": 4, "blocks": 2},
+    "structured": {"r": 4, "blocks": 2, "exclude_modules": []},
     "sst": {"r": 4, "redraw_every": 3, "redraw_warmup_steps": 1},
     "low_rank": {"r": 4},
 }
