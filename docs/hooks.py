@@ -235,14 +235,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for section in config.nav or ():
         for title, entries in section.items():
             if isinstance(entries, list):
-                section[title] = filled.get(title) or [entry for entry in entries if _exists(entry)]
+                section[title] = filled.get(title, entries)
     return config
-
-
-def _exists(entry: dict[str, str]) -> bool:
-    """Whether an entry's page is there; a page that no entry names is a warning of its own."""
-    (page,) = entry.values()
-    return (ROOT / "docs" / page).is_file() or page in PLACES.values()
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
