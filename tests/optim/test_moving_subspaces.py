@@ -9,9 +9,9 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.optim import CosmosAdamW, LDAdamW, reference
 from hf_lowrank.optim.orthogonal import orthonormal_columns
 from hf_lowrank.optim.reference import Options, State
+from tests.optim.matrices import gradients, parameters
 
 # Tall, wide, square; two of a kind are stepped in one batch. The rank of the last two is that of the whole matrix.
-SHAPES = [(12, 7), (7, 12), (9, 9), (12, 7), (7, 12), (9, 9), (40, 3), (1, 5)]
 STEPS, RANK = 12, 3
 CASES = [
     ("ldadam", {"error_feedback": True}),
@@ -19,16 +19,6 @@ CASES = [
     ("cosmos", {"lr_ratio": 0.2, "gamma": 0.2}),
     ("cosmos", {"lr_ratio": 0.1, "gamma": 0.7, "nesterov": False}),
 ]
-
-
-def gradients(step):
-    generator = torch.Generator().manual_seed(step)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
-
-
-def parameters():
-    generator = torch.Generator().manual_seed(100)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in SHAPES]
 
 
 def made(name, params, **options):

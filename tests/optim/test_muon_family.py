@@ -10,10 +10,10 @@ from torch import nn
 from hf_lowrank.optim import Dion2AdamW, DionAdamW, MuonAdamW, NorMuonAdamW, reference
 from hf_lowrank.optim.reference import Options, State
 from hf_lowrank.optim.subspaces import draw_generator
+from tests.optim.matrices import gradients, parameters
 
 METHODS = {"muon": MuonAdamW, "normuon": NorMuonAdamW, "dion": DionAdamW, "dion2": Dion2AdamW}
 # Tall, wide, square; two of a kind are stepped in one batch.
-SHAPES = [(12, 7), (7, 12), (9, 9), (12, 7), (7, 12), (9, 9), (40, 3), (1, 5)]
 STEPS, RANK = 12, 3
 OWN = {
     "muon": [
@@ -43,16 +43,6 @@ COEFFICIENTS = {
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ],
 }
-
-
-def gradients(step):
-    generator = torch.Generator().manual_seed(step)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
-
-
-def parameters():
-    generator = torch.Generator().manual_seed(100)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in SHAPES]
 
 
 def rank_of(shape):
