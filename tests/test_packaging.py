@@ -66,9 +66,15 @@ def test_what_the_metadata_say(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata.get_all("Project-URL")
     pythons = [each.rpartition(" ")[2] for each in metadata.get_all("Classifier") if " :: 3." in each]
+    assert metadata["Requires-Python"] == f">={pythons[0]}"
+
+
+def test_the_workflow_tests_every_version_of_python(tracked):
+    """In a checkout: a source distribution has no workflows."""
+    assert ".github/workflows/ci.yml" in tracked
+    pythons = [each.rpartition(" ")[2] for each in PROJECT["classifiers"] if " :: 3." in each]
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     assert pythons == workflow["jobs"]["versions"]["strategy"]["matrix"]["python"]
-    assert metadata["Requires-Python"] == f">={pythons[0]}"
 
 
 def test_one_version_everywhere():

@@ -288,10 +288,16 @@ def build_adapted(config: PreTrainedConfig, settings: AdapterSettings, seed: int
     Raises:
         UserError: the targets match nothing, or the rank does not fit one of them.
     """
-    own: dict[str, Any] = {"base_config": config, "adapter_config": settings.adapter_config(seed)}
-    own["guided"] = getattr(settings, "guide_share", 0) > 0
-    if isinstance(config, LowRankConfig):  # of a recipe with layernorm_scaling
+    guided = getattr(settings, "guide_share", 0) > 0
+    return _model_of(config, adapter_config=settings.adapter_config(seed), guided=guided)
+
+
+def _model_of(config: PreTrainedConfig, **own: Any) -> LowRankForCausalLM:
+    """The model of an architecture, or of a recipe's `LowRankConfig` with options of the model, and of `own`."""
+    if isinstance(config, LowRankConfig):
         own |= {"base_config": config.base_config, "layernorm_scaling": config.layernorm_scaling}
+    else:
+        own["base_config"] = config
     return LowRankForCausalLM(LowRankConfig(**own))
 
 
@@ -313,10 +319,7 @@ def build_with_weight_dtype(config: PreTrainedConfig, settings: Any, seed: int) 
     """
     if settings.weight_dtype == "parameter":
         return dense_model(config, settings, seed)
-    own: dict[str, Any] = {"base_config": config, "eight_bit_modules": settings.target_modules}
-    if isinstance(config, LowRankConfig):  # of a recipe with layernorm_scaling
-        own |= {"base_config": config.base_config, "layernorm_scaling": config.layernorm_scaling}
-    model = LowRankForCausalLM(LowRankConfig(**own))
+    model = _model_of(config, eight_bit_modules=settings.target_modules)
     train_weights(model)
     return model
 

@@ -47,7 +47,7 @@ class PeriodicCallback(TrainerCallback):
             logger.info("%s %d after step %d", self.title, count, step)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is not None:
+        if logs is not None and args.report_to:
             logs[self.log_key] = self._restarts(state.global_step)
 
     def _restarts(self, step: int) -> int:

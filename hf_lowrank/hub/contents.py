@@ -26,7 +26,14 @@ CONFIGS = (layout.CONFIG, layout.GENERATION_CONFIG)
 CHECKPOINT_FILES = (layout.INDEX, *CONFIGS, *layout.TOKENIZER_FILES, layout.TRAINER_STATE)
 RUN_FILES = (layout.RECIPE, layout.EVALUATION_SET)
 TABLES = (layout.MEASUREMENTS, layout.SCORES, layout.FACTS)
-STATE_FILES = (layout.OPTIMIZER, layout.SCHEDULER, layout.SCALER, layout.RANDOM_STATES)
+STATE_FILES = (
+    layout.OPTIMIZER,
+    layout.SCHEDULER,
+    layout.SCALER,
+    layout.RANDOM_STATES,
+    layout.STREAM_PLACE,
+    layout.INTERIM,
+)
 # Free text may be in these: paths and tokens are removed. Vocabularies and weights are pushed unchanged.
 CLEANED = (*CONFIGS, "tokenizer_config.json", layout.TRAINER_STATE, layout.RECIPE, *TABLES)
 # People and benchmarks may add files next to it.

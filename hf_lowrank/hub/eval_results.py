@@ -23,11 +23,15 @@ def eval_results_file(scores: Sequence[Score], step: int) -> PushFile | None:
     """
     rows = _reported(scores, step)
     shared = Counter((row.dataset, row.subset) for row in rows)
+    groups = {row.group for row in scores}
     entries = [
         EvalResultEntry(
             dataset_id=str(row.dataset),
-            # Benchmarks name their tasks like their configurations; two tasks on one need a name each.
-            task_id=name_of(row.task if shared[row.dataset, row.subset] > 1 else row.subset or "default"),
+            # Benchmarks name their tasks like their configurations; two tasks on one need a name each, and a group is
+            # of several.
+            task_id=name_of(
+                row.task if shared[row.dataset, row.subset] > 1 or row.task in groups else row.subset or "default"
+            ),
             value=row.value,
             notes=name_of(
                 f"{row.metric} on {row.n} items, step {step}, lm-eval {row.lm_eval_version}, "

@@ -83,8 +83,9 @@ class TargetedAdamW(Optimizer):
         named = {key: one for key, one in given if one.kind is not Parameter.VAR_KEYWORD}
         shown = {key: one for key, one in named.items() if key not in ("self", "options")}
         for key, field in cls.settings.model_fields.items():
-            option = Parameter(key, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
-            shown.setdefault(key, option)
+            if key not in cls.settings_of_model:
+                option = Parameter(key, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
+                shown.setdefault(key, option)
         cls.__signature__ = Signature([*shown.values()])  # type: ignore[attr-defined]
 
     def __init__(

@@ -142,9 +142,8 @@ class Batch:
         for key, tensors in self._decoded.items():
             for entry, tensor in zip(self.entries, tensors, strict=True):
                 entry.write(key, tensor)
-        if self._updated[0] is not self.entries[0].weight:
-            for entry, weight in zip(self.entries, self._updated, strict=True):
-                entry.write_weight(weight)
+        for entry, weight in zip(self.entries, self._updated, strict=True):
+            entry.write_weight(weight)  # one that was updated in place is left as it is
 
 
 class ProjectedBatch(Batch):

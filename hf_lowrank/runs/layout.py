@@ -33,6 +33,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 TRAINER_STATE = "trainer_state.json"
 CHECKSUMS = checksums.FILE_NAME
 OPTIMIZER, SCHEDULER, SCALER, RANDOM_STATES = "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"
+# Where a stream of text goes on, and the mark of a checkpoint off the schedule, which a stopped run wrote.
+STREAM_PLACE, INTERIM = "stream.json", "interim.json"
 # What Trainer writes for a sharded model instead of optimizer.pt; the metadata of each comes last.
 SHARDED_STATE = ("pytorch_model_fsdp_0", "optimizer_0")
 TOKENIZER_FILES = (

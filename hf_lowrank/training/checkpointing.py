@@ -32,6 +32,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_lowrank.compat import set_unlogged_loss, unlogged_loss
 from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs import layout
 from hf_lowrank.runs.layout import checkpoint_folder, step_of
 from hf_lowrank.storage.checksums import write_checksums
 from hf_lowrank.storage.files import write_text
@@ -41,7 +42,7 @@ from hf_lowrank.training.stream import StreamPlaces
 
 logger = logging.getLogger(__name__)
 
-INTERIM_FILE = "interim.json"
+INTERIM_FILE = layout.INTERIM
 
 
 class Checkpointing(TrainerCallback):

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,6 @@ from transformers.utils import is_liger_kernel_available
 from hf_lowrank.adapters.modeling import LowRankForCausalLM
 from hf_lowrank.compat import apply_liger_kernels, attention_of, has_liger_kernels
 from hf_lowrank.errors import UserError
-from hf_lowrank.storage.layers import Layers
 
 # The key of `model:` that is no field of the architecture's configuration.
 ATTENTION = "attn_implementation"
@@ -22,28 +21,33 @@ FLEX = "flex_attention"
 FLASH = ("flash_attention_2", "flash_attention_3")
 
 
-def check_kernels(attention: Any, shape: str, args: TrainingArguments, layers: Layers) -> None:
+def check_kernels(
+    attention: Any, shape: str, args: TrainingArguments, origin: Callable[[str], str], *, here: bool
+) -> None:
     """Raises a `UserError` for what the device, the data or another option rules out; names the key.
 
     Args:
         attention: the recipe's `model.attn_implementation`, None if it has none.
         shape: its `data.shape`.
+        origin: where a key was set.
+        here: whether the run will train on this machine. A recipe is also read to estimate, plan and compare runs,
+            where only what it says itself is checked.
     """
-    on_cpu = args.use_cpu or not torch.accelerator.is_available()
-    _check_attention(attention, shape, layers, on_cpu=on_cpu)
+    on_cpu = args.use_cpu or (here and not torch.accelerator.is_available())
+    _check_attention(attention, shape, origin, on_cpu=on_cpu)
     if args.use_liger_kernel:
-        _check_liger(args, layers, on_cpu=on_cpu)
-    if args.torch_compile and args.torch_compile_backend == "inductor" and on_cpu:
+        _check_liger(args, origin, on_cpu=on_cpu, here=here)
+    if here and args.torch_compile and args.torch_compile_backend == "inductor" and on_cpu:
         compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
         if not any(map(shutil.which, compilers)):
             raise UserError(
-                f"{layers.origin('training.torch_compile')}: training.torch_compile must be left out without a C++ "
+                f"{origin('training.torch_compile')}: training.torch_compile must be left out without a C++ "
                 f"compiler, with which inductor compiles for a CPU; install {' or '.join(compilers)}"
             )
 
 
-def _check_attention(attention: Any, shape: str, layers: Layers, *, on_cpu: bool) -> None:
-    where = layers.origin(f"model.{ATTENTION}")
+def _check_attention(attention: Any, shape: str, origin: Callable[[str], str], *, on_cpu: bool) -> None:
+    where = origin(f"model.{ATTENTION}")
     allowed = EVERYWHERE if on_cpu else (*EVERYWHERE, FLEX, *FLASH)
     if attention is not None and attention not in allowed:
         known = attention in (FLEX, *FLASH)
@@ -56,17 +60,17 @@ def _check_attention(attention: Any, shape: str, layers: Layers, *, on_cpu: bool
         )
 
 
-def _check_liger(args: TrainingArguments, layers: Layers, *, on_cpu: bool) -> None:
-    where = layers.origin("training.use_liger_kernel")
+def _check_liger(args: TrainingArguments, origin: Callable[[str], str], *, on_cpu: bool, here: bool) -> None:
+    where = origin("training.use_liger_kernel")
     if on_cpu:
         raise UserError(
             f"{where}: training.use_liger_kernel must be left out on a CPU: Liger's kernels are Triton code for GPUs"
         )
-    if not is_liger_kernel_available():
+    if here and not is_liger_kernel_available():
         raise UserError(f"{where}: training.use_liger_kernel needs liger-kernel; pip install liger-kernel")
     if args.label_smoothing_factor and has_fused_loss(args):
         raise UserError(
-            f"{layers.origin('training.label_smoothing_factor')}: training.label_smoothing_factor must be left out "
+            f"{origin('training.label_smoothing_factor')}: training.label_smoothing_factor must be left out "
             "with training.use_liger_kernel, whose fused loss has no logits to smooth; or set "
             "training.liger_kernel_config: {fused_linear_cross_entropy: false}"
         )

@@ -37,7 +37,7 @@ from hf_lowrank.storage.locks import locked
 from hf_lowrank.training.callbacks import FactsRecorder, KeepPadding, Progress, StopOnNonFinite
 from hf_lowrank.training.checkpointing import Checkpointing, is_interim, remove_interim
 from hf_lowrank.training.corpus import Corpus, prepare_corpus
-from hf_lowrank.training.kernels import apply_liger, has_fused_loss
+from hf_lowrank.training.kernels import ATTENTION, apply_liger, check_kernels, has_fused_loss
 from hf_lowrank.training.recipe import Recipe
 from hf_lowrank.training.sequences import HeldOutSequences, collate, load_tokenizer, padding_id
 from hf_lowrank.training.start import (
@@ -185,6 +185,7 @@ def _pretrain(recipe: Recipe, run: Path, recorder: RecorderFactory | None, resou
         return run
 
     args = recipe.arguments(run)
+    check_kernels(recipe.model.get(ATTENTION), recipe.data.shape, args, lambda key: str(recipe.path), here=True)
     refuse_engines(args)
     with args.main_process_first(desc="corpus"):  # the first process fills the cache, the others read it
         corpus = _corpus(recipe, run)

@@ -206,7 +206,7 @@ def _resolve(layers: Layers) -> Recipe:
         path=layers.path,
     )
     args = recipe.arguments(layers.path.parent)
-    check_kernels(recipe.model.get(ATTENTION), recipe.data.shape, args, layers)
+    check_kernels(recipe.model.get(ATTENTION), recipe.data.shape, args, layers.origin, here=False)
     if recipe.data.streaming and "max_steps" not in recipe.training:
         raise UserError(f"{layers.path}: training.max_steps must be given with data.streaming")
     for key in ("save_strategy", "eval_strategy", "logging_strategy"):

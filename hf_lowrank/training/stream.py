@@ -21,13 +21,14 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hf_lowrank.compat import hide_worker
 from hf_lowrank.errors import UserError, one_line
+from hf_lowrank.runs import layout
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
 from hf_lowrank.training.recipe import DataSettings, is_packed
 from hf_lowrank.training.sequences import DOCUMENTS_PER_BATCH, encoded_batch, padding_id, sequence
 from hf_lowrank.training.sources import hub_stream
 
-PLACE = "stream.json"
+PLACE = layout.STREAM_PLACE
 
 
 @dataclass(frozen=True)

@@ -209,14 +209,28 @@ def test_what_cannot_run_on_a_cpu_is_refused_by_name(write_recipe, overrides, pa
     assert str(error.value).startswith("--set")
 
 
-def test_compilation_for_a_cpu_without_a_compiler_is_refused(write_recipe, monkeypatch):
+def test_compilation_for_a_cpu_without_a_compiler_is_refused(write_recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     path = write_recipe(training__torch_compile=True, training__use_cpu=True)
     with pytest.raises(
         UserError, match=r"training\.torch_compile must be left out without .* install no-such-compiler"
     ):
-        load_recipe(path)
-    load_recipe(path, ["training.torch_compile_backend=aot_eager"])
+        pretrain(load_recipe(path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    recipe = load_recipe(path, ["training.torch_compile_backend=aot_eager"])
+    check_kernels(None, "packed", recipe.arguments(tmp_path), lambda key: key, here=True)
+
+
+def test_a_recipe_for_an_accelerator_is_read_without_one_and_trained_with_one_alone(
+    write_recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(kernels.torch.accelerator, "is_available", lambda: False)
+    path = write_recipe()
+    for override in ("model.attn_implementation=flash_attention_2", "training.use_liger_kernel=true"):
+        recipe = load_recipe(path, [override])
+        with pytest.raises(UserError, match="on a CPU"):
+            pretrain(recipe, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -235,22 +249,22 @@ def arguments(tmp_path, **training):
 def test_with_an_accelerator_flex_and_flash_are_allowed_but_flash_not_with_packed_documents(tmp_path, accelerator):
     args, layers = arguments(tmp_path), Layers(tmp_path / "recipe.yaml")
     for name in ("eager", "sdpa", "flex_attention"):
-        check_kernels(name, "packed_documents", args, layers)
-    check_kernels("flash_attention_2", "packed", args, layers)
+        check_kernels(name, "packed_documents", args, layers.origin, here=True)
+    check_kernels("flash_attention_2", "packed", args, layers.origin, here=True)
     with pytest.raises(UserError, match="must be eager, sdpa or flex_attention with data"):
-        check_kernels("flash_attention_2", "packed_documents", args, layers)
+        check_kernels("flash_attention_2", "packed_documents", args, layers.origin, here=True)
 
 
 def test_liger_is_refused_where_it_is_missing_or_smoothing_needs_logits(tmp_path, accelerator, monkeypatch):
     layers = Layers(tmp_path / "recipe.yaml")
     smoothed = {"use_liger_kernel": True, "label_smoothing_factor": 0.1}
     with pytest.raises(UserError, match=r"training\.label_smoothing_factor must be left out with"):
-        check_kernels(None, "packed", arguments(tmp_path, **smoothed), layers)
+        check_kernels(None, "packed", arguments(tmp_path, **smoothed), layers.origin, here=True)
     separate = {"liger_kernel_config": {"fused_linear_cross_entropy": False}}
-    check_kernels(None, "packed", arguments(tmp_path, **smoothed, **separate), layers)
+    check_kernels(None, "packed", arguments(tmp_path, **smoothed, **separate), layers.origin, here=True)
     monkeypatch.setattr(kernels, "is_liger_kernel_available", lambda: False)
     with pytest.raises(UserError, match=r"needs liger-kernel; pip install liger-kernel"):
-        check_kernels(None, "packed", arguments(tmp_path, use_liger_kernel=True), layers)
+        check_kernels(None, "packed", arguments(tmp_path, use_liger_kernel=True), layers.origin, here=True)
 
 
 @pytest.fixture
