@@ -25,7 +25,6 @@ from hf_lowrank.hub.contents import (
 from hf_lowrank.hub.privacy import one_line, without_private
 from hf_lowrank.hub.publisher import Job, run_identity, run_name
 from hf_lowrank.hub.repository import UnreachedError
-from hf_lowrank.runs.checkpoints import is_sharded
 from hf_lowrank.runs.layout import CHECKSUMS, RECIPE, TOKENIZER, TOKENIZER_FILES, checkpoint_folder
 from hf_lowrank.storage.checksums import is_sealed, sealed, sealed_text
 from hf_lowrank.storage.parsing import parse_json
@@ -89,11 +88,6 @@ class Archive:
         """The files of a checkpoint, under the name of its folder; `checksums.json` is the last."""
         if job.step not in self._contents:
             folder = _folder(job)
-            if is_sharded(job.folder):
-                raise UserError(
-                    f"{job.folder}: its optimizer state is sharded over processes, which a bucket does not take; push "
-                    "it without --bucket"
-                )
             files = {**checkpoint_files(job.folder, None), **state_files(job.folder)}
             checksums = {name: {"sha256": file.sha256, "bytes": file.size} for name, file in sorted(files.items())}
             files[CHECKSUMS] = PushFile(CHECKSUMS, (json.dumps(sealed(checksums), indent=1) + "\n").encode())

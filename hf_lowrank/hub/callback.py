@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.archive import Archive
 from hf_lowrank.hub.bucket import Bucket
-from hf_lowrank.hub.contents import CHECKPOINT_FILES, STATE_FILES
+from hf_lowrank.hub.contents import CHECKPOINT_FILES, state_paths
 from hf_lowrank.hub.privacy import one_line
 from hf_lowrank.hub.publisher import Dense, Job, Publisher
 from hf_lowrank.hub.repository import Repository, UnreachedError, check_repo_id, understood
@@ -154,11 +154,11 @@ class Queue:
 
     def add(self, checkpoint: Path, step: int, *, optimizer: bool = False) -> None:
         """Adds a checkpoint to the queue, replacing an entry of the same step."""
+        states = state_paths(checkpoint) if optimizer else []
         scrap = self._scrap()
         scrap.mkdir(parents=True)
         names = {path.name for path in set(weight_files(checkpoint).values())} | set(CHECKPOINT_FILES)
-        if optimizer:
-            names.update(path.name for pattern in STATE_FILES for path in checkpoint.glob(pattern))
+        names.update(path.name for path in states)
         for name in sorted(names):
             if (checkpoint / name).is_file():
                 _link(checkpoint / name, scrap / name)

@@ -17,7 +17,7 @@ import yaml
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub.privacy import secrets, without_private, without_private_parts
 from hf_lowrank.runs import layout
-from hf_lowrank.runs.checkpoints import weight_files
+from hf_lowrank.runs.checkpoints import is_sharded, weight_files
 from hf_lowrank.storage.checksums import SEAL, seal_holds, sealed, sealed_text, unsealed
 from hf_lowrank.storage.parsing import dump_yaml, parse_json, parse_yaml
 
@@ -111,9 +111,24 @@ def checkpoint_files(folder: Path, run: Path | None) -> Files:
 
 
 def state_files(folder: Path) -> Files:
-    """Optimizer, scheduler and random states: what training resumes from, apart from the weights."""
-    found = {path.name: path for pattern in (*STATE_FILES, layout.TRAINER_STATE) for path in folder.glob(pattern)}
+    """Optimizer, scheduler and random states: what training resumes from, apart from the weights.
+
+    Raises:
+        UserError: they are sharded.
+    """
+    found = {path.name: path for path in [*state_paths(folder), folder / layout.TRAINER_STATE] if path.is_file()}
     return files_of(push_file(name, path) for name, path in sorted(found.items()))
+
+
+def state_paths(folder: Path) -> list[Path]:
+    """The files of a checkpoint's states, apart from Trainer's own.
+
+    Raises:
+        UserError: they are sharded over processes, in folders that no push sends.
+    """
+    if is_sharded(folder):
+        raise UserError(f"{folder}: its optimizer state is sharded over processes and cannot be pushed; leave it out")
+    return [path for pattern in STATE_FILES for path in folder.glob(pattern)]
 
 
 def run_files(run: Path) -> Files:

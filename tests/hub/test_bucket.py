@@ -55,6 +55,23 @@ def test_a_bucket_takes_every_checkpoint_and_revisions_the_chosen_ones(hub, run)
     assert not [r for r in hub.requests if r.path.startswith(("/__cas__", "/__xorb__")) and "Bearer hf_" in r.headers]
 
 
+def test_places_of_streams_and_marks_of_stopped_runs_go_along(hub, run):
+    (run / "checkpoint-20" / "stream.json").write_text("{}")
+    (run / "checkpoint-30" / "interim.json").write_text("{}")
+    push(run, "user/tiny", steps=[20], bucket=BUCKET)
+    assert stored(hub, "checkpoint-20/stream.json") == stored(hub, "checkpoint-30/interim.json") == b"{}"
+
+
+def test_a_checkpoint_whose_states_are_sharded_is_refused_rather_than_stored_without_them(hub, run):
+    (run / "checkpoint-20" / "optimizer_0").mkdir()
+    with pytest.raises(UserError, match="sharded over processes"):
+        push(run, "user/tiny", steps=[10], bucket=BUCKET)
+    queue = Queue(run, f"hf://buckets/{BUCKET}")
+    with pytest.raises(UserError, match="sharded over processes"):
+        queue.add(run / "checkpoint-20", 20, optimizer=True)
+    assert queue.jobs() == []
+
+
 def test_what_the_client_downloads_is_a_run_directory(hub, run, tmp_path):
     push(run, "user/tiny", steps=[20], bucket=f"{BUCKET}/a/run")
     HfApi().sync_bucket(f"hf://buckets/{BUCKET}/a/run", str(tmp_path / "again"), quiet=True)

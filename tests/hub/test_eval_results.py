@@ -71,6 +71,14 @@ def test_one_score_a_task_and_a_name_for_each_of_two_on_one_dataset():
     ]
 
 
+def test_a_group_over_configurations_goes_by_its_own_name():
+    rows = [
+        score(task="blimp", dataset="nyu-mll/blimp", subset=None, value=0.7),
+        score(task="blimp_adjunct", dataset="nyu-mll/blimp", subset="adjunct", group="blimp"),
+    ]
+    assert [(entry.task_id, entry.value) for entry in entries(rows)] == [("blimp", 0.7)]
+
+
 def test_the_client_reads_them_back_from_main_alone(hub, run):
     rows = [SCORE, {**SCORE, "step": 20, "value": 0.3}, {**SCORE, "task": "pylib_copy", "dataset": None}]
     (run / "downstream.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -18,7 +18,7 @@ from hf_lowrank.adapters.dense import dense_weight_kind
 from hf_lowrank.adapters.eight_bit import EightBitLinear, eight_bit_layers, train_weights
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import METHODS
-from hf_lowrank.optim import QGaLoreAdamW, reference
+from hf_lowrank.optim import GaLoreAdamW, QGaLoreAdamW, reference
 from hf_lowrank.optim.reference import Options, State
 from hf_lowrank.optim.subspaces import draw_generator
 from hf_lowrank.runs.export import export
@@ -183,6 +183,21 @@ def test_a_non_finite_gradient_changes_nothing():
 
 
 # -- the model
+
+
+@pytest.mark.parametrize("coded_first", [False, True])
+def test_coded_and_plain_weights_of_one_shape_are_stepped_together(coded_first):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    place = 0 if coded_first else 1
+    model[place] = EightBitLinear(model[place])
+    model[place].train_weight()
+    before = [model[place].read_weight(), model[1 - place].weight.detach().clone()]
+    optimizer = GaLoreAdamW([{"params": list(model.parameters()), "rank": 4}], lr=0.1)
+    model(torch.randn(8, 16)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model[place].read_weight(), before[0])
+    assert not torch.equal(model[1 - place].weight, before[1])
 
 
 def built(**settings):

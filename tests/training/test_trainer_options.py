@@ -221,13 +221,11 @@ def test_compilation_for_a_cpu_without_a_compiler_is_refused(write_recipe, tmp_p
     check_kernels(None, "packed", recipe.arguments(tmp_path), lambda key: key, here=True)
 
 
-def test_a_recipe_for_an_accelerator_is_read_without_one_and_trained_with_one_alone(
-    write_recipe, tmp_path, monkeypatch
-):
+def test_a_recipe_for_an_accelerator_is_read_anywhere_and_trained_there_alone(write_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels.torch.accelerator, "is_available", lambda: False)
     path = write_recipe()
-    for override in ("model.attn_implementation=flash_attention_2", "training.use_liger_kernel=true"):
-        recipe = load_recipe(path, [override])
+    for override in ("model.attn_implementation=flex_attention", "training.use_liger_kernel=true"):
+        recipe = load_recipe(path, [override, "training.use_cpu=false"])
         with pytest.raises(UserError, match="on a CPU"):
             pretrain(recipe, tmp_path / "run")
         assert not (tmp_path / "run").exists()
