@@ -1,6 +1,6 @@
 """Sharpness at equal loss, beside sharpness at the last step, from the committed tables of a study.
 
-    python benchmarks/equal_loss.py model_cards/nano --baseline full_rank_two_rates
+    python benchmarks/equal_loss.py model_cards/nano --baseline full_rank
 
 A run that has been fitted less is flatter, so sharpness at an equal step compares how far methods have come as well.
 Here the baseline and a method of the same seed are compared at the loss that the worse of both ends with: the natural
@@ -82,7 +82,11 @@ def main() -> None:
     parser.add_argument("card", type=Path, help="a folder that holds measurements.csv of a study")
     parser.add_argument("--baseline", required=True, help="the method to compare the others with")
     args = parser.parse_args()
-    result = {metric: compare(curves, args.baseline) for metric, curves in read_curves(args.card).items()}
+    curves = read_curves(args.card)
+    for metric, by_method in curves.items():
+        if args.baseline not in by_method:
+            parser.error(f"{args.card} has no {metric} of {args.baseline!r}; allowed: {', '.join(sorted(by_method))}")
+    result = {metric: compare(by_method, args.baseline) for metric, by_method in curves.items()}
     for metric, methods in result.items():
         print(f"ln({metric} of {args.baseline} / of the method): at the last step; at equal loss, in nats")
         for method, numbers in methods.items():

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from peft.utils import PeftType
     from torch import Tensor, nn
+    from torch.optim import Optimizer
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 
@@ -301,3 +302,9 @@ def __getattr__(name: str) -> Any:
         with suppress(AttributeError):
             return resolve_name(path)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def inner(optimizer: Any) -> Optimizer:
+    """The optimizer itself, without accelerate's wrapper."""
+    found: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found

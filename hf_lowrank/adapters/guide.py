@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_lowrank.adapters.layers import ReplacedLinear
-from hf_lowrank.adapters.restarts import inner
+from hf_lowrank.compat import inner
 from hf_lowrank.errors import UserError
 from hf_lowrank.targets import adam_arguments, decay_groups
 

@@ -18,7 +18,8 @@ from hf_lowrank.adapters.functional import balanced_factors, fill_from_first, wh
 from hf_lowrank.adapters.guide import guide_callbacks
 from hf_lowrank.adapters.layers import CoLALinear, ReplacedLinear, SLTrainLinear
 from hf_lowrank.adapters.methods import Refactorised
-from hf_lowrank.adapters.restarts import PeriodicCallback, inner, recovering_scheduler, reset_state
+from hf_lowrank.adapters.restarts import PeriodicCallback, recovering_scheduler, reset_state
+from hf_lowrank.compat import inner
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import check_options
 

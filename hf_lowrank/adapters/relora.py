@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.adapters.dense import ADAPTER, lora_dense_weight
 from hf_lowrank.adapters.functional import fill, kaiming_uniform, keyed_generator, placed_like
 from hf_lowrank.adapters.methods import Pruning, ReLoraSettings
-from hf_lowrank.adapters.restarts import PeriodicCallback, inner
+from hf_lowrank.adapters.restarts import PeriodicCallback
+from hf_lowrank.compat import inner
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import check_options
 from hf_lowrank.targets import LINEAR_TYPES, adam_arguments, decay_groups

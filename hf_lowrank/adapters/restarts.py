@@ -21,11 +21,6 @@ def is_restart(step: int, restart_every: int, warm_start_steps: int = 0) -> bool
     return step > warm_start_steps and (step - warm_start_steps) % restart_every == 0
 
 
-def inner(optimizer: Any) -> Optimizer:
-    """The optimizer itself, without accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
 class PeriodicCallback(TrainerCallback):
     """Calls `restart` at the end of every `restart_every`-th optimizer step, before that step's checkpoint is written.
 

@@ -27,8 +27,8 @@ from hf_lowrank.adapters.functional import (
 )
 from hf_lowrank.adapters.layers import ReplacedLinear
 from hf_lowrank.adapters.methods import SSTSettings
-from hf_lowrank.adapters.restarts import PeriodicCallback, inner, recovering_scheduler, reset_state
-from hf_lowrank.compat import BufferDict
+from hf_lowrank.adapters.restarts import PeriodicCallback, recovering_scheduler, reset_state
+from hf_lowrank.compat import BufferDict, inner
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import check_options
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowrank.adapters.restarts import inner
+from hf_lowrank.compat import inner
 from hf_lowrank.errors import DivergedError
 from hf_lowrank.runs.run_files import write_facts
 
