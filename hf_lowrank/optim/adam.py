@@ -1,7 +1,7 @@
 """Adam's arithmetic on lists of tensors, with torch's fused kernels if the device has them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,22 @@ HOST_READS = frozenset({"cpu"})
 def host_reads(device: torch.device) -> bool:
     """Whether the host may look at a value on `device` in the middle of a step."""
     return device.type in HOST_READS
+
+
+def host_copy(values: Tensor) -> Callable[[], list[float]]:
+    """Sends a vector to the host without a wait; what is returned gives its numbers, and waits only for them."""
+    if values.device.type == "cpu":
+        return values.tolist
+    sent = values.to("cpu", non_blocking=True)  # into pinned memory
+    arrived = torch.Event(values.device)
+    arrived.record(torch.accelerator.current_stream(values.device))
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        found: list[float] = sent.tolist()
+        return found
+
+    return read
 
 
 def rate(group: Mapping[str, Any]) -> Number:

@@ -1,7 +1,7 @@
 """The projected-Adam core: moments in subspaces of the gradients, and the refresh of those subspaces."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from hf_lowrank.compat import foreach_copy_
 from hf_lowrank.errors import UserError
 from hf_lowrank.methods import MethodSettings
-from hf_lowrank.optim.adam import host_reads, rotated_moments
+from hf_lowrank.optim.adam import host_copy, host_reads, rotated_moments
 from hf_lowrank.optim.base import Declared, Params
 from hf_lowrank.optim.batch import ProjectedBatch, project_matrix
 from hf_lowrank.optim.entries import Entry
@@ -39,7 +39,8 @@ from hf_lowrank.optim.subspaces import (
 DCT = "dct"
 # The lazy interval (arXiv 2407.08296): a subspace has settled when its last cosines are at least this on average.
 SETTLED = 0.4
-COSINES = StateTensor(shape=(5,), dtype=torch.float32, initial=-math.inf, sharded=False)
+AVERAGED = 5
+COSINES = StateTensor(shape=(AVERAGED,), dtype=torch.float32, initial=-math.inf, sharded=False)
 # Subspaces that can be chosen for both sides of a matrix, and those that store a basis of values.
 TWO_SIDED = ("svd", "randomized", "random")
 OF_VALUES = (*TWO_SIDED, "gaussian")
@@ -145,7 +146,7 @@ class ProjectedAdamW(RankedAdamW):
 
     def declare_state(self, group: dict[str, Any], layout: Layout) -> Declared:
         counters = {"refreshes": 0, **({"reset_at": 0} if group["moments"] == "reset" else {})}
-        settling: Declared = {"interval": 1, "cosines": COSINES} if group["lazy"] else {}
+        settling: Declared = {"interval": 1, "undecided": 0, "cosines": COSINES} if group["lazy"] else {}
         bases = basis_state(group["subspace"], layout, group["projection_bits"])
         return {**counters, **settling, **adam_moments(*layout.low_shape), **bases}
 
@@ -174,6 +175,8 @@ class ProjectedAdamW(RankedAdamW):
     def _forget(self) -> None:
         super()._forget()
         self._accumulated: dict[Tensor, list[Tensor]] = {}
+        # Means of lazy targets' last cosines: what reads those of several, and a target's place among them.
+        self._means: dict[Tensor, tuple[Callable[[], list[float]], int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "diagnostics": self.diagnostics, "_accumulated": self._accumulated}
@@ -206,6 +209,7 @@ class ProjectedAdamW(RankedAdamW):
     def refresh(self, entries: Sequence[Entry]) -> None:
         """Chooses new bases for the targets that are due."""
         waiting = [entry for entry in entries if entry.param not in self._accumulated]
+        self._decide(filter(self.is_due, waiting))
         due = list(filter(self.is_due, waiting))
         self._choose_missing([entry for entry in waiting if entry not in due])
         # The last basis stays, and a first one is chosen again at the next step.
@@ -214,11 +218,15 @@ class ProjectedAdamW(RankedAdamW):
         chosen = choose_bases(due)
         again = [entry for entry in due if entry.state["refreshes"]]
         before = {entry: self._before(entry) for entry in again}
+        first = self._first_vectors([one for one in again if one.group["lazy"] and one not in silent])
         write_bases(due, chosen)
         for entry in due:
             if entry not in silent:
                 entry.state["refreshes"] += 1
-        self._lengthen([entry for entry in again if entry.group["lazy"]], before)
+        self._note_cosines(first)
+        # Where the host may look at them, at once.
+        at_once = [one for one in again if self.diagnostics is not None or host_reads(one.weight.device)]
+        self._decide(at_once)
         if self.diagnostics is not None:
             for entry in due:
                 if entry not in silent:
@@ -245,41 +253,77 @@ class ProjectedAdamW(RankedAdamW):
                 has_one = moved.view(*moved.shape, *[1] * (held.ndim - moved.ndim))
                 foreach_copy_([held], [torch.where(has_one, held, local_part(basis))])
 
-    def _lengthen(self, entries: Sequence[Entry], before: Mapping[Entry, tuple[list[Tensor], list[Tensor]]]) -> None:
+    # Lazy intervals
+
+    def _decide(self, among: Iterable[Entry]) -> None:
         """Doubles the interval of targets whose last cosines of successive bases are large on average (Q-GaLore).
 
-        The host reads them, all at once: it decides when it launches the next refresh.
+        The host has to know them before the next refresh. Their means were on their way to it since the last one,
+        unless the state was loaded since.
         """
+        entries = [entry for entry in among if entry.state.get("undecided")]
         if not entries:
             return
-        cosines = torch.stack([self._cosine(entry, before[entry][0]) for entry in entries]).tolist()
-        for entry, cosine in zip(entries, cosines, strict=True):
-            held = entry.state["cosines"]
-            held.copy_(held.roll(-1, dims=-1))
-            held[..., -1] = cosine
-        means = torch.stack([entry.state["cosines"].mean() for entry in entries]).tolist()  # infinite: too few yet
-        for entry, mean in zip(entries, means, strict=True):
-            if mean >= SETTLED:
+        means = [self._means.pop(entry.param, None) for entry in entries]
+        if None in means:
+            read = host_copy(torch.stack([entry.state["cosines"].mean() for entry in entries]))
+            means = [(read, number) for number in range(len(entries))]
+        values = {read: read() for read, _ in filter(None, means)}
+        for entry, (read, number) in zip(entries, filter(None, means), strict=True):
+            entry.state["undecided"] = 0
+            if values[read][number] >= SETTLED:
                 entry.state["interval"] *= 2
 
-    def _cosine(self, entry: Entry, before: Sequence[Tensor]) -> Tensor:
-        """Of the first vectors of a target's last and new basis, absolute; of indices, the share that stays."""
-        layout, found = entry.layout, torch.zeros((), device=entry.weight.device)
-        for old, new in zip(before, self._basis_rows(entry), strict=True):
-            if entry.group["subspace"] in OF_INDICES:
-                found = found + layout.partition.sum((old * new).sum(0)).mean().float()
-                continue
-            first, second = old.select(1, 0), new.select(1, 0)
-            products = torch.stack([first.dot(second), first.dot(first), second.dot(second)])
-            product, *squares = layout.partition.sum(products).unbind()
-            found = found + (product / (squares[0] * squares[1]).sqrt()).abs().nan_to_num().float()
-        if layout.sharding is not None and layout.stacked:
-            found = layout.sharding.sum(found)
-        return found / layout.count
+    def _first_vectors(self, entries: Sequence[Entry]) -> list[tuple[list[Entry], Tensor]]:
+        """Targets that are alike, and what tells how much their bases turn: the first vectors, this process's rows of
+        them, (k, columns), or all indices, (k, rank), of their matrices.
+        """
+        alike: dict[tuple[Any, ...], list[Entry]] = {}
+        for entry in entries:
+            layout = entry.layout
+            key = (id(entry.group), layout.kind, layout.stacked, layout.count, entry.weight.dtype, entry.weight.device)
+            alike.setdefault(key, []).append(entry)
+        found = []
+        for members in alike.values():
+            held = held_bases(members, "basis")
+            if held and held[0].is_floating_point():
+                held = [torch.stack(members[0].layout.partition.basis_rows(held)).select(-1, 0).clone()]
+            elif held:
+                held = [torch.stack(members[0].layout.partition.whole_indices(held))]
+            found.append((members, held[0] if held else members[0].weight.new_empty(0, 1)))
+        return found
+
+    def _note_cosines(self, before: Sequence[tuple[list[Entry], Tensor]]) -> None:
+        """Appends the cosine of the last and the new first vector, absolute, to the last ones of each target.
+
+        Of indices it is the share that stays.
+        """
+        for members, old in before:
+            ((_, new),) = self._first_vectors(members)
+            layout = members[0].layout
+            if not new.is_floating_point():
+                found = (old == new).float().mean(-1)
+            else:
+                first, second = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (old, new))
+                products = torch.stack([first * second, first.square(), second.square()]).sum(-1)
+                product, *squares = layout.partition.sum(products).unbind()
+                found = (product / (squares[0] * squares[1]).sqrt()).abs().nan_to_num().float()
+            found = found.view(len(members), len(layout.held_indices)).sum(-1)
+            if layout.sharding is not None and layout.stacked:
+                found = layout.sharding.sum(found)
+            histories = [entry.state["cosines"] for entry in members]
+            last = torch.stack(histories)
+            newest = (found / layout.count).view(-1, *[1] * (last.ndim - 1)).expand_as(last.narrow(-1, 0, 1))
+            last = torch.cat([last.narrow(-1, 1, last.shape[-1] - 1), newest], dim=-1)
+            foreach_copy_(histories, last.unbind())
+            read = host_copy(last.flatten(1).mean(-1))
+            for number, entry in enumerate(members):
+                entry.state["undecided"] = int(entry.state["refreshes"] > AVERAGED)
+                self._means[entry.param] = read, number
 
     def _before(self, entry: Entry) -> tuple[list[Tensor], list[Tensor]]:
         """Copies of the bases in use, if what follows a refresh needs them, as `carry_moments` gets them."""
-        if self.diagnostics is None and entry.group["moments"] != "rotate" and not entry.group["lazy"]:
+        if self.diagnostics is None and entry.group["moments"] != "rotate":
             return [], []
         lefts = held_bases([entry], "left_basis") if entry.layout.both else []
         return [part.clone() for part in self._basis_rows(entry)], [part.clone() for part in lefts]

@@ -416,7 +416,7 @@ def test_state_moves_to_other_weight_types(name):
     other.load_state_dict(saved)
     train(half, other, 5, start=5)
     assert weights(half).isfinite().all()
-    kept = {"step", "refreshes", "reset_at", "interval"}
+    kept = {"step", "refreshes", "reset_at", "interval", "undecided"}
     for state in other.state.values():
         for key, value in state.items():
             if key not in kept and value.is_floating_point() and key not in {"residual_norm", "cosines"}:
