@@ -5,6 +5,7 @@ The numbers below were typed from the papers and their public scripts, not read 
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -318,11 +319,17 @@ TUNED = [
     "sltrain",
     "muon",
 ]
+ABLATIONS = [
+    "low_rank", "low_rank_restarts", "sltrain", "sltrain_restarts", "structured", "structured_no_guide",
+    "ldadam", "ldadam_no_feedback", "galore_lazy", "galore_fixed",
+]  # fmt: skip
+# What a member's name adds to that of its recipe.
+VARIANT = re.compile(r"_(two_rates|no_feedback|restarts|no_guide|lazy|fixed)$")
 STUDIES = {
     "nano": ("nano", TUNED, 5),
     "pico": ("nano", TUNED, 3),
     "quickstart": ("nano", ["full_rank", "galore", "fira", "relora", "cola", "sltrain"], 1),
-    "ablations": ("nano", ["ldadam", "ldadam_no_feedback"], 3),
+    "ablations": ("nano", ABLATIONS, 3),
     "paper_60m": ("llama_60m", list(BUILT_IN), 3),
     "paper_130m": ("llama_130m", list(BUILT_IN), 3),
     "paper_350m": ("llama_350m", list(BUILT_IN), 3),
@@ -339,7 +346,7 @@ def test_studies_name_recipes_that_are_there(name):
     study = load_study(RECIPES / "studies" / f"{name}.yaml").settings
     assert list(study.members) == members
     for member, settings in study.members.items():
-        file = f"{member.removesuffix('_two_rates').removesuffix('_no_feedback')}.yaml"
+        file = f"{VARIANT.sub('', member)}.yaml"
         assert Path(settings.recipe).resolve() == (RECIPES / tree / file).resolve()
     assert (study.name, study.baseline, study.stages) == (name, members[0], None)
     assert study.seeds == list(range(seeds))
