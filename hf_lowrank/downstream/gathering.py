@@ -20,7 +20,7 @@ from hf_lowrank.formats import join_words
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.layout import MEASUREMENTS, PREDICTION, SCORES
 from hf_lowrank.runs.measurements import NOT_DENSE, OWN_BASELINE, UNDEFINED, Measurement, read_measurements
-from hf_lowrank.runs.scores import Grid, Score, above_chance, read_scores, usable_scores
+from hf_lowrank.runs.scores import Grid, Score, above_chance, common_limit, read_scores, usable_scores
 from hf_lowrank.runs.selection import table_of
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import sealed
@@ -84,6 +84,7 @@ def gather(
     chosen = (
         METRICS.sixteen if metrics is None else [m for m in METRICS.select(metrics) if m not in ("loss", "perplexity")]
     )
+    tables: dict[str, tuple[list[Measurement], list[Score]]] = {}
     measured: dict[str, list[Measurement]] = {}
     scored: dict[str, list[Score]] = {}
     problems: list[str] = []
@@ -96,7 +97,10 @@ def gather(
             problems.append(str(error))
             continue
         rows = [row for row in read_measurements(file) if row.scope == "model"]
-        scores = usable_scores(read_scores(file.with_name(SCORES)), tasks)
+        tables[name] = rows, read_scores(file.with_name(SCORES))
+    limit = common_limit(scores for _, scores in tables.values())
+    for name, (rows, all_scores) in tables.items():
+        scores = usable_scores(all_scores, tasks, limit)
         if not any(row.metric == "perplexity" and math.isfinite(row.value) for row in rows):
             problems.append(f"{name} has no perplexity (hf-lowrank measure {name})")
         elif not scores:
@@ -108,6 +112,8 @@ def gather(
             f"prediction needs runs with measurements and downstream scores, got 0 of {len(runs)}" + _joined(problems)
         )
     notes = [f"left out: {problem}" for problem in problems]
+    if limit is not None:
+        notes.append(f"scores are those of the first {limit} items of each task")
     notes += _not_dense(measured, chosen)
     target = above_chance(scored, notes)
     columns = {metric: _column(measured, metric, notes) for metric in ["perplexity", *chosen]}

@@ -12,7 +12,7 @@ from hf_lowrank.claims.study import method_order, titles
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import byte_size, finite_number, loss_text, signed, significant
 from hf_lowrank.runs.records import RunRecord
-from hf_lowrank.runs.scores import Score, above_chance, shared_tasks, usable_scores
+from hf_lowrank.runs.scores import Score, above_chance, common_limit, shared_tasks, usable_scores
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_difference, mean_interval
 
 BASELINE = "full_rank"
@@ -103,7 +103,8 @@ def final_losses(runs: Sequence[RunRecord]) -> dict[str, float]:
 
 
 def _usable(runs: Sequence[RunRecord]) -> dict[str, list[Score]]:
-    return {run.name: usable for run in runs if (usable := usable_scores(run.scores, None))}
+    limit = common_limit(run.scores for run in runs)
+    return {run.name: usable for run in runs if (usable := usable_scores(run.scores, None, limit))}
 
 
 def downstream(runs: Sequence[RunRecord]) -> tuple[dict[str, dict[int, float]], list[str]]:
@@ -112,7 +113,7 @@ def downstream(runs: Sequence[RunRecord]) -> tuple[dict[str, dict[int, float]], 
     scored = _usable(runs)
     if not scored:
         tried = any(run.scores for run in runs)
-        return {}, ["Downstream: no score with a known chance level over all of a task's items."] if tried else []
+        return {}, ["Downstream: no score with a known chance level on enough of a task's items."] if tried else []
     try:
         return dict(above_chance(scored, notes)), [f"Downstream: {note}." for note in notes]
     except UserError as error:
@@ -126,6 +127,8 @@ def _downstream(runs: Sequence[RunRecord], notes: list[str]) -> Criterion:
     if len({max(steps) for steps in means.values() if steps}) > 1:
         notes.append("Downstream: the runs were last scored at different steps.")
     tasks = ", ".join(shared_tasks(_usable(runs), [])) or "the tasks"
+    limit = common_limit(run.scores for run in runs)
+    tasks += "" if limit is None else f", the first {limit} items of each"
     help_ = (
         f"Mean above-chance score over {tasks}: 0 is guessing, 1 is every item right; at the last checkpoint. Higher "
         "is better."

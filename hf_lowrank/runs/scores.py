@@ -24,6 +24,9 @@ PRIMARY = ("acc", "mcc", "acc_norm")
 # How lm-eval's tasks name a dataset on the Hub; other names are loaders of local files.
 HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
+# A score on fewer items is a quick try, which counts nowhere: its standard error is 0.05 and more.
+LEAST_ITEMS = 100
+
 Grid = dict[str, dict[int, Any]]  # run -> step -> value
 
 
@@ -117,12 +120,25 @@ def read_item_scores(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not readable item scores: {error}; evaluate that checkpoint again") from None
 
 
-def usable_scores(scores: Iterable[Score], tasks: Iterable[str] | None) -> list[Score]:
-    """The primary score of each task at each checkpoint, if it is finite and its chance level is known and below 1."""
+def common_limit(tables: Iterable[Iterable[Score]]) -> int | None:
+    """On how many items of each task runs are compared, from their tables: None, on all, where one was scored so.
+
+    Otherwise the largest limit that one of them has, if it is no quick try.
+    """
+    limits = {row.limit for rows in tables for row in rows if row.limit is None or row.limit >= LEAST_ITEMS}
+    return None if None in limits else max(filter(None, limits), default=None)
+
+
+def usable_scores(scores: Iterable[Score], tasks: Iterable[str] | None, limit: int | None = None) -> list[Score]:
+    """The primary score of each task at each checkpoint, if it is finite and its chance level is known and below 1.
+
+    Args:
+        limit: on how many items it must be, see `common_limit`.
+    """
     wanted = None if tasks is None else set(tasks)
     best: dict[tuple[int, str], Score] = {}
     for row in scores:
-        if row.group is not None or row.limit is not None or row.metric not in PRIMARY:
+        if row.group is not None or row.limit != limit or row.metric not in PRIMARY:
             continue
         usable = row.chance is not None and row.chance < 1 and math.isfinite(row.value)
         if not usable or (wanted is not None and row.task not in wanted):

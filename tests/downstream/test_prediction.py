@@ -335,6 +335,28 @@ def test_a_scored_step_that_was_not_measured_is_noted(tmp_path):
     assert "left out: some runs have a score but no perplexity at steps 99" in gathered.notes
 
 
+def test_scores_on_the_first_items_take_part_where_no_run_has_more(tmp_path):
+    _, runs = write_study(tmp_path)
+    whole = gather(runs, metrics=["random_sharpness"])
+
+    def limit(chosen, items):
+        for run in chosen:
+            rows = [replace(row, limit=items) for row in read_scores(run)]
+            (run / "downstream.jsonl").unlink()
+            append_scores(run / "downstream.jsonl", rows)
+
+    limit(runs, 150)
+    gathered = gather(runs, metrics=["random_sharpness"])
+    np.testing.assert_array_equal(gathered.target_N, whole.target_N)
+    assert "scores are those of the first 150 items of each task" in gathered.notes
+    limit(runs[:1], None)
+    with pytest.raises(UserError, match="1 of 12 runs can take part"):
+        predict(runs)
+    limit(runs, 20)
+    with pytest.raises(UserError, match="got 0 of 12"):
+        predict(runs)
+
+
 def test_predict_says_what_is_missing(tmp_path):
     _, runs = write_study(tmp_path, methods=4, runs=2)
     (runs[3] / "downstream.jsonl").unlink()

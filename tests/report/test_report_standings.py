@@ -125,6 +125,31 @@ def test_downstream_is_the_mean_above_chance_at_the_last_step(make_run):
     assert "no score" in table.notes[0]
 
 
+def test_scores_on_the_first_items_count_where_all_runs_have_them(make_run):
+    runs = three(make_run, "galore", (3.0, 3.1), tasks=TASKS) + three(make_run, "fira", (3.1, 3.2), tasks=TASKS)
+    whole = cells(runs)[1]
+    texts = {run: (run / "downstream.jsonl").read_text() for run in runs}
+    originals = {run: [json.loads(line) for line in text.splitlines()] for run, text in texts.items()}
+
+    def limited(chosen, limit):
+        for run, rows in originals.items():
+            how = {"limit": limit} if run in chosen else {}
+            (run / "downstream.jsonl").write_text("".join(json.dumps(row | how) + "\n" for row in rows))
+        table, found = cells(runs)
+        (criterion,) = (one for one in table.criteria if one.id == "downstream")
+        return criterion.help, {method: cell["downstream"] for method, cell in found.items()}
+
+    said, found = limited(runs, 150)
+    assert "syntax, the first 150 items of each: 0 is guessing" in said
+    assert {method: cell.value for method, cell in found.items()} == {
+        method: cell["downstream"].value for method, cell in whole.items()
+    }
+    said, found = limited(runs[2:], 150)  # a quick look at the others does not hide scores on all items
+    assert "items of each" not in said
+    assert found["galore"].value == whole["galore"]["downstream"].value
+    assert found["fira"].value is None
+
+
 def test_distance_is_the_mean_over_layers_and_full_rank_is_what_it_is_from(make_run):
     runs = three(make_run, "full_rank", (3.0,), activations=True) + three(make_run, "fira", (3.1,), activations=True)
     rows = [json.loads(line) for line in (runs[1] / "measurements.jsonl").read_text().splitlines()]
