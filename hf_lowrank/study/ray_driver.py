@@ -5,6 +5,7 @@ itself, when its input ends. Nothing else imports Ray.
 """
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -159,7 +160,7 @@ def main(parent: int, address: str) -> None:
 
     driver = Driver(report)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         report({"nodes": driver.nodes()})
     except Exception as error:  # of any type: no cluster, another version, a machine that is not one of its nodes
         report({"error": one_line(error, 500)})
