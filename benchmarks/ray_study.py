@@ -7,7 +7,7 @@ what the machine allows. The first unit of each worker, which imports what units
 
 Scheduling: up to 1 000 units that end at once, on two nodes.
 
-    python -m benchmarks.ray_study [--repeats 3] [--units 8] [--steps 200] [--dummies 10 100 1000]
+    python -m benchmarks.ray_study [--repeats 3] [--units 8] [--steps 200] [--workers 1 2 4] [--dummies 10 100 1000]
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def dummies(count: int) -> list[TrainUnit]:
     ]
 
 
-def scaling(folder: Path, repeats: int, count: int, steps: int) -> dict[str, object]:
+def scaling(folder: Path, repeats: int, count: int, steps: int, worlds: Sequence[int]) -> dict[str, object]:
     seconds: dict[str, dict[int, list[float]]] = {"ray": {}, "local": {}}
     for turn in range(repeats):
-        for workers in WORKERS:
+        for workers in worlds:
             place = folder / f"{turn}-{workers}"
             with on_ray(workers, place / "ray") as executor:
                 run(executor, dummies(2 * workers), workers, place / "ray", fail=True)
@@ -120,7 +120,7 @@ def scaling(folder: Path, repeats: int, count: int, steps: int) -> dict[str, obj
     for kind, by_workers in seconds.items():
         found[f"{kind}_seconds"] = {workers: spread(taken) for workers, taken in by_workers.items()}
         found[f"{kind}_speed_up"] = {
-            workers: spread([one / many for one, many in zip(by_workers[1], taken, strict=True)])
+            workers: spread([one / many for one, many in zip(by_workers[worlds[0]], taken, strict=True)])
             for workers, taken in by_workers.items()
         }
     found["ray_over_local"] = {
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--units", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--workers", type=int, nargs="+", default=list(WORKERS))
     parser.add_argument("--dummies", type=int, nargs="+", default=[10, 100, 1000])
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -162,7 +163,7 @@ def main() -> None:
             folder = Path(scratch)
             prepare_corpus(load_recipe(RECIPE).data)
             found = {
-                "scaling": scaling(folder, options.repeats, options.units, options.steps),
+                "scaling": scaling(folder, options.repeats, options.units, options.steps, options.workers),
                 "scheduling": scheduling(folder, options.repeats, options.dummies),
             }
         known = {"machine": machine(torch.device("cpu")), "versions": {**versions(), "ray": version("ray")}}

@@ -210,7 +210,7 @@ CASES = {
     "no number of jobs": ({"jobs": 0}, ["jobs", "0"]),
     "no processes": (
         {"members": {"full_rank": {"recipe": "full_rank.yaml", "processes": 0}}},
-        ["members.full_rank.processes", "at least 1", "0"],
+        ["members.full_rank.processes", "greater than or equal to 1, got 0"],
     ),
     "more processes than cores": (
         {"members": {"full_rank": {"recipe": "full_rank.yaml", "processes": 100_000}}},
