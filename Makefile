@@ -99,6 +99,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python -m benchmarks.distributed
 	$(BIN)/python -m benchmarks.measuring_processes
+	$(BIN)/python -m benchmarks.ray_study
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --no-isolation --outdir dist .

@@ -147,7 +147,7 @@ def imported():
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     extras = PROJECT["optional-dependencies"]
     needed = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
-    optional = {canonicalize_name(Requirement(line).name) for line in extras["8bit"]}
+    optional = {canonicalize_name(Requirement(line).name) for line in [*extras["8bit"], *extras["ray"]]}
     assert {name: file for name, file in imported().items() if name not in needed | optional} == {}
     assert needed | optional <= set(imported()), "declared, but no file imports it"
 

@@ -90,7 +90,7 @@ def test_the_oldest_versions_are_the_lower_bounds():
     extras = PROJECT["optional-dependencies"]
     bounds = dict(
         re.fullmatch(r"([\w.-]+)>=([\w.]+)", line).groups()
-        for line in [*PROJECT["dependencies"], *extras["test"], *extras["8bit"]]
+        for line in [*PROJECT["dependencies"], *extras["test"], *extras["8bit"], *extras["ray"]]
         if not line.startswith("hf-lowrank")
     )
     assert bounds.keys() <= pins.keys()

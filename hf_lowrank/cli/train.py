@@ -38,6 +38,7 @@ def train(
     "hf-lowrank study recipes/studies/nano.yaml --dry-run",
     "hf-lowrank study recipes/studies/nano.yaml --jobs 2",
     "hf-lowrank study recipes/studies/nano.yaml --stages claims,report --json",
+    "hf-lowrank study recipes/studies/nano.yaml --ray auto",
 )
 def study(
     path: Annotated[
@@ -53,6 +54,10 @@ def study(
     ] = None,
     jobs: Annotated[int | None, Option(help="Parallel units of work; default: the study's.")] = None,
     threads: Annotated[int | None, Option(help="CPU threads per unit; default: the study's.")] = None,
+    ray: Annotated[
+        str | None,
+        Option(metavar="ADDRESS", help="Run the units on a Ray cluster: auto or HOST:PORT. Needs hf-lowrank[ray]."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train, measure, evaluate and report the runs of a study file. Skips finished work and resumes where it stopped.

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +18,7 @@ from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.locks import locked
 from hf_lowrank.storage.parsing import dump_yaml
 from hf_lowrank.study.checks import chosen_stages, prepare
+from hf_lowrank.study.cluster import RayExecutor
 from hf_lowrank.study.executors import Executor, ForkExecutor, WorkerExecutor
 from hf_lowrank.study.layout import Study
 from hf_lowrank.study.plan import Plan, make_plan, write_timings
@@ -83,8 +84,12 @@ class Progress:
         how = f"failed: {reason}" if reason else f"done in {duration(seconds)}" + (f" ({note})" if note else "")
         left = self.seconds_left()
         rest = "" if left is None or not self._left else f"; {duration(left)} left"
+        self.say(f"{self._count()} {key}: {how}{rest}")
+
+    def say(self, line: str) -> None:
+        """Says a line above the progress line."""
         self.clear()
-        self._say(f"{self._count()} {key}: {how}{rest}")
+        self._say(line)
         self.show()
 
     def _count(self) -> str:
@@ -147,6 +152,7 @@ def run_study(
     show_plan: Callable[[Plan], Any] | None = None,
     stream: TextIO | None = None,
     fork_here: bool = False,
+    ray: str | None = None,
 ) -> StudyResult:
     """Runs the unfinished work of a study file: sweep, train, measure, evaluate, predict, claims, report.
 
@@ -158,38 +164,57 @@ def run_study(
         output: the study's directory; default: `runs/NAME`.
         stages: the stages to run, a list or comma-separated; default: all that the study has.
         dry_run: only plan; nothing is written.
-        jobs: units in parallel; default: the file's, else one per accelerator, else one.
-        threads: CPU threads per unit; default: the file's, else the cores divided by `jobs`.
+        jobs: units in parallel; default: the file's, else one per accelerator, else one, on a cluster one per node.
+        threads: CPU threads per process of a unit; default: the file's, else the cores divided by `jobs`.
         say: receives a line for everything that a reader should know; default: the log.
         show_plan: receives the plan before anything runs.
         stream: a terminal for a progress line that is redrawn.
         fork_here: forks units from this process rather than from a server process. Saves the server's start, which
             takes seconds, for callers that have not computed with several threads yet.
+        ray: the address of a Ray cluster that runs the units, `auto` or `HOST:PORT`; this machine must be one of its
+            nodes, and all nodes must see the study's directory. Default: processes of this machine run them.
 
     Raises:
-        UserError: the study is invalid; found before anything runs, and nothing is written.
+        UserError: the study is invalid, or the cluster cannot run it; found before anything runs, and nothing is
+            written. Or the connection to the cluster was lost.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a study starts its own processes; start it once, without torchrun or accelerate launch")
-    file = load_study(path)
+    # The nodes of a cluster have working directories of their own.
+    file = load_study(path if ray is None else Path(path).absolute())
     directory = Path(output) if output is not None else Path("runs") / file.settings.name
+    directory = directory if ray is None else directory.absolute()
     names, by_name = chosen_stages(file, stages)
-    jobs, threads, devices = _resources(file, jobs, threads)
+    for option, value in (("--jobs", jobs), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be at least 1, got {value}")
     study = prepare(file, directory, names, named=by_name)
-    plan = make_plan(study, names, jobs, threads)
-    if show_plan is not None:
-        show_plan(plan)
-    if dry_run:
-        return StudyResult(directory=directory, plan=plan)
-    with locked(directory, "study", wait=LOCK_SECONDS) as handle:
+    with ExitStack() as stack:
+        devices: tuple[str, ...] | None = None
+        cluster = None if ray is None else RayExecutor(ray)
+        if cluster is None:
+            jobs, threads, devices = _resources(file, jobs, threads)
+        else:
+            stack.callback(cluster.stop)
+            jobs, threads = cluster.resources(file, jobs, threads)
+        plan = make_plan(study, names, jobs, threads)
+        if show_plan is not None:
+            show_plan(plan)
+        if dry_run:
+            return StudyResult(directory=directory, plan=plan)
+        stack.callback(_remove_if_empty, directory)
+        handle = stack.enter_context(locked(directory, "study", wait=LOCK_SECONDS))
+        progress = Progress(plan.estimates, jobs, say or logger.info, stream)
+        if cluster is not None:
+            cluster.check(directory, _inputs(file))
+            cluster.say = progress.say
         resolved = file.settings.model_dump(mode="json", by_alias=True, exclude_unset=True)
         write_text(directory / "study.yaml", dump_yaml(resolved))
         inherited = () if handle is None else (handle,)
         forks = devices is None and hasattr(os, "fork") and os.uname().sysname == "Linux"
-        executor: Executor = (
+        executor: Executor = cluster or (
             ForkExecutor(threads) if fork_here else WorkerExecutor(threads, inherited, devices or (), fork=forks)
         )
-        progress = Progress(plan.estimates, jobs, say or logger.info, stream)
         engine = _Engine(study, executor, jobs, progress, say or logger.info)
         try:
             engine.run(names)
@@ -242,24 +267,25 @@ class _Engine:
             self.say(f"skipped, not trained: {', '.join(missing)}")
 
     def _execute(self, units: Sequence[Unit]) -> None:
-        """Performs the units that are not done, `jobs` at a time."""
+        """Performs the units that are not done, `jobs` processes at a time."""
         done = {unit.key for unit in units if unit.is_done()}
         for key in done:
             self.progress.skip(key)
         queue = [unit for unit in units if unit.key not in done]
         self.progress.add(unit.key for unit in queue)
-        running: dict[str, tuple[Unit, int]] = {}
+        running: dict[str, tuple[Unit, list[int]]] = {}
         free = list(range(self.jobs))
         while queue or running:
-            while queue and free:
-                unit, slot = queue.pop(0), free.pop(0)
-                running[unit.key] = (unit, slot)
+            while queue and len(free) >= (count := min(queue[0].process_count, self.jobs)):
+                unit, slots = queue.pop(0), free[:count]
+                del free[:count]
+                running[unit.key] = (unit, slots)
                 self.progress.start(unit.key)
                 log = self.study.directory / "logs" / unit.stage / f"{unit.name.replace(' ', '-')}.log"
-                self.executor.start(unit, log, slot)
+                self.executor.start(unit, log, *slots)
             for outcome in self.executor.wait(0.5):
-                unit, slot = running.pop(outcome.key)
-                free.append(slot)
+                unit, slots = running.pop(outcome.key)
+                free.extend(slots)
                 if outcome.reason is not None:
                     self.failures.append(Failure(what=unit.name, stage=unit.stage, reason=outcome.reason))
                 self.progress.end(unit.key, outcome.reason, outcome.note)
@@ -276,18 +302,42 @@ class _Engine:
 
 
 def _resources(file: StudyFile, jobs: int | None, threads: int | None) -> tuple[int, int, tuple[str, ...] | None]:
-    """(units in parallel, threads per unit, accelerators to assign); None without an accelerator, () with only one."""
-    for name, value in (("--jobs", jobs), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
+    """(units in parallel, threads per unit, accelerators to assign); None without an accelerator, () with only one.
+
+    Raises:
+        UserError: a member has more processes than this machine has accelerators, or cores without any.
+    """
     import torch
 
     devices: tuple[str, ...] | None = None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most, what = cores, "cores"
     if torch.accelerator.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         count = torch.accelerator.device_count()
         devices = tuple(visible) if visible != [""] else tuple(str(number) for number in range(count))
         devices = devices if count > 1 else ()
+        most, what = max(1, len(devices)), "accelerators"
+    for name, member in file.settings.members.items():
+        if member.processes > most:
+            raise file.fault(
+                f"members.{name}.processes",
+                f"must be at most {most}, the {what} of this machine, got {member.processes}",
+            )
     jobs = jobs or file.settings.jobs or (len(devices) if devices else 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return jobs, threads or file.settings.threads or max(1, cores // jobs), devices
+
+
+def _inputs(file: StudyFile) -> list[str]:
+    """The files and folders that a study file names and its units read."""
+    settings = file.settings
+    members = settings.members.values()
+    paths = [member.recipe for member in members if member.recipe is not None]
+    paths += [run for member in members for run in member.runs or () if os.path.isdir(run)]
+    given = (settings.evaluation_text, settings.measure.evaluation_set, settings.measure.settings)
+    return paths + [path for path in given if isinstance(path, str)]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

@@ -18,11 +18,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 from hf_lowrank.errors import UserError, one_line
 
@@ -45,11 +46,12 @@ class Outcome:
 class Executor(Protocol):
     """Runs units.
 
-    `start` appends a unit's output to `log`; units that run in parallel have different slots. `wait` returns the units
-    that have ended since the last call, after at most `seconds` if there are none. `stop` ends all running units.
+    `start` appends a unit's output to `log`; units that run in parallel have different slots, a unit of several
+    processes one for each. `wait` returns the units that have ended since the last call, after at most `seconds` if
+    there are none. `stop` ends all running units.
     """
 
-    def start(self, unit: Unit, log: Path, slot: int = 0) -> None: ...
+    def start(self, unit: Unit, log: Path, *slots: int) -> None: ...
 
     def wait(self, seconds: float) -> list[Outcome]: ...
 
@@ -63,7 +65,7 @@ class ForkExecutor:
         self._threads = threads
         self._children: dict[int, tuple[str, int]] = {}
 
-    def start(self, unit: Unit, log: Path, slot: int = 0) -> None:
+    def start(self, unit: Unit, log: Path, *slots: int) -> None:
         reading, writing = os.pipe()
         parent = os.getpid()
         sys.stdout.flush()
@@ -99,7 +101,7 @@ class ForkExecutor:
                     with suppress(BlockingIOError):
                         answer = os.read(reading, 65536)
                     os.close(reading)
-                    reason = _exit_reason(os.waitstatus_to_exitcode(status))
+                    reason = exit_reason(os.waitstatus_to_exitcode(status))
                     ended.append(Outcome(**json.loads(answer)) if answer else Outcome(key, reason))
             if ended or not self._children or time.monotonic() >= deadline:
                 return ended
@@ -119,7 +121,7 @@ class WorkerExecutor:
 
     Args:
         inherited: file descriptors that the workers keep open.
-        devices: accelerators; a fresh worker sees the one of its slot.
+        devices: accelerators; a fresh worker sees those of its unit's slots.
         fork: whether one worker forks for all units.
     """
 
@@ -131,24 +133,34 @@ class WorkerExecutor:
         self._workers: list[subprocess.Popen[bytes]] = []
         self._outcomes: queue.Queue[Outcome] = queue.Queue()
 
-    def start(self, unit: Unit, log: Path, slot: int = 0) -> None:
+    def start(self, unit: Unit, log: Path, *slots: int) -> None:
+        self.send(unit.key, unit.plain(), log, self._devices_of(unit, slots))
+
+    def _devices_of(self, unit: Unit, slots: tuple[int, ...]) -> list[str]:
+        """The accelerators of a unit's slots; one that has all slots gets as many as it has processes."""
+        count = len(self._devices)
+        numbers = dict.fromkeys([*(slot % count for slot in slots), *range(count)] if count else ())
+        return [self._devices[number] for number in numbers][: unit.process_count]
+
+    def send(self, key: str, plain: dict[str, Any], log: Path, devices: Sequence[str] = ()) -> None:
+        """`start` for a unit as plain data, with the accelerators that it sees; none: those that this process sees."""
         for worker in [worker for worker in self._workers if worker.poll() is not None]:
-            _close_input(worker)
+            close_input(worker)
             self._workers.remove(worker)
-        worker = self._workers[0] if self._workers and self._fork else self._spawn(slot)
-        self._running[unit.key] = worker
+        worker = self._workers[0] if self._workers and self._fork else self._spawn(devices)
+        self._running[key] = worker
         stdin = cast(IO[bytes], worker.stdin)
         try:
-            stdin.write((json.dumps({"unit": unit.plain(), "log": str(log)}) + "\n").encode())
+            stdin.write((json.dumps({"unit": plain, "log": str(log)}) + "\n").encode())
             stdin.flush()
         except BrokenPipeError:  # it has ended since, perhaps before its reader could know of this unit
-            self._lose(unit.key, worker)
+            self._lose(key, worker)
 
-    def _spawn(self, slot: int) -> subprocess.Popen[bytes]:
+    def _spawn(self, devices: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self._threads))
         environ = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        if self._devices:
-            environ["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
+        if devices:
+            environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         mode = str(self._threads) if self._fork else "once"
         worker = subprocess.Popen(
             [sys.executable, "-m", "hf_lowrank.study.worker", str(os.getpid()), mode],
@@ -175,7 +187,7 @@ class WorkerExecutor:
         """Reports, once, that a unit's worker has ended."""
         status = worker.wait()
         if self._running.pop(key, None) is not None:
-            self._outcomes.put(Outcome(key, _exit_reason(status)))
+            self._outcomes.put(Outcome(key, exit_reason(status)))
 
     def wait(self, seconds: float) -> list[Outcome]:
         with suppress(queue.Empty):
@@ -184,7 +196,7 @@ class WorkerExecutor:
 
     def stop(self) -> None:
         for worker in self._workers:
-            _close_input(worker)  # at its end a worker ends its children and itself
+            close_input(worker)  # at its end a worker ends its children and itself
             try:
                 worker.wait(5)
             except subprocess.TimeoutExpired:
@@ -193,9 +205,10 @@ class WorkerExecutor:
         self._workers.clear()
 
 
-def _close_input(worker: subprocess.Popen[bytes]) -> None:
+def close_input(process: subprocess.Popen[bytes]) -> None:
+    """Closes the standard input of a process that may have ended."""
     with suppress(BrokenPipeError):
-        cast(IO[bytes], worker.stdin).close()
+        cast(IO[bytes], process.stdin).close()
 
 
 def preload(kind: type[Unit]) -> None:
@@ -231,6 +244,11 @@ def redirect(log: Path) -> None:
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    log_to_stderr()
+
+
+def log_to_stderr() -> None:
+    """Makes the log lines of this process those of a unit's log."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     for name in (None, "hf_lowrank", "transformers"):
@@ -250,7 +268,8 @@ def die_with(parent: int) -> None:
         os._exit(1)  # it has ended already
 
 
-def _exit_reason(status: int) -> str:
+def exit_reason(status: int) -> str:
+    """How a process ended, by its exit status or, negative, the signal."""
     if status >= 0:
         return f"its process exited with status {status}"
     known = {number.value: number.name for number in signal.Signals}

@@ -190,7 +190,7 @@ class Plan:
 
     Attributes:
         estimates: seconds of each unit to do, by key; None if unknown.
-        jobs, threads: units in parallel, and threads of each.
+        jobs, threads: units in parallel, and threads of each; a unit of several processes counts for as many.
         disk_bytes: size of the new checkpoints; None if unknown.
         memory_bytes: the most that `jobs` units hold at a time; None if unknown.
     """
@@ -237,7 +237,12 @@ def make_plan(study: Study, stages: Sequence[str], jobs: int, threads: int) -> P
         planned.append(StagePlan(stage, len(units), len(units) - len(left), seconds))
     trained = set(study.trained_runs())
     members = [estimator.member(name, trained) for name in study.settings.members]
-    peaks = [member.memory_bytes for member in members if member.memory_bytes and member.done < member.runs]
+    slots = {name: min(member.processes, jobs) for name, member in study.settings.members.items()}
+    peaks = [
+        member.memory_bytes // slots[member.member]
+        for member in members
+        if member.memory_bytes and member.done < member.runs
+    ]
     return Plan(
         name=study.settings.name,
         directory=study.directory,
@@ -327,15 +332,17 @@ class _Estimator:
             return MemberPlan(name, runs[0].source + more, len(runs), done)
         recipe, costs = self.recipe(name), self.costs(name)
         steps, saved = recipe.training.get("max_steps"), saved_steps(recipe)
+        processes = self._study.settings.members[name].processes
+        shared = f", {processes} processes" if processes > 1 else ""
         return MemberPlan(
             name,
-            f"{recipe.method.name}, {self._values(name, recipe)}",
+            f"{recipe.method.name}, {self._values(name, recipe)}{shared}",
             len(runs),
             done,
             costs.step_seconds * steps if costs.step_seconds is not None and steps else None,
             costs.checkpoint_bytes,
             len(saved) if saved else None,
-            costs.memory_bytes,
+            costs.memory_bytes and costs.memory_bytes * processes,
         )
 
     def _values(self, name: str, recipe: Recipe) -> str:

@@ -46,6 +46,12 @@ class MemberSettings(_Block):
         "or all of an extended study's",
     )
     runs: list[str] | None = Field(None, min_length=1, description="folders of checkpoints, or Hub repositories")
+    processes: int = Field(
+        1,
+        ge=1,
+        description="processes that train each of its runs together, as with `accelerate launch`; "
+        "a step has the recipe's sequences from each of them",
+    )
     revisions: str | None = Field(
         None, description="runs: pattern of the revisions that are checkpoints, e.g. 'step*'"
     )
@@ -75,7 +81,7 @@ class MemberSettings(_Block):
     def _one_kind(self) -> Self:
         if (self.recipe is None) == (self.runs is None):
             raise ValueError("must have either recipe (a file to train by) or runs (existing checkpoints)")
-        trained = ("title", "learning_rate", "overrides", "sweep")
+        trained = ("title", "learning_rate", "overrides", "sweep", "processes")
         kind, others = ("recipe", ("revisions", "method")) if self.recipe else ("runs", trained)
         for key in others:
             if key in self.model_fields_set:

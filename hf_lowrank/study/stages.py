@@ -160,7 +160,8 @@ def train_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
 
 def _training(study: Study, run: Run | Trial) -> dict[str, Any]:
     arguments = dict(zip(("recipe", "overrides", "seed"), study.recipe_arguments(run), strict=True))
-    return {**arguments, "folder": str(study.file.path.parent), "output": str(run.folder)}
+    processes = study.settings.members[run.member].processes
+    return {**arguments, "folder": str(study.file.path.parent), "output": str(run.folder), "processes": processes}
 
 
 def fetch_units(study: Study, runs: Sequence[Run]) -> list[Unit]:

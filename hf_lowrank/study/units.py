@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 from hf_lowrank.claims.results import CLAIMS
 from hf_lowrank.errors import DivergedError, UserError
+from hf_lowrank.formats import is_first_process
+from hf_lowrank.processes.launch import launched_processes
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import MEASUREMENTS, PREDICTION, SCORES
 from hf_lowrank.runs.run_files import read_facts, write_facts
@@ -23,6 +25,7 @@ from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import unsealed
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.storage.parsing import parse_json
+from hf_lowrank.study.launcher import perform_in_processes
 from hf_lowrank.training.start import is_finished
 
 # Fingerprints of the inputs that the results were computed from, by stage.
@@ -38,16 +41,23 @@ class Unit(ABC):
     Attributes:
         stage: the first word of its key, and the folder of its log.
         imports: modules that it needs; a worker imports them once, before it forks.
+        accelerated: whether it computes on an accelerator where there is one.
         name: the run's name, or what is computed.
     """
 
     stage: ClassVar[str]
     imports: ClassVar[tuple[str, ...]] = ()
+    accelerated: ClassVar[bool] = False
     name: str
 
     @property
     def key(self) -> str:
         return f"{self.stage} {self.name}"
+
+    @property
+    def process_count(self) -> int:
+        """How many processes compute, each with an accelerator of its own."""
+        return 1
 
     @abstractmethod
     def outputs(self) -> list[Path]: ...
@@ -78,9 +88,11 @@ class TrainUnit(Unit):
 
     Attributes:
         waits: whether the member has no value yet from its sweep.
+        processes: how many train it together.
     """
 
     stage: ClassVar[str] = "train"
+    accelerated: ClassVar[bool] = True
     imports: ClassVar[tuple[str, ...]] = ("hf_lowrank.memory", "hf_lowrank.training.pretrain", "transformers.trainer")
     recipe: str
     overrides: list[str]
@@ -88,6 +100,11 @@ class TrainUnit(Unit):
     folder: str
     output: str
     waits: bool = False
+    processes: int = 1
+
+    @property
+    def process_count(self) -> int:
+        return self.processes
 
     def outputs(self) -> list[Path]:
         return [Path(self.output)]
@@ -101,6 +118,8 @@ class TrainUnit(Unit):
 
         if self.waits:
             raise UserError("no trial of its sweep ended with a finite loss")
+        if self.processes > 1 and launched_processes() == 1:
+            return perform_in_processes(self.plain(), self.processes)
         recipe = load_recipe(self.recipe, self.overrides, self.seed, folder=self.folder)
         pretrain(recipe, self.output, recorder=memory_recorder)
         return None
@@ -119,7 +138,8 @@ class TrialUnit(TrainUnit):
         try:
             return super().perform()
         except DivergedError as error:
-            write_facts(Path(self.output), {**read_facts(Path(self.output)), DIVERGED: str(error)})
+            if is_first_process():
+                write_facts(Path(self.output), {**read_facts(Path(self.output)), DIVERGED: str(error)})
             return str(error)
 
 
@@ -143,6 +163,7 @@ class MeasureUnit(Unit):
     """
 
     stage: ClassVar[str] = "measure"
+    accelerated: ClassVar[bool] = True
     imports: ClassVar[tuple[str, ...]] = ("hf_lowrank.measuring.runner",)
     run: str
     baselines: list[str | None]
@@ -184,6 +205,7 @@ class EvaluateUnit(Unit):
     """Scores a run downstream; `keywords` are further arguments of `evaluate`."""
 
     stage: ClassVar[str] = "evaluate"
+    accelerated: ClassVar[bool] = True
     imports: ClassVar[tuple[str, ...]] = (
         "hf_lowrank.downstream.runner",
         "hf_lowrank.downstream.lm_eval_model",

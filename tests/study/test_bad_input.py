@@ -208,6 +208,18 @@ CASES = {
     ),
     "an unknown stage": ({"stages": ["trian"]}, ["stages", "trian"]),
     "no number of jobs": ({"jobs": 0}, ["jobs", "0"]),
+    "no processes": (
+        {"members": {"full_rank": {"recipe": "full_rank.yaml", "processes": 0}}},
+        ["members.full_rank.processes", "greater than or equal to 1, got 0"],
+    ),
+    "more processes than cores": (
+        {"members": {"full_rank": {"recipe": "full_rank.yaml", "processes": 100_000}}},
+        ["members.full_rank.processes must be at most", "cores of this machine", "100000"],
+    ),
+    "processes for what is not trained": (
+        {"members": {"full_rank": "full_rank.yaml", "b": {"runs": ["x"], "processes": 2}}},
+        ["members.b", "processes must be left out"],
+    ),
     "neither recipe nor runs": ({"members": {"full_rank": {}}}, ["members.full_rank", "recipe", "runs"]),
     "both recipe and runs": (
         {"members": {"full_rank": {"recipe": "full_rank.yaml", "runs": ["x"]}}},

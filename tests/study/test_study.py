@@ -272,7 +272,7 @@ def test_a_unit_sent_to_a_worker_that_has_just_ended_is_reported(tmp_path, write
     recipe = load_study(write_study()).settings.members["full_rank"].recipe
     unit = TrainUnit(name="late", recipe=recipe, overrides=[], seed=0, folder="", output=str(tmp_path / "a"))
     executor = WorkerExecutor(1)
-    worker = executor._spawn(0)
+    worker = executor._spawn()
     worker.kill()
     worker.wait()
     monkeypatch.setattr(worker, "poll", lambda: None)  # it was alive when it was chosen
