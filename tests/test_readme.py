@@ -42,7 +42,7 @@ def test_the_study_s_table_is_that_of_its_card():
     section = README.partition("## What a study says")[2].partition("\n## ")[0]
     lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
     assert len(lines) == 4
-    titles = {METHODS[name].title: row for name, row in answers.items()}
+    titles = {METHODS[name].title if name in METHODS else name: row for name, row in answers.items()}
     for title, perplexity, downstream, memory in lines:
         row = titles[title]
         for name, text, places in (("perplexity", perplexity, 1), ("downstream", downstream, 2)):
@@ -51,9 +51,8 @@ def test_the_study_s_table_is_that_of_its_card():
         assert memory == f"{float(row['memory']) / 2**20:.0f} MiB"
     verdicts = [claim["verdict"] for claim in json.loads((STUDY / "claims.json").read_text())["claims"]]
     assert [verdicts.count(verdict) for verdict in ("reproduced", "contradicted", "undecided")] == [2, 3, 2]
-    assert "seven claims two are reproduced at this scale, three are contradicted and two" in section.replace(
-        "\n  ", " "
-    )
+    said = section.replace("\n  ", " ")
+    assert "two are reproduced at this scale, three are contradicted and two are undecided" in said
 
 
 def test_it_is_short():
