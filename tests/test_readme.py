@@ -55,6 +55,17 @@ def test_the_study_s_table_is_that_of_its_card():
     assert "two are reproduced at this scale, three are contradicted and two are undecided" in said
 
 
+def test_memory_is_what_was_estimated():
+    found = json.loads((ROOT / "benchmarks/results/memory_examples.json").read_text())["estimates"]
+    section = README.partition("## What it costs in memory")[2].partition("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    methods = {"Full-rank AdamW": "full_rank", "Q-GaLore, weights in eight bits": "q_galore"}
+    titles = {one.title: name for name, one in METHODS.items()} | methods
+    assert len(lines) == 4
+    for title, *peaks in lines:
+        assert peaks == [f"{found[size][titles[title]]['peak'] / 2**30:.1f} GiB" for size in ("350m", "7b")], title
+
+
 def test_it_is_short():
     prose = re.sub(r"\]\([^)]*\)|```.*?```", "", README, flags=re.DOTALL).replace("|", " ")
     assert len(prose.split()) <= 1000

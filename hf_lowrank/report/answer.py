@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from hf_lowrank.claims.results import Trial, key_words
@@ -274,3 +274,11 @@ def _more_or_less(share: float) -> str:
     if abs(share) < SAME:
         return "about the same"
     return f"{significant(100 * abs(share), 2)} % {'more' if share > 0 else 'less'}"
+
+
+def trained_scale(group: Group) -> str:
+    """`1.32 M parameters, 4 blocks of width 128; 2.5 tokens per parameter`."""
+    runs = finished_or_all(group.runs)
+    shares = [t / p for run in runs if (t := run.fact("tokens_seen")) and (p := run.fact("parameters"))]
+    trained = f"; {significant(median(shares), 2)} tokens per parameter" if shares else ""
+    return group.scale + trained

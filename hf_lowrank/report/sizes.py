@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from hf_lowrank.claims.order import compare_orders
 from hf_lowrank.claims.results import StudyResults, load_results
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import join_words, signed, significant
-from hf_lowrank.report.answer import Group, groups, losses_by_method
+from hf_lowrank.report.answer import Group, groups, losses_by_method, trained_scale
 from hf_lowrank.report.members import baseline_of, sweep_of, with_distinct_methods
 from hf_lowrank.report.standings import Standing
 from hf_lowrank.runs.records import finished_or_all, load_runs
@@ -59,7 +58,7 @@ def sizes_view(first: Size, others: Sequence[Size]) -> dict[str, Any] | None:
     statements = {claim.id: claim.statement for size in reversed(sizes) for claim in size.results.claims}
     claims = [{claim.id: claim for claim in size.results.claims} for size in sizes]
     return {
-        "scales": [_scale(size.group) for size in sizes],
+        "scales": [trained_scale(size.group) for size in sizes],
         "rows": [
             {"method": method, "title": titles[method], "cells": [found.get(method) for found in cells]}
             for method in order
@@ -70,14 +69,6 @@ def sizes_view(first: Size, others: Sequence[Size]) -> dict[str, Any] | None:
         ],
         "sentences": [_compare(first.group, size.group, titles) for size in others],
     }
-
-
-def _scale(group: Group) -> str:
-    """`1.32 M parameters, 4 blocks of width 128; 2.5 tokens per parameter`."""
-    runs = finished_or_all(group.runs)
-    shares = [t / p for run in runs if (t := run.fact("tokens_seen")) and (p := run.fact("parameters"))]
-    trained = f"; {significant(median(shares), 2)} tokens per parameter" if shares else ""
-    return group.scale + trained
 
 
 def _perplexities(group: Group) -> dict[str, dict[str, Any]]:

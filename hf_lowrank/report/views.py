@@ -10,7 +10,7 @@ from typing import Any
 from hf_lowrank.claims.claim import VERDICT_MEANING, VERDICTS, Claim, Detail
 from hf_lowrank.claims.results import QUESTIONS, StudyResults, Trial, key_words, range_text, value_words
 from hf_lowrank.formats import finite_number, join_words, loss_text, p_text, pluralize, signed, significant
-from hf_lowrank.report.answer import Group
+from hf_lowrank.report.answer import Group, trained_scale
 from hf_lowrank.report.standings import Criterion, Standing
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
@@ -77,6 +77,7 @@ def methods_view(group: Group) -> dict[str, Any]:
         "against": any(cell.beside_interval or cell.beside not in ("", "baseline")
                        for row in table.rows for cell in row.standings),
         "seeds": _seeds(group),
+        "scale": trained_scale(group),
         "ties": any(cell.tied for row in table.rows for cell in row.standings),
     }  # fmt: skip
 
