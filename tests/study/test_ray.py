@@ -169,7 +169,12 @@ def test_a_stopped_study_leaves_no_process_and_resumes(cluster, long, tmp_path):
     command = [sys.executable, "-m", "hf_lowrank", "study", str(study), "--output", str(out), "--stages", "train"]
     with open(tmp_path / "said", "wb") as said:
         process = subprocess.Popen(
-            [*command, "--ray", cluster.address], stdout=said, stderr=said, start_new_session=True
+            [*command, "--ray", cluster.address],
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            # Tests in the background of a shell ignore it, and so would their children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         )
     try:
         wait_for((out / "runs" / "galore-seed0" / "checkpoint-30").exists)
