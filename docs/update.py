@@ -328,7 +328,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "extra metrics": metrics,
     "curves": curves,
     **{name.replace("_", " "): lambda name=name: optimizers(name) for name in (
-        "optimizers_cpu", "optimizers_cuda", "optimizers_cuda_350m", "optimizers_cpu_loaded",
+        "optimizers_cpu", "optimizers_cuda", "optimizers_cuda_350m",
         "optimizers_cpu_350m_layer",
     )},
     "layers": layers,
