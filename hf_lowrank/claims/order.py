@@ -16,7 +16,7 @@ from hf_lowrank.claims.study import Common, Study, common, logged_losses, loss_e
 from hf_lowrank.claims.verdicts import Tested, holm, paired_test, tau_interval
 from hf_lowrank.claims.words import detail, listed, seeds_and_step, too_few_seeds, untested
 from hf_lowrank.formats import p_text, pluralize, significant
-from hf_lowrank.runs.scores import above_chance, common_limit, shared_tasks, usable_scores
+from hf_lowrank.runs.scores import above_chance, comparable_scores, shared_tasks
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, kendall_tau
 
 # Above this the two orders are practically the same: at most two of 28 pairs of eight methods are reversed.
@@ -179,9 +179,7 @@ def _both(study: Study, scores: Iterable[tuple[str, int, int, float]]) -> Common
 
 def scores_above_chance(study: Study) -> tuple[list[tuple[str, int, int, float]], list[str], str | None]:
     """(method, seed, step, mean of `(score − chance)/(1 − chance)`), the tasks, and why there is nothing."""
-    limit = common_limit(run.scores for run in study.runs.values())
-    usable = {run.name: usable_scores(run.scores, None, limit) for run in study.runs.values()}
-    scored = {name: rows for name, rows in usable.items() if rows}
+    scored, _ = comparable_scores({run.name: run.scores for run in study.runs.values()})
     if not scored:
         return [], [], "no downstream scores above a known level of chance"
     tasks = shared_tasks(scored, [])

@@ -20,7 +20,7 @@ from hf_lowrank.formats import join_words
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.layout import MEASUREMENTS, PREDICTION, SCORES
 from hf_lowrank.runs.measurements import NOT_DENSE, OWN_BASELINE, UNDEFINED, Measurement, read_measurements
-from hf_lowrank.runs.scores import Grid, Score, above_chance, common_limit, read_scores, usable_scores
+from hf_lowrank.runs.scores import Grid, Score, above_chance, comparable_scores, read_scores
 from hf_lowrank.runs.selection import table_of
 from hf_lowrank.runs.trajectory import Trajectory
 from hf_lowrank.storage.checksums import sealed
@@ -98,15 +98,14 @@ def gather(
             continue
         rows = [row for row in read_measurements(file) if row.scope == "model"]
         tables[name] = rows, read_scores(file.with_name(SCORES))
-    limit = common_limit(scores for _, scores in tables.values())
-    for name, (rows, all_scores) in tables.items():
-        scores = usable_scores(all_scores, tasks, limit)
+    comparable, limit = comparable_scores({name: scores for name, (_, scores) in tables.items()}, tasks)
+    for name, (rows, _) in tables.items():
         if not any(row.metric == "perplexity" and math.isfinite(row.value) for row in rows):
             problems.append(f"{name} has no perplexity (hf-lowrank measure {name})")
-        elif not scores:
+        elif name not in comparable:
             problems.append(f"{name} has no downstream scores above chance level known (hf-lowrank evaluate {name})")
         else:
-            measured[name], scored[name] = rows, scores
+            measured[name], scored[name] = rows, comparable[name]
     if not measured:
         raise UserError(
             f"prediction needs runs with measurements and downstream scores, got 0 of {len(runs)}" + _joined(problems)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -261,17 +262,13 @@ class ProjectedAdamW(RankedAdamW):
         The host has to know them before the next refresh. Their means were on their way to it since the last one,
         unless the state was loaded since.
         """
-        entries = [entry for entry in among if entry.state.get("undecided")]
-        if not entries:
-            return
-        means = [self._means.pop(entry.param, None) for entry in entries]
-        if None in means:
-            read = host_copy(torch.stack([entry.state["cosines"].mean() for entry in entries]))
-            means = [(read, number) for number in range(len(entries))]
-        values = {read: read() for read, _ in filter(None, means)}
-        for entry, (read, number) in zip(entries, filter(None, means), strict=True):
+        for entry in among:
+            if not entry.state.get("undecided"):
+                continue
             entry.state["undecided"] = 0
-            if values[read][number] >= SETTLED:
+            sent = self._means.pop(entry.param, None)
+            read, number = sent or (_means_of(entry.state["cosines"].unsqueeze(0)), 0)
+            if read()[number] >= SETTLED:
                 entry.state["interval"] *= 2
 
     def _first_vectors(self, entries: Sequence[Entry]) -> list[tuple[list[Entry], Tensor]]:
@@ -316,7 +313,7 @@ class ProjectedAdamW(RankedAdamW):
             newest = (found / layout.count).view(-1, *[1] * (last.ndim - 1)).expand_as(last.narrow(-1, 0, 1))
             last = torch.cat([last.narrow(-1, 1, last.shape[-1] - 1), newest], dim=-1)
             foreach_copy_(histories, last.unbind())
-            read = host_copy(last.flatten(1).mean(-1))
+            read = _means_of(last)
             for number, entry in enumerate(members):
                 entry.state["undecided"] = int(entry.state["refreshes"] > AVERAGED)
                 self._means[entry.param] = read, number
@@ -439,6 +436,15 @@ class ProjectedAdamW(RankedAdamW):
         for entry in set(entries).difference(good):
             self._accumulated.pop(entry.param, None)
         return good
+
+
+def _means_of(cosines: Tensor) -> Callable[[], list[float]]:
+    """Sends the mean of each target's last cosines, (k, …, 5), to the host.
+
+    They are added one by one, so that a target's mean has the same bits alone and with others.
+    """
+    parts = cosines.flatten(1).unbind(-1)
+    return host_copy(reduce(torch.add, parts) / len(parts))
 
 
 def _waves(entries: Sequence[Entry]) -> list[Tensor]:

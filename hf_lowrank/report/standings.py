@@ -12,7 +12,7 @@ from hf_lowrank.claims.study import method_order, titles
 from hf_lowrank.errors import UserError
 from hf_lowrank.formats import byte_size, finite_number, loss_text, signed, significant
 from hf_lowrank.runs.records import RunRecord
-from hf_lowrank.runs.scores import Score, above_chance, common_limit, shared_tasks, usable_scores
+from hf_lowrank.runs.scores import Score, above_chance, comparable_scores, shared_tasks
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT, Estimate, mean_difference, mean_interval
 
 BASELINE = "full_rank"
@@ -102,15 +102,14 @@ def final_losses(runs: Sequence[RunRecord]) -> dict[str, float]:
     return {run.name: loss for run in runs if (loss := run.final_loss) is not None}
 
 
-def _usable(runs: Sequence[RunRecord]) -> dict[str, list[Score]]:
-    limit = common_limit(run.scores for run in runs)
-    return {run.name: usable for run in runs if (usable := usable_scores(run.scores, None, limit))}
+def _comparable(runs: Sequence[RunRecord]) -> tuple[dict[str, list[Score]], int | None]:
+    return comparable_scores({run.name: run.scores for run in runs})
 
 
 def downstream(runs: Sequence[RunRecord]) -> tuple[dict[str, dict[int, float]], list[str]]:
     """Per run and step the mean above-chance score over the tasks that all scored runs have; and notes about it."""
     notes: list[str] = []
-    scored = _usable(runs)
+    scored, _ = _comparable(runs)
     if not scored:
         tried = any(run.scores for run in runs)
         return {}, ["Downstream: no score with a known chance level on enough of a task's items."] if tried else []
@@ -126,8 +125,8 @@ def _downstream(runs: Sequence[RunRecord], notes: list[str]) -> Criterion:
     last = {name: steps[max(steps)] for name, steps in means.items() if steps}
     if len({max(steps) for steps in means.values() if steps}) > 1:
         notes.append("Downstream: the runs were last scored at different steps.")
-    tasks = ", ".join(shared_tasks(_usable(runs), [])) or "the tasks"
-    limit = common_limit(run.scores for run in runs)
+    scored, limit = _comparable(runs)
+    tasks = ", ".join(shared_tasks(scored, [])) or "the tasks"
     tasks += "" if limit is None else f", the first {limit} items of each"
     help_ = (
         f"Mean above-chance score over {tasks}: 0 is guessing, 1 is every item right; at the last checkpoint. Higher "

@@ -120,29 +120,32 @@ def read_item_scores(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not readable item scores: {error}; evaluate that checkpoint again") from None
 
 
-def common_limit(tables: Iterable[Iterable[Score]]) -> int | None:
-    """On how many items of each task runs are compared, from their tables: None, on all, where one was scored so.
+def comparable_scores(
+    tables: Mapping[str, Iterable[Score]], tasks: Iterable[str] | None = None
+) -> tuple[dict[str, list[Score]], int | None]:
+    """Each run's primary scores with a known level of chance, without runs that have none, and on how many items.
 
-    Otherwise the largest limit that one of them has, if it is no quick try.
-    """
-    limits = {row.limit for rows in tables for row in rows if row.limit is None or row.limit >= LEAST_ITEMS}
-    return None if None in limits else max(filter(None, limits), default=None)
-
-
-def usable_scores(scores: Iterable[Score], tasks: Iterable[str] | None, limit: int | None = None) -> list[Score]:
-    """The primary score of each task at each checkpoint, if it is finite and its chance level is known and below 1.
-
-    Args:
-        limit: on how many items it must be, see `common_limit`.
+    That is None, on all, where a run was scored so; otherwise the largest limit that one has and that is no quick try.
     """
     wanted = None if tasks is None else set(tasks)
+    usable = {run: [row for row in rows if _is_usable(row, wanted)] for run, rows in tables.items()}
+    limits = {row.limit for rows in usable.values() for row in rows}
+    limit = None if None in limits else max((one for one in limits if one and one >= LEAST_ITEMS), default=None)
+    found = {run: _primary(row for row in rows if row.limit == limit) for run, rows in usable.items()}
+    return {run: rows for run, rows in found.items() if rows}, limit
+
+
+def _is_usable(row: Score, wanted: set[str] | None) -> bool:
+    """Whether a score is finite and its chance level is known and below 1."""
+    if row.group is not None or row.metric not in PRIMARY or (wanted is not None and row.task not in wanted):
+        return False
+    return row.chance is not None and row.chance < 1 and math.isfinite(row.value)
+
+
+def _primary(scores: Iterable[Score]) -> list[Score]:
+    """The primary score of each task at each checkpoint."""
     best: dict[tuple[int, str], Score] = {}
     for row in scores:
-        if row.group is not None or row.limit != limit or row.metric not in PRIMARY:
-            continue
-        usable = row.chance is not None and row.chance < 1 and math.isfinite(row.value)
-        if not usable or (wanted is not None and row.task not in wanted):
-            continue
         known = best.get((row.step, row.task))
         if known is None or PRIMARY.index(row.metric) < PRIMARY.index(known.metric):
             best[row.step, row.task] = row
