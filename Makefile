@@ -97,6 +97,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/geometry.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory_examples.py
 	$(BIN)/python -m benchmarks.distributed
 	$(BIN)/python -m benchmarks.measuring_processes
 	$(BIN)/python -m benchmarks.ray_study

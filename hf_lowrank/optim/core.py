@@ -219,7 +219,7 @@ class ProjectedAdamW(RankedAdamW):
         chosen = choose_bases(due)
         again = [entry for entry in due if entry.state["refreshes"]]
         before = {entry: self._before(entry) for entry in again}
-        first = self._first_vectors([one for one in again if one.group["lazy"] and one not in silent])
+        first = self._first_vectors([entry for entry in again if entry.group["lazy"]])
         write_bases(due, chosen)
         for entry in due:
             if entry not in silent:
