@@ -38,6 +38,7 @@ VARYING = {"from_step", "to_step", "t", "step"}
 def predict(
     runs: Sequence[str | os.PathLike[str]],
     *,
+    methods: Sequence[str] | None = None,
     tasks: Iterable[str] | None = None,
     metrics: str | Iterable[str] | None = None,
     permutations: int = PERMUTATIONS,
@@ -48,6 +49,7 @@ def predict(
 
     Args:
         runs: run directories with `measurements.jsonl` and `downstream.jsonl`.
+        methods: the method of each run, where settings of one are several; None: as their tables say.
         tasks: tasks whose above-chance scores are averaged; None: all that every run was scored on.
         metrics: ids, dimensions or groups of METRICS; None: the sixteen.
         permutations: how many.
@@ -58,7 +60,7 @@ def predict(
         UserError: too few methods and too few runs have measurements and scores; the message says what each of the
             others lacks.
     """
-    table = gather(runs, tasks=tasks, metrics=metrics)
+    table = gather(runs, methods=methods, tasks=tasks, metrics=metrics)
     prediction = analyse(table, permutations=permutations, seed=seed)
     if output is not None:
         folder = Path(output)
@@ -73,10 +75,11 @@ def predict(
 def gather(
     runs: Sequence[str | os.PathLike[str]],
     *,
+    methods: Sequence[str] | None = None,
     tasks: Iterable[str] | None = None,
     metrics: str | Iterable[str] | None = None,
 ) -> Table:
-    """The table of checkpoints, from the measurements and scores of runs.
+    """The table of checkpoints, from the measurements and scores of runs; arguments as in `predict`.
 
     Raises:
         UserError: too few runs are complete (the message says what is missing), or they share no task.
@@ -118,8 +121,9 @@ def gather(
     columns = {metric: _column(measured, metric, notes) for metric in ["perplexity", *chosen]}
     checkpoints = _checkpoints(target, columns, chosen, notes)
     names = list(dict.fromkeys(run for run, _ in checkpoints))
-    methods = [measured[name][0].method for name in names]
-    titles = list(dict.fromkeys(methods))
+    known = {} if methods is None else dict(zip([os.fspath(run) for run in runs], methods, strict=True))
+    method_of_run = [known.get(name, measured[name][0].method) for name in names]
+    titles = list(dict.fromkeys(method_of_run))
 
     def column(values: Grid) -> Array:
         return np.array([values.get(run, {}).get(step, np.nan) for run, step in checkpoints], dtype=float)
@@ -128,7 +132,7 @@ def gather(
         methods=titles,
         runs=names,
         metrics=chosen,
-        method_R=np.array([titles.index(method) for method in methods], dtype=np.int64),
+        method_R=np.array([titles.index(method) for method in method_of_run], dtype=np.int64),
         run_N=np.array([names.index(run) for run, _ in checkpoints], dtype=np.int64),
         step_N=np.array([step for _, step in checkpoints], dtype=np.int64),
         log_perplexity_N=np.log(column(columns["perplexity"])),
@@ -136,7 +140,7 @@ def gather(
         target_N=column(target),
         notes=notes,
     )
-    if (reason := too_few(methods)) is not None:
+    if (reason := too_few(method_of_run)) is not None:
         raise UserError(f"{reason}; {len(names)} of {len(runs)} runs can take part" + _joined(problems))
     return table
 

@@ -81,7 +81,7 @@ def draw(run: Path) -> dict[str, bytes]:
     return pictures | draw_plots({**PICTURES, "baseline_path": to_baseline}, [run], dpi=100)
 
 
-def draw_plots(pictures: Mapping[str, Picture], runs: Sequence[Path], dpi: float) -> dict[str, bytes]:
+def draw_plots(pictures: Mapping[str, Picture], runs: Sequence[Path | RunRecord], dpi: float) -> dict[str, bytes]:
     """Those of `pictures` that plots of the report draw, if something of them was measured."""
     from hf_lowrank.report.plots import PLOTS
 

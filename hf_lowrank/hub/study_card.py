@@ -95,7 +95,7 @@ def render_study_card(
     group, results = size.group, size.results
     runs = sorted(group.runs, key=lambda run: run.path.name)
     places = [run.path for run in runs]
-    pictures = draw_plots(PICTURES, places, dpi=90)
+    pictures = draw_plots(PICTURES, runs, dpi=90)
     card = target / CARD
     before, own = read_card(card.read_text(encoding="utf-8") if card.is_file() else None)
     metadata = study_metadata([row.method for row in group.standings.rows], before)

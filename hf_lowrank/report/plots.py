@@ -1,12 +1,14 @@
 """The pictures as matplotlib figures, for papers and notebooks: the page's data, colours and line styles.
 
-Every function takes runs (folders, or objects with a `path`), draws methods as means over their seeds with 95 %
-intervals where there are several, and returns a `matplotlib.figure.Figure` that belongs to no window; save it with
-`figure.savefig(path)`. All raise `UserError` if a folder is not a run or nothing was measured to draw.
+Every function takes runs (folders, objects with a `path`, or records of runs as they are), draws methods as means over
+their seeds with 95 % intervals where there are several, and returns a `matplotlib.figure.Figure` that belongs to no
+window; save it with `figure.savefig(path)`. All raise `UserError` if a folder is not a run or nothing was measured to
+draw.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from hf_lowrank.errors import UserError, nearest
 from hf_lowrank.formats import finite_number
 from hf_lowrank.metrics import CURVES, NOT_DENSE_MARK, NOT_DENSE_MEANING, describe, metric_order
 from hf_lowrank.report.curves import Plane, curves, floor, last_barriers, plane
-from hf_lowrank.report.members import LIGHT_GROUND, looks
+from hf_lowrank.report.members import LIGHT_GROUND, looks, with_distinct_methods
 from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord, finished_or_all, load_runs
 from hf_lowrank.statistics import mean_interval, without_outliers
@@ -282,8 +284,10 @@ PLOTS: dict[str, Callable[..., Figure]] = {
 
 
 def _comparable(runs: Iterable[Any]) -> list[RunRecord]:
-    """The records of runs, which must share one evaluation set."""
-    records = load_runs(runs)
+    """The records of runs, which must share one evaluation set; other settings of a method are another one."""
+    given = [runs] if isinstance(runs, str | os.PathLike) else [*runs]
+    records = [run for run in given if isinstance(run, RunRecord)]
+    records = with_distinct_methods(records if records and len(records) == len(given) else load_runs(given))
     marks = sorted({run.fingerprint[:12] if run.fingerprint else "none" for run in records})
     if len(marks) > 1:
         raise UserError(f"runs must share one evaluation set to be drawn together, got {', '.join(marks)}")

@@ -204,14 +204,24 @@ def evaluate_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
 
 
 def predict_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
-    return [PredictUnit(**_result(study, runs, PredictUnit), keywords=study.settings.predict.model_dump(mode="json"))]
+    keywords = study.settings.predict.model_dump(mode="json")
+    return [PredictUnit(**_result(study, runs, PredictUnit), members=_titles(study, runs), keywords=keywords)]
 
 
 def claims_units(study: Study, runs: Sequence[Run]) -> list[Unit]:
-    names = {name: member.title or name for name, member in study.settings.members.items()}
-    members, seeds = [names[run.member] for run in runs], [run.seed for run in runs]
-    given: dict[str, Any] = {"baseline": names[study.settings.baseline], "members": members, "seeds": seeds}
+    members = study.settings.members
+    baseline = members[study.settings.baseline].title or study.settings.baseline
+    given: dict[str, Any] = {
+        "baseline": baseline,
+        "members": _titles(study, runs),
+        "seeds": [run.seed for run in runs],
+    }
     return [ClaimsUnit(**_result(study, runs, ClaimsUnit), **given)]
+
+
+def _titles(study: Study, runs: Sequence[Run]) -> list[str]:
+    """The member of each run, by its title where it has one."""
+    return [study.settings.members[run.member].title or run.member for run in runs]
 
 
 def report_units(study: Study, runs: Sequence[Run]) -> list[Unit]:

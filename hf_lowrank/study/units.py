@@ -294,10 +294,11 @@ class ResultUnit(Unit):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictUnit(ResultUnit):
-    """Predicts downstream scores; `keywords` are arguments of `predict`."""
+    """Predicts downstream scores; `members` are those of each run, `keywords` arguments of `predict`."""
 
     stage: ClassVar[str] = "predict"
     result: ClassVar[str] = PREDICTION
+    members: list[str]
     keywords: dict[str, Any] = field(repr=False)
 
     def compute(self) -> str | None:
@@ -307,7 +308,7 @@ class PredictUnit(ResultUnit):
         directory = Path(self.output).resolve()
         runs = [os.path.relpath(Path(run).resolve(), directory) for run in self.runs]
         with chdir(directory):
-            prediction = predict(runs, output=directory, **self.keywords)
+            prediction = predict(runs, methods=self.members, output=directory, **self.keywords)
         return prediction.notes[0] if prediction.notes else None
 
 

@@ -357,6 +357,15 @@ def test_scores_on_the_first_items_take_part_where_no_run_has_more(tmp_path):
         predict(runs)
 
 
+def test_settings_of_one_method_that_are_given_as_several_are_several(tmp_path):
+    table, runs = write_study(tmp_path)
+    assert gather(runs, metrics=["random_sharpness"]).methods == table.methods
+    apart = [f"{table.methods[method]}-{number % 2}" for number, method in enumerate(table.method_R)]
+    gathered = gather(runs, methods=apart, metrics=["random_sharpness"])
+    assert [gathered.methods[method] for method in gathered.method_R] == apart
+    assert len(set(apart)) == 2 * len(table.methods)
+
+
 def test_predict_says_what_is_missing(tmp_path):
     _, runs = write_study(tmp_path, methods=4, runs=2)
     (runs[3] / "downstream.jsonl").unlink()

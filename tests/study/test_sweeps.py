@@ -13,6 +13,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.measuring.plan import find_baseline
 from hf_lowrank.report.answer import groups
 from hf_lowrank.report.members import baseline_of, sweep_of, with_distinct_methods
+from hf_lowrank.report.plots import loss_curves
 from hf_lowrank.runs.measurements import read_measurements
 from hf_lowrank.runs.records import load_runs
 from hf_lowrank.runs.run_files import read_facts
@@ -313,6 +314,9 @@ def test_two_full_rank_members_are_told_apart(write_study, tmp_path, run, capsys
     records = with_distinct_methods(load_runs(sorted((out / "runs").iterdir())), out)
     assert baseline_of(records, out) == "Full-rank, two rates"
     assert {record.method for record in records} == {"full_rank", "Full-rank, two rates", "galore"}
+    for given in (records, [record.path for record in records]):
+        (axes,) = loss_curves(given).axes
+        assert sorted(name[:9] for name in axes.get_legend_handles_labels()[1]) == ["Full-rank", "Full-rank", "GaLore"]
     assert {trial.member for trial in sweep_of(records, out)} == {"full_rank", "Full-rank, two rates", "galore"}
     (group,) = groups(records, baseline_of(records, out), sweep_of(records, out))
     assert group.standings.baseline_title == "Full-rank, two rates"
