@@ -296,6 +296,7 @@ class Routes:
 
     def bucket_tree(self, body: bytes, bucket: str, prefix: str | None = None) -> Any:
         self.may_use(bucket, write=False)
+        self.hub.unanswered = None
         files = self.store.buckets.files(bucket)
         items = [
             {"type": "file", "path": path, "size": entry["size"], "xetHash": entry["xetHash"]}
@@ -322,12 +323,14 @@ class Routes:
         self.may_use(bucket, write=True)
         operations = [json.loads(line) for line in body.decode().splitlines()]
         before = self.store.buckets.files(bucket)
-        self.hub.repeated += [
-            f"{bucket}/{operation['path']}"
-            for operation in operations
-            if operation["type"] == "addFile"
-            and before.get(operation["path"], {}).get("xetHash") == operation["xetHash"]
-        ]
+        if self.hub.unanswered != (bucket, body):
+            self.hub.repeated += [
+                f"{bucket}/{operation['path']}"
+                for operation in operations
+                if operation["type"] == "addFile"
+                and before.get(operation["path"], {}).get("xetHash") == operation["xetHash"]
+            ]
+        self.hub.unanswered = (bucket, body) if self.fault in ("cut", "lost") else None
         failed = self.store.buckets.batch(bucket, operations)
         return 422 if len(failed) == len(operations) else 200, {"success": not failed, "failed": failed}, {}
 

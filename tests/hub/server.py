@@ -53,7 +53,12 @@ class Settings:
 
 
 class LoopbackHub:
-    """The server with what it saw: `requests`, and uploads of content that it had acknowledged (`repeated`)."""
+    """The server with what it saw: `requests`, and what was sent again (`repeated`).
+
+    That is content whose upload was acknowledged, and a file that the branch or the bucket had. Not counted is a batch
+    of a bucket whose answer did not arrive (`unanswered`), if it comes again unchanged before the bucket is listed:
+    huggingface_hub's client retries it by itself, and the content is not uploaded again.
+    """
 
     def __init__(self, root: Path) -> None:
         self.store = Store(root)
@@ -62,6 +67,7 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.acknowledged: set[str] = set()
         self.repeated: list[str] = []
+        self.unanswered: tuple[str, bytes] | None = None  # bucket, body
         self.parts: dict[str, dict[int, bytes]] = {}
         self.kill_pid: int | None = None
         self._lock = threading.Lock()
@@ -205,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
         if order.get("new_root"):
             hub.store = Store(Path(order["new_root"]))
             hub.acknowledged, hub.repeated = set(), []
-        hub.requests, hub.kill_pid = [], order.get("kill_pid")
+        hub.requests, hub.unanswered, hub.kill_pid = [], None, order.get("kill_pid")
         plan = order.get("plan") or {}
         hub.fail(FaultPlan({int(k): v for k, v in plan.get("at", {}).items()}, plan.get("always")))
         self._answer(Request(0, "POST", "", "", b"", None), 200, seen, {})

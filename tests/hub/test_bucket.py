@@ -5,6 +5,8 @@ import logging
 
 import pytest
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import http_backoff
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.hub import PushRevisionsCallback, push
@@ -14,6 +16,7 @@ from hf_lowrank.runs.checkpoints import why_incomplete, why_not_resumable
 from hf_lowrank.runs.trajectory import Trajectory
 from tests.hub.faults import FaultPlan
 from tests.hub.runs import BENCHMARK
+from tests.hub.server import TOKEN
 from tests.hub.test_push_callback import branches, train
 
 BUCKET = "user/states"
@@ -188,6 +191,32 @@ def test_what_is_not_whole_is_named_and_completed_by_the_next_push(hub, run, qui
     hub.fail(FaultPlan())
     push(run, "user/tiny", bucket=BUCKET)
     assert whole_steps(hub, run) == [10, 20, 30]
+
+
+def test_the_clients_own_retry_of_a_batch_does_not_count_as_sent_again(hub, run, quick_client):
+    push(run, "user/tiny", steps=[10], bucket=BUCKET)
+    name = hub.store.buckets.files(BUCKET)["checkpoint-10/optimizer.pt"]["xetHash"]
+    body = json.dumps({"type": "addFile", "path": "copy.pt", "xetHash": name, "mtime": 0}).encode()
+
+    def send(**options):
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        http_backoff("POST", f"{hub.url}/api/buckets/{BUCKET}/batch", headers=headers, content=body, **options)
+
+    hub.fail(FaultPlan(at={0: "lost", 1: "503", 2: "lost"}))
+    send()
+    assert [r.fault for r in hub.requests if r.body == body] == ["lost", "503", "lost", None]
+    assert hub.repeated == []
+    send()
+    assert hub.repeated == [f"{BUCKET}/copy.pt"]
+    # Whoever has listed the bucket knows what it holds.
+    for kind in ("cut", "lost"):
+        hub.fail(FaultPlan(at={0: kind}))
+        with pytest.raises(HTTPError):
+            send(max_retries=0)
+        hub.repeated.clear()
+        assert "copy.pt" in Bucket(BUCKET).files()
+        send()
+        assert hub.repeated == [f"{BUCKET}/copy.pt"]
 
 
 def test_a_trainer_stores_every_save_and_publishes_every_other(hub, tmp_path):
