@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import import_module
 from pkgutil import get_data, resolve_name
 from types import ModuleType
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
+    import torch
     from peft.utils import PeftType
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -272,6 +274,30 @@ def unlogged_loss(trainer: Trainer) -> tuple[Tensor, int]:
 def set_unlogged_loss(trainer: Trainer, loss: Tensor, last_logged: int) -> None:
     """Sets what `unlogged_loss` returns."""
     trainer._tr_loss, trainer._globalstep_last_logged = loss, last_logged
+
+
+@cache
+def onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """oneDNN's product `x @ w.mT` of float32 matrices on a CPU; None where torch is built or run without it.
+
+    torch itself calls it in compiled code only, and multiplies by MKL elsewhere.
+    """
+    import torch
+
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if operator is None or not torch.backends.mkldnn.is_available():
+        return None
+    return lambda x, w: operator(x, w, None, "none", [], "")
+
+
+@cache
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices faster than float32 ones."""
+    import torch
+
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
 
 
 # Private interfaces of torch and peft, which other modules import from here by these names; each as `module:name`,

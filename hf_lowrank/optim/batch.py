@@ -16,6 +16,7 @@ from hf_lowrank.compat import foreach_add_, foreach_copy_, foreach_mul_
 from hf_lowrank.optim.adam import Number, adamw_, decay_factors, rate
 from hf_lowrank.optim.entries import Entry
 from hf_lowrank.optim.layout import Layout, stored_in
+from hf_lowrank.optim.products import add_product_, product
 
 
 class BatchLimits(NamedTuple):
@@ -249,7 +250,7 @@ class ProjectedBatch(Batch):
                 (weight.mul_(keep) if keep != 1 else weight).index_add_(1, basis, one, alpha=alpha)
                 continue
             rows = one if left is None else left.to(one.dtype) @ one
-            weight.addmm_(rows, basis.to(one.dtype).mT, beta=keep, alpha=alpha)
+            add_product_(weight, rows, basis.to(one.dtype).mT, keep=keep, factor=alpha)
 
     def add_residuals_(self, rule: Callable[[Tensor], Tensor], alpha: Number) -> None:
         """`W ← W + alpha · rule(G − lift(project(G)))`; the last use of G.
@@ -389,7 +390,7 @@ class ProjectedBatch(Batch):
                 yield grad.index_fill(-1, basis, 0)
             else:
                 rows = one.to(grad.dtype) if left is None else left @ one.to(grad.dtype)
-                yield grad - rows @ basis.mT
+                yield grad - product(rows, basis.mT)
 
     def _stack_of_grads(self) -> Tensor:
         """A copy of the gradients, stacked as they are stored."""
@@ -404,9 +405,7 @@ def project_matrix(
     """`G Q`, or `Pᵀ G Q` with a left basis: (rows, columns) -> (rows or rank, rank)."""
     if not basis.is_floating_point():
         return torch.index_select(matrix, -1, basis, out=out)
-    if left_basis is not None:
-        matrix = left_basis.mT @ matrix
-    return torch.mm(matrix, basis, out=out)
+    return product(matrix if left_basis is None else product(left_basis.mT, matrix), basis, out=out)
 
 
 def row_norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_lowrank.optim.products import add_products, products
+
 # Each polynomial X ← aX + b(XXᵀ)X + c(XXᵀ)²X. Newton–Schulz repeats one (as torch.optim.Muon does); Polar Express
 # (arXiv 2505.16932) has one for each step, the last of which may be repeated.
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),)
@@ -39,8 +41,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5, rule: str = "newton_schulz")
     batch = batch / (norms.clamp(min=SMALLEST_NORM) * margin)
     for step in range(steps):
         a, b, c = polynomials[min(step, len(polynomials) - 1)]
-        gram = batch @ batch.mT
-        batch = torch.baddbmm(batch, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), batch, beta=a)
+        gram = products(batch, batch.mT)
+        batch = add_products(batch, add_products(gram, gram, gram, keep=b, factor=c), batch, keep=a)
     work = batch.reshape(work.shape)
     return work.mT if tall else work
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from hf_lowrank.compat import foreach_copy_
 from hf_lowrank.optim.adam import host_reads
 from hf_lowrank.optim.batch import batch_limits
-from hf_lowrank.optim.entries import Entry, nonzero
+from hf_lowrank.optim.entries import Entry, are_any, nonzero
 from hf_lowrank.optim.layout import Layout, RowSharded
 from hf_lowrank.optim.sharding import Sharding, local_part
 from hf_lowrank.optim.state import StateTensor
@@ -357,7 +357,7 @@ def _as_start(bases: Tensor | None) -> Tensor | None:
     if bases is None or not bases.is_floating_point():
         return bases
     unit = torch.eye(*bases.shape[-2:], dtype=bases.dtype, device=bases.device)
-    return torch.where(bases.flatten(1).any(-1).view(-1, 1, 1), bases, unit)
+    return torch.where(are_any(bases.flatten(1)).view(-1, 1, 1), bases, unit)
 
 
 def stacked(matrices: Sequence[Tensor], transposed: bool = False) -> Tensor:

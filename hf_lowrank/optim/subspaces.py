@@ -13,8 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hf_lowrank.compat import active_fake_mode
+from hf_lowrank.compat import active_fake_mode, fast_bfloat16
 from hf_lowrank.optim.layout import REPLICATED, Replicated
+from hf_lowrank.optim.products import products
 
 
 def draw_seed(*key: int) -> int:
@@ -78,51 +79,77 @@ def exact_bases(request: Request) -> tuple[Tensor, Tensor]:
 
 def is_usable(grads: Tensor) -> Tensor:
     """Whether each gradient has directions: is finite and not zero, (k, …) -> (k,) bool."""
-    norms = torch.linalg.vector_norm(grads.flatten(1), dim=-1, dtype=torch.promote_types(grads.dtype, torch.float32))
+    wide = torch.promote_types(grads.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(grads, dim=tuple(range(1, grads.ndim)), dtype=wide)
     return norms.isfinite() & (norms > 0)
 
 
 OVERSAMPLING = 16
-SHIFT = 0.4
+SHIFT = 0.6
 TURNING_ITERATIONS = 16
 # Weight of the last basis in the columns that are made orthonormal; its square is the share of energy that it costs.
 PULL = 1e-5
+# Elements of a matrix from which bfloat16 is worth it.
+LEAST_ROUNDED = 2**16
+# Above the rounding of a Gram matrix of unit columns in float32.
+GUARD = 1e-4
 
 
 def randomized_basis(request: Request) -> Tensor:
     """Nearly the top right singular vectors, by power iteration from the basis in use (arXiv 0909.4061).
 
-    `Q ← orth(Gᵀ G Q)` twice, from a random start four times. The columns keep the order and the signs of the last
-    basis, since moments are kept. A turn (Rayleigh–Ritz) orders them by their singular values.
+    `Q ← orth(Gᵀ G Q)` three times, from a random start four times. The columns keep the order and the signs of the
+    last basis, since moments are kept. A turn (Rayleigh–Ritz) orders them by their singular values.
     """
-    grads, rank = request.work, request.rank
-    if request.previous is None:
+    grads, rank, previous = request.work, request.rank, request.previous
+    size = largest(grads, (-2, -1), keepdim=True).clamp(min=torch.finfo(grads.dtype).tiny)
+    factor = rounded(grads)
+    if previous is None:
         width = min(rank + OVERSAMPLING, *grads.shape[-2:])
-        basis = orthonormal(gaussian_matrices(grads, request.columns, width, request.keys))
-        for shift in (0.0, SHIFT, SHIFT, SHIFT):
-            basis = iterated(grads, basis, shift)
-        return turned(grads, basis).narrow(2, 0, rank)
-    previous = request.previous.to(grads.dtype)
-    basis = iterated(grads, iterated(grads, previous), SHIFT)
+        first = orthonormal(gaussian_matrices(grads, request.columns, width, request.keys))
+    else:
+        first = previous = previous.to(grads.dtype)
+    basis = shifted(factor, size, iterated(factor, size, iterated(factor, size, first)), first)
+    if previous is None:
+        return turned(grads, shifted(factor, size, basis, first)).narrow(2, 0, rank)
     if request.turns:
         basis = turned(grads, basis)
-    return torch.where((basis * previous).sum(-2, keepdim=True) < 0, -basis, basis)
+    return basis * torch.where((basis * previous).sum(-2, keepdim=True) < 0, -1.0, 1.0).to(basis.dtype)
 
 
-def iterated(grads: Tensor, basis: Tensor, shift: float = 0.0) -> Tensor:
-    """`orth((GᵀG − a) Q)` of orthonormal bases (k, columns, r), where a is `shift` times the least `‖G q‖²`.
+def rounded(grads: Tensor) -> Tensor:
+    """Large float32 gradients in bfloat16 where its products are faster.
 
-    A shift brings directions just inside the subspace ahead of those just outside, as half an iteration more would.
-    `orth(Gᵀ orth(G Q))` is the same as `orth(Gᵀ G Q)`: a triangular factor on the right does not change what is made
-    orthonormal.
+    The rounding errors of so many values cancel in products with bases, which are orthonormal to float32 nevertheless.
     """
-    low = grads @ basis
-    norms = column_norms(low)
-    fresh = grads.mT @ (low / norms)
-    if shift:
-        least = norms.amin(-1, keepdim=True)
-        fresh -= basis * (shift * least * (least / norms))
-    return orthonormal(fresh, toward=basis)
+    takes = grads.dtype == torch.float32 and grads.shape[1:].numel() >= LEAST_ROUNDED and fast_bfloat16(grads.device)
+    return grads.bfloat16() if takes else grads
+
+
+def iterated(grads: Tensor, size: Tensor, basis: Tensor) -> Tensor:
+    """`orth(GᵀG Q)` of bases (k, columns, r), orthonormal enough to start another iteration from."""
+    fresh = gram_product(grads, size, basis)
+    return divided(fresh.div_(column_norms(fresh)), GUARD)
+
+
+def shifted(grads: Tensor, size: Tensor, basis: Tensor, toward: Tensor) -> Tensor:
+    """`orth((GᵀG − a) Q)` of bases (k, columns, r), where a is `SHIFT` times the least `‖G q‖²`; see `orthonormal`.
+
+    The shift brings directions just inside the subspace ahead of those just outside, as half an iteration more would.
+    """
+    fresh = gram_product(grads, size, basis)
+    least = (basis * fresh).sum(-2, keepdim=True).amin(-1, keepdim=True)
+    return orthonormal(fresh.addcmul_(basis, least, value=-SHIFT), toward=toward)
+
+
+def gram_product(grads: Tensor, size: Tensor, basis: Tensor) -> Tensor:
+    """`GᵀG Q / size` of bases (k, columns, r), in their type; no square of G overflows or vanishes.
+
+    The columns of G Q need not be made orthonormal on the way to `orth(GᵀG Q)`: a triangular factor on the right does
+    not change what is made orthonormal.
+    """
+    low = products(grads, (basis / size).to(grads.dtype))
+    return products(grads.mT, low).to(basis.dtype)
 
 
 def turned(grads: Tensor, basis: Tensor) -> Tensor:
@@ -130,7 +157,7 @@ def turned(grads: Tensor, basis: Tensor) -> Tensor:
 
     It iterates on the r × r matrices `(G Q)ᵀ G Q`, largest first: an eigendecomposition would make the host wait.
     """
-    low = grads @ basis
+    low = products(grads, basis)
     low = low / torch.linalg.vector_norm(low, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(low.dtype).tiny)
     inside = low.mT @ low
     turn = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device).expand_as(inside)
@@ -151,11 +178,11 @@ def orthonormal(tall: Tensor, toward: Tensor | None = None) -> Tensor:
     """
     scaled = tall / column_norms(tall)
     if toward is not None:
-        scaled = scaled.add(toward, alpha=PULL)
+        scaled.add_(toward, alpha=PULL)
     if by_householder(scaled):
         q, r = torch.linalg.qr(scaled)
-        return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2).to(q.dtype)
-    found = cholesky_qr(cholesky_qr(scaled.double()).to(scaled.dtype))
+        return q.mul_(torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2).to(q.dtype))
+    found = divided(divided(scaled, dtype=torch.float64))
     if toward is None:
         return found
     return torch.where(found.isfinite().flatten(1).all(-1).view(-1, 1, 1), found, toward)
@@ -166,11 +193,25 @@ def by_householder(columns: Tensor) -> bool:
     return columns.device.type == "cpu"
 
 
-def cholesky_qr(columns: Tensor) -> Tensor:
-    """`A L⁻ᵀ` with `L Lᵀ = AᵀA`: orthonormal up to rounding times A's squared condition; NaN where there is no L."""
-    factor, failed = torch.linalg.cholesky_ex(columns.mT @ columns)
-    factor = torch.where(failed.view(-1, 1, 1) == 0, factor, torch.nan)
-    return torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
+def divided(columns: Tensor, guard: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+    """`A L⁻ᵀ` with `L Lᵀ = AᵀA + guard`: one pass of Cholesky QR; NaN where there is no L.
+
+    It is orthonormal up to the rounding of `dtype` (that of A) times A's squared condition. A guard above the rounding
+    makes sure that there is an L; the columns span the same, but those that depend on earlier ones end short.
+    """
+    work = columns.to(dtype or columns.dtype)
+    gram = products(work.mT, work)
+    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(gram + guard * unit if guard else gram)
+    if not guard:
+        factor = torch.where(failed.view(-1, 1, 1) == 0, factor, torch.nan)
+    inverse = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
+    return products(columns, inverse.mT.to(columns.dtype))
+
+
+def largest(values: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
+    """The largest absolute value along dimensions, by two passes without a temporary."""
+    return torch.maximum(values.amax(dim, keepdim), -values.amin(dim, keepdim))
 
 
 def column_norms(columns: Tensor) -> Tensor:
@@ -214,7 +255,7 @@ def dct_columns(request: Request) -> Tensor:
     Columns that were chosen before keep their places, and with them their moments.
     """
     basis = cosines(request.columns, request.work.dtype, request.grads.device)
-    sizes = (request.work @ basis.mT).abs().sum(-2)
+    sizes = products(request.work, basis.mT.expand(len(request.grads), -1, -1)).abs().sum(-2)
     chosen, last = sizes.topk(request.rank).indices.sort(-1).values, request.previous
     if last is None:
         return chosen

@@ -157,6 +157,22 @@ def test_randomized_basis_is_constant_for_a_constant_gradient():
     assert torch.allclose(again, -first, atol=1e-3)  # signs are kept, since moments are
 
 
+@pytest.mark.parametrize("in_bfloat16", [True, False])
+def test_bases_of_large_gradients_are_as_good_in_bfloat16(way, in_bfloat16, monkeypatch):
+    monkeypatch.setattr(subspaces, "fast_bfloat16", lambda device: in_bfloat16)
+    grads = [falling_spectrum(320, 256, seed, decay=0.35) for seed in (0, 1)]
+    assert (subspaces.rounded(torch.stack(grads)).dtype == torch.bfloat16) == in_bfloat16
+    exact = SUBSPACES["svd"](many(torch.stack(grads), 6))
+    first = SUBSPACES["randomized"](many(torch.stack(grads), 6))
+    same = SUBSPACES["randomized"](many(torch.stack(grads), 6, -first))
+    assert (same + first).abs().max() < (5e-3 if in_bfloat16 else 1e-3)
+    other = SUBSPACES["randomized"](many(torch.stack(grads), 6, first.flip(0)))  # each from the basis of the other
+    for basis, least in ((first, 0.999), (same, 0.999), (other, 0.9)):
+        assert (basis.mT @ basis - torch.eye(6)).abs().max() < 1e-5
+        for grad, own, best in zip(grads, basis, exact, strict=True):
+            assert captured_energy(grad, own) > least * captured_energy(grad, best)
+
+
 def test_random_subspaces():
     grad = torch.zeros(30, 20)
     columns = chosen("columns", grad, rank=7)
