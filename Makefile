@@ -20,13 +20,17 @@ FAST := tests/storage tests/geometry tests/runs tests/claims tests/test_statisti
 	tests/measuring/test_measure.py tests/training/test_recipe.py tests/memory/test_ledger.py
 OLDEST := $(VENV)/oldest
 
-.PHONY: quickstart test test-fast test-oldest drill gpu-test audit browser-test lint format pages docs bench wheel package clean
+.PHONY: quickstart test coverage test-fast test-oldest drill gpu-test audit browser-test lint format pages docs bench wheel package clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/hf-lowrank study recipes/studies/quickstart.yaml --output $(RUNS)
 
 # On the CPU, also where there is a GPU: many of its processes are forks, and forks cannot use CUDA.
 test: $(VENV)/.installed-dev
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The same, with the lines that no test reaches.
+coverage: $(VENV)/.installed-dev
 	@rm -f .coverage .coverage.*
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 

@@ -273,6 +273,32 @@ def measuring_processes() -> str:
     return table(head, rows)
 
 
+def quick_comparison() -> str:
+    """Every method of the short study, by its loss."""
+    found = result("quick_comparison")
+    unigram = found["methods"]["full_rank"]["unigram_loss"]
+    rows = [
+        f"{METHODS[name].title} | {one['loss']:.2f} | {one['above_chance']:.2f} | {one['step_over_adamw']:.2f} | "
+        f"{one['weight_effective_rank']:.2f} | {one['random_sharpness']:.3f}"
+        for name, one in sorted(found["methods"].items(), key=lambda pair: pair[1]["loss"])
+    ]
+    head = "method | loss, nats → | score above chance → | step over AdamW's → | effective rank → | random sharpness →"
+    return (
+        f"{found['steps']} steps at 1.3 M parameters, one seed, settings not tuned; a unigram model has a loss of "
+        f"{unigram:.2f}. Times are processor time of whole training steps, on one thread.\n\n{table(head, rows)}"
+    )
+
+
+def ablations() -> str:
+    """What parts of methods contribute, with intervals over seeds."""
+    rows = [
+        f"{part} | {one['with']:.3f} | {one['without']:.3f} | "
+        f"{one['effect']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] | {one['verdict']}"
+        for part, one in result("ablations")["effects"].items()
+    ]
+    return table("part | loss with it → | without → | it lowers the loss by, nats → | verdict", rows)
+
+
 def subspaces() -> str:
     """Loss by choice of subspace, and the energy that it captures."""
     found = result("subspace_quality")
@@ -336,6 +362,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "memory by method": memory_by_method,
     "measuring costs": measuring_costs,
     "measuring processes": measuring_processes,
+    "quick comparison": quick_comparison,
+    "ablations": ablations,
     "subspaces": subspaces,
     "drills": drills,
 }  # fmt: skip
