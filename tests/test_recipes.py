@@ -330,6 +330,7 @@ STUDIES = {
     "pico": ("nano", TUNED, 3),
     "quickstart": ("nano", ["full_rank", "galore", "fira", "relora", "cola", "sltrain"], 1),
     "ablations": ("nano", ABLATIONS, 3),
+    "methods": ("nano", list(BUILT_IN), 1),
     "paper_60m": ("llama_60m", list(BUILT_IN), 3),
     "paper_130m": ("llama_130m", list(BUILT_IN), 3),
     "paper_350m": ("llama_350m", list(BUILT_IN), 3),
