@@ -296,7 +296,7 @@ def fast_bfloat16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
 
 
