@@ -299,6 +299,67 @@ def ablations() -> str:
     return table("part | loss with it → | without → | it lowers the loss by, nats → | verdict", rows)
 
 
+def trainer_options() -> str:
+    """How far the losses of ten steps with an option of Trainer are from those without it."""
+    found = result("trainer_options")["results"]
+    options = list(dict.fromkeys(option for row in found.values() for option in row))
+
+    def rows() -> Iterator[str]:
+        for option in options:
+            cases = [row[option] for row in found.values()]
+            refused = next((one["reason"].split(": ", 1)[-1] for one in cases if one["outcome"] == "refused"), "")
+            equal = [one["all"] for one in cases if one["outcome"] == "equal"]
+            other = len(cases) - len(equal) - sum(one["outcome"] == "refused" for one in cases)
+            yield (
+                f"`{option}` | {len(equal)} | {max(equal):.0e} | {other} | {cell(refused)}"
+                if equal
+                else (f"`{option}` | 0 | — | {other} | {cell(refused)}")
+            )
+
+    head = "option | methods with equal losses → | largest difference, nats → | others → | refused with"
+    return f"{len(found)} methods, ten steps each.\n\n{table(head, rows())}"
+
+
+def architectures() -> str:
+    """What became of every causal architecture with each method."""
+    everything = result("architectures")["results"]
+    found = {name: row for name, row in everything.items() if "small" not in row}
+    methods_tried = list(next(iter(found.values())))
+    rows = [
+        f"{METHODS[name].title} | "
+        + " | ".join(
+            str(sum(row[name][0] == outcome for row in found.values())) for outcome in ("ok", "refused", "failed")
+        )
+        for name in methods_tried
+    ]
+    left = len(everything) - len(found)
+    return f"{len(found)} architectures; {left} more have parts that cannot be made small.\n\n" + table(
+        "method | ok → | refused by name → | failed → ", rows
+    )
+
+
+def streams() -> str:
+    """The cost of going on late in a stream."""
+    rows = [
+        f"{name.replace('1 files', 'one file')} | {one['reading_s']:.1f} | {one['seek_s']['median']:.2f} | {one['start_s']['median']:.2f}"
+        for name, one in result("stream_seek").items()
+        if name.endswith("files")
+    ]
+    head = "a million records in | reading up to the place, s → | going on there, s → | starting a stream, s →"
+    return table(head, rows)
+
+
+def cluster() -> str:
+    """Scaling of a study's units on Ray's nodes, beside local processes, and the cost of scheduling."""
+    found = result("ray_study")
+    parts = [found["scaling"][key] for key in ("ray_speed_up", "local_speed_up", "ray_over_local")]
+    rows = [" | ".join([count, *(f"{part[count]['median']:.2f}" for part in parts)]) for count in parts[0]]
+    units = found["scheduling"]["milliseconds_per_unit"]
+    costs = ", ".join(f"{one['median']:.0f} ms each of {count}" for count, one in units.items())
+    head = "workers | speed-up on Ray → | of local processes → | Ray's time over theirs →"
+    return f"{table(head, rows)}\n\nScheduling units that end at once, on two nodes: {costs}."
+
+
 def subspaces() -> str:
     """Loss by choice of subspace, and the energy that it captures."""
     found = result("subspace_quality")
@@ -364,6 +425,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "measuring processes": measuring_processes,
     "quick comparison": quick_comparison,
     "ablations": ablations,
+    "trainer options": trainer_options,
+    "architectures": architectures,
+    "streams": streams,
+    "cluster": cluster,
     "subspaces": subspaces,
     "drills": drills,
 }  # fmt: skip
