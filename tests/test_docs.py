@@ -1,5 +1,6 @@
 """The pages under docs/: tables and quoted code are those of the package, snippets and commands run at small size."""
 
+import json
 import math
 import runpy
 import shutil
@@ -123,6 +124,27 @@ def test_commands_and_files_are_there(page, capsys):
     check_commands(text, capsys)
     check_shell(text)
     check_files(text)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("LDAdam's error feedback", "ldadam"),
+        ("refactorisation of the low-rank control", "low_rank"),
+        ("refactorisation of SLTrain", "sltrain"),
+        ("the guide of structured feed-forwards", "structured"),
+        ("a lazy interval of GaLore", "q_galore"),
+    ],
+)
+def test_pages_of_methods_have_the_figures_of_the_ablations(part, name):
+    found = json.loads((DOCS.parent / "benchmarks/results/ablations.json").read_text(encoding="utf-8"))["effects"][
+        part
+    ]
+    sign, harms = (-1, "higher") if found["effect"] < 0 else (1, "lower")
+    low, high = sorted(sign * found[end] for end in ("low", "high"))
+    text = (DOCS.parent / f"model_cards/{name}.md").read_text(encoding="utf-8")
+    assert f"{abs(found['effect']):.3f} nats {harms}" in text
+    assert f"(95 % interval {low:.3f} to {high:.3f}, three seeds".replace("-", "−") in text
 
 
 def test_every_table_is_shown():
