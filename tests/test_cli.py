@@ -73,9 +73,10 @@ def test_wrong_input_is_one_line_and_status_2(capsys, arguments, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+# attr is what rich imports before version 15.
 LIGHT = {
-    "annotated_doc", "annotated_types", "hf_lowrank", "markdown_it", "mdurl", "pydantic", "pydantic_core", "pygments",
-    "rich", "shellingham", "typer", "typing_extensions", "typing_inspection", "colorama", "click",
+    "annotated_doc", "annotated_types", "attr", "hf_lowrank", "markdown_it", "mdurl", "pydantic", "pydantic_core",
+    "pygments", "rich", "shellingham", "typer", "typing_extensions", "typing_inspection", "colorama", "click",
 }  # fmt: skip
 
 

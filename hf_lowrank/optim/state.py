@@ -19,6 +19,8 @@ from hf_lowrank.optim.sharding import Sharding, local_part
 # torchao's own choice: values that share a scale, and the size below which eight bits are not worth it.
 BLOCK = 256
 MIN_QUANTIZED_SIZE = 4096
+# Blocks that are coded or decoded together, which bounds the temporaries to a few times 16 MiB.
+BLOCKS_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +129,26 @@ def quantization_levels(signed: bool, device: torch.device) -> tuple[Tensor, Ten
 
 def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes (uint8, of `values`' shape) and one scale (float32) per block of 256."""
-    blocks = values.float().reshape(-1, BLOCK)
-    scales = blocks.abs().amax(-1).clamp(min=1e-12)
+    blocks = values.reshape(-1, BLOCK)
     bounds = quantization_levels(signed, values.device)[1]
-    codes = torch.bucketize(blocks / scales[:, None], bounds, out_int32=True, right=True)
-    return codes.to(torch.uint8).view(values.shape), scales
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    scales = torch.empty(len(blocks), dtype=torch.float32, device=values.device)
+    parts = (blocks, codes.view(-1, BLOCK), scales)
+    for some, own_codes, own_scales in zip(*(part.split(BLOCKS_AT_ONCE) for part in parts), strict=True):
+        wide = some.float()
+        own_scales.copy_(wide.abs().amax(-1).clamp(min=1e-12))
+        own_codes.copy_(torch.bucketize(wide / own_scales[:, None], bounds, out_int32=True, right=True))
+    return codes, scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """The values that `quantize` kept, in float32."""
     levels = quantization_levels(signed, codes.device)[0]
-    return levels[codes.view(-1, BLOCK).int()].mul_(scales[:, None]).view(codes.shape)
+    values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    parts = (values.view(-1, BLOCK), codes.view(-1, BLOCK), scales)
+    for some, own_codes, own_scales in zip(*(part.split(BLOCKS_AT_ONCE) for part in parts), strict=True):
+        some.copy_(levels.index_select(0, own_codes.reshape(-1).int()).view_as(some)).mul_(own_scales[:, None])
+    return values
 
 
 # Weights in sixteen bits
