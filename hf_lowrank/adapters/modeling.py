@@ -97,6 +97,25 @@ class LowRankForCausalLM(PreTrainedModel, GenerationMixin):
         """Only ties weights: the base model and the adapters are already initialised."""
         self.tie_weights(recompute_mapping=False)
 
+    def initialize_weights(self) -> None:
+        """Computes what a loaded model needs and no checkpoint holds: buffers that follow from the configuration.
+
+        The base model does it. For this class, which is not its own, transformers would skip modules without tensors,
+        some of which fill the buffers of others. An architecture may initialise a linear layer from the module around
+        it, so replaced layers have a weight in the meantime, on the meta device.
+        """
+        layers: dict[str, Any] = {**target_layers(self), **eight_bit_layers(self.lm)}
+        weightless = {name: layer for name, layer in layers.items() if not isinstance(layer, LoraLayer)}
+        try:
+            for name, layer in weightless.items():
+                shell = layer.base_layer if isinstance(layer, ReplacedLinear) else layer
+                weight = torch.empty(shell.out_features, shell.in_features, device="meta")
+                self.lm.set_submodule(name, dense_linear(weight, shell.bias, shell.was_conv1d))
+            self.lm.initialize_weights()
+        finally:
+            for name, layer in weightless.items():
+                self.lm.set_submodule(name, layer)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

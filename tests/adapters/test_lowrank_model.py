@@ -110,6 +110,50 @@ def test_round_trip_is_bit_equal(base_config, method, adapted, ids, tmp_path, sh
     assert first == second
 
 
+FALCON_H1 = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "ssm_multipliers": [0.5, 0.25, 2.0, 1.5, 0.75],
+}
+# The first has a module that fills its children's buffers; the second initialises a layer from the module around it.
+INITIALISED_FROM_OUTSIDE = {
+    "falcon_h1": FALCON_H1,
+    "gpt_bigcode": {"vocab_size": 48, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+}
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fills new memory with NaN, so that what is left uninitialised shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("architecture", INITIALISED_FROM_OUTSIDE)
+@pytest.mark.parametrize("kept", ["cola", "sltrain", "eight_bit"])
+def test_what_no_checkpoint_holds_is_computed_when_it_is_loaded(architecture, kept, ids, tmp_path):
+    base = AutoConfig.for_model(architecture, **INITIALISED_FROM_OUTSIDE[architecture])
+    own = {"eight_bit_modules": "auto"} if kept == "eight_bit" else {"adapter_config": ADAPTERS[kept]()}
+    model = LowRankForCausalLM(LowRankConfig(base_config=base, **own)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    buffers = dict(loaded.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
 def test_config_is_small_and_reads_through(llama_config, method, adapted, tmp_path):
     adapted(llama_config, method).save_pretrained(tmp_path)
     entries = json.loads((tmp_path / "config.json").read_text())
