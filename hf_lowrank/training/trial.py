@@ -37,7 +37,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B, T), not shifted.
     """
     following = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-    flat = logits.float().view(-1, logits.shape[-1])
+    flat = logits.float().reshape(-1, logits.shape[-1])
     total = functional.cross_entropy(
         flat, following.reshape(-1).to(flat.device), ignore_index=IGNORED, reduction="sum"
     )

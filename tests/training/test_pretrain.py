@@ -45,11 +45,11 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def mean_loss(folder, evaluation):
-    """Nats per predicted token, computed by hand in float64."""
-    model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
+def mean_loss(folder, evaluation, dtype=torch.float64):
+    """Nats per predicted token, computed by hand in float64 from the logits of the model in `dtype`."""
+    model = AutoModelForCausalLM.from_pretrained(folder).to(dtype).eval()
     with torch.no_grad():
-        logits = model(evaluation.input_ids, attention_mask=evaluation.attention_mask).logits[:, :-1]
+        logits = model(evaluation.input_ids, attention_mask=evaluation.attention_mask).logits[:, :-1].double()
     nll = -torch.log_softmax(logits, -1).gather(-1, evaluation.input_ids[:, 1:, None])[..., 0]
     mask = evaluation.attention_mask[:, 1:].bool()
     return nll[mask].mean().item()
