@@ -42,7 +42,7 @@ class LowRankLM(HFLM):
         evaluation_set: the file or folder with the sequences of the loss; None: the run's.
         device: None: an accelerator if there is one.
         show_progress: whether lm-eval's bars are shown.
-        **options: as for `hf`.
+        **options: as for `hf`, whose backend is "causal" by default.
 
     Attributes:
         replicas: processes that hold the same model and get the same requests; they split the batches, which are those
@@ -77,6 +77,8 @@ class LowRankLM(HFLM):
                 tokenizer = tokenizer_folder(trajectory, trajectory.steps[-1])
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = device or (accelerator.type if accelerator else "cpu")
+        # By itself `hf` takes the decoders of BART's family, which AutoModelForCausalLM gives, for encoder-decoders.
+        options.setdefault("backend", "causal")
         super().__init__(pretrained=pretrained, revision=revision, tokenizer=tokenizer, device=device, **options)
 
     def replace_model(self, model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import BartConfig, BartForCausalLM
 
 from hf_lowrank.adapters import CoLAConfig, LowRankConfig, LowRankForCausalLM, SLTrainConfig
-from hf_lowrank.downstream import TASK_FOLDER, run_lm_eval
+from hf_lowrank.downstream import TASK_FOLDER, evaluate, run_lm_eval
 from hf_lowrank.downstream.catalogue import register_models
+from hf_lowrank.downstream.items import items_for, load_items
 from hf_lowrank.downstream.lm_eval_model import LowRankLM
 from hf_lowrank.downstream.lm_eval_tasks import sharpness_results
 from hf_lowrank.downstream.sharpness import direction_requests
@@ -74,6 +77,44 @@ def test_an_adapted_checkpoint_scores_as_its_dense_export(adapted):
         assert mine[0] == pytest.approx(theirs[0], abs=1e-4)
         assert mine[1] == theirs[1]
     assert ours[1] == pytest.approx(plain[1], abs=1e-4)
+
+
+@pytest.fixture
+def bart_run(request, tmp_path, tokenizer, make_run):
+    """A run of a decoder that transformers also has an encoder for, plain or adapted."""
+    run = make_run(tmp_path / "bart", tokenizer, steps=())
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    config = BartConfig(vocab_size=len(tokenizer), max_position_embeddings=96, **sizes, **special)
+    torch.manual_seed(0)
+    if request.param == "cola":
+        model = LowRankForCausalLM(LowRankConfig(base_config=config, adapter_config=CoLAConfig(r=4)))
+    else:
+        model = BartForCausalLM(config)
+    model.save_pretrained(run / "checkpoint-5")
+    return run
+
+
+def log_likelihood(model, context, answer):
+    """Of the tokens of an answer after those of its context, from the model's logits, in float64."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*context, *answer]])).logits[0].double()
+    logs = torch.log_softmax(logits, -1)[len(context) - 1 : -1]
+    return logs.gather(-1, torch.tensor(answer)[:, None]).sum().item()
+
+
+@pytest.mark.parametrize("bart_run", ["plain", "cola"], indirect=True)
+def test_a_decoder_of_barts_family_is_scored_as_the_causal_model_that_it_is(bart_run, tokenizer):
+    model = Trajectory(bart_run).model(5)
+    pairs = [(tokenizer.encode(context) or [0], tokenizer.encode(answer)) for context, answer in TEXTS]
+    by_hand = [log_likelihood(model, context, answer) for context, answer in pairs]
+    for lm in (LowRankLM(f"{bart_run}@5", device="cpu"), LowRankLM(model, tokenizer=tokenizer)):
+        assert [value for value, _ in answers(lm)[0]] == pytest.approx(by_hand, rel=1e-5)
+    (row,) = evaluate(bart_run, tasks="pylib_bits_per_byte", limit=5)
+    texts = [item["text"] for item in load_items(items_for(Trajectory(bart_run), row.task))[:5]]
+    nats = -sum(log_likelihood(model, [0], tokenizer.encode(text)) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    assert row.value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
 def test_a_hub_revision_is_passed_on():
