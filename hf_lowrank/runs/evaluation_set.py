@@ -80,7 +80,9 @@ class EvaluationSet:
                 masked = "attention_mask" in names
                 mask = tensors.get_tensor("attention_mask").long() if masked else torch.ones_like(ids)
         except SafetensorError as error:
-            raise UserError(f"{file}: not a readable evaluation set: {error}") from None
+            raise UserError(
+                f"{file}: not a readable evaluation set: {error}; it must be a safetensors file, or a text named *.txt"
+            ) from None
         loaded = cls(ids, mask)
         if recorded is not None and recorded != loaded.fingerprint:
             raise UserError(

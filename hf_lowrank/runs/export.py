@@ -24,6 +24,8 @@ def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -
         UserError: the checkpoint is missing or damaged, has no dense equivalent (CoLA), or the folder is not empty.
     """
     folder = Path(find_checkpoint(checkpoint).path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give RUN@STEP or the folder of a checkpoint")
     if is_adapter(folder) and not (folder / CONFIG).is_file():
         folder = merged(folder)
     if not (folder / CONFIG).is_file():

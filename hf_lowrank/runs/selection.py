@@ -105,9 +105,11 @@ def find_checkpoint(named: str | os.PathLike[str], revision: str | None = None) 
         trajectory = Trajectory(run)
         (step,) = steps_of(trajectory, match["step"] if match else "last")
         return Checkpoint(trajectory.where(step), None, run)
+    repository, _, at = text.partition("@")
+    if at and os.path.isdir(repository):
+        raise UserError(f"{text}: after the @ must be a step, such as {repository}@400, or last, got {at!r}")
     if os.sep in text and (text.startswith((".", "/", "~")) or text.count("/") > 1):
         raise UserError(f"{run}: no such folder; give RUN/checkpoint-N, RUN@N, an exported folder or user/repo")
-    repository, _, at = text.partition("@")
     return Checkpoint(repository, at or revision)
 
 
@@ -208,6 +210,8 @@ def evaluation_set_from_text(path: Path, trajectory: Trajectory, length: int = S
     """
     from transformers import AutoTokenizer
 
+    if not path.is_file():
+        raise UserError(f"{path}: no such text file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

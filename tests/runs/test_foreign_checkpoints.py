@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import warnings
 
@@ -18,7 +19,7 @@ from hf_lowrank.adapters.modeling import build_adapted
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure
 from hf_lowrank.runs.export import export
-from hf_lowrank.runs.selection import evaluation_set_from_text
+from hf_lowrank.runs.selection import evaluation_set_from_text, resolve_evaluation_set
 from hf_lowrank.training.sequences import train_tokenizer
 
 SIZES = {
@@ -85,6 +86,35 @@ def test_a_text_is_cut_into_sequences_that_the_model_has_positions_for(tmp_path)
         assert sequences.input_ids.shape == (len(ids) // length, length)
         assert sequences.input_ids.flatten().tolist() == ids[: len(ids) // length * length]
         assert sequences.fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("missing.txt", "missing.txt: no such text file"),
+        ("missing.safetensors", "missing.safetensors: no such evaluation set"),
+        ("text.md", "text.md: not a readable evaluation set: .*; it must be a safetensors file, or a text named .*txt"),
+    ],
+)
+def test_held_out_files_that_cannot_be_read_are_named(tmp_path, file, message):
+    small_llama().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.md").write_text(TEXT * 40)
+    with pytest.raises(UserError, match=message):
+        resolve_evaluation_set(tmp_path / file, Trajectory(tmp_path / "model"))
+
+
+def test_an_export_of_what_is_not_there_is_named(tmp_path):
+    run = tmp_path / "run"
+    small_llama().save_pretrained(run / "checkpoint-2")
+    for named, message in (
+        (f"{run}@zz", f"{run}@zz: after the @ must be a step, such as {run}@400, or last, got 'zz'"),
+        (f"{run}@3", f"{run}: no checkpoint of step 3; there are: 2"),
+        ("nowhere/run@3", "nowhere/run: no such folder"),
+        ("nowhere.md", "nowhere.md: no such folder"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+            export(named, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
 
 
 def quantise(folder, edge):
