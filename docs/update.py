@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from hf_lowrank.formats import pluralize
 from hf_lowrank.methods import METHODS, settings_of
 from hf_lowrank.metrics import CURVES, METRICS
 from hf_lowrank.runs import measure_settings
@@ -184,7 +185,7 @@ def machine(name: str) -> str:
     device = where.get("gpu") or f"{where['cpu']}, {where['threads']} threads"
     first = found["results"][0]
     return (
-        f"LLaMA-{first['size'].upper()} shapes, {first['layers']} blocks, {first['dtype']}; {device}; "
+        f"LLaMA-{first['size'].upper()} shapes, {pluralize(first['layers'], 'block')}, {first['dtype']}; {device}; "
         f"torch {versions['torch']}; medians with quartiles. The mean step is that of a refresh every {found['gap']} "
         "steps."
     )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hf_lowrank.claims.results import CLAIMS
-from hf_lowrank.formats import byte_size, duration
+from hf_lowrank.formats import byte_size, duration, pluralize
 from hf_lowrank.study.engine import StudyResult
 from hf_lowrank.study.plan import Plan
 
@@ -71,7 +71,7 @@ def plan_tables(plan: Plan) -> list[Any]:
         saved = member.checkpoints and member.checkpoint_bytes
         disk = f"{member.checkpoints} × {_size(member.checkpoint_bytes)}" if saved else "–"
         members.add_row(member.member, member.what, *counts, disk, _size(member.memory_bytes))
-    title = f"in {plan.directory}, {plan.jobs} in parallel with {plan.threads} threads each"
+    title = f"in {plan.directory}, {plan.jobs} in parallel with {pluralize(plan.threads, 'thread')} each"
     stages = Table(title=title, title_justify="left")
     for column in ("stage", "units", "done", "to do", "takes about"):
         stages.add_column(column, justify="left" if column == "stage" else "right")

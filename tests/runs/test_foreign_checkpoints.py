@@ -93,7 +93,10 @@ def test_a_text_is_cut_into_sequences_that_the_model_has_positions_for(tmp_path)
     [
         ("missing.txt", "missing.txt: no such text file"),
         ("missing.safetensors", "missing.safetensors: no such evaluation set"),
-        ("text.md", "text.md: not a readable evaluation set: .*; it must be a safetensors file, or a text named .*txt"),
+        (
+            "text.md",
+            "text.md: not a readable evaluation set: .*; it must be a safetensors file, or a text named .*txt",
+        ),
     ],
 )
 def test_held_out_files_that_cannot_be_read_are_named(tmp_path, file, message):

@@ -138,7 +138,16 @@ def test_dry_run_by_command_writes_nothing(write_study, tmp_path, capsys, monkey
     out = capsys.readouterr().out
     assert stop.value.code == 0
     assert sorted(tmp_path.rglob("*")) == before
-    for part in ("full_rank", "galore", "sweep", "train", "measure", "runs/tiny", "2 in parallel", "disk"):
+    for part in (
+        "full_rank",
+        "galore",
+        "sweep",
+        "train",
+        "measure",
+        "runs/tiny",
+        "2 in parallel with 1 thread each",
+        "disk",
+    ):
         assert part in out
     (sweep,) = [line for line in out.splitlines() if line.startswith("│ sweep")]
     assert sweep.split("│")[2].strip() == "4"
