@@ -351,17 +351,6 @@ def streams() -> str:
     return table(head, rows)
 
 
-def cluster() -> str:
-    """Scaling of a study's units on Ray's nodes, beside local processes, and the cost of scheduling."""
-    found = result("ray_study")
-    parts = [found["scaling"][key] for key in ("ray_speed_up", "local_speed_up", "ray_over_local")]
-    rows = [" | ".join([count, *(f"{part[count]['median']:.2f}" for part in parts)]) for count in parts[0]]
-    units = found["scheduling"]["milliseconds_per_unit"]
-    costs = ", ".join(f"{one['median']:.0f} ms each of {count}" for count, one in units.items())
-    head = "workers | speed-up on Ray → | of local processes → | Ray's time over theirs →"
-    return f"{table(head, rows)}\n\nScheduling units that end at once, on two nodes: {costs}."
-
-
 def subspaces() -> str:
     """Loss by choice of subspace, and the energy that it captures."""
     found = result("subspace_quality")
@@ -430,7 +419,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "trainer options": trainer_options,
     "architectures": architectures,
     "streams": streams,
-    "cluster": cluster,
     "subspaces": subspaces,
     "drills": drills,
 }  # fmt: skip
