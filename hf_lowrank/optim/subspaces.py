@@ -111,7 +111,7 @@ def randomized_basis(request: Request) -> Tensor:
         first = previous = previous.to(grads.dtype)
     basis = shifted(factor, size, iterated(factor, size, iterated(factor, size, first)), first)
     if previous is None:
-        return turned(grads, shifted(factor, size, basis, first)).narrow(2, 0, rank)
+        return turned(grads, shifted(factor, size, basis, basis)).narrow(2, 0, rank)
     if request.turns:
         basis = turned(grads, basis)
     return basis * torch.where((basis * previous).sum(-2, keepdim=True) < 0, -1.0, 1.0).to(basis.dtype)
