@@ -122,21 +122,20 @@ def sibling_recipes(recipe: str | Path) -> list[Path]:
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
-    """One sentence for each method that helps, and one for all others compared with the same full-rank training."""
+    """One sentence for each method that helps, and one for all that save little, or need more, for one reason."""
     if len(comparisons) == 1:
         return [comparisons[0].verdict]
     lines = [one.verdict for one in comparisons if one.helps]
-    useless: dict[int, list[Comparison]] = {}
+    useless: dict[tuple[bool, str], dict[str, None]] = {}
     for one in comparisons:
-        if not one.helps and METHODS[one.estimate.method].kind != "baseline":
-            useless.setdefault(id(one.full_rank), []).append(one)
-    for group in useless.values():
-        full_rank = group[0].full_rank
-        titles = list(dict.fromkeys(METHODS[one.estimate.method].title for one in group))
-        lines.append(
-            f"{join_words(titles)} {'save' if len(titles) > 1 else 'saves'} less than {LEAST_SAVED:.0%} of "
-            f"full-rank's {byte_size(full_rank.peak)}: {_cause(full_rank)}; {_remedy(full_rank)}."
-        )
+        method, full_rank = METHODS[one.estimate.method], one.full_rank
+        if not one.helps and method.kind != "baseline":
+            end = f"full-rank's {byte_size(full_rank.peak)}: {_cause(full_rank)}; {_remedy(full_rank)}."
+            useless.setdefault((one.saved < 0, end), {})[method.title] = None
+    for (more, end), found in useless.items():
+        titles, verb = list(found), "need" if more else "save"
+        difference = "more than" if more else f"less than {LEAST_SAVED:.0%} of"
+        lines.append(f"{join_words(titles)} {verb}{'' if len(titles) > 1 else 's'} {difference} {end}")
     return lines
 
 

@@ -104,9 +104,14 @@ def test_the_verdict_says_why_a_method_does_not_help(tiny):
     (helped,) = compare([tiny("galore", *wide)], batch_size=1, sequence_length=4)
     assert helped.verdict.startswith("GaLore saves ")
     assert helped.saved > 0.05 * helped.full_rank.peak
-    together = verdicts([busy, replace(busy, estimate=replace(busy.estimate, method="fira"))])
-    assert len(together) == 1
-    assert together[0].startswith("GaLore and Fira save less than 5%")
+    # One sentence for one reason, also where the baselines' settings differ; another for what needs more.
+    others = {name: replace(busy.estimate, method=name) for name in ("fira", "cola", "sst")}
+    fira = replace(busy, estimate=others["fira"], full_rank=replace(busy.full_rank))
+    phases = {**busy.full_rank.phases, "backward": busy.full_rank.peak + 1}
+    larger = [replace(busy, estimate=replace(others[name], phases=phases)) for name in ("cola", "sst")]
+    saving, needing = verdicts([busy, larger[0], fira, larger[1]])
+    assert saving.startswith("GaLore and Fira save less than 5% of full-rank's ")
+    assert needing.startswith("CoLA and SST need more than full-rank's ")
 
 
 def test_sizes_are_readable():
