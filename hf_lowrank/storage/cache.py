@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from hf_lowrank.errors import UserError
@@ -62,7 +63,7 @@ def cached_folder(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     folder = cache_folder() / name
     damage = _damage(folder)
     if damage is None:
-        logger.info("%s from the cache: %s", kind, folder)
+        _report(kind, folder)
         return folder
     if folder.exists():
         logger.warning("%s: damaged (%s), rebuilding", folder, damage)
@@ -83,6 +84,12 @@ def cached_folder(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder
+
+
+@cache
+def _report(kind: str, folder: Path) -> None:
+    """Logs once in a process that a folder is taken from the cache; every task and run may ask for it."""
+    logger.info("%s from the cache: %s", kind, folder)
 
 
 def _damage(folder: Path) -> str | None:
