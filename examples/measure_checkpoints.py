@@ -15,6 +15,7 @@ rates, on this Python's own source files. The same from the shell:
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def main() -> None:
     )
     of_model = [row for row in rows if row.scope == "model" and row.metric in METRICS]
     for row in sorted(of_model, key=lambda row: (list(METRICS).index(row.metric), row.step)):
-        interval = "" if row.ci_low is None else f" [{row.ci_low:.4g}, {row.ci_high:.4g}]"
+        interval = "" if math.isnan(row.ci_low) else f" [{row.ci_low:.4g}, {row.ci_high:.4g}]"
         why = f"  ({row.reason})" if row.reason else ""
         print(f"step {row.step:5} {METRICS[row.metric].title:32} {row.value:.4g}{interval}{why}")
     print(f"{len(rows)} rows, per layer too, in {given.output / 'measurements'}")
