@@ -219,10 +219,14 @@ def evaluation_set_from_text(path: Path, trajectory: Trajectory, length: int = S
     folder = trajectory.extra(TOKENIZER)
     if folder is not None:
         check_files(folder)
+    source = folder or trajectory.tokenizer_source
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or trajectory.tokenizer_source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"{trajectory.path}: has no tokenizer: {one_line(error, 200)}") from None
+        raise UserError(
+            f"{source}: has no tokenizer, which a text needs; save one there with save_pretrained: "
+            f"{one_line(error, 200)}"
+        ) from None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     positions = getattr(trajectory.config.get_text_config(), "max_position_embeddings", None)
     length = min(length, positions or length)

@@ -91,6 +91,7 @@ def test_a_text_is_cut_into_sequences_that_the_model_has_positions_for(tmp_path)
 @pytest.mark.parametrize(
     ("file", "message"),
     [
+        ("text.txt", "model: has no tokenizer, which a text needs; save one there with save_pretrained"),
         ("missing.txt", "missing.txt: no such text file"),
         ("missing.safetensors", "missing.safetensors: no such evaluation set"),
         (
@@ -101,7 +102,8 @@ def test_a_text_is_cut_into_sequences_that_the_model_has_positions_for(tmp_path)
 )
 def test_held_out_files_that_cannot_be_read_are_named(tmp_path, file, message):
     small_llama().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.md").write_text(TEXT * 40)
+    for name in ("text.md", "text.txt"):
+        (tmp_path / name).write_text(TEXT * 40)
     with pytest.raises(UserError, match=message):
         resolve_evaluation_set(tmp_path / file, Trajectory(tmp_path / "model"))
 
