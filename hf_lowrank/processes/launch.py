@@ -52,6 +52,21 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def usable_device(named: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UserError: this machine has none.
+    """
+    usable, name = ["cpu"], str(named)
+    if name != "cpu" and (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        kind = accelerator.type
+        usable += [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
+    if name not in usable:
+        raise UserError(f"device must be {' or '.join(usable)} on this machine, got {name!r}")
+    return torch.device(name)
+
+
 class Launch:
     """This process among those of its launch.
 
@@ -60,8 +75,8 @@ class Launch:
         sharded: whether the processes hold shards of every model, so that all of them do all work jointly.
 
     Raises:
-        UserError: `sharded` without several processes, or processes that accelerate cannot connect; later: a process
-            was lost.
+        UserError: a device that this machine does not have, `sharded` without several processes, or processes that
+            accelerate cannot connect; later: a process was lost.
     """
 
     def __init__(self, device: str | torch.device | None = None, *, sharded: bool = False) -> None:
@@ -72,7 +87,7 @@ class Launch:
                 "several with accelerate launch --num_processes N, or torchrun --nproc-per-node N on CPUs"
             )
         self.sharded, self.index, self.count = sharded, 0, 1
-        chosen = None if device is None else torch.device(device)
+        chosen = None if device is None else usable_device(device)
         if several or chosen is None:
             from accelerate import PartialState
             from accelerate.utils import parse_flag_from_env

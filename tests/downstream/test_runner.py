@@ -334,3 +334,10 @@ def test_damaged_scores_of_items_are_made_again(scored, run, tmp_path):
         file.write_text(content)
         assert evaluate(copy, tasks=[row.task], steps=row.step) == read_scores(copy)
         assert file.read_text() == whole
+
+
+def test_a_device_that_is_not_there_stops_before_any_score(run, tmp_path):
+    for device in ("abacus", "cuda:99"):
+        with pytest.raises(UserError, match=f"device must be cpu.* on this machine, got '{device}'"):
+            evaluate(run, steps="last", output=tmp_path, device=device)
+    assert list(tmp_path.iterdir()) == []

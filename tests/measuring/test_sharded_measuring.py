@@ -304,6 +304,7 @@ def test_a_lost_process_ends_the_command_and_what_is_written_stays(runs, tmp_pat
         ("1", ["--sharded"], "accelerate launch --num_processes N"),
         ("2", ["--sharded", "--device", "auto"], "one process"),
         ("2", ["--device", "auto"], "one process"),
+        ("1", ["--device", "abacus"], "device must be cpu"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(runs, tmp_path, monkeypatch, capsys, world, arguments, message):
