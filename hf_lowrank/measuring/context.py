@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import Estimate, TokenLoss, product_singular_values, singular_values
@@ -347,8 +348,5 @@ class StepContext:
         """(u, v) of the dense model's target weights by parameter name, where they have been computed."""
         if not self._vectors or self.vectors_wanted < count:
             return None
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
-        return {
-            f"{name}.weight": (u, v) if shapes[f"{name}.weight"] == (u.shape[0], v.shape[0]) else (v, u)
-            for name, (u, v) in self._vectors.items()
-        }
+        transposed = {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
+        return {f"{name}.weight": (v, u) if name in transposed else (u, v) for name, (u, v) in self._vectors.items()}

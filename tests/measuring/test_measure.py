@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure, unmeasured
@@ -72,6 +74,20 @@ def test_loss_and_random_rows(two_runs):
     assert sharpness.value == pytest.approx((curve[0][1] + curve[2][1]) / 2 - loss)
     assert sharpness.ci_low < sharpness.value < sharpness.ci_high
     assert (sharpness.n, sharpness.settings["draws"], sharpness.settings["sequences"]) == (3, 3, 6)
+
+
+def test_principal_directions_are_the_same_where_spectra_have_decomposed_the_matrices(two_runs, tmp_path):
+    """GPT-2 keeps the transposes of its matrices, of which some are square."""
+    folder = tmp_path / "gpt2" / "checkpoint-1"
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 80}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    shutil.copyfile(two_runs[0] / "evaluation.safetensors", folder.parent / "evaluation.safetensors")
+    found = []
+    for metrics in ("pca1_sharpness", "pca1_sharpness,weight_stable_rank"):
+        rows = measure(folder.parent, metrics=metrics, output=tmp_path / metrics)
+        found.append([row.value for row in rows if row.metric in ("pca1_curve", "pca1_sharpness")])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_what_is_there_is_not_done_again(two_runs):
