@@ -1,7 +1,7 @@
 """Which runs repeat one another: the same method with the same settings and another seed.
 
 Runs of one method with different settings (a sweep, two ranks) are not repetitions: each setting becomes a method
-of its own, named by the study's member or by what differs.
+of its own, named by the study's member or by what differs. So does each run without a recipe, named by its folder.
 """
 
 from __future__ import annotations
@@ -44,12 +44,20 @@ def with_distinct_methods(runs: Sequence[RunRecord], study: Path | None = None) 
     """The runs, where those of one method and size with different settings get method names of their own."""
     kinds: dict[tuple[Any, ...], list[RunRecord]] = {}
     for run in runs:
-        method = (member_of(run, study) or run.method) if run.method == "unknown" else run.method
+        method = (member_of(run, study) or _name_of_foreign(run)) if run.method == "unknown" else run.method
         kinds.setdefault((run.fingerprint, run.size, method), []).append(replace(run, method=method))
     renamed = {run.name: one for members in kinds.values() for run, one in _renamed(members, study)}
     titled = _titles(study)
     return [replace(renamed[run.name], method=titled.get(member_of(run, study), renamed[run.name].method))
             for run in runs]  # fmt: skip
+
+
+def _name_of_foreign(run: RunRecord) -> str:
+    """What stands for the method of a run without a recipe: nothing says that it repeats another, unless folders are
+    named as seeds of one member are."""
+    found = _MEMBER.match(run.name)
+    name = found[1] if found else run.name
+    return f"{name} (unknown method)" if registered(name) else name
 
 
 def baseline_of(runs: Sequence[RunRecord], study: Path | None) -> str:

@@ -178,6 +178,22 @@ def test_other_settings_are_no_other_seed(make_run, tmp_path):
     assert {run.method for run in with_distinct_methods(load_runs(runs[:2]))} == {"galore"}
 
 
+@pytest.mark.parametrize(
+    ("names", "methods"),
+    [
+        (("theirs", "ours"), ["theirs", "ours"]),
+        (("base-seed-1", "base-seed-2", "other"), ["base", "base", "other"]),
+        (("galore", "ours"), ["galore (unknown method)", "ours"]),
+        (("x/last", "y/last"), ["x/last", "y/last"]),
+    ],
+)
+def test_folders_without_a_recipe_are_not_taken_for_seeds_of_one_method(make_run, names, methods):
+    runs = [make_run(name, "galore", seed) for seed, name in enumerate(names)]
+    for run in runs:
+        (run / "recipe.yaml").unlink()
+    assert [run.method for run in with_distinct_methods(load_runs(runs))] == methods
+
+
 def test_the_sentence_says_what_is_lost_and_saved(make_run):
     draw = random.Random(0)
     runs = [
