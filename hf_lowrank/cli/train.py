@@ -110,13 +110,15 @@ def memory(
     as_json: Json = False,
 ) -> None:
     """Estimate the training memory of recipes, item by item and compared with full-rank training. Trains nothing."""
+    from tqdm.auto import tqdm
+
     from hf_lowrank.memory.compare import compare, comparison_table, item_table, sibling_recipes, verdicts
 
     paths = dict.fromkeys(
         path for recipe in recipes for path in (sibling_recipes(recipe) if all_methods else [recipe])
     )
     comparisons = compare(
-        paths,
+        tqdm(paths, unit="recipe", delay=1, leave=False, disable=None),
         overrides=overrides or (),
         batch_size=batch_size,
         sequence_length=sequence_length,

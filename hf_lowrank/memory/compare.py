@@ -1,5 +1,6 @@
 """Memory estimates compared with full-rank training: a sentence about the difference, and tables for the terminal."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,12 +74,17 @@ class Comparison:
         return {**found.plain(), "full_rank_peak": self.full_rank.peak, "saved": self.saved, "verdict": self.verdict}
 
 
+# Training arguments that no tensor depends on.
+_WITHOUT_MEMORY = re.compile(r"learning_rate|lr_scheduler_.*|warmup_.*|adam_.*|weight_decay")
+
+
 def compare(
     recipes: Iterable[str | Path | Recipe], *, overrides: Sequence[str] = (), **options: Any
 ) -> list[Comparison]:
     """Compares each recipe with full-rank training with its model, data and training arguments.
 
-    `overrides` are `key=value` overrides of each recipe file, `options` arguments of `estimate`.
+    `overrides` are `key=value` overrides of each recipe file, `options` arguments of `estimate`. Recipes whose
+    full-rank training takes the same memory share its estimate.
 
     Raises:
         UserError: a recipe or an option is wrong.
@@ -89,7 +95,8 @@ def compare(
         recipe = given if isinstance(given, Recipe) else load_recipe(given, overrides)
         found = estimate(recipe, both_activations=True, **options)
         full_rank = _full_rank(recipe)
-        key = repr((full_rank.model, full_rank.data, {**full_rank.training, "learning_rate": 0}))
+        arguments = {name: value for name, value in full_rank.training.items() if not _WITHOUT_MEMORY.match(name)}
+        key = repr((full_rank.model, full_rank.data, arguments))
         if recipe.method is full_rank.method:
             baselines[key] = found
         elif key not in baselines:

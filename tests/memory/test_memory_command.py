@@ -58,6 +58,26 @@ def test_all_methods_in_one_table(capsys, tmp_path):
     assert "each of 2 processes under ddp" in out
 
 
+def test_full_rank_is_estimated_once_for_recipes_that_share_it(monkeypatch, tiny):
+    estimated = []
+
+    def counting(recipe, **options):
+        estimated.append(recipe.method.name)
+        return estimate(recipe, **options)
+
+    monkeypatch.setattr("hf_lowrank.memory.compare.estimate", counting)
+    galore = tiny("galore")
+    others = [
+        replace(galore, training={**galore.training, **change})
+        for change in ({"learning_rate": 0.3, "adam_epsilon": 1e-3, "warmup_steps": 7}, {"max_grad_norm": 1.0})
+    ]
+    compare([galore, others[0]], batch_size=2)
+    assert estimated == ["galore", "full_rank", "galore"]
+    estimated.clear()
+    compare([galore, others[1]], batch_size=2)
+    assert estimated == ["galore", "full_rank", "galore", "full_rank"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
