@@ -62,14 +62,14 @@ def plan_tables(plan: Plan) -> list[Any]:
     """The plan as rich tables and a line."""
     from rich.table import Table
 
-    members = Table(title=f"{plan.name}: members", title_justify="left")
-    for column in ("member", "what", "runs", "trained", "per run", "disk", "memory"):
-        justify: Any = "left" if column in ("member", "what") else "right"
-        members.add_column(column, justify=justify, no_wrap=column != "what")
+    members = Table(title=f"{plan.name}: members, with time, disk and memory per run", title_justify="left")
+    for column in ("member", "what"):
+        members.add_column(column, overflow="fold", min_width=10)
+    for column in ("trained", "time", "disk", "memory"):
+        members.add_column(column, justify="right", no_wrap=True)
     for member in plan.members:
-        counts = (str(member.runs), str(member.done), _time(member.seconds))
-        saved = member.checkpoints and member.checkpoint_bytes
-        disk = f"{member.checkpoints} × {_size(member.checkpoint_bytes)}" if saved else "–"
+        counts = (f"{member.done} of {member.runs}", _time(member.seconds))
+        disk = _size(member.checkpoints * member.checkpoint_bytes if member.checkpoint_bytes else None)
         members.add_row(member.member, member.what, *counts, disk, _size(member.memory_bytes))
     title = f"in {plan.directory}, {plan.jobs} in parallel with {pluralize(plan.threads, 'thread')} each"
     stages = Table(title=title, title_justify="left")

@@ -260,6 +260,8 @@ def load_study(path: str | os.PathLike[str]) -> StudyFile:
         UserError: one line that names the file, the key and what is allowed.
     """
     layers = read_layers(Path(path), what="study", resolve_paths=_resolve_paths)
+    if "method" in layers.data and "members" not in layers.data:
+        raise UserError(f"{layers.path}: must be a study, got a recipe; run it with hf-lowrank train")
     settings = validated(StudySettings, layers.data, layers)
     study = StudyFile(settings, layers)
     if not NAME.fullmatch(settings.name):

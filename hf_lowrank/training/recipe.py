@@ -185,6 +185,8 @@ def _resolve_paths(layer: dict[str, Any], folder: Path) -> None:
 
 
 def _resolve(layers: Layers) -> Recipe:
+    if "members" in layers.data and "method" not in layers.data:
+        raise UserError(f"{layers.path}: must be a recipe, got a study; run it with hf-lowrank study")
     for key in layers.data:
         if key not in SECTIONS:
             raise UserError(f"{layers.origin(str(key))}: unknown key {str(key)!r}; {nearest(str(key), SECTIONS)}")

@@ -270,6 +270,13 @@ def test_the_command_prints_the_line_and_ends_with_status_2(case, write_study, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recipe_is_not_a_study(tmp_path):
+    (tmp_path / "galore.yaml").write_text("name: a\nmethod: {name: galore}\n")
+    with pytest.raises(UserError, match=r"galore\.yaml: must be a study, got a recipe; run it with hf-lowrank train"):
+        run_study(tmp_path / "galore.yaml", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("stages", "parts"),
     [

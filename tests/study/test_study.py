@@ -153,6 +153,18 @@ def test_dry_run_by_command_writes_nothing(write_study, tmp_path, capsys, monkey
     assert sweep.split("│")[2].strip() == "4"
 
 
+def test_a_narrow_terminal_shows_what_each_member_is(write_study, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    study = write_study(members={"full_rank": "full_rank.yaml", "galore_at_a_low_rate": "galore.yaml"})
+    with pytest.raises(SystemExit):
+        main(["study", str(study), "--dry-run"])
+    table = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    shown = ["".join(cells[column].strip() for cells in table) for column in (1, 2)]
+    assert "galore_at_a_low_rate" in shown[0]
+    assert shown[1].count("galore") == 1
+    assert any(cells[3].strip() == "0 of 2" for cells in table)
+
+
 def test_the_plan_as_json(write_study, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = write_study()

@@ -189,6 +189,7 @@ def test_missing_keys_are_named(write_recipe, missing):
         ("seed: [\n", "not valid YAML"),
         ("seed: 1\nseed: 2\n", "duplicate key 'seed' in line 2"),
         ("extends: nowhere.yaml\n", "no such recipe file"),
+        ("name: a\nmembers: {galore: galore.yaml}\n", "must be a recipe, got a study; run it with hf-lowrank study"),
         ("extends: [a.yaml]\n", "extends must be one file name"),
         ("extends: bad.yaml\n", "extends must not lead back to itself: bad.yaml -> bad.yaml"),
         ("\xff", "mapping"),
