@@ -66,9 +66,11 @@ def measure(
     from hf_lowrank.measuring import measure as measure_runs
 
     rows = measure_runs(**options, progress=sys.stderr.isatty())
-    undefined = sum(row.value != row.value for row in rows)
-    rest = f", {undefined} without a value" if undefined else ""
+    without = [row for row in rows if row.value != row.value]
+    rest = f", {len(without)} without a value:" if without else ""
     echo(f"{pluralize(len(rows), 'measurement')} of {pluralize(len(runs), 'run')}{rest}")
+    for reason in dict.fromkeys(row.reason for row in without):
+        echo(f"  {', '.join(dict.fromkeys(row.metric for row in without if row.reason == reason))}: {reason}")
 
 
 @command(

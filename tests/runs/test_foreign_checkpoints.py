@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from hf_lowrank import Trajectory
 from hf_lowrank.adapters.methods import CoLASettings, ReLoraSettings
 from hf_lowrank.adapters.modeling import build_adapted
+from hf_lowrank.cli import main
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure
 from hf_lowrank.runs.export import export
@@ -120,6 +121,19 @@ def test_an_export_of_what_is_not_there_is_named(tmp_path):
         with pytest.raises(UserError, match=f"^{re.escape(message)}"):
             export(named, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+def test_the_command_says_why_values_are_missing(tmp_path, capsys):
+    small_llama().save_pretrained(tmp_path / "theirs" / "checkpoint-1")
+    with pytest.raises(SystemExit) as stop:
+        main(["measure", str(tmp_path / "theirs"), "--metrics", "loss,activation_cka,method_barrier"])
+    assert stop.value.code == 0
+    first, *reasons = capsys.readouterr().out.splitlines()
+    assert first == "3 measurements of 1 run, 3 without a value:"
+    assert reasons[0].startswith("  loss: ")
+    assert "give sequences with --evaluation-set" in reasons[0]
+    assert reasons[1].startswith("  activation_cka, method_barrier: no baseline")
+    assert len(reasons) == 2
 
 
 def quantise(folder, edge):
