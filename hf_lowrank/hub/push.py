@@ -100,7 +100,11 @@ def push(
     for delivery in deliveries:
         delivery.check()
     for delivery in deliveries:
-        _retry(partial(delivery.publisher.prepare, delivery.jobs[-1]), delivery.publisher.destination, pauses)
+        destination = delivery.publisher.destination
+        try:
+            _retry(partial(delivery.publisher.prepare, delivery.jobs[-1]), destination, pauses)
+        except UnreachedError as error:
+            raise UserError(f"{destination}: the Hub cannot be reached, no checkpoint was sent: {error}") from None
     outcomes = [(delivery, *_publish_all(delivery.publisher, delivery.jobs, pauses)) for delivery in deliveries]
     incomplete = [_incomplete(delivery, failed) for delivery, _, failed in outcomes if failed]
     if incomplete:

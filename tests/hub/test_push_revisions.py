@@ -173,6 +173,11 @@ def test_a_refused_token(hub, run, monkeypatch):
     assert nothing_written(hub)
 
 
+def test_no_network(hub, run, quick_client):
+    with pytest.raises(UserError, match=r"^user/tiny: the Hub cannot be reached, no checkpoint was sent: "):
+        push(run, "user/tiny", endpoint="http://127.0.0.1:9", token="x", pauses=())
+
+
 def test_nobody_logged_in(hub, run, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     refused(run)
