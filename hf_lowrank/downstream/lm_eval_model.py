@@ -49,14 +49,14 @@ class LowRankLM(HFLM):
             of one process. None: there is one process.
 
     Raises:
-        UserError: the checkpoint or its tokenizer does not exist.
+        UserError: no checkpoint is given, or it or its tokenizer does not exist.
     """
 
     replicas: ProcessGroup | None = None
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel,
+        pretrained: str | PreTrainedModel | None = None,
         revision: str | None = "main",
         tokenizer: Any = None,
         evaluation_set: str | EvaluationSet | None = None,
@@ -64,6 +64,8 @@ class LowRankLM(HFLM):
         show_progress: bool = True,
         **options: Any,
     ) -> None:
+        if pretrained is None:
+            raise UserError("pretrained must be a checkpoint, such as --model_args pretrained=runs/galore@last")
         self.checkpoint: Checkpoint | None = None
         self.show_progress = show_progress
         self.truncated_items = self.scored_items = 0

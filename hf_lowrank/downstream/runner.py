@@ -98,9 +98,12 @@ def evaluate(
         progress: shows tasks done and time left on stderr.
 
     Raises:
-        UserError: a run is unusable, no task is known, a table cannot be written, or a process was lost (finished rows
-            are saved).
+        UserError: a run is unusable, no task is known, a number is below 1, a table cannot be written, or a process
+            was lost (finished rows are saved).
     """
+    for name, count in (("limit", limit), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} must be at least 1, got {count}")
     warn = warn or logger.warning
     trajectories = open_runs(runs, "evaluate", revisions)
     names, problems = expand_tasks(wanted_tasks(tasks))

@@ -128,6 +128,8 @@ def test_bad_names_are_one_line(run, tmp_path, tokenizer, make_run):
         LowRankLM(f"{run}@3")
     with pytest.raises(UserError, match="no such folder"):
         LowRankLM(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="pretrained must be a checkpoint"):
+        LowRankLM(device="cpu")
     bare = make_run(tmp_path / "bare", tokenizer, steps=(0,))
     for file in (bare / "tokenizer").iterdir():
         file.unlink()

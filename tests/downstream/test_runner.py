@@ -336,6 +336,13 @@ def test_damaged_scores_of_items_are_made_again(scored, run, tmp_path):
         assert file.read_text() == whole
 
 
+@pytest.mark.parametrize("number", ["limit", "batch_size"])
+def test_numbers_below_one_stop_before_any_score(run, tmp_path, number):
+    with pytest.raises(UserError, match=f"{number} must be at least 1, got 0"):
+        evaluate(run, output=tmp_path, **{number: 0})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_device_that_is_not_there_stops_before_any_score(run, tmp_path):
     for device in ("abacus", "cuda:99"):
         with pytest.raises(UserError, match=f"device must be cpu.* on this machine, got '{device}'"):
