@@ -20,15 +20,16 @@ from hf_lowrank.runs.causality import check_causal
 from hf_lowrank.runs.checkpoints import check_files, weight_files
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import CONFIG, EVALUATION_SET, RECIPE, TRAINER_STATE
+from hf_lowrank.runs.quantized import load_dequantized
 from hf_lowrank.runs.run_files import method_of, parse_recipe, parse_trainer_state, seed_of
 from hf_lowrank.runs.sources import open_source
 from hf_lowrank.runs.weights import (
     check_checkpoint,
-    dequantizing_options,
     quantization_of,
     quiet_transformers,
     read_config,
     skeleton,
+    unexplained_codes,
 )
 from hf_lowrank.targets import keeps_codes, target_modules, warn_about_stacks
 
@@ -137,14 +138,13 @@ class Trajectory:
         quantization = quantization_of(self.config_at(step))
         options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
         try:
-            if quantization is not None:
-                options |= dequantizing_options(quantization)
             with quiet_transformers():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-                )
-                if getattr(loaded[0], "is_quantized", False):
-                    loaded = (loaded[0].dequantize().float(), loaded[1])
+                if quantization is not None:
+                    loaded: Any = load_dequantized(folder, self.config_at(step), **options)
+                else:
+                    loaded = AutoModelForCausalLM.from_pretrained(
+                        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+                    )
         except Exception as error:  # transformers raises whatever a broken file leads it to
             what = "" if quantization is None else f", its weights ({quantization.get('quant_method')}) dequantised"
             raise UserError(f"{self.where(step)}: cannot be loaded{what}: {one_line(error)}") from None
@@ -280,7 +280,10 @@ class Trajectory:
             name = names[0]
             weight = self._loaded_weights(step)[module]
         else:
-            weight = self.tensor(step, name).float()
+            weight = self.tensor(step, name)
+            if weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                raise unexplained_codes(self.where(step), name, str(weight.dtype).removeprefix("torch."))
+            weight = weight.float()
         if weight.shape != layer.weight.shape:
             raise UserError(
                 f"{self.where(step)}: {name} has shape {tuple(weight.shape)}, "

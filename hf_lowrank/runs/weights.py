@@ -29,6 +29,10 @@ from hf_lowrank.runs.layout import CONFIG
 
 Shapes = dict[str, tuple[int, ...]]
 
+FLOATING_TYPES = {"F64", "F32", "F16", "BF16"}
+# In which nothing but codes is stored; masks of early versions are BOOL, U8 or wider integers.
+CODE_TYPES = {"I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4"}
+
 # Building more layers, even without weights, would take minutes: such a number comes from a damaged file.
 MOST_LAYERS = 4096
 
@@ -55,17 +59,12 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
     return given.to_dict() if hasattr(given, "to_dict") else given
 
 
-def dequantizing_options(quantization: dict[str, Any]) -> dict[str, Any]:
-    """What `from_pretrained` needs to give plain weights where a library can while it loads.
-
-    Raises:
-        Exception: of any type: the method is unknown or its library is not installed.
-    """
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
-    while_loading = {"compressed-tensors": {"run_compressed": False}}
-    extra = while_loading.get(str(quantization.get("quant_method")), {"dequantize": True})
-    return {"quantization_config": AutoQuantizationConfig.from_dict({**quantization, **extra})}
+def unexplained_codes(where: object, name: str, kind: str) -> UserError:
+    """The error about a weight that is stored as codes although its configuration does not say what they stand for."""
+    return UserError(
+        f"{where}: {name} is stored as codes of type {kind}, and {CONFIG} has no quantization_config that says what "
+        "they stand for"
+    )
 
 
 def skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel | None:
@@ -109,12 +108,17 @@ def check_weights(folder: Path, *, exact: bool = True) -> None:
         folder: a checkpoint; nothing is compared where its weights are quantised, in shapes of their library.
         exact: whether surplus tensors are a fault too; older versions of transformers stored buffers.
     """
-    stored, config = _stored(folder), read_config(folder)
+    stored, kinds = _stored(folder)
+    config = read_config(folder)
     model = skeleton(folder, config) if quantization_of(config) is None else None
     if model is None:
         return
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    for name, kind in kinds.items():
+        if kind not in FLOATING_TYPES if name in own and own[name].is_floating_point() else kind in CODE_TYPES:
+            raise unexplained_codes(folder, name, kind)
     for name in sorted(expected.keys() & stored.keys()):
         if expected[name] != stored[name]:
             raise UserError(
@@ -130,13 +134,16 @@ def check_weights(folder: Path, *, exact: bool = True) -> None:
         raise UserError(f"{folder}: the weights do not match config.json: {what}")
 
 
-def _stored(folder: Path) -> Shapes:
+def _stored(folder: Path) -> tuple[Shapes, dict[str, str]]:
+    """Shapes and types of a checkpoint's tensors by name, from its headers."""
     shapes: Shapes = {}
+    kinds: dict[str, str] = {}
     for file in set(weight_files(folder).values()):
         with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in names})
-    return shapes
+            for name in list(tensors.keys()):
+                header = tensors.get_slice(name)
+                shapes[name], kinds[name] = tuple(header.get_shape()), header.get_dtype()
+    return shapes, kinds
 
 
 def _count(shapes: Shapes) -> int:

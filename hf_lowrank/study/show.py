@@ -69,7 +69,7 @@ def plan_tables(plan: Plan) -> list[Any]:
         members.add_column(column, justify="right", no_wrap=True)
     for member in plan.members:
         counts = (f"{member.done} of {member.runs}", _time(member.seconds))
-        disk = _size(member.checkpoints * member.checkpoint_bytes if member.checkpoint_bytes else None)
+        disk = _size((member.checkpoints or 0) * (member.checkpoint_bytes or 0) or None)
         members.add_row(member.member, member.what, *counts, disk, _size(member.memory_bytes))
     title = f"in {plan.directory}, {plan.jobs} in parallel with {pluralize(plan.threads, 'thread')} each"
     stages = Table(title=title, title_justify="left")

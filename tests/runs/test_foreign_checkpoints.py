@@ -180,6 +180,25 @@ def test_spectra_of_quantised_weights_are_those_of_what_they_stand_for(tmp_path)
     assert trajectory.model(1).dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8"])
+def test_codes_that_nothing_explains_are_not_taken_for_weights(tmp_path, kind):
+    folder = tmp_path / "run" / "checkpoint-1"
+    small_llama(hidden_size=64, intermediate_size=96, num_hidden_layers=1).save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    stored[name] = (stored[name] * 1000).to(getattr(torch, kind))
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    trajectory = Trajectory(folder.parent)
+    message = f"{re.escape(name)} is stored as codes of type .*, and config.json has no quantization_config"
+    with pytest.raises(UserError, match=message):
+        trajectory.dense_weight(1, name.removesuffix(".weight"))
+    with pytest.raises(UserError, match=message):
+        trajectory.model(1)
+    (rank,) = measure(folder.parent, metrics=["weight_effective_rank"])
+    assert math.isnan(rank.value)
+    assert re.search(message, rank.reason)
+
+
 def test_weights_whose_library_is_missing_are_null_with_the_reason(tmp_path):
     folder = tmp_path / "run" / "checkpoint-1"
     small_llama().save_pretrained(folder)
