@@ -67,5 +67,4 @@ def test_memory_is_what_was_estimated():
 
 
 def test_it_is_short():
-    prose = re.sub(r"\]\([^)]*\)|```.*?```", "", README, flags=re.DOTALL).replace("|", " ")
-    assert len(prose.split()) <= 1000
+    assert len(README.split()) <= 1000  # snippets and tables as well
