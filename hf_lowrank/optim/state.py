@@ -119,25 +119,42 @@ def check_8bit_available() -> None:
 
 
 @lru_cache(maxsize=8)
-def quantization_levels(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 256 values that codes stand for, and the bounds between them."""
+def quantization_levels(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The 256 values that codes stand for; where each of their ranges ends, the last one at infinity; and the code of
+    the smallest float32 with given upper 16 bits, by these."""
     from torchao.optim.quant_utils import create_dynamic_map
 
     values = torch.tensor(create_dynamic_map(signed=signed), dtype=torch.float32)
-    return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)
+    ends = torch.cat([(values[1:] + values[:-1]) / 2, torch.tensor([torch.inf])])
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    smallest = torch.minimum(upper.view(torch.float32), (upper | 0xFFFF).view(torch.float32))
+    return (
+        values.to(device),
+        ends.to(device),
+        torch.bucketize(smallest, ends[:-1], out_int32=True, right=True).to(device),
+    )
+
+
+def _codes(values: Tensor, signed: bool) -> Tensor:
+    """The code (int32) of each float32 from -1 to 1."""
+    _, ends, first = quantization_levels(signed, values.device)
+    if values.device.type != "cpu":
+        return torch.bucketize(values, ends[:-1], out_int32=True, right=True)
+    # A CPU searches slowly. Values with the same upper 16 bits have one of two codes: no two ends lie that close.
+    codes = first.index_select(0, (values.reshape(-1).view(torch.int32) >> 16).add_(2**15))
+    return codes.add_(values.reshape(-1) >= ends.index_select(0, codes)).view_as(values)
 
 
 def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes (uint8, of `values`' shape) and one scale (float32) per block of 256."""
     blocks = values.reshape(-1, BLOCK)
-    bounds = quantization_levels(signed, values.device)[1]
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     scales = torch.empty(len(blocks), dtype=torch.float32, device=values.device)
     parts = (blocks, codes.view(-1, BLOCK), scales)
     for some, own_codes, own_scales in zip(*(part.split(BLOCKS_AT_ONCE) for part in parts), strict=True):
         wide = some.float()
         own_scales.copy_(wide.abs().amax(-1).clamp(min=1e-12))
-        own_codes.copy_(torch.bucketize(wide / own_scales[:, None], bounds, out_int32=True, right=True))
+        own_codes.copy_(_codes(wide / own_scales[:, None], signed))
     return codes, scales
 
 

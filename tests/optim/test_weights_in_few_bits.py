@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,6 +58,21 @@ def test_eight_bits_are_torchaos(signed):
     assert (codes.int() - theirs.int()).abs().max() <= 1  # at a tie
     assert (codes != theirs).float().mean() < 1e-3
     assert torch.equal(dequantize(codes, scales, signed), dequant_with_qmap(codes, levels, scales))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_each_value_has_the_code_whose_range_it_is_in(signed):
+    levels = torch.tensor(create_dynamic_map(signed=signed))
+    bounds = (levels[1:] + levels[:-1]) / 2
+    up, down = (torch.nextafter(bounds, torch.full_like(bounds, to)) for to in (2.0, -2.0))
+    hard = torch.cat([bounds, up, down, levels, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 1e-8, -1e-8])])
+    random = torch.rand(50_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    values = torch.cat([hard, random, random * 1e-3, random * 1e-6]).clamp(-1.0 if signed else 0.0, 1.0)
+    values = torch.cat([values, torch.zeros(-len(values) % 255)]).view(-1, 255)
+    blocks = torch.cat([values, torch.ones(len(values), 1)], 1)  # so that each block's scale is 1
+    codes, scales = quantize(blocks, signed)
+    assert torch.equal(scales, torch.ones_like(scales))
+    assert np.array_equal(codes.numpy(), np.searchsorted(bounds.numpy(), blocks.numpy(), side="right"))
 
 
 def test_eight_bit_moments_take_a_quarter_and_train_alike():
