@@ -113,6 +113,7 @@ def scaling(folder: Path, repeats: int, count: int, steps: int, worlds: Sequence
                 run(local, dummies(2), 1, place / "local", fail=True)
                 taken = run(local, training(count, steps, place / "local"), workers, place / "local")
                 seconds["local"].setdefault(workers, []).append(taken)
+                print(f"{workers} workers: Ray {seconds['ray'][workers][-1]:.0f} s, local {taken:.0f} s", flush=True)
             finally:
                 local.stop()
             shutil.rmtree(place)
@@ -163,8 +164,8 @@ def main() -> None:
             folder = Path(scratch)
             prepare_corpus(load_recipe(RECIPE).data)
             found = {
-                "scaling": scaling(folder, options.repeats, options.units, options.steps, options.workers),
                 "scheduling": scheduling(folder, options.repeats, options.dummies),
+                "scaling": scaling(folder, options.repeats, options.units, options.steps, options.workers),
             }
         known = {"machine": machine(torch.device("cpu")), "versions": {**versions(), "ray": version("ray")}}
         print(write_result("ray_study", {**known, "repeats": options.repeats, **found}))

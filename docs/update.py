@@ -391,6 +391,17 @@ def drills() -> str:
     return table("drill | how much | breaches →", rows)
 
 
+def cluster() -> str:
+    """Scaling of a study's units on Ray's nodes, next to local processes, and the cost of scheduling."""
+    found = result("ray_study")
+    parts = [found["scaling"][key] for key in ("ray_speed_up", "local_speed_up", "ray_over_local")]
+    rows = [" | ".join([count, *(f"{part[count]['median']:.2f}" for part in parts)]) for count in parts[0]]
+    units = found["scheduling"]["milliseconds_per_unit"]
+    costs = ", ".join(f"{one['median']:.0f} ms each of {count}" for count, one in units.items())
+    head = "workers | speed-up on Ray → | of local processes → | Ray's time over theirs →"
+    return f"{table(head, rows)}\n\nScheduling units that end at once, on two nodes: {costs}."
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "data keys": lambda: keys(DataSettings),
     "reserved training keys": reserved_training_keys,
@@ -421,6 +432,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "streams": streams,
     "subspaces": subspaces,
     "drills": drills,
+    "cluster": cluster,
 }  # fmt: skip
 
 
