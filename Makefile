@@ -11,8 +11,8 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 # Checkers of spelling and of packages, in an environment of their own: the pinned one stays as it is pinned.
 TOOLS := codespell==2.4.3 twine==7.0.0 check-wheel-contents==0.6.3
-# Libraries that quantise and dequantise other people's checkpoints, in a folder of their own: importing transformers beside
-# them changes what it does. The tests run them in processes of their own.
+# Libraries that quantise checkpoints, in a folder outside the environment: transformers behaves differently where they are
+# installed. Tests run them in separate processes.
 QUANTIZERS := compressed-tensors==0.20.1 loguru==0.7.3 bitsandbytes==0.50.2
 # Tests of every room that take seconds each: what is run with other versions than the pinned ones.
 FAST := tests/storage tests/geometry tests/runs tests/claims tests/test_statistics.py tests/test_recipes.py \

@@ -357,3 +357,13 @@ def _difference(setting: Setting, inherited: Setting) -> Setting:
     new = [text for text, known in pairs if text != known]
     choices = {word: meaning for word, meaning in setting.choices.items() if word not in inherited.choices}
     return replace(setting, description="; ".join(new), choices=choices)
+
+
+def registered(name: str) -> Method | None:
+    """The entry of a method; None for a name from elsewhere."""
+    try:
+        if name in METHODS:
+            return METHODS[name]
+    except ImportError:  # a broken plug-in must not keep a report from being written
+        return None
+    return None

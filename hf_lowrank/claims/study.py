@@ -12,23 +12,13 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from hf_lowrank.errors import UserError
-from hf_lowrank.methods import METHODS, Method
+from hf_lowrank.methods import METHODS, registered
 from hf_lowrank.runs.measurements import Measurement
 from hf_lowrank.runs.records import RunRecord, load_runs
 from hf_lowrank.statistics import SEEDS_FOR_A_VERDICT
 
 Value = TypeVar("Value")
 Key = TypeVar("Key", bound=Any)
-
-
-def registered(name: str) -> Method | None:
-    """The entry of a method; None for a name from elsewhere."""
-    try:
-        if name in METHODS:
-            return METHODS[name]
-    except ImportError:  # a broken plug-in must not keep a report from being written
-        return None
-    return None
 
 
 def method_order(name: str) -> tuple[int, str]:

@@ -21,6 +21,9 @@ from hf_lowrank.cli.arguments import (
 from hf_lowrank.cli.output import print_json
 from hf_lowrank.formats import console, echo, is_first_process, pluralize
 
+# Of missing values; the tables have all.
+MOST_REASONS = 5
+
 
 @command(
     "hf-lowrank measure runs/full_rank runs/galore",
@@ -64,13 +67,21 @@ def measure(
     """Measure checkpoints and add rows to measurements.jsonl. Skips finished measurements."""
     options = dict(locals())
     from hf_lowrank.measuring import measure as measure_runs
+    from hf_lowrank.metrics import METRICS
 
     rows = measure_runs(**options, progress=sys.stderr.isatty())
-    without = [row for row in rows if row.value != row.value]
-    rest = f", {len(without)} without a value:" if without else ""
+    undefined = sum(row.value != row.value for row in rows)
+    rest = f", {undefined} without a value" if undefined else ""
     echo(f"{pluralize(len(rows), 'measurement')} of {pluralize(len(runs), 'run')}{rest}")
-    for reason in dict.fromkeys(row.reason for row in without):
-        echo(f"  {', '.join(dict.fromkeys(row.metric for row in without if row.reason == reason))}: {reason}")
+    asked = set(METRICS.select(metrics))
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.failed and row.metric in asked:
+            reasons.setdefault(row.reason or "", {})[row.metric] = None
+    for reason, without in list(reasons.items())[:MOST_REASONS]:
+        echo(f"  no {', '.join(without)}: {reason}")
+    if len(reasons) > MOST_REASONS:
+        echo(f"  and {len(reasons) - MOST_REASONS} more reasons, in measurements.jsonl")
 
 
 @command(

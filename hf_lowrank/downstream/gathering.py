@@ -20,6 +20,7 @@ from hf_lowrank.formats import join_words
 from hf_lowrank.metrics import METRICS
 from hf_lowrank.runs.layout import MEASUREMENTS, PREDICTION, SCORES
 from hf_lowrank.runs.measurements import NOT_DENSE, OWN_BASELINE, UNDEFINED, Measurement, read_measurements
+from hf_lowrank.runs.run_files import UNKNOWN, method_by_name
 from hf_lowrank.runs.scores import Grid, Score, above_chance, comparable_scores, read_scores
 from hf_lowrank.runs.selection import table_of
 from hf_lowrank.runs.trajectory import Trajectory
@@ -122,7 +123,7 @@ def gather(
     checkpoints = _checkpoints(target, columns, chosen, notes)
     names = list(dict.fromkeys(run for run, _ in checkpoints))
     known = {} if methods is None else dict(zip([os.fspath(run) for run in runs], methods, strict=True))
-    method_of_run = [known.get(name, measured[name][0].method) for name in names]
+    method_of_run = [known.get(name) or _method(name, measured[name][0]) for name in names]
     titles = list(dict.fromkeys(method_of_run))
 
     def column(values: Grid) -> Array:
@@ -143,6 +144,11 @@ def gather(
     if (reason := too_few(method_of_run)) is not None:
         raise UserError(f"{reason}; {len(names)} of {len(runs)} runs can take part" + _joined(problems))
     return table
+
+
+def _method(run: str, row: Measurement) -> str:
+    """A run's method as its table says it. Folders without a recipe may have equal names in different places."""
+    return method_by_name(os.path.normpath(run)) if row.method == UNKNOWN else row.method
 
 
 def _joined(problems: Iterable[str]) -> str:

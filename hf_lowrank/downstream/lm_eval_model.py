@@ -21,8 +21,10 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.geometry import ProcessGroup
 from hf_lowrank.geometry.sharding import map_over
 from hf_lowrank.runs.evaluation_set import EvaluationSet
+from hf_lowrank.runs.layout import CONFIG
 from hf_lowrank.runs.selection import Checkpoint, find_checkpoint
 from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.runs.weights import check_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ class LowRankLM(HFLM):
             if not tokenizer and Path(pretrained).is_dir():
                 trajectory = Trajectory(pretrained)
                 tokenizer = tokenizer_folder(trajectory, trajectory.steps[-1])
+            if (Path(pretrained) / CONFIG).is_file():
+                check_checkpoint(Path(pretrained))
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = device or (accelerator.type if accelerator else "cpu")
         # By itself `hf` takes the decoders of BART's family, which AutoModelForCausalLM gives, for encoder-decoders.

@@ -104,7 +104,9 @@ def push(
         try:
             _retry(partial(delivery.publisher.prepare, delivery.jobs[-1]), destination, pauses)
         except UnreachedError as error:
-            raise UserError(f"{destination}: the Hub cannot be reached, no checkpoint was sent: {error}") from None
+            raise UserError(
+                f"{destination}: the Hub was not reached or failed, and no checkpoint was sent: {error}"
+            ) from None
     outcomes = [(delivery, *_publish_all(delivery.publisher, delivery.jobs, pauses)) for delivery in deliveries]
     incomplete = [_incomplete(delivery, failed) for delivery, _, failed in outcomes if failed]
     if incomplete:

@@ -1,7 +1,8 @@
 """Which runs repeat one another: the same method with the same settings and another seed.
 
 Runs of one method with different settings (a sweep, two ranks) are not repetitions: each setting becomes a method
-of its own, named by the study's member or by what differs. So does each run without a recipe, named by its folder.
+of its own, named by the study's member or by what differs. So does each run without a recipe, named by its folder;
+folders `NAME-seed-1` and `NAME-seed-2` are two seeds.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from typing import Any
 import yaml
 
 from hf_lowrank.claims.results import Trial, read_sweep
-from hf_lowrank.claims.study import in_order, registered, titles
-from hf_lowrank.methods import SPARE_LOOKS, Look
+from hf_lowrank.claims.study import in_order, titles
+from hf_lowrank.methods import SPARE_LOOKS, Look, registered
 from hf_lowrank.report.standings import BASELINE
 from hf_lowrank.runs.records import RunRecord
-from hf_lowrank.runs.run_files import section
+from hf_lowrank.runs.run_files import SEEDED, UNKNOWN, method_by_name, section
 from hf_lowrank.storage.parsing import parse_plain_yaml
 
-_MEMBER = re.compile(r"(.+)-seed-?\d+$")
 # Settings that do not affect what is learnt.
 _IRRELEVANT = re.compile(
     r"(method\.(name|seed|diagnostics)|training\.(seed|data_seed|output_dir|run_name|logging_.*|save_.*|eval_.*|report_to"
@@ -36,7 +36,7 @@ def member_of(run: RunRecord, study: Path | None) -> str | None:
     """The member of the study that `run` is a seed of; None for a run from elsewhere."""
     if study is None or run.path.resolve().parent != (study / "runs").resolve():
         return None
-    found = _MEMBER.match(run.path.resolve().name)
+    found = SEEDED.match(run.path.resolve().name)
     return found[1] if found else None
 
 
@@ -44,20 +44,12 @@ def with_distinct_methods(runs: Sequence[RunRecord], study: Path | None = None) 
     """The runs, where those of one method and size with different settings get method names of their own."""
     kinds: dict[tuple[Any, ...], list[RunRecord]] = {}
     for run in runs:
-        method = (member_of(run, study) or _name_of_foreign(run)) if run.method == "unknown" else run.method
+        method = (member_of(run, study) or method_by_name(run.name)) if run.method == UNKNOWN else run.method
         kinds.setdefault((run.fingerprint, run.size, method), []).append(replace(run, method=method))
     renamed = {run.name: one for members in kinds.values() for run, one in _renamed(members, study)}
     titled = _titles(study)
     return [replace(renamed[run.name], method=titled.get(member_of(run, study), renamed[run.name].method))
             for run in runs]  # fmt: skip
-
-
-def _name_of_foreign(run: RunRecord) -> str:
-    """What stands for the method of a run without a recipe: nothing says that it repeats another, unless folders are
-    named as seeds of one member are."""
-    found = _MEMBER.match(run.name)
-    name = found[1] if found else run.name
-    return f"{name} (unknown method)" if registered(name) else name
 
 
 def baseline_of(runs: Sequence[RunRecord], study: Path | None) -> str:

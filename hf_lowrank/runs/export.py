@@ -3,22 +3,25 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM
 
 from hf_lowrank.adapters.modeling import LowRankForCausalLM
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.runs.foreign_adapters import is_adapter, merged
 from hf_lowrank.runs.layout import CONFIG, TOKENIZER, TOKENIZER_FILES
+from hf_lowrank.runs.quantized import load_in_float32
 from hf_lowrank.runs.selection import find_checkpoint
-from hf_lowrank.runs.weights import check_checkpoint, quiet_transformers
+from hf_lowrank.runs.weights import check_checkpoint, quantization_of, quiet_transformers, read_config
 
 MAKING = ".making"
 
 
 def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
     """Writes the model of a checkpoint, `RUN@STEP` or its folder, in its base architecture and with the tokenizer, to
-    a new or empty folder, and returns that.
+    a new or empty folder, and returns that. Quantised weights become dense ones of the configuration's type.
 
     Raises:
         UserError: the checkpoint is missing or damaged, has no dense equivalent (CoLA), or the folder is not empty.
@@ -36,8 +39,13 @@ def export(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -
         raise UserError(f"{target}: the output must be a new or empty folder")
     check_checkpoint(folder)
     try:
+        config = read_config(folder)
         with quiet_transformers():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+            if quantization_of(config) is not None:
+                model: Any = load_in_float32(folder, config)
+                model.to(config.dtype or torch.float32)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
     except Exception as error:  # transformers raises whatever a broken file leads it to
         raise UserError(f"{folder}: cannot be loaded: {one_line(error)}") from None
     dense = model.to_dense() if isinstance(model, LowRankForCausalLM) else model

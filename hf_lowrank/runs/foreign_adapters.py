@@ -5,14 +5,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
 from hf_lowrank.storage.cache import cached_folder
 from hf_lowrank.storage.checksums import fingerprint
 from hf_lowrank.storage.parsing import parse_json
+
+# Part of the cache's key: checkpoints that were merged in another way are merged again.
+MERGING = "float32"
 
 
 def is_adapter(folder: Path) -> bool:
@@ -38,7 +40,7 @@ def merged(folder: Path) -> Path:
     # A base model in a folder may change under its name; one of the Hub has a revision.
     files = {file.name for file in Path(base).glob("*.safetensors")}
     content = fingerprint(Path(base), files) if files else revision
-    key = f"{fingerprint(folder, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))} {base} {content}"
+    key = f"{MERGING} {fingerprint(folder, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))} {base} {content}"
     return cached_folder("merged", key, lambda made: _merge(folder, str(base), revision, made))
 
 
@@ -51,9 +53,7 @@ def _merge(folder: Path, base: str, revision: str | None, made: Path) -> None:
     try:
         with quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                base, revision=revision or "main", dtype=torch.float32, use_safetensors=True
-            )
+            model: Any = _base_model(base, revision or "main")
             model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
             model.save_pretrained(made)
     except Exception as error:  # transformers and PEFT raise whatever a broken file leads them to
@@ -64,3 +64,13 @@ def _merge(folder: Path, base: str, revision: str | None, made: Path) -> None:
             shutil.copyfile(file, made / file.name)
         if found:
             break
+
+
+def _base_model(base: str, revision: str) -> Any:
+    """The base model in float32; a quantised one dequantised, or merging would round the adapter to its codes."""
+    from hf_lowrank.runs.quantized import load_in_float32
+    from hf_lowrank.runs.weights import check_weights
+
+    if Path(base).is_dir():
+        check_weights(Path(base), exact=False)
+    return load_in_float32(base, AutoConfig.from_pretrained(base, revision=revision), revision=revision)

@@ -2,86 +2,116 @@
 
 import copy
 import io
-import json
 import re
+from collections.abc import Iterable
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_lowrank.runs.weights import quantization_of, skeleton
 
 # Companions of activations and of the key-value cache, which no weight depends on.
-_OF_ACTIVATIONS = re.compile(r"(.*\.)?((in|out)put_(global_)?(scale|zero_point)|[kqv]_(scale|zero_point))$")
+_OF_ACTIVATIONS = re.compile(r"((in|out)put_(global_)?(scale|zero_point)|[kqv]_(scale|zero_point))$")
 
 
-def load_dequantized(
-    folder: Path, config: PreTrainedConfig, **options: Any
-) -> tuple[PreTrainedModel, dict[str, list[str]]]:
-    """The model of a quantised checkpoint with plain weights in float32, and transformers' loading information.
+def load_in_float32(
+    folder: str | Path, config: PreTrainedConfig, *, device_map: Any = None, revision: str = "main"
+) -> PreTrainedModel:
+    """The model of a checkpoint, in float32 and with all its weights; dequantised where they are quantised.
 
     Args:
-        folder, config: a checkpoint and its configuration, which says how its weights are quantised.
-        **options: of `from_pretrained`.
+        folder, config: a checkpoint or a repository, and its configuration, which says how its weights are quantised.
+        device_map: as in transformers; None: on the CPU, whatever the library of the codes prefers.
+        revision: of a repository.
 
     Raises:
-        Exception: of any type: the method is unknown, its library is not installed or cannot dequantise, or the
-            checkpoint has tensors that it does not use.
+        Exception: of any type: weights are missing; or the method of quantisation is unknown, its library is not
+            installed or cannot dequantise, or it does not use all tensors of a quantised module.
     """
+    options = {"revision": revision, "use_safetensors": True, "output_loading_info": True}
+    if quantization_of(config) is None:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, device_map=device_map, **options
+        )
+        model, found = loaded
+    else:
+        model, found = _load_dequantized(folder, config, device_map, options)
+    if found["missing_keys"]:  # transformers would use random weights instead
+        raise ValueError(f"{min(found['missing_keys'])} is missing from its weights")
+    return cast(PreTrainedModel, model)
+
+
+def _load_dequantized(
+    folder: str | Path, config: PreTrainedConfig, device_map: Any, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     quantization = quantization_of(config) or {}
+    method = quantization.get("quant_method")
     if quantization.get("transform_config"):
         raise ValueError("its weights belong to transformed hidden states (transform_config)")
-    by_module = _differs_between_modules(quantization)
-    given = AutoQuantizationConfig.from_dict({**quantization, "dequantize": not by_module})
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        quantization_config=given,
-        **options,
-    )
-    model, found = loaded
-    unused = sorted(name for name in found["unexpected_keys"] if not _OF_ACTIVATIONS.fullmatch(name))
-    if unused:  # a scale, a zero point or an order of columns, without which codes stand for something else
-        raise ValueError(f"its tensor {unused[0]} is not used")
-    if by_module:
-        with redirect_stderr(io.StringIO()):  # progress bars
+    bare = skeleton(Path(folder), _unquantized(config))
+    # transformers dequantises all modules of compressed-tensors by one scheme, and multiplies in the scales' type. The
+    # library knows the scheme of each, but no stacked experts.
+    by_module = method == "compressed-tensors" and bare is not None and not _has_stacks(bare)
+    given: Any = AutoQuantizationConfig.from_dict({**quantization, "dequantize": not by_module})
+    place = {"device_map": {"": "cpu"} if device_map is None else device_map, "dtype": torch.float32}
+    with redirect_stderr(io.StringIO()):  # the libraries' progress bars
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=given, **place, **options)
+        model, found = loaded
+        _check_all_is_used(found["unexpected_keys"], bare or model)
+        if by_module and given.is_quantization_compressed:
             model.hf_quantizer.compressor.decompress_model(model)
-    if by_module or quantization.get("quant_method") == "torchao":
-        model = _plain(model, folder, config)
-    elif getattr(model, "is_quantized", False):
-        model = model.dequantize().float()
+        elif getattr(model, "is_quantized", False) and not by_module and method != "torchao":
+            model = model.dequantize()
+        model = _plain(model, bare, config, place)
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32 or type(parameter.data) is not torch.Tensor:
+        if parameter.dtype != torch.float32 or type(parameter.data) is not Tensor:
             raise ValueError(f"{name} is not dequantised by its library")
     return model, found
 
 
-def _differs_between_modules(quantization: dict[str, Any]) -> bool:
-    """Whether a checkpoint of compressed-tensors has several schemes. transformers dequantises every module by the
-    first one; the library knows that of each."""
-    if quantization.get("quant_method") != "compressed-tensors":
-        return False
-    schemes = [group.get("weights") for group in (quantization.get("config_groups") or {}).values()]
-    return len({json.dumps(scheme, sort_keys=True, default=str) for scheme in schemes}) > 1
+def _has_stacks(model: nn.Module) -> bool:
+    return any(parameter.dim() > 2 for parameter in model.parameters())
 
 
-def _plain(model: PreTrainedModel, folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """A copy with torch's own tensors, and without what the library has left: scales, hooks, and forward passes that
-    quantise weights again once they are moved."""
+def _unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     del config.quantization_config
-    names = set((skeleton(folder, config) or model).state_dict())
+    return config
+
+
+def _check_all_is_used(unexpected: Iterable[str], model: nn.Module) -> None:
+    """Raises a ValueError about a tensor of a module with a weight, such as a scale or the order of its columns,
+    without which the codes of that weight stand for something else. Other surplus tensors are as in any checkpoint."""
+    modules = dict(model.named_modules())
+    for name in sorted(unexpected):
+        path, _, tensor = name.rpartition(".")
+        if path in modules and hasattr(modules[path], "weight") and not _OF_ACTIVATIONS.fullmatch(tensor):
+            raise ValueError(f"its tensor {name} is not used")
+
+
+def _plain(
+    model: PreTrainedModel, bare: nn.Module | None, config: PreTrainedConfig, place: dict[str, Any]
+) -> PreTrainedModel:
+    """A copy with torch's own tensors, and without what the library has left: scales, hooks, forward passes that quantise
+    weights again once they are moved, and conversions for saving them."""
+    names = set((bare or model).state_dict())
     weights = {name: _own_tensor(tensor) for name, tensor in model.state_dict().items() if name in names}
-    plain: PreTrainedModel = type(model).from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
-    return plain
+    loaded: Any = type(model).from_pretrained(
+        None, config=_unquantized(config), state_dict=weights, output_loading_info=True, **place
+    )
+    plain, found = loaded
+    missing = sorted(found["missing_keys"]) or sorted(map(str, found["mismatched_keys"]))
+    if missing:
+        raise ValueError(f"{missing[0]} is not dequantised by its library")
+    return cast(PreTrainedModel, plain)
 
 
-def _own_tensor(tensor: Any) -> torch.Tensor:
-    plain: torch.Tensor = tensor if type(tensor) in (torch.Tensor, torch.nn.Parameter) else tensor.dequantize()
-    return plain
+def _own_tensor(tensor: Any) -> Tensor:
+    own: Tensor = tensor if type(tensor) in (Tensor, nn.Parameter) else tensor.dequantize()
+    return own

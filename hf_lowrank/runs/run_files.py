@@ -5,6 +5,7 @@ Every reader raises a `UserError` that names the file where it is damaged.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.formats import finite_number
+from hf_lowrank.methods import registered
 from hf_lowrank.runs.layout import FACTS, PREDICTION, RECIPE, TRAINER_STATE, has_checksums
 from hf_lowrank.storage.checksums import (
     damage_by_checksums,
@@ -58,11 +60,25 @@ def section(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+# What a recipe that names no method has in its place, and tables for runs without a recipe.
+UNKNOWN = "unknown"
+# The folder of a run that is one seed of several.
+SEEDED = re.compile(r"(.+)-seed-?\d+$")
+
+
+def method_by_name(run: str) -> str:
+    """What stands for the method of a run whose recipe does not say it: the name of its folder without the seed at its
+    end. Nothing else says that such runs repeat one another, and a registered method it is not."""
+    seeded = SEEDED.match(run)
+    name = seeded[1] if seeded else run
+    return f"{name} ({UNKNOWN} method)" if registered(name) else name
+
+
 def method_of(recipe: Mapping[str, Any]) -> str:
     """The method's name; "unknown" where the recipe does not say."""
     method = recipe.get("method")
     name = method.get("name") if isinstance(method, dict) else method
-    return "unknown" if name is None else str(name)
+    return UNKNOWN if name is None else str(name)
 
 
 def seed_of(recipe: Mapping[str, Any]) -> int | None:

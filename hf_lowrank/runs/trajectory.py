@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.adapters.dense import PREFIX
@@ -20,7 +19,7 @@ from hf_lowrank.runs.causality import check_causal
 from hf_lowrank.runs.checkpoints import check_files, weight_files
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import CONFIG, EVALUATION_SET, RECIPE, TRAINER_STATE
-from hf_lowrank.runs.quantized import load_dequantized
+from hf_lowrank.runs.quantized import load_in_float32
 from hf_lowrank.runs.run_files import method_of, parse_recipe, parse_trainer_state, seed_of
 from hf_lowrank.runs.sources import open_source
 from hf_lowrank.runs.weights import (
@@ -75,7 +74,8 @@ class Trajectory:
         self._weight_files: dict[int, dict[str, Path]] = {}
         self._known_to_be_causal = False
         self._loading = threading.Lock()
-        self._loaded: dict[int, dict[str, Tensor]] = {}
+        self._loaded: dict[int, dict[str, Tensor] | UserError] = {}
+        self._quantized: dict[int, bool] = {}
 
     def __repr__(self) -> str:
         return f"Trajectory({self.path!r}, steps={self.steps})"
@@ -136,21 +136,12 @@ class Trajectory:
         """
         folder = self.checked_folder(step)
         quantization = quantization_of(self.config_at(step))
-        options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
         try:
             with quiet_transformers():
-                if quantization is not None:
-                    loaded: Any = load_dequantized(folder, self.config_at(step), **options)
-                else:
-                    loaded = AutoModelForCausalLM.from_pretrained(
-                        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-                    )
+                model = load_in_float32(folder, self.config_at(step), device_map=device_map)
         except Exception as error:  # transformers raises whatever a broken file leads it to
             what = "" if quantization is None else f", its weights ({quantization.get('quant_method')}) dequantised"
             raise UserError(f"{self.where(step)}: cannot be loaded{what}: {one_line(error)}") from None
-        model, missing = loaded[0], loaded[1]["missing_keys"]
-        if missing:  # transformers would use random weights instead
-            raise UserError(f"{self.where(step)}: {min(missing)} is missing from its weights")
         left_out = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
         if left_out is not None:
             raise UserError(
@@ -276,12 +267,12 @@ class Trajectory:
         prefix = f"{base}." if self.adapted else ""
         names = (f"{prefix}{module}.weight", f"{module.removeprefix(base + '.')}.weight")
         name = next((name for name in names if name in self.tensor_names(step)), None)
-        if name is None or quantization_of(self.config) is not None:
+        if name is None or self._is_quantized(step):
             name = names[0]
             weight = self._loaded_weights(step)[module]
         else:
             weight = self.tensor(step, name)
-            if weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            if not weight.is_floating_point() or weight.itemsize < 2:
                 raise unexplained_codes(self.where(step), name, str(weight.dtype).removeprefix("torch."))
             weight = weight.float()
         if weight.shape != layer.weight.shape:
@@ -295,6 +286,11 @@ class Trajectory:
         """Whether an adapted checkpoint stores a target's tensors under its own name."""
         return any(name.startswith(f"{PREFIX}.{module}.") for name in self.tensor_names(step))
 
+    def _is_quantized(self, step: int) -> bool:
+        if step not in self._quantized:
+            self._quantized[step] = quantization_of(self.config_at(step)) is not None
+        return self._quantized[step]
+
     def _loaded_weights(self, step: int) -> dict[str, Tensor]:
         """The targets' weights of a step by the module's name, for which transformers loads the model: architectures
         may store them under other names, and quantised."""
@@ -302,10 +298,16 @@ class Trajectory:
 
         with self._loading:
             if step not in self._loaded:
-                self._loaded[step] = dense_weights_of(self.model(step), self.targets)
+                try:
+                    self._loaded[step] = dense_weights_of(self.model(step), self.targets)
+                except UserError as error:  # the next module would load everything again only to be told the same
+                    self._loaded[step] = error
                 while len(self._loaded) > KEPT_STEPS:
                     del self._loaded[next(iter(self._loaded))]
-            return self._loaded[step]
+            found = self._loaded[step]
+        if isinstance(found, UserError):
+            raise found
+        return found
 
     def low_rank_factors(self, step: int, module: str) -> Factors | None:
         """(B (out, r), A (r, in), scaling) whose product is the dense weight; None where it is not such a product."""

@@ -117,7 +117,8 @@ def check_weights(folder: Path, *, exact: bool = True) -> None:
     own = model.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     for name, kind in kinds.items():
-        if kind not in FLOATING_TYPES if name in own and own[name].is_floating_point() else kind in CODE_TYPES:
+        has_codes = kind in CODE_TYPES and name not in own
+        if has_codes or (kind not in FLOATING_TYPES and name in own and own[name].is_floating_point()):
             raise unexplained_codes(folder, name, kind)
     for name in sorted(expected.keys() & stored.keys()):
         if expected[name] != stored[name]:

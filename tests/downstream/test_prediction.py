@@ -366,6 +366,22 @@ def test_settings_of_one_method_that_are_given_as_several_are_several(tmp_path):
     assert len(set(apart)) == 2 * len(table.methods)
 
 
+def test_folders_without_a_recipe_are_methods_of_their_own(tmp_path):
+    table, runs = write_study(tmp_path)
+    named = [
+        run.with_name(f"m{method}-seed-{k}") for k, (run, method) in enumerate(zip(runs, table.method_R, strict=True))
+    ]
+    for run, renamed in zip(runs, named, strict=True):
+        rows = [replace(row, method="unknown") for row in read_measurements(run / "measurements.jsonl")]
+        renamed.mkdir()
+        append_measurements(renamed / "measurements.jsonl", rows)
+        (run / "downstream.jsonl").rename(renamed / "downstream.jsonl")
+    gathered = gather(named, metrics=["random_sharpness"])
+    assert [gathered.methods[method] for method in gathered.method_R] == [
+        str(tmp_path / f"m{method}") for method in table.method_R
+    ]
+
+
 def test_predict_says_what_is_missing(tmp_path):
     _, runs = write_study(tmp_path, methods=4, runs=2)
     (runs[3] / "downstream.jsonl").unlink()

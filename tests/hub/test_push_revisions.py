@@ -174,7 +174,9 @@ def test_a_refused_token(hub, run, monkeypatch):
 
 
 def test_no_network(hub, run, quick_client):
-    with pytest.raises(UserError, match=r"^user/tiny: the Hub cannot be reached, no checkpoint was sent: "):
+    with pytest.raises(
+        UserError, match=r"^user/tiny: the Hub was not reached or failed, and no checkpoint was sent: "
+    ):
         push(run, "user/tiny", endpoint="http://127.0.0.1:9", token="x", pauses=())
 
 

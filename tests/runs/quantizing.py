@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -36,17 +37,20 @@ def scheme(bits, kind="int", group=None):
     return {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy, "group_size": group}
 
 
-def coded(weight, bits, kind, group):
-    """Scales (rows, groups) of the largest entries, and what the codes stand for."""
+ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def coded(weight, bits, kind, group, dtype):
+    """Scales (rows, groups) of the largest entries in `dtype`, and what the codes stand for."""
     groups = weight.view(len(weight), -1, group or weight.shape[1])
     most = 448 if kind == "float" else 2 ** (bits - 1) - 1
-    scales = groups.abs().amax(-1, keepdim=True) / most
+    scales = (groups.abs().amax(-1, keepdim=True) / most).to(dtype).float()
     codes = groups / scales
     codes = codes.to(torch.float8_e4m3fn).float() if kind == "float" else codes.round().clamp(-most - 1, most)
     return scales.squeeze(-1), (codes * scales).view_as(weight)
 
 
-def compressed(folder, groups, form=None):
+def compressed(folder, groups, form=None, dtype=torch.float32):
     """Writes a checkpoint of compressed-tensors; returns the model with what its weights stand for."""
     model, meant = llama(), llama()
     settings = {"config_groups": groups, "ignore": ["lm_head"], "quant_method": "compressed-tensors"}
@@ -54,8 +58,8 @@ def compressed(folder, groups, form=None):
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and getattr(module, "quantization_scheme", None) is not None:
             how = module.quantization_scheme.weights
-            scales, stands_for = coded(module.weight.detach(), how.num_bits, how.type, how.group_size)
-            module.weight_scale.data = scales.reshape(module.weight_scale.shape)
+            scales, stands_for = coded(module.weight.detach(), how.num_bits, how.type, how.group_size, dtype)
+            module.weight_scale.data = scales.reshape(module.weight_scale.shape).to(dtype)
             meant.get_submodule(name).weight.data = stands_for
     compressor = ModelCompressor.from_pretrained_model(model, quantization_format=form)
     compressor.compress_model(model)
@@ -112,6 +116,16 @@ KINDS = {
         {"a": {"targets": ATTENTION, "weights": scheme(8)}, "b": {"targets": MLP, "weights": scheme(4)}},
         "pack-quantized",
     ),
+    "two_formats": lambda to: compressed(
+        to,
+        {
+            "a": {"targets": ATTENTION, "weights": scheme(8), "input_activations": ACTIVATIONS},
+            "b": {"targets": MLP, "weights": scheme(8)},
+        },
+    ),
+    "bfloat16_scales": lambda to: compressed(
+        to, {"all": {"targets": ["Linear"], "weights": scheme(4, group=32)}}, dtype=torch.bfloat16
+    ),
     "bitsandbytes_8bit": lambda to: of_bitsandbytes(to, load_in_8bit=True),
     "bitsandbytes_4bit": lambda to: of_bitsandbytes(to, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
 }
@@ -127,6 +141,23 @@ def main():
         found |= {f"source.{name}": llama().get_submodule(name).weight.detach().clone() for name in trajectory.targets}
         found |= {"logits.read": moved(trajectory.model(1)), "logits.meant": moved(meant)}
         save_file(found, folder.parent / "found.safetensors")
+    adapter(Path(sys.argv[1]))
+
+
+def adapter(folder):
+    """A LoRA of a model in four bits: what its merged weight is, and what is read."""
+    torch.manual_seed(2)
+    base = folder / "bitsandbytes_4bit" / "checkpoint-1"
+    meant = load_file(base.parent / "found.safetensors")["meant.model.layers.0.self_attn.q_proj"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
+    tuned = get_peft_model(llama(), config)
+    tuned.peft_config["default"].base_model_name_or_path = str(base)
+    tuned.save_pretrained(folder / "adapter" / "checkpoint-1")
+    layer = tuned.base_model.model.model.layers[0].self_attn.q_proj
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    read = Trajectory(folder / "adapter").dense_weight(1, "model.layers.0.self_attn.q_proj")
+    found = {"meant": (meant + 2 * product).detach(), "read": read.contiguous()}
+    save_file(found, folder / "adapter" / "found.safetensors")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from hf_lowrank import Trajectory
 from hf_lowrank.adapters.methods import CoLASettings, ReLoraSettings
 from hf_lowrank.adapters.modeling import build_adapted
 from hf_lowrank.cli import main
+from hf_lowrank.cli.look import MOST_REASONS
 from hf_lowrank.errors import UserError
 from hf_lowrank.measuring import measure
 from hf_lowrank.runs.export import export
@@ -129,11 +130,47 @@ def test_the_command_says_why_values_are_missing(tmp_path, capsys):
         main(["measure", str(tmp_path / "theirs"), "--metrics", "loss,activation_cka,method_barrier"])
     assert stop.value.code == 0
     first, *reasons = capsys.readouterr().out.splitlines()
-    assert first == "3 measurements of 1 run, 3 without a value:"
-    assert reasons[0].startswith("  loss: ")
+    assert first == "3 measurements of 1 run, 3 without a value"
+    assert reasons[0].startswith("  no loss: ")
     assert "give sequences with --evaluation-set" in reasons[0]
-    assert reasons[1].startswith("  activation_cka, method_barrier: no baseline")
+    assert reasons[1].startswith("  no activation_cka, method_barrier: no baseline")
     assert len(reasons) == 2
+    with pytest.raises(SystemExit):
+        main(["measure", str(tmp_path / "theirs"), "--metrics", "weight_stable_rank"])
+    assert len(capsys.readouterr().out.splitlines()) == 1  # what is missing was not asked for
+
+
+def test_the_command_names_few_of_many_reasons(tmp_path, capsys):
+    for step in range(1, 9):
+        small_llama().save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+        (tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(SystemExit):
+        main(["measure", str(tmp_path / "run"), "--metrics", "weight_stable_rank"])
+    _, *reasons = capsys.readouterr().out.splitlines()
+    assert len(reasons) == MOST_REASONS + 1
+    assert reasons[-1] == "  and 3 more reasons, in measurements.jsonl"
+
+
+def test_checkpoints_of_a_run_may_differ_in_whether_they_are_quantised(tmp_path):
+    for step in (1, 2):
+        small_llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+    meant = quantise(tmp_path / "run" / "checkpoint-2", 16)
+    trajectory = Trajectory(tmp_path / "run")
+    for step, weights in ((1, load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")), (2, meant)):
+        for module in trajectory.targets:
+            read = trajectory.dense_weight(step, module)
+            assert torch.allclose(read, weights[f"{module}.weight"], rtol=1e-6, atol=1e-9)
+
+
+def test_quantised_weights_are_exported_dense(tmp_path):
+    folder = tmp_path / "run" / "checkpoint-1"
+    small_llama(hidden_size=64, intermediate_size=96).save_pretrained(folder)
+    meant = quantise(folder, 16)
+    exported = export(f"{tmp_path / 'run'}@1", tmp_path / "dense")
+    stored = load_file(exported / "model.safetensors")
+    assert "quantization_config" not in json.loads((exported / "config.json").read_text())
+    for name, weight in meant.items():
+        assert torch.allclose(stored[name].float(), weight, rtol=1e-6, atol=1e-9)
 
 
 def quantise(folder, edge):

@@ -14,11 +14,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import Trajectory
 
-# Where the Makefile puts the libraries: beside, not in, the environment.
+# Where the Makefile installs the libraries, outside the environment.
 LIBRARIES = Path(sys.prefix) / "quantizers"
-KINDS = ("int4_groups", "fp8", "two_types", "two_widths", "bitsandbytes_8bit", "bitsandbytes_4bit")
-
-pytestmark = pytest.mark.skipif(not LIBRARIES.is_dir(), reason="only the pinned environment has these libraries")
+KINDS = (
+    "int4_groups",
+    "fp8",
+    "two_types",
+    "two_widths",
+    "two_formats",
+    "bfloat16_scales",
+    "bitsandbytes_8bit",
+    "bitsandbytes_4bit",
+)
 
 
 def run(*arguments):
@@ -30,6 +37,8 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
+    if not LIBRARIES.is_dir():
+        pytest.skip("only the pinned environment has these libraries")
     folder = tmp_path_factory.mktemp("quantized")
     done = run("-m", "tests.runs.quantizing", folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -54,6 +63,11 @@ def test_weights_are_what_the_codes_stand_for(quantized, kind):
 def test_moved_weights_are_not_quantised_again(quantized, kind):
     found = load_file(quantized / kind / "found.safetensors")
     assert torch.allclose(found["logits.read"], found["logits.meant"], atol=1e-5)
+
+
+def test_an_adapter_is_merged_into_what_the_codes_of_its_base_stand_for(quantized):
+    found = load_file(quantized / "adapter" / "found.safetensors")
+    assert torch.allclose(found["read"], found["meant"], rtol=1e-5, atol=1e-7)
 
 
 def refusal(folder):
@@ -99,6 +113,22 @@ def test_scales_of_activations_and_of_the_cache_are_none(quantized, tmp_path):
     value, _, reason = changed(quantized, tmp_path, activations).partition(" ")
     assert float(value) > 1
     assert reason == "None"
+
+
+def test_a_surplus_buffer_is_as_in_any_checkpoint(quantized, tmp_path):
+    def surplus(config, tensors):
+        tensors["model.layers.0.self_attn.masked_bias"] = torch.ones(1)
+
+    assert changed(quantized, tmp_path, surplus).endswith(" None")
+
+
+def test_a_missing_tensor_is_a_reason(quantized, tmp_path):
+    def without(config, tensors):
+        del tensors["model.layers.0.mlp.up_proj.weight_packed"]
+
+    said = changed(quantized, tmp_path, without)
+    assert said.startswith("nan ")
+    assert "model.layers.0.mlp.up_proj.weight" in said
 
 
 def test_transformed_weights_are_refused(quantized, tmp_path):
