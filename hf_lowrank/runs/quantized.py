@@ -69,9 +69,6 @@ def _load_dequantized(
         elif getattr(model, "is_quantized", False) and not by_module and method != "torchao":
             model = model.dequantize()
         model = _plain(model, bare, config, place)
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32 or type(parameter.data) is not Tensor:
-            raise ValueError(f"{name} is not dequantised by its library")
     return model, found
 
 
@@ -98,10 +95,13 @@ def _check_all_is_used(unexpected: Iterable[str], model: nn.Module) -> None:
 def _plain(
     model: PreTrainedModel, bare: nn.Module | None, config: PreTrainedConfig, place: dict[str, Any]
 ) -> PreTrainedModel:
-    """A copy with torch's own tensors, and without what the library has left: scales, hooks, forward passes that quantise
-    weights again once they are moved, and conversions for saving them."""
-    names = set((bare or model).state_dict())
-    weights = {name: _own_tensor(tensor) for name, tensor in model.state_dict().items() if name in names}
+    """A copy with torch's own tensors, and without what the library has left: scales, hooks, conversions for saving,
+    and forward passes that quantise weights again once they are moved."""
+    own = (bare or model).state_dict()
+    weights = {name: _own_tensor(tensor) for name, tensor in model.state_dict().items() if name in own}
+    for name, tensor in weights.items():
+        if own[name].is_floating_point() and (not tensor.is_floating_point() or tensor.itemsize < 2):
+            raise ValueError(f"{name} is not dequantised by its library")
     loaded: Any = type(model).from_pretrained(
         None, config=_unquantized(config), state_dict=weights, output_loading_info=True, **place
     )
