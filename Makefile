@@ -151,6 +151,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	@echo "installing the oldest supported versions into $(OLDEST)"
 	@$(OLDEST)/bin/python -m pip install --quiet --no-input $(shell grep '^torch==' constraints-oldest.txt)
 	@$(OLDEST)/bin/python -m pip install --quiet --no-input --constraint constraints-oldest.txt --editable '.[test]'
+	@$(OLDEST)/bin/python -m pip install --quiet --no-input --no-deps $(WITNESSES)
 	@touch $@
 
 clean:
