@@ -198,6 +198,16 @@ def test_a_study_is_shown_and_its_failures_said(make_run, make_study, page_of, t
     assert 'id="claims"' not in without
 
 
+def test_folders_without_a_loss_have_no_empty_chart_of_it(make_run, page_of):
+    runs = [make_run("theirs"), make_run("ours")]
+    assert 'id="fig-loss"' in page_of(runs)[0]
+    for run in runs:
+        (run / "recipe.yaml").unlink()
+        for state in run.glob("checkpoint-*/trainer_state.json"):
+            state.unlink()
+    assert 'id="fig-loss"' not in page_of(runs)[0]
+
+
 def test_the_answer_is_in_the_page_without_its_script(make_run, page_of):
     text, page = page_of(
         [make_run(f"{m}{s}", m, s, loss=x) for m, x in (("fira", 3.0), ("cola", 4.0)) for s in range(3)]
