@@ -20,7 +20,8 @@ FAST := tests/storage tests/geometry tests/runs tests/claims tests/test_statisti
 	tests/adapters/test_adapter_peft.py tests/adapters/test_adapter_layers.py tests/adapters/test_registration.py \
 	tests/adapters/test_lowrank_model.py tests/adapters/test_relora.py tests/hub/test_push_revisions.py \
 	tests/hub/test_read_back.py tests/hub/test_bucket.py tests/hub/test_cards.py tests/downstream/test_runner.py \
-	tests/measuring/test_measure.py tests/training/test_recipe.py tests/memory/test_ledger.py
+	tests/measuring/test_measure.py tests/training/test_recipe.py tests/memory/test_ledger.py \
+	tests/study/test_ray.py::test_results_are_those_of_local_processes
 OLDEST := $(VENV)/oldest
 
 .PHONY: quickstart test coverage test-fast test-oldest drill gpu-test audit browser-test lint format pages docs bench wheel package clean

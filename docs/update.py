@@ -243,7 +243,7 @@ def memory_by_method() -> str:
 
 
 def measuring_costs() -> str:
-    """What the metrics cost beside the forward passes that they need."""
+    """What the metrics cost compared with the forward passes that they need."""
     parts = result("geometry")["parts"]
     rows = [
         f"{name} | {one['share_in_forward'] * 100:.0f} % of the time is in forward passes"
@@ -254,8 +254,8 @@ def measuring_costs() -> str:
         f"spectra (metrics 7–13) | {spectra['ratio']:.2f} of a plain `svdvals` loop over {spectra['matrices']} "
         f"matrices; {spectra['ratio_from_factors']:.2f} from factors",
         f"activations (metrics 14–16) | {activations['ratio']:.2f} of the two models' forward passes; "
-        f"{parts['activation_memory']['beyond_models_mib']:.0f} MiB beside the models",
-        f"memory of a landscape | {parts['memory_copy']['models_beside_one_batch']:.2f} models beside one batch; with "
+        f"{parts['activation_memory']['beyond_models_mib']:.0f} MiB in addition to the models",
+        f"memory of a landscape | {parts['memory_copy']['models_beside_one_batch']:.2f} models plus one batch; with "
         f"`memory: low` {parts['memory_low']['models_beside_one_batch']:.2f}",
     ]
     return table("what | cost", rows)
@@ -301,7 +301,7 @@ def ablations() -> str:
 
 
 def trainer_options() -> str:
-    """How far the losses of ten steps with an option of Trainer are from those without it."""
+    """How far the losses of ten steps with an option of Trainer are from those without it, as a share."""
     found = result("trainer_options")["results"]
     options = list(dict.fromkeys(option for row in found.values() for option in row))
 
@@ -317,7 +317,7 @@ def trainer_options() -> str:
                 else (f"`{option}` | 0 | — | {other} | {cell(refused)}")
             )
 
-    head = "option | methods with equal losses → | largest difference, nats → | others → | refused with"
+    head = "option | methods with equal losses → | largest relative difference → | others → | refused with"
     return f"{len(found)} methods, ten steps each.\n\n{table(head, rows())}"
 
 
@@ -347,7 +347,7 @@ def streams() -> str:
         f"{one['seek_s']['median']:.2f} | {one['start_s']['median']:.2f}"
         for name, one in cases.items()
     ]
-    head = "a million records in | reading up to the place, s → | going on there, s → | starting a stream, s →"
+    head = "a million records in | reading up to the place, s → | resuming there, s → | starting a stream, s →"
     return table(head, rows)
 
 
@@ -380,7 +380,7 @@ def drills() -> str:
     within = sum(row["within"] for row in distributed["rows"])
     rows = [
         f"`make drill`: kill, damage, fill the disk, … | {faults['drills']} drills, of which {struck} struck a run: "
-        f"{kept['survived']} ended with the files of an undisturbed run, {kept['refused']} with a message that names "
+        f"{kept['survived']} ended with the files of an uninterrupted run, {kept['refused']} with a message that names "
         f"the damage | {len(faults['breaches'])}",
         f"a Hub that fails and processes that are killed | {hub['plans']} plans, {hub['requests']} requests | "
         f"{len(hub['breaches'])}",

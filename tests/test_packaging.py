@@ -1,5 +1,6 @@
 """What the packages hold and say, built from this checkout without the network."""
 
+import json
 import re
 import subprocess
 import tarfile
@@ -75,6 +76,15 @@ def test_the_workflow_tests_every_version_of_python(tracked):
     pythons = [each.rpartition(" ")[2] for each in PROJECT["classifiers"] if " :: 3." in each]
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     assert pythons == workflow["jobs"]["versions"]["strategy"]["matrix"]["python"]
+
+
+def test_hooks_before_a_commit_run_what_the_makefile_installs(tracked):
+    assert ".pre-commit-config.yaml" in tracked
+    makefile = (ROOT / "Makefile").read_text().replace("$(BIN)", ".venv/bin").replace("$(VENV)", ".venv")
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    programs = {hook["entry"].split()[0] for hook in hooks}
+    assert {program for program in programs if program not in makefile} == {"node_modules/.bin/prettier"}
+    assert "prettier" in json.loads((ROOT / "package.json").read_text())["devDependencies"]
 
 
 def test_one_version_everywhere():

@@ -13,6 +13,7 @@ from hf_lowrank.errors import UserError
 
 @command(
     "hf-lowrank push runs/galore user/repo --every 2",
+    "hf-lowrank push runs/galore user/repo --every 4 --bucket user/states",
     "hf-lowrank push runs/sltrain user/repo --steps 100,400 --dense beside --license apache-2.0",
 )
 def push(

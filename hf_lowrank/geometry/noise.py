@@ -27,7 +27,7 @@ def noise_scale(gradients: Callable[[], Iterable[Gradient]], batch_size: int) ->
 
     Returns:
         The estimate, at least 0, with a 95 % jackknife interval over batches and K. NaN where `‖G‖²` is estimated as
-        not positive: the gradient cannot be told from noise with this many batches.
+        not positive: the gradient cannot be distinguished from noise with this many batches.
 
     Raises:
         ValueError: fewer than three batches, or a batch size below 1.

@@ -340,7 +340,7 @@ PAGES: dict[str, MetricPage] = {
         formula="B = tr(Σ) / ‖G‖²,  Σ: covariance of single sequences' gradients, G: their mean",
         reading="Batches far above it waste data; far below it they waste steps.",
         pitfalls=(
-            "Null where the signal cannot be told from the noise with so many batches.",
+            "Null where the signal cannot be distinguished from the noise with this many batches.",
             "It is of held-out sequences at this point of training: it grows as the loss falls.",
         ),
         cost="A forward and backward pass over the sequences; one gradient is kept.",
