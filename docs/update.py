@@ -380,8 +380,8 @@ def drills() -> str:
     within = sum(row["within"] for row in distributed["rows"])
     rows = [
         f"`make drill`: kill, damage, fill the disk, … | {faults['drills']} drills, of which {struck} struck a run: "
-        f"{kept['survived']} ended with the files of an uninterrupted run, {kept['refused']} with a message that names "
-        f"the damage | {len(faults['breaches'])}",
+        f"{kept['survived']} ended with the files of an uninterrupted run, {kept['refused']} with a message that "
+        f"names the damage | {len(faults['breaches'])}",
         f"a Hub that fails and processes that are killed | {hub['plans']} plans, {hub['requests']} requests | "
         f"{len(hub['breaches'])}",
         f"mutated files of {len(fuzz['formats'])} formats | {inputs} inputs | {failures}",
