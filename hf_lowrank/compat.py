@@ -129,6 +129,11 @@ def _register_with_transformers(configuration_auto: Any) -> None:
         configuration_auto.CONFIG_MAPPING.register("lowrank", LazyObject(path))
 
 
+def _register_causal_model(modeling_auto: Any) -> None:
+    # By this table of names Trainer decides whether to shift labels that it smooths.
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["lowrank"] = "LowRankForCausalLM"
+
+
 def _register_with_peft(mapping: Any) -> None:
     for name, title in (("cola", "CoLA"), ("sltrain", "SLTrain"), ("sst", "SST"), ("structured", "Structured")):
         if peft_type_of(name) not in mapping.PEFT_TYPE_TO_TUNER_MAPPING:
@@ -138,6 +143,7 @@ def _register_with_peft(mapping: Any) -> None:
 
 _REGISTRIES: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.configuration_auto": _register_with_transformers,
+    "transformers.models.auto.modeling_auto": _register_causal_model,
     "peft.mapping": _register_with_peft,
 }
 

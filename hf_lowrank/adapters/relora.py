@@ -245,7 +245,7 @@ class ReLoraCallback(PeriodicCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         lora_layers(model)
-        if isinstance(model, PeftModel):
+        if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):  # by model.add_adapter
             raise UserError(
                 "ReLoraCallback needs a model that Trainer saves whole, got a PEFT model, of which it saves the "
                 "adapter alone: the weights that restarts merge into the base would be lost; use "

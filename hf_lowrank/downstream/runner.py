@@ -41,6 +41,7 @@ from hf_lowrank.runs.selection import (
     table_of,
 )
 from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.runs.weights import positions_of
 from hf_lowrank.storage.locks import all_locked
 
 logger = logging.getLogger(__name__)
@@ -396,7 +397,7 @@ def _load_error(name: str, error: BaseException) -> str:
 def _batch_size(model: Any, device: torch.device) -> int:
     """As many full-length sequences as give a quarter gigabyte of logits on a CPU, two gigabytes elsewhere."""
     config = model.config.get_text_config()
-    words, length = config.vocab_size, getattr(config, "max_position_embeddings", None) or 1024
+    words, length = config.vocab_size, positions_of(config) or 1024
     logits = 2**26 if device.type == "cpu" else 2**29
     tokens = min(8192 if device.type == "cpu" else 65536, logits // words)
     return max(1, tokens // length)

@@ -8,6 +8,7 @@ from hf_lowrank.errors import UserError, first_line
 from hf_lowrank.runs.checkpoints import check_files
 from hf_lowrank.runs.layout import TOKENIZER, TOKENIZER_FILES
 from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.runs.weights import positions_of
 
 
 def tokenizer_folder(trajectory: Trajectory, step: int) -> str:
@@ -44,8 +45,7 @@ def load_tokenizer(trajectory: Trajectory, step: int) -> PreTrainedTokenizerBase
 
 def context_length(trajectory: Trajectory) -> int:
     """The context length in tokens: that of the recipe's sequences, at most that of the architecture."""
-    config = trajectory.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
+    limits = [positions_of(trajectory.config)]
     recipe = trajectory.run.recipe or {}
     limits.append((recipe.get("data") or {}).get("sequence_length"))
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]

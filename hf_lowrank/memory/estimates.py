@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from hf_lowrank.errors import UserError
 from hf_lowrank.memory.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS
 from hf_lowrank.memory.simulation import Simulation, arguments_of, checkpoints, simulate
+from hf_lowrank.runs.weights import positions_of
 from hf_lowrank.training.recipe import Recipe, load_recipe
 
 SHARDINGS = ("ddp", "fsdp2")
@@ -150,7 +151,7 @@ def estimate(
             "before they are averaged; leave out layerwise"
         )
     if sequence_length is not None:
-        positions = getattr(recipe.config(), "max_position_embeddings", None)
+        positions = positions_of(recipe.config())
         if not 2 <= sequence_length <= (positions or sequence_length):
             raise UserError(
                 f"sequence length must be from 2 to model.max_position_embeddings ({positions}), got {sequence_length}"

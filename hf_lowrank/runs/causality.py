@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.errors import UserError
+from hf_lowrank.runs.weights import positions_of
 
 # Enough for attention to mix tokens; a model of any size computes them in moments.
 PROBED_TOKENS = 32
@@ -42,7 +43,7 @@ def check_causal(model: Any, where: str, input_ids: Tensor | None = None) -> Non
     """
     config = model.config.get_text_config()
     if input_ids is None:
-        length = min(PROBED_TOKENS, getattr(config, "max_position_embeddings", None) or PROBED_TOKENS)
+        length = min(PROBED_TOKENS, positions_of(config) or PROBED_TOKENS)
         generator = torch.Generator().manual_seed(0)
         input_ids = torch.randint(config.vocab_size, (1, length), generator=generator)
     sequence = input_ids[:1, :PROBED_TOKENS].to(next(model.parameters()).device)

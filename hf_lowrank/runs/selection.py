@@ -16,6 +16,7 @@ from hf_lowrank.runs.checkpoints import check_files
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import CONFIG, RECIPE, STEP_FOLDER, TOKENIZER, step_folders
 from hf_lowrank.runs.trajectory import Trajectory
+from hf_lowrank.runs.weights import positions_of
 
 Run = str | os.PathLike[str] | Trajectory
 AT_STEP = re.compile(r"(?P<run>.+)@(?:step-)?(?P<step>\d+|last)")
@@ -228,8 +229,7 @@ def evaluation_set_from_text(path: Path, trajectory: Trajectory, length: int = S
             f"{one_line(error, 200)}"
         ) from None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    positions = getattr(trajectory.config.get_text_config(), "max_position_embeddings", None)
-    length = min(length, positions or length)
+    length = min(length, positions_of(trajectory.config) or length)
     count = len(ids) // length
     if count == 0:
         raise UserError(f"{path}: must hold at least {length} tokens, got {len(ids)}")

@@ -44,7 +44,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     file = folder / CONFIG
     check_files(folder, [file.name] if file.is_file() else [])
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         layers = getattr(config, "num_hidden_layers", 1)
     except Exception as error:  # transformers raises whatever a broken file leads it to
         raise UserError(f"{file}: not a readable configuration: {_one_line(error)}") from None
@@ -57,6 +57,13 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
     """How a checkpoint's weights are quantised, as its configuration says; None where they are not."""
     given: Any = getattr(config, "quantization_config", None)
     return given.to_dict() if hasattr(given, "to_dict") else given
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a model takes; None where its configuration names no limit."""
+    text = config.get_text_config()
+    named = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((count for count in named if isinstance(count, int) and count > 0), None)
 
 
 def unexplained_codes(where: object, name: str, kind: str) -> UserError:

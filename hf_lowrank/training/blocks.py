@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -71,8 +72,9 @@ OPTIMIZER_KEYS = ("optim", "optim_args", "optim_target_modules")
 def checked_model(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
     """`section`, if its architecture and fields exist and are consistent; else a `UserError`."""
     architecture = section.get("architecture")
-    if not isinstance(architecture, str) or architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        hint = nearest(str(architecture), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    architectures = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name != LowRankConfig.model_type]
+    if architecture not in architectures:
+        hint = nearest(str(architecture), architectures)
         if hint.startswith("allowed"):
             hint = "allowed: any causal language model of transformers, e.g. llama, qwen3, gpt2"
         where = layers.origin("model.architecture")
@@ -112,7 +114,12 @@ def checked_model(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
 def build_config(section: dict[str, Any], **defaults: Any) -> PreTrainedConfig:
     """The configuration that `section` describes, over `defaults`; without a key-value cache."""
     fields = {key: value for key, value in section.items() if key not in ("architecture", SCALING)}
-    config = AutoConfig.for_model(section["architecture"], **{"use_cache": False, **defaults, **fields})
+    defaults = {"use_cache": False, **defaults}
+    if "text_config" in CONFIG_MAPPING[section["architecture"]].sub_configs and isinstance(
+        text := fields.get("text_config", {}), dict
+    ):
+        fields["text_config"] = {**defaults, **text}  # what the model reads, where its text part has its own
+    config = AutoConfig.for_model(section["architecture"], **{**defaults, **fields})
     return LowRankConfig(base_config=config, layernorm_scaling=True) if section.get(SCALING) else config
 
 
@@ -176,8 +183,16 @@ def checked_arguments(
         if key in result and not fits(result[key]):
             where = layers.origin(f"training.{key}")
             raise UserError(f"{where}: training.{key} must be {rule}, got {result[key]!r}")
+    if result.get("dataloader_persistent_workers") and not result.get("dataloader_num_workers"):
+        where = layers.origin("training.dataloader_persistent_workers")
+        raise UserError(
+            f"{where}: training.dataloader_persistent_workers needs workers: set training.dataloader_num_workers"
+        )
     try:
         args = build_arguments(result, seed=0, output_dir=layers.path.parent)
+        backend = args.torch_compile_backend
+        if backend is not None and backend.upper() not in DynamoBackend.list():
+            raise ValueError(f"torch_compile_backend must be one that accelerate knows, got {backend!r}")
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()  # raises for a tracker that is not installed
         if not own_scheduler:
@@ -199,6 +214,11 @@ def checked_arguments(
 
 RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("max_steps", "at least 1", lambda value: value >= 1),
+    ("per_device_train_batch_size", "at least 1", lambda value: value >= 1),
+    ("per_device_eval_batch_size", "at least 1", lambda value: value >= 1),
+    ("gradient_accumulation_steps", "at least 1", lambda value: value >= 1),
+    ("dataloader_num_workers", "at least 0", lambda value: value >= 0),
+    ("weight_decay", "at least 0", lambda value: value >= 0),
     ("num_train_epochs", "a number above 0", lambda value: 0 < value < math.inf),
     ("save_strategy", "steps, epoch or no, as every checkpoint counts", lambda value: value != "best"),
 )
@@ -279,6 +299,8 @@ def _fitted(key: str, value: Any, hint: Any, where: str) -> Any:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     except (PydanticSchemaGenerationError, PydanticUserError):
         return value
+    if value is False and key.endswith("_strategy"):
+        value = "no"  # as YAML 1.1 reads it
     try:
         fitted = adapter.validate_python(value)
     except ValidationError as error:

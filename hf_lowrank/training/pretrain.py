@@ -31,7 +31,7 @@ from hf_lowrank.optim.groups import refuse_engines
 from hf_lowrank.runs.checkpoints import is_sharded, last_resumable_checkpoint
 from hf_lowrank.runs.layout import CONFIG, TOKENIZER, checkpoint_folder, step_of
 from hf_lowrank.runs.run_files import read_facts
-from hf_lowrank.runs.weights import read_config
+from hf_lowrank.runs.weights import positions_of, read_config
 from hf_lowrank.storage.files import refusal_of
 from hf_lowrank.storage.locks import locked
 from hf_lowrank.training.callbacks import FactsRecorder, KeepPadding, Progress, StopOnNonFinite
@@ -275,18 +275,19 @@ def _initial_model(recipe: Recipe, corpus: Corpus, run: Path) -> PreTrainedModel
     except Exception as error:  # transformers raises any type of error for inconsistent values
         raise UserError(f"{recipe.path}: model: {one_line(error)}") from None
     largest = max(corpus.largest_id, padding_id(tokenizer))
-    if config.vocab_size <= largest:
+    vocabulary = config.get_text_config().vocab_size
+    if vocabulary <= largest:
         raise UserError(
             f"{recipe.path}: model.vocab_size must be at least {largest + 1}, the corpus contains token {largest}, "
-            f"got {config.vocab_size}"
+            f"got {vocabulary}"
         )
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_of(config)
     if positions is not None and positions < recipe.data.sequence_length:
         raise UserError(
             f"{recipe.path}: data.sequence_length must be at most model.max_position_embeddings ({positions}), "
             f"got {recipe.data.sequence_length}"
         )
-    given = recipe.model.get("pad_token_id")
+    given = recipe.model.get("pad_token_id", (recipe.model.get("text_config") or {}).get("pad_token_id"))
     if given is not None and corpus.contains(given):
         raise UserError(
             f"{recipe.path}: model.pad_token_id must be a token that the text does not contain, as its embedding "
@@ -306,6 +307,6 @@ def _models_padding(corpus: Corpus, run: Path) -> int | None:
     first = checkpoint_folder(run, 0) / CONFIG
     if first.is_file():
         config = read_config(first.parent)
-        return getattr(config, "base_config", config).pad_token_id
+        return getattr(config, "base_config", config).get_text_config().pad_token_id
     padding = corpus.tokenizer.pad_token_id
     return None if padding is None or corpus.contains(padding) else padding

@@ -49,9 +49,10 @@ class RunTrainer(Trainer):
 
     def __init__(self, *, own_loss: OwnLoss = "plain", **options: Any) -> None:
         self._own_loss = own_loss
-        smoothing = options["args"].label_smoothing_factor
-        if smoothing or own_loss == "other":
-            auxiliary = auxiliary_weight(options["model"])
+        smoothing, parts = options["args"].label_smoothing_factor, options["args"].gradient_accumulation_steps
+        if smoothing or own_loss == "other" or (own_loss == "auxiliary" and parts > 1):
+            # Of a step in parts, the auxiliary loss is the mean over them, not the sum.
+            auxiliary = auxiliary_weight(options["model"]) / parts
             options["compute_loss_func"] = partial(training_loss, smoothing=smoothing, auxiliary=auxiliary)
         super().__init__(**options, preprocess_logits_for_metrics=drop_logits, compute_metrics=token_loss)
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_lowrank import CoLAConfig, LowRankConfig, LowRankForCausalLM, SLTrainConfig
@@ -93,3 +94,18 @@ def test_lazy_imports(tmp_path, monkeypatch):
     assert package.__all__ == ["LazyObject"]
     assert {"LazyObject", "own"} <= set(dir(package))
     assert vars(package)["LazyObject"] is LazyObject
+
+
+def test_trainer_shifts_the_labels_that_it_smooths(tmp_path):
+    """Of models whose class it finds in a table of names."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = LowRankForCausalLM.from_dense(
+        AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=2)), CoLAConfig(r=4)
+    ).eval()
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+    ids = torch.randint(30, (2, 12), generator=torch.Generator().manual_seed(1))
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+    log_p = torch.log_softmax(model(input_ids=ids).logits[:, :-1], -1)
+    by_hand = -0.9 * log_p.gather(-1, ids[:, 1:, None]).mean() - 0.1 * log_p.mean()
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)

@@ -218,6 +218,10 @@ def test_a_model_whose_merged_weights_would_not_be_saved_is_refused(tiny_llama, 
     wrapped = get_peft_model(copy.deepcopy(tiny_llama), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
     with pytest.raises(UserError, match=r"of which it saves the adapter alone.*LowRankForCausalLM\.from_dense"):
         trainer(wrapped, tmp_path / "wrapped")
+    added = copy.deepcopy(tiny_llama)
+    added.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="of which it saves the adapter alone"):
+        trainer(added, tmp_path / "added")
     # What the message names keeps them.
     config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
     model = LowRankForCausalLM.from_dense(copy.deepcopy(tiny_llama), config)

@@ -131,6 +131,19 @@ def test_a_mixture_that_balances_its_experts_reports_the_plain_loss(write_recipe
     assert last == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_a_mixtures_auxiliary_loss_does_not_grow_with_the_parts_of_a_step(write_recipe, tmp_path):
+    model = {**MIXTRAL, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    losses = []
+    for size, parts in ((8, 1), (2, 4)):
+        changes = {"training__per_device_train_batch_size": size, "training__gradient_accumulation_steps": parts}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about its experts
+            run = trained(write_recipe(model=model, **changes), tmp_path / f"run{parts}")
+        losses.append(state_of(run, 6)["log_history"][0]["loss"])
+    # Balance is a property of each part, so that the two differ a little; a sum over four parts differs by 3.
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
+
+
 def test_a_bidirectional_architecture_is_refused_before_the_run_begins(write_recipe, tmp_path):
     path = write_recipe(model=BERT)
     with pytest.raises(UserError, match=r"tiny\.yaml: bert is not causal here: .*set is_decoder: true"):

@@ -9,6 +9,7 @@ from hf_lowrank.errors import UserError
 from hf_lowrank.runs.run_files import write_facts
 from hf_lowrank.storage.parsing import dump_yaml, parse_yaml
 from hf_lowrank.training import load_recipe
+from hf_lowrank.training.blocks import build_config
 from hf_lowrank.training.start import check_belongs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -136,6 +137,13 @@ WRONG = [
         ["training.accelerator_config.gradient_accumulation_kwargs.num_steps", "training.gradient_accumulation_steps"],
     ),
     (["training.accelerator_config={split_batches: true}"], ["training.accelerator_config.split_batches"]),
+    (["training.per_device_train_batch_size=0"], ["training.per_device_train_batch_size must be at least 1, got 0"]),
+    (["training.per_device_eval_batch_size=-1"], ["training.per_device_eval_batch_size must be at least 1, got -1"]),
+    (["training.gradient_accumulation_steps=0"], ["training.gradient_accumulation_steps must be at least 1, got 0"]),
+    (["training.dataloader_num_workers=-1"], ["training.dataloader_num_workers must be at least 0, got -1"]),
+    (["training.dataloader_persistent_workers=true"], ["training.dataloader_num_workers"]),
+    (["training.weight_decay=-1"], ["training.weight_decay must be at least 0, got -1"]),
+    (["training.torch_compile_backend=nonsense"], ["torch_compile_backend must be one that accelerate"]),
     (["training.eval_strategy=often"], ["training.eval_strategy", "often"]),
     (["model.architecture=lama"], ["model.architecture", "'lama'", "did you mean 'llama'"]),
     (["model.hiden_size=8"], ["'model.hiden_size'", "did you mean 'hidden_size'"]),
@@ -344,3 +352,17 @@ def test_loading_draws_nothing_from_torchs_generator(write_recipe):
     before = torch.get_rng_state()
     load_recipe(path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_is_a_strategy_although_yaml_reads_false(write_recipe):
+    recipe = load_recipe(write_recipe(), ["training.eval_strategy=no"])
+    assert recipe.arguments("out").eval_strategy == "no"
+
+
+def test_defaults_reach_the_text_part_of_a_configuration():
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    defaults = {"vocab_size": 300, "pad_token_id": 7, "eos_token_id": 1, "bos_token_id": 1}
+    config = build_config({"architecture": "gemma3", "text_config": {**text, "bos_token_id": 2}}, **defaults)
+    inner = config.get_text_config()
+    assert (inner.vocab_size, inner.pad_token_id, inner.eos_token_id, inner.use_cache) == (300, 7, 1, False)
+    assert (inner.bos_token_id, inner.hidden_size) == (2, 32)
