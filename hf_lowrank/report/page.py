@@ -115,7 +115,7 @@ def render(runs: Sequence[RunRecord], study: StudyResults, others: Sequence[Size
         several_seeds=any(len(losses) > 1 for losses in losses_by_method(runs).values()),
         run_number={run.name: number for number, run in enumerate(runs)},
         updates={metric for metric in metrics if metric.startswith("update_")},
-        losses=any(line for entry in data["runs"] for line in entry["loss"].values() if line["x"]),
+        losses=any(run.logged("eval_loss") or run.logged("loss") for run in runs),
         trends=_trends(data),
         pictures=_pictures(runs),
         heats=[
