@@ -34,8 +34,10 @@ def why_incomplete(checkpoint: Path, *, weights: bool) -> str | None:
     if (checkpoint / layout.CHECKSUMS).is_file():
         return None
     if not (checkpoint / layout.CONFIG).is_file():
-        adapter = (checkpoint / name for name in (layout.ADAPTER_CONFIG, layout.ADAPTER_WEIGHTS))
-        return None if all(file.is_file() for file in adapter) else f"{layout.CONFIG} is missing"
+        if not (checkpoint / layout.ADAPTER_CONFIG).is_file():
+            return f"{layout.CONFIG} is missing"
+        has_adapter = (checkpoint / layout.ADAPTER_WEIGHTS).is_file()
+        return None if has_adapter else f"{layout.ADAPTER_WEIGHTS} is missing{_about_pickles(checkpoint)}"
     if weights and not any((checkpoint / name).is_file() for name in (layout.WEIGHTS, layout.INDEX)):
         return f"{layout.WEIGHTS} is missing{_about_pickles(checkpoint)}"
     if checkpoint.name.startswith("checkpoint-") and layout.has_checksums(checkpoint.parent):

@@ -5,6 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from transformers import AutoConfig
 
 from hf_lowrank.errors import UserError, one_line
@@ -51,10 +53,16 @@ def _merge(folder: Path, base: str, revision: str | None, made: Path) -> None:
     from hf_lowrank.runs.weights import quiet_transformers
 
     try:
-        with quiet_transformers(), warnings.catch_warnings():
+        # Rows and factors are drawn before they are loaded.
+        with quiet_transformers(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             model: Any = _base_model(base, revision or "main")
-            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+            _resize_vocabulary(model, folder / ADAPTER_WEIGHTS)
+            model = PeftModel.from_pretrained(model, str(folder))
+            if not hasattr(model, "merge_and_unload"):
+                kind = getattr(model.active_peft_config, "peft_type", "its kind")
+                raise ValueError(f"{getattr(kind, 'value', kind)} changes no weights, so there is nothing to merge")
+            model = model.merge_and_unload()
             model.save_pretrained(made)
     except Exception as error:  # transformers and PEFT raise whatever a broken file leads them to
         raise UserError(f"{folder}: its adapter cannot be merged into {base}: {one_line(error)}") from None
@@ -73,4 +81,16 @@ def _base_model(base: str, revision: str) -> Any:
 
     if Path(base).is_dir():
         check_weights(Path(base), exact=False)
-    return load_in_float32(base, AutoConfig.from_pretrained(base, revision=revision), revision=revision)
+    config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+    return load_in_float32(base, config, revision=revision)
+
+
+def _resize_vocabulary(model: Any, weights: Path) -> None:
+    """Gives the model the rows of the embedding that its adapter was saved with, if that has one."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    with safe_open(weights, framework="pt") as tensors:
+        stored = f"base_model.model.{name}.weight"
+        rows = tensors.get_slice(stored).get_shape()[0] if stored in tensors.keys() else len(embedding.weight)  # noqa: SIM118
+    if rows != len(embedding.weight):
+        model.resize_token_embeddings(rows, mean_resizing=False)

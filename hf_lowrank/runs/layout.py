@@ -27,7 +27,7 @@ ITEM_SCORES = "downstream"
 # In a checkpoint.
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"
-PICKLES = "pytorch_model*.bin"
+PICKLES = "*_model*.bin"
 # In a checkpoint that holds an adapter of PEFT and no model.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINER_STATE = "trainer_state.json"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
 
@@ -26,6 +27,8 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": (PARQUET, {}),
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+# Packages that fsspec needs for the others.
+NEEDED = {".zst": "zstandard", ".lz4": "lz4"}
 ALLOWED = f"{', '.join(READERS)} files, compressed or not"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 REMOTE_LINES = 100
@@ -58,6 +61,9 @@ def expanded(names: Sequence[str], key: str) -> list[str]:
             if suffix_of(file) not in READERS:
                 kind = suffix_of(file) or "no suffix"
                 raise UserError(f"{file}: {key} must name {ALLOWED}, got {kind!r}")
+            package = NEEDED.get(os.path.splitext(file.lower())[1])
+            if package is not None and find_spec(package) is None:
+                raise UserError(f"{file}: reading it needs the package {package}; run `pip install {package}`")
             files[file] = None
     return list(files)
 
@@ -107,7 +113,8 @@ def digest_of(file: str) -> bytes:
             digest = hashlib.file_digest(opened, "sha256").digest()
     except OSError as error:
         raise UserError(f"{file}: not readable: {error.strerror}") from None
-    return digest + (b"mark" if marked and suffix_of(file) == ".txt" else b"")
+    packed = file.lower().endswith(COMPRESSED)
+    return digest + (b"mark" if (marked or packed) and suffix_of(file) == ".txt" else b"")
 
 
 def read_files(files: Sequence[str], text_column: str) -> Iterator[str]:
@@ -138,6 +145,8 @@ def _documents(files: list[str], text_column: str, *, one_each: bool) -> Iterato
                 columns = ", ".join(map(str, value)) or "none"
                 raise UserError(f"{file}: row {row} has no data.text_column {text_column!r}; columns: {columns}")
             text = text_of(value[text_column], f"{file}: row {row}", text_column)
+            if one_each:
+                text = text.removeprefix("\ufeff")  # of compressed files, whose encoding the reader passes over
             if text.strip():
                 empty = False
                 yield text

@@ -48,9 +48,9 @@ def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> PreTraine
 
 def _without_long_runs(text: str) -> list[str]:
     """A text in pieces without unbroken runs of more than `LONGEST_RUN`, in whose square BPE's training time grows."""
-    if not re.search(rf"\S{{{LONGEST_RUN + 1}}}", text):
+    if not re.search(rf"\S{{{LONGEST_RUN + 1}}}|\s{{{LONGEST_RUN + 1}}}", text):
         return [text]
-    return [piece for piece in re.split(rf"(\S{{{LONGEST_RUN}}})", text) if piece]
+    return [piece for piece in re.split(rf"(\S{{{LONGEST_RUN}}}|\s{{{LONGEST_RUN}}})", text) if piece]
 
 
 @contextmanager

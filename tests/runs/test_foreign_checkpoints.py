@@ -5,23 +5,25 @@ import math
 import re
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from hf_lowrank import Trajectory
 from hf_lowrank.adapters.methods import CoLASettings, ReLoraSettings
 from hf_lowrank.adapters.modeling import build_adapted
 from hf_lowrank.cli import main
 from hf_lowrank.cli.look import MOST_REASONS
-from hf_lowrank.errors import UserError
+from hf_lowrank.errors import LowRankWarning, UserError
 from hf_lowrank.measuring import measure
 from hf_lowrank.runs.export import export
 from hf_lowrank.runs.selection import evaluation_set_from_text, resolve_evaluation_set
+from hf_lowrank.runs.weights import positions_of, read_config
 from hf_lowrank.training.sequences import train_tokenizer
 
 SIZES = {
@@ -349,6 +351,59 @@ def test_adapters_are_measured_and_exported_on_their_base(tmp_path, cache):
     changed.save_pretrained(base)
     weight = Trajectory(run).dense_weight(1, "model.layers.0.self_attn.q_proj")
     assert torch.linalg.matrix_rank(weight) == 4
+
+
+def test_an_adapter_with_more_tokens_than_its_base_brings_their_embeddings(tmp_path, cache):
+    base, folder = tmp_path / "base", tmp_path / "run" / "checkpoint-1"
+    small_llama().save_pretrained(base)
+    larger = LlamaForCausalLM.from_pretrained(base)
+    larger.resize_token_embeddings(320)
+    tuned = get_peft_model(larger, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    tuned.save_pretrained(folder)
+    state = torch.get_rng_state()
+    read = Trajectory(folder.parent).model(1)
+    assert torch.equal(state, torch.get_rng_state())
+    ids = torch.arange(0, 320, 17)[None]
+    with torch.no_grad():
+        assert torch.allclose(read(ids).logits, tuned.merge_and_unload().eval()(ids).logits, atol=1e-6)
+
+
+def test_an_adapter_that_changes_no_weights_is_named(tmp_path, cache):
+    small_llama().save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    prefix = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    prefix.save_pretrained(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(UserError, match="PREFIX_TUNING changes no weights, so there is nothing to merge"):
+        Trajectory(tmp_path / "run").model(1)
+
+
+def test_a_pickled_adapter_is_named(tmp_path):
+    folder = tmp_path / "run" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.bin").write_bytes(b"x")
+    with pytest.warns(LowRankWarning, match=r"adapter_model\.bin is a pickle"), pytest.raises(UserError):
+        Trajectory(tmp_path / "run")
+
+
+def test_positions_of_another_name_bound_a_text(tmp_path):
+    sizes = {"vocab_size": 300, "d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 64}
+    MptForCausalLM(MptConfig(**sizes)).save_pretrained(tmp_path / "model")
+    tokenizer = train_tokenizer([TEXT * 40], 300)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT * 40)
+    held_out = evaluation_set_from_text(tmp_path / "text.txt", Trajectory(tmp_path / "model"))
+    assert held_out.input_ids.shape[1] == 64
+    assert positions_of(SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=-1))) is None
+
+
+def test_code_of_a_configuration_is_not_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    code = {"model_type": "unheard_of", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(code))
+    (tmp_path / "own.py").write_text("raise SystemExit")
+    with pytest.raises(UserError, match=r"config\.json: not a readable configuration: .*trust_remote_code"):
+        read_config(tmp_path)
 
 
 def test_an_adapter_without_its_base_is_named(tmp_path, cache):

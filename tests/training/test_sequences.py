@@ -245,6 +245,7 @@ def test_a_tokenizer_is_trained_on_an_unbroken_run_in_seconds():
     assert "".join(_without_long_runs(run + " y")) == run + " y"
     assert max(map(len, _without_long_runs(run))) == LONGEST_RUN
     assert len(train_tokenizer(words, 300)) <= 300
+    assert max(map(len, _without_long_runs(" \n" * LONGEST_RUN))) == LONGEST_RUN
 
 
 def test_too_little_text_is_named(settings, tmp_path):

@@ -104,6 +104,20 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert plain.fingerprint == hashlib.sha256(b"text 0.5 TrueTrue" + _digest(tmp_path / "plain.txt")).hexdigest()
 
 
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress)])
+def test_a_byte_order_mark_in_compressed_text_is_no_text(tmp_path, suffix, pack):
+    (tmp_path / f"marked.txt.{suffix}").write_bytes(pack(MARK + b"hello"))
+    assert list(read_files([f"{tmp_path}/marked.txt.{suffix}"], "text")) == ["hello"]
+
+
+@pytest.mark.parametrize(("suffix", "package"), [(".jsonl.zst", "zstandard"), (".txt.lz4", "lz4")])
+def test_a_compression_whose_package_is_missing_is_named(tmp_path, monkeypatch, suffix, package):
+    (tmp_path / f"a{suffix}").write_bytes(b"(\xb5/\xfd")
+    monkeypatch.setattr("hf_lowrank.training.files.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"a{suffix}: reading it needs the package {package}; run `pip install"):
+        local_files([f"{tmp_path}/a{suffix}"], None, 0.5, "text")
+
+
 def _digest(file):
     return hashlib.sha256(file.read_bytes()).digest()
 
