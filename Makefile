@@ -109,6 +109,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.distributed
 	$(BIN)/python -m benchmarks.measuring_processes
 	$(BIN)/python -m benchmarks.ray_study
+	$(BIN)/python -m benchmarks.ray_quickstart
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --no-isolation --outdir dist .
