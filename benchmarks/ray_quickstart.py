@@ -31,6 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--local", type=Path, default=Path("runs/quickstart"), help="what `make quickstart` left")
     options = parser.parse_args()
+    if not options.local.is_dir():
+        parser.error(f"{options.local}: no such folder; run `make quickstart` first")
     # Inherited by the nodes. The path is short, since sockets lie in it.
     os.environ["RAY_TMPDIR"] = rays = tempfile.mkdtemp(prefix="ray-")
     try:
