@@ -29,7 +29,6 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks._common import RESULTS, machine, versions
 from hf_lowrank import Trajectory
@@ -38,7 +37,7 @@ from hf_lowrank.measuring import measure
 from hf_lowrank.runs.export import export
 from hf_lowrank.storage.files import write_text
 from hf_lowrank.training import load_recipe, pretrain
-from hf_lowrank.training.blocks import build_config
+from hf_lowrank.training.blocks import architectures, build_config
 
 METHODS: dict[str, dict[str, Any]] = {
     "full_rank": {},
@@ -150,7 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["HF_LOWRANK_CACHE"] = f"{temporary}/cache"
         data = write_corpus(Path(temporary))
-        for architecture in args.architectures or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        for architecture in args.architectures or architectures():
             model = small_model(architecture)
             if isinstance(model, str):
                 results[architecture] = {"small": model}

@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
+MAKEFILE = (ROOT / "Makefile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = canonicalize_name(PROJECT["name"])
 # What `python -m venv` brings itself.
@@ -194,3 +195,11 @@ def test_licences_are_permissive():
 def test_what_is_not_permissive_is_found(licence):
     assert RESTRICTED.search(licence)
     assert not PERMISSIVE.search(licence)
+
+
+def test_the_libraries_that_quantise_lie_outside_the_environment():
+    """Without them their tests would be skipped."""
+    wanted = dict(re.findall(r"([\w-]+)==([\w.]+)", re.search(r"^QUANTIZERS := (.*)$", MAKEFILE, re.MULTILINE)[1]))
+    found = distributions(path=[str(Path(sys.prefix) / "quantizers")])
+    assert {canonicalize_name(each.metadata["Name"]): each.version for each in found} == wanted
+    assert not wanted.keys() & installed().keys()

@@ -81,7 +81,7 @@ def measure(
     for reason, without in list(reasons.items())[:MOST_REASONS]:
         echo(f"  no {', '.join(without)}: {reason}")
     if len(reasons) > MOST_REASONS:
-        echo(f"  and {len(reasons) - MOST_REASONS} more reasons, in measurements.jsonl")
+        echo(f"  and {pluralize(len(reasons) - MOST_REASONS, 'more reason')}, in measurements.jsonl")
 
 
 @command(

@@ -183,10 +183,10 @@ def _not_dense(measured: Mapping[str, Sequence[Measurement]], metrics: Sequence[
     found: dict[tuple[str, ...], list[str]] = {}
     for metric in metrics:
         methods: dict[str, None] = {}
-        for rows in measured.values():
+        for run, rows in measured.items():
             own = [row for row in rows if row.metric == metric and row.has_value]
             if {row.settings.get("space") for row in own} == {"parameters"}:
-                methods[own[0].method] = None
+                methods[_method(run, own[0])] = None
         if methods:
             found.setdefault(tuple(methods), []).append(metric)
     return [

@@ -12,7 +12,7 @@ from hf_lowrank.adapters.modeling import LowRankForCausalLM
 from hf_lowrank.errors import UserError, one_line
 from hf_lowrank.runs.foreign_adapters import is_adapter, merged
 from hf_lowrank.runs.layout import CONFIG, TOKENIZER, TOKENIZER_FILES
-from hf_lowrank.runs.quantized import load_in_float32
+from hf_lowrank.runs.loading import load_in_float32
 from hf_lowrank.runs.selection import find_checkpoint
 from hf_lowrank.runs.weights import check_checkpoint, quantization_of, quiet_transformers, read_config
 

@@ -76,7 +76,7 @@ def _merge(folder: Path, base: str, revision: str | None, made: Path) -> None:
 
 def _base_model(base: str, revision: str) -> Any:
     """The base model in float32; a quantised one dequantised, or merging would round the adapter to its codes."""
-    from hf_lowrank.runs.quantized import load_in_float32
+    from hf_lowrank.runs.loading import load_in_float32
     from hf_lowrank.runs.weights import check_weights
 
     if Path(base).is_dir():
@@ -89,8 +89,9 @@ def _resize_vocabulary(model: Any, weights: Path) -> None:
     """Gives the model the rows of the embedding that its adapter was saved with, if that has one."""
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
+    stored = f"base_model.model.{name}.weight"
     with safe_open(weights, framework="pt") as tensors:
-        stored = f"base_model.model.{name}.weight"
-        rows = tensors.get_slice(stored).get_shape()[0] if stored in tensors.keys() else len(embedding.weight)  # noqa: SIM118
+        names = set(tensors.keys())
+        rows = tensors.get_slice(stored).get_shape()[0] if stored in names else len(embedding.weight)
     if rows != len(embedding.weight):
         model.resize_token_embeddings(rows, mean_resizing=False)

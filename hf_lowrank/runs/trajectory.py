@@ -19,7 +19,7 @@ from hf_lowrank.runs.causality import check_causal
 from hf_lowrank.runs.checkpoints import check_files, weight_files
 from hf_lowrank.runs.evaluation_set import EvaluationSet
 from hf_lowrank.runs.layout import CONFIG, EVALUATION_SET, RECIPE, TRAINER_STATE
-from hf_lowrank.runs.quantized import load_in_float32
+from hf_lowrank.runs.loading import load_in_float32
 from hf_lowrank.runs.run_files import method_of, parse_recipe, parse_trainer_state, seed_of
 from hf_lowrank.runs.sources import open_source
 from hf_lowrank.runs.weights import (

@@ -69,12 +69,16 @@ RESERVED = {key: reason for reason, keys in _RESERVED.items() for key in keys}
 OPTIMIZER_KEYS = ("optim", "optim_args", "optim_target_modules")
 
 
+def architectures() -> list[str]:
+    """The causal architectures of transformers; without this package's own class, which is built around one."""
+    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name != LowRankConfig.model_type]
+
+
 def checked_model(section: dict[str, Any], layers: Layers) -> dict[str, Any]:
     """`section`, if its architecture and fields exist and are consistent; else a `UserError`."""
     architecture = section.get("architecture")
-    architectures = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name != LowRankConfig.model_type]
-    if architecture not in architectures:
-        hint = nearest(str(architecture), architectures)
+    if architecture not in architectures():
+        hint = nearest(str(architecture), architectures())
         if hint.startswith("allowed"):
             hint = "allowed: any causal language model of transformers, e.g. llama, qwen3, gpt2"
         where = layers.origin("model.architecture")
@@ -115,10 +119,8 @@ def build_config(section: dict[str, Any], **defaults: Any) -> PreTrainedConfig:
     """The configuration that `section` describes, over `defaults`; without a key-value cache."""
     fields = {key: value for key, value in section.items() if key not in ("architecture", SCALING)}
     defaults = {"use_cache": False, **defaults}
-    if "text_config" in CONFIG_MAPPING[section["architecture"]].sub_configs and isinstance(
-        text := fields.get("text_config", {}), dict
-    ):
-        fields["text_config"] = {**defaults, **text}  # what the model reads, where its text part has its own
+    if "text_config" in CONFIG_MAPPING[section["architecture"]].sub_configs:  # which is what the model reads then
+        fields["text_config"] = {**defaults, **(fields.get("text_config") or {})}
     config = AutoConfig.for_model(section["architecture"], **{**defaults, **fields})
     return LowRankConfig(base_config=config, layernorm_scaling=True) if section.get(SCALING) else config
 
@@ -190,9 +192,6 @@ def checked_arguments(
         )
     try:
         args = build_arguments(result, seed=0, output_dir=layers.path.parent)
-        backend = args.torch_compile_backend
-        if backend is not None and backend.upper() not in DynamoBackend.list():
-            raise ValueError(f"torch_compile_backend must be one that accelerate knows, got {backend!r}")
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()  # raises for a tracker that is not installed
         if not own_scheduler:
@@ -219,6 +218,7 @@ RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("gradient_accumulation_steps", "at least 1", lambda value: value >= 1),
     ("dataloader_num_workers", "at least 0", lambda value: value >= 0),
     ("weight_decay", "at least 0", lambda value: value >= 0),
+    ("torch_compile_backend", "one that accelerate knows", lambda value: str(value).upper() in DynamoBackend.list()),
     ("num_train_epochs", "a number above 0", lambda value: 0 < value < math.inf),
     ("save_strategy", "steps, epoch or no, as every checkpoint counts", lambda value: value != "best"),
 )

@@ -16,8 +16,8 @@ from hf_lowrank.storage.parsing import parse_json
 TEXT, JSON, PARQUET = "text", "json", "parquet"
 # The reader of `datasets` for each suffix, and its options.
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # One document per file. A byte-order mark is no text.
-    ".txt": (TEXT, {"sample_by": "document", "encoding": "utf-8-sig"}),
+    # One document per file.
+    ".txt": (TEXT, {"sample_by": "document"}),
     ".jsonl": (JSON, {"parse_agent_traces": False}),
     ".ndjson": (JSON, {"parse_agent_traces": False}),
     ".json": (JSON, {"parse_agent_traces": False}),
@@ -113,7 +113,7 @@ def digest_of(file: str) -> bytes:
             digest = hashlib.file_digest(opened, "sha256").digest()
     except OSError as error:
         raise UserError(f"{file}: not readable: {error.strerror}") from None
-    packed = file.lower().endswith(COMPRESSED)
+    packed = file.lower().endswith(COMPRESSED)  # which may hold a mark
     return digest + (b"mark" if (marked or packed) and suffix_of(file) == ".txt" else b"")
 
 
@@ -146,7 +146,7 @@ def _documents(files: list[str], text_column: str, *, one_each: bool) -> Iterato
                 raise UserError(f"{file}: row {row} has no data.text_column {text_column!r}; columns: {columns}")
             text = text_of(value[text_column], f"{file}: row {row}", text_column)
             if one_each:
-                text = text.removeprefix("\ufeff")  # of compressed files, whose encoding the reader passes over
+                text = text.removeprefix("\ufeff")  # a byte-order mark is no text
             if text.strip():
                 empty = False
                 yield text

@@ -36,7 +36,7 @@ class RunTrainer(Trainer):
 
     - The loss. `eval_loss` is the plain next-token cross-entropy, whatever training adds to it (label smoothing, a
       mixture's auxiliary loss) and whatever else a model returns. The training loss is the model's own where that
-      predicts the next token.
+      predicts the next token, and where accumulation does not count an auxiliary loss several times.
     - Resuming. Trainer resumes by the names that tensors have in a running model, and skips all others with a
       warning. Some architectures are stored under other names (the head of GPT-NeoX, the experts of a mixture one by
       one), and would resume from their initial weights. That can go once Trainer loads those.

@@ -1,4 +1,4 @@
-"""Checkpoints with quantised weights: dequantised by the library of their method, or refused with the reason."""
+"""A checkpoint's model in float32; quantised weights are dequantised by their own library, or refused by name."""
 
 import copy
 import io
