@@ -10,6 +10,8 @@ prediction.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import tempfile
 import time
 from importlib.metadata import version
@@ -31,21 +33,26 @@ def main() -> None:
     options = parser.parse_args()
     if not options.local.is_dir():
         parser.error(f"{options.local}: no such folder; run `make quickstart` first")
-    with tempfile.TemporaryDirectory() as scratch, cluster(2) as address:
-        there = Path(scratch) / "quickstart"
-        began = time.perf_counter()
-        result = run_study(STUDY, output=there, ray=address)
-        seconds = time.perf_counter() - began
-        ours, theirs = results(options.local), results(there)
-    found = {
-        "nodes": 2,
-        "units": sum(stage.total for stage in result.plan.stages),
-        "failures": [f"{failure.stage} {failure.what}: {failure.reason}" for failure in result.failures],
-        "compared": len(ours),
-        "weights": sum(name.endswith("model.safetensors") for name in ours),
-        "differences": differences(ours, theirs),
-        "seconds": round(seconds),
-    }
+    # Inherited by the nodes. The path is short, since sockets lie in it.
+    os.environ["RAY_TMPDIR"] = rays = tempfile.mkdtemp(prefix="ray-")
+    try:
+        with tempfile.TemporaryDirectory() as scratch, cluster(2) as address:
+            there = Path(scratch) / "quickstart"
+            began = time.perf_counter()
+            result = run_study(STUDY, output=there, ray=address)
+            seconds = time.perf_counter() - began
+            ours, theirs = results(options.local), results(there)
+            found = {
+                "nodes": 2,
+                "units": sum(stage.total for stage in result.plan.stages),
+                "failures": [f"{failure.stage} {failure.what}: {failure.reason}" for failure in result.failures],
+                "compared": len(ours),
+                "weights": sum(name.endswith("model.safetensors") for name in ours),
+                "differences": differences(ours, theirs),
+                "seconds": round(seconds),
+            }
+    finally:
+        shutil.rmtree(rays, ignore_errors=True)
     known = {"machine": machine(torch.device("cpu")), "versions": {**versions(), "ray": version("ray")}}
     print(write_result("ray_quickstart", {**known, **found}))
 

@@ -40,8 +40,6 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "nano" / "full_rank.yaml"
 def cluster(workers: int) -> Iterator[str]:
     """The address of a cluster of a head without CPUs and nodes of one CPU each."""
     common = {"object_store_memory": 80 * 2**20, "include_dashboard": False, "include_log_monitor": False}
-    # Inherited by the nodes. The path is short, since sockets lie in it.
-    os.environ["RAY_TMPDIR"] = rays = tempfile.mkdtemp(prefix="ray-")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "no_monitor": True, **common})
     try:
         for _ in range(workers):
@@ -49,7 +47,6 @@ def cluster(workers: int) -> Iterator[str]:
         yield made.address
     finally:
         made.shutdown()
-        shutil.rmtree(rays, ignore_errors=True)
 
 
 @contextmanager
@@ -159,16 +156,21 @@ def main() -> None:
     parser.add_argument("--dummies", type=int, nargs="+", default=[10, 100, 1000])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the nodes
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        prepare_corpus(load_recipe(RECIPE).data)
-        found = {
-            "scheduling": scheduling(folder, options.repeats, options.dummies),
-            "scaling": scaling(folder, options.repeats, options.units, options.steps, options.workers),
-        }
-    known = {"machine": machine(torch.device("cpu")), "versions": {**versions(), "ray": version("ray")}}
-    print(write_result("ray_study", {**known, "repeats": options.repeats, **found}))
+    # Both are inherited by the nodes. The path of the second is short, since sockets lie in it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["RAY_TMPDIR"] = rays = tempfile.mkdtemp(prefix="ray-")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            prepare_corpus(load_recipe(RECIPE).data)
+            found = {
+                "scheduling": scheduling(folder, options.repeats, options.dummies),
+                "scaling": scaling(folder, options.repeats, options.units, options.steps, options.workers),
+            }
+        known = {"machine": machine(torch.device("cpu")), "versions": {**versions(), "ray": version("ray")}}
+        print(write_result("ray_study", {**known, "repeats": options.repeats, **found}))
+    finally:
+        shutil.rmtree(rays, ignore_errors=True)
 
 
 if __name__ == "__main__":
